@@ -1,0 +1,172 @@
+/*
+ * turboquant.h: the whole public interface of the TurboQuant core (C ABI, no dependencies).
+ *
+ * A row of floats is cut into blocks of 128, 64 or 32 values. Each block is rotated (random signs, Walsh-Hadamard
+ * transform, random signs), and every rotated value is replaced by the index of its nearest Lloyd-Max centroid; one
+ * fp16 scale is shared by the block. FORMAT.md specifies the bytes.
+ *
+ * Conventions
+ *  - Every function is thread-safe, allocates nothing unless it says so, never prints, never aborts, throws nothing.
+ *  - Rows are contiguous; `n` counts values and must be a multiple of the type's block. Pointers need no alignment
+ *    beyond their element type (encoded rows: none). Source and destination must not overlap unless said otherwise.
+ *  - All kernels (scalar, avx2, avx512, ...) give the same bytes and the same floats; only tq_dot differs, by rounding.
+ *  - The functions named *_row are the hot path of a host that has checked its arguments: they check nothing.
+ */
+#ifndef TURBOQUANT_H
+#define TURBOQUANT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32) && defined(TURBOQUANT_SHARED)
+#  ifdef TURBOQUANT_BUILD
+#    define TURBOQUANT_API __declspec(dllexport)
+#  else
+#    define TURBOQUANT_API __declspec(dllimport)
+#  endif
+#elif defined(__GNUC__)
+#  define TURBOQUANT_API __attribute__((visibility("default")))
+#else
+#  define TURBOQUANT_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TURBOQUANT_VERSION "0.1.0"
+
+typedef enum tq_status {
+    TQ_OK = 0,
+    TQ_ERROR_TYPE,               /* no such tq_type */
+    TQ_ERROR_LENGTH,             /* a length is negative, zero where it may not be, or no multiple of the block */
+    TQ_ERROR_NULL,               /* a required pointer is null */
+    TQ_ERROR_KERNELS_UNKNOWN,    /* no kernels of that name */
+    TQ_ERROR_KERNELS_UNSUPPORTED,/* known kernels, but this CPU or this build cannot run them */
+    TQ_ERROR_MEMORY,             /* scratch memory or a thread could not be had */
+    TQ_ERROR_ARGUMENT            /* any other value out of its range */
+} tq_status;
+
+/* One English sentence without a full stop; never null. */
+TURBOQUANT_API const char * tq_status_text(tq_status status);
+
+/* ---- types ------------------------------------------------------------------------------------------------- */
+
+typedef enum tq_type {
+    TQ_TURBO4 = 0, TQ_TURBO4_64, TQ_TURBO4_32,
+    TQ_TURBO3,     TQ_TURBO3_64, TQ_TURBO3_32,
+    TQ_TURBO2,     TQ_TURBO2_64, TQ_TURBO2_32,
+    TQ_TYPE_COUNT
+} tq_type;
+
+typedef struct tq_type_info {
+    const char *   name;        /* "turbo4", "turbo4_64", ... */
+    int            bits;        /* bits of one index: 4, 3, 2 */
+    int            block;       /* values in a block: 128, 64, 32 */
+    int            block_bytes; /* bytes of an encoded block */
+    int            levels;      /* 1 << bits */
+    float          step;        /* rotated value = d * step * codebook[index] */
+    const int8_t * codebook;    /* `levels` centroids, ascending */
+} tq_type_info;
+
+/* The row of the type table, or null if there is no such type. */
+TURBOQUANT_API const tq_type_info * tq_type_get(tq_type type);
+/* The type of that name, or TQ_TYPE_COUNT. */
+TURBOQUANT_API tq_type tq_type_from_name(const char * name);
+/* The type with as many bits as `type` and the largest block that divides `head`, or TQ_TYPE_COUNT if none does. */
+TURBOQUANT_API tq_type tq_type_for_head(tq_type type, int64_t head);
+/* Bytes of a row of n values; 0 if the type or n is invalid. */
+TURBOQUANT_API size_t tq_row_bytes(tq_type type, int64_t n);
+/* The sign vectors of the rotation: 128 bits each, bit i = 1 means value i is negated. which: 1 = S1, 2 = S2. */
+TURBOQUANT_API const uint8_t * tq_signs(int which);
+
+/* ---- encode, decode, rotate -------------------------------------------------------------------------------- */
+
+typedef struct tq_encode_report {
+    int64_t nonfinite;  /* blocks with a NaN or an infinity: stored as zeros */
+    int64_t saturated;  /* blocks whose scale exceeds fp16's range: stored with the largest finite scale */
+} tq_encode_report;
+
+/* Encode `rows` rows of n floats. src_stride: floats between row starts; dst_stride: bytes between row starts.
+ * report may be null; otherwise it is overwritten. threads >= 1 (more than one starts std::threads). */
+TURBOQUANT_API tq_status tq_encode(tq_type type, const float * src, int64_t src_stride, void * dst, size_t dst_stride,
+                                   int64_t rows, int64_t n, int threads, tq_encode_report * report);
+
+/* Decode `rows` rows of n floats into the original domain. Safe for untrusted input: any bytes decode (a non-finite
+ * stored scale gives non-finite values). */
+TURBOQUANT_API tq_status tq_decode(tq_type type, const void * src, size_t src_stride, float * dst, int64_t dst_stride,
+                                   int64_t rows, int64_t n, int threads);
+
+/* As tq_decode, but leaves the values in the rotated domain: d * step * codebook[index], no inverse transform. */
+TURBOQUANT_API tq_status tq_decode_rotated(tq_type type, const void * src, size_t src_stride, float * dst,
+                                           int64_t dst_stride, int64_t rows, int64_t n, int threads);
+
+/* y = S2 . H/sqrt(block) . S1 . x for every block of `n` contiguous values (orthonormal), and its inverse.
+ * block: 128, 64 or 32. dst may equal src. */
+TURBOQUANT_API tq_status tq_rotate  (int block, const float * src, float * dst, int64_t n, int threads);
+TURBOQUANT_API tq_status tq_unrotate(int block, const float * src, float * dst, int64_t n, int threads);
+
+/* ---- dot products ------------------------------------------------------------------------------------------ */
+
+/* A prepared query row: each block rotated and rounded to int8 with one float scale. In-memory only, never stored. */
+typedef struct tq_query128 { float scale; int32_t sum; int8_t q[128]; } tq_query128; /* sum: of q */
+typedef struct tq_query64  { float scale; int32_t sum; int8_t q[64];  } tq_query64;
+typedef struct tq_query32  { float scale; int32_t sum; int8_t q[32];  } tq_query32;
+
+/* Bytes of a prepared query row of n values for block 128, 64 or 32; 0 if invalid. */
+TURBOQUANT_API size_t tq_query_bytes(int block, int64_t n);
+/* Prepare a query row. A block with a non-finite value becomes NaN (scale = NaN), so that it is not hidden. */
+TURBOQUANT_API tq_status tq_query(int block, const float * src, void * dst, int64_t n);
+/* out[r] = <query, row r> for `rows` encoded rows of n values. */
+TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_stride, const void * query, float * out,
+                                int64_t rows, int64_t n);
+
+/* ---- attention --------------------------------------------------------------------------------------------- */
+
+/* out = softmax(scale * Q K^T [soft cap] + mask) V over encoded K and V, in float32.
+ *   q    [n_head][n_query][head_k] floats                   mask [n_query][n_kv] floats or null, added to the scores
+ *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
+ *   out  [n_head][n_query][head_v] floats
+ * n_head must be a multiple of n_kv_head (GQA). soft_cap 0 = none, else s -> soft_cap * tanh(s / soft_cap).
+ * A row that is masked everywhere (-inf) gives zeros. Allocates scratch per thread. */
+typedef struct tq_attention_args {
+    const float * q;
+    const void *  k;
+    const void *  v;
+    const float * mask;
+    float *       out;
+    tq_type       type_k, type_v;
+    int64_t       n_head, n_kv_head, n_query, n_kv, head_k, head_v;
+    float         scale, soft_cap;
+    int           threads;
+} tq_attention_args;
+
+TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);
+
+/* ---- kernels ----------------------------------------------------------------------------------------------- */
+
+/* The ordered list, best first: avx512vnni, avx512, avx2, neon_dotprod, neon, scalar (those that this build has). */
+TURBOQUANT_API int          tq_kernels_count(void);
+TURBOQUANT_API const char * tq_kernels_name(int index);      /* null if out of range */
+TURBOQUANT_API int          tq_kernels_supported(int index); /* 1 if this CPU can run them */
+/* The selected kernels' name. At first use the environment variable TURBOQUANT_KERNELS decides, else the best
+ * supported. Null if TURBOQUANT_KERNELS names unknown or unsupported ones: then the checked functions return that
+ * error, and the *_row functions, which cannot, use scalar. */
+TURBOQUANT_API const char * tq_kernels_selected(void);
+/* Select by name for the whole process; null or "" = the best supported. */
+TURBOQUANT_API tq_status    tq_kernels_select(const char * name);
+/* TQ_OK, or the reason why TURBOQUANT_KERNELS could not be honoured. */
+TURBOQUANT_API tq_status    tq_kernels_status(void);
+
+/* ---- hot path: one row, unchecked -------------------------------------------------------------------------- */
+
+TURBOQUANT_API void  tq_encode_row (tq_type type, const float * src, void * dst, int64_t n);
+TURBOQUANT_API void  tq_decode_row (tq_type type, const void * src, float * dst, int64_t n);
+TURBOQUANT_API void  tq_query_row  (int block, const float * src, void * dst, int64_t n);
+TURBOQUANT_API float tq_dot_row    (tq_type type, const void * src, const void * query, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
