@@ -1,0 +1,403 @@
+"""Insert the hooks of ``ggml_types/hooks.toml`` into a llama.cpp tree, tell their state, and take them out again.
+
+A hook is a pure insertion at an anchor (a regular expression that must match exactly once), bracketed by two comments::
+
+    /* turboquant:begin kv-cache-types */ TURBO_KV_CACHE_TYPES /* turboquant:end kv-cache-types */
+
+so `unpatch` needs no record of what was done: it removes the brackets and what is between them, and the file is
+byte for byte what it was. `patch` strips first and inserts then, hence it is idempotent and also brings a tree that an
+older version has patched up to date. Files that do not change are not written, so nothing is rebuilt for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from .paths import native_dir
+
+__all__ = [
+    "AnchorError",
+    "Hook",
+    "HookState",
+    "HooksFileError",
+    "MarkerError",
+    "NotLlamaError",
+    "PatchError",
+    "Site",
+    "check",
+    "cmake_args",
+    "load_hooks",
+    "patch",
+    "unpatch",
+]
+
+State = Literal["applied", "missing", "outdated", "skipped", "broken"]
+
+_ID = r"[a-z0-9][a-z0-9-]*"
+_BEGIN = "/* turboquant:begin {} */"
+_END = "/* turboquant:end {} */"
+_INSERTED = re.compile(
+    rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL
+)
+_MARKER = "turboquant:begin "
+_FOLDERS = ("ggml", "src", "common", "include", "tools", "tests", "examples")
+_SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".m", ".metal"}
+
+
+class PatchError(Exception):
+    """A llama.cpp tree could not be patched, checked or unpatched. Nothing was written."""
+
+
+class HooksFileError(PatchError):
+    """hooks.toml itself is wrong."""
+
+
+class NotLlamaError(PatchError):
+    """The folder is not a llama.cpp source tree."""
+
+
+class AnchorError(PatchError):
+    """A hook's anchor matches nowhere, or more than once."""
+
+
+class MarkerError(PatchError):
+    """The brackets around an insertion were damaged by hand."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a hook may go: a file of llama.cpp, an anchor in it, and the text to insert there."""
+
+    file: str
+    anchor: str
+    where: Literal["before", "after"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One row of hooks.toml. The first of `sites` whose anchor matches exactly once is used."""
+
+    id: str
+    why: str
+    sites: tuple[Site, ...]
+    optional: str = ""  # why a tree may lack the place; empty: the hook is required
+    tests: bool = False  # only llama.cpp's own tests need it
+
+    @property
+    def file(self) -> str:
+        """The file of the first site, for messages."""
+        return self.sites[0].file
+
+
+@dataclass(frozen=True)
+class HookState:
+    """What `check` found out about one hook.
+
+    ``applied``: inserted, as this version would. ``missing``: not inserted, but it can be. ``outdated``: inserted, with
+    another text than this version's. ``skipped``: optional, and this tree lacks the place. ``broken``: its anchor does
+    not match (``detail`` has the sentence).
+    """
+
+    hook: Hook
+    state: State
+    file: str
+    detail: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.hook.id
+
+
+# ---- hooks.toml ------------------------------------------------------------------------------------------------------
+
+
+def load_hooks(path: Path | None = None) -> list[Hook]:
+    """The hooks of `path` (default: the project's own hooks.toml), in order.
+
+    Raises:
+        HooksFileError: a field is missing, unknown or of the wrong type, an id occurs twice, a regex is invalid.
+    """
+    path = path or native_dir() / "ggml_types" / "hooks.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise HooksFileError(f"{path}: {error}") from error
+    hooks = [_parse_hook(path, row) for row in table.get("hook", [])]
+    if not hooks:
+        raise HooksFileError(f"{path}: no [[hook]] in it")
+    seen: set[str] = set()
+    for hook in hooks:
+        if hook.id in seen:
+            raise HooksFileError(f"{path}: the id {hook.id!r} occurs twice")
+        seen.add(hook.id)
+    return hooks
+
+
+def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
+    name = row.get("id", "?")
+
+    def field(source: dict[str, Any], key: str) -> str:
+        value = source.get(key)
+        if not isinstance(value, str) or not value:
+            raise HooksFileError(f"{path}: hook {name!r}: {key} must be a non-empty string, got {value!r}")
+        return value
+
+    if not re.fullmatch(_ID, field(row, "id")):
+        raise HooksFileError(f"{path}: hook id {name!r} must match {_ID}")
+    unknown = set(row) - {"id", "why", "file", "anchor", "where", "text", "optional", "tests", "alternative"}
+    if unknown:
+        raise HooksFileError(f"{path}: hook {name!r}: unknown field {sorted(unknown)[0]!r}")
+    sites = []
+    for source in (row, *row.get("alternative", [])):
+        merged = {**row, **source}  # an alternative gives only what differs
+        where = field(merged, "where")
+        if where not in ("before", "after"):
+            raise HooksFileError(f"{path}: hook {name!r}: where must be 'before' or 'after', got {where!r}")
+        text = field(merged, "text").strip("\n")
+        if "turboquant:" in text:
+            raise HooksFileError(f"{path}: hook {name!r}: the text must not contain 'turboquant:'")
+        anchor = field(merged, "anchor")
+        try:
+            re.compile(anchor, re.MULTILINE)
+        except re.error as error:
+            raise HooksFileError(f"{path}: hook {name!r}: anchor {anchor!r} is no regex: {error}") from error
+        sites.append(Site(field(merged, "file"), anchor, "before" if where == "before" else "after", text))
+    optional = row.get("optional", "")
+    if not isinstance(optional, str):
+        raise HooksFileError(f"{path}: hook {name!r}: optional must be the reason, as a string, got {optional!r}")
+    return Hook(row["id"], field(row, "why"), tuple(sites), optional, bool(row.get("tests", False)))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _insertion(hook: Hook, site: Site, at_line_start: bool, newline: str) -> str:
+    text = site.text.replace("\n", newline)
+    gap = newline if "\n" in text else " "
+    # At the start of a line the insertion is a line (or lines) of its own; elsewhere it stays within the line.
+    tail = newline if at_line_start else ""
+    return f"{_BEGIN.format(hook.id)}{gap}{text}{gap}{_END.format(hook.id)}{tail}"
+
+
+def _strip(text: str, file: str) -> tuple[str, dict[str, str]]:
+    """`text` without insertions, and what was inserted (hook id -> whole insertion)."""
+    if _MARKER not in text:
+        return text, {}
+    found: dict[str, str] = {}
+    pieces: list[str] = []
+    position = 0
+    for match in _INSERTED.finditer(text):
+        start, end = match.span()
+        if match["id"] in found or _MARKER in match["text"]:
+            raise MarkerError(_damaged(file, match["id"]))
+        if start == 0 or text[start - 1] == "\n":
+            for newline in ("\r\n", "\n"):
+                if text.startswith(newline, end):
+                    end += len(newline)
+                    break
+            else:
+                raise MarkerError(_damaged(file, match["id"]))
+        found[match["id"]] = text[start:end]
+        pieces.append(text[position:start])
+        position = end
+    pieces.append(text[position:])
+    stripped = "".join(pieces)
+    if "turboquant:begin" in stripped or "turboquant:end" in stripped:
+        raise MarkerError(_damaged(file, "turboquant"))
+    return stripped, found
+
+
+def _damaged(file: str, what: str) -> str:
+    return (
+        f"{file}: the comments 'turboquant:begin' and 'turboquant:end' around {what!r} were changed by hand; restore "
+        f"this file from its original (git checkout {file}, or unpack the sources again), then patch"
+    )
+
+
+def _locate(site: Site, text: str) -> tuple[int | None, int]:
+    """Where to insert (None if there is not exactly one place) and the number of matches."""
+    matches = list(re.finditer(site.anchor, text, re.MULTILINE))
+    if len(matches) != 1:
+        return None, len(matches)
+    return (matches[0].start() if site.where == "before" else matches[0].end()), 1
+
+
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _root(directory: str | os.PathLike[str]) -> Path:
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        raise NotLlamaError(f"{root}: no such folder")
+    if not (root / "ggml/include/ggml.h").is_file() or not (root / "src/llama-context.cpp").is_file():
+        inner = root / "vendor" / "llama.cpp"
+        hint = f"; did you mean {inner}?" if (inner / "ggml/include/ggml.h").is_file() else ""
+        raise NotLlamaError(
+            f"{root}: not a llama.cpp source tree (it has no ggml/include/ggml.h and src/llama-context.cpp){hint}"
+        )
+    return root
+
+
+def _read(path: Path) -> str:
+    # Bytes in, bytes out: no newline translation, and bytes that are no UTF-8 survive.
+    return path.read_bytes().decode("utf-8", "surrogateescape")
+
+
+def _write(path: Path, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _patched_files(root: Path) -> Iterator[Path]:
+    """Every source file of the tree that holds an insertion, also of a version with other hooks."""
+    marker = _MARKER.encode()
+    for folder in _FOLDERS:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in _SUFFIXES and path.is_file() and marker in path.read_bytes():
+                yield path
+
+
+@dataclass
+class _Plan:
+    """A tree's files as they are and as they would be, and the state of every hook."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+    states: list[HookState]
+
+
+def _plan(root: Path, hooks: list[Hook]) -> _Plan:
+    before: dict[str, str] = {}
+    original: dict[str, str] = {}
+    present: dict[str, tuple[str, str]] = {}  # hook id -> file, insertion
+    wanted = {site.file for hook in hooks for site in hook.sites}
+    wanted |= {path.relative_to(root).as_posix() for path in _patched_files(root)}
+    for file in sorted(wanted):
+        path = root / file
+        if path.is_file():
+            before[file] = _read(path)
+            original[file], found = _strip(before[file], file)
+            present.update({name: (file, text) for name, text in found.items()})
+
+    states: list[HookState] = []
+    places: dict[str, list[tuple[int, str]]] = {file: [] for file in original}
+    for hook in hooks:
+        failures = []
+        for site in hook.sites:
+            if site.file not in original:
+                failures.append(f"{site.file} is not in this tree")
+                continue
+            text = original[site.file]
+            position, count = _locate(site, text)
+            if position is None:
+                how = "not found" if count == 0 else f"found {count} times instead of once"
+                failures.append(f"{site.file}: anchor {how}: {site.anchor}")
+                continue
+            newline = "\r\n" if "\r\n" in text else "\n"
+            insertion = _insertion(hook, site, position == 0 or text[position - 1] == "\n", newline)
+            places[site.file].append((position, insertion))
+            known = present.get(hook.id)
+            state: State = "missing" if known is None else "outdated"
+            if known == (site.file, insertion):
+                state = "applied"
+            states.append(HookState(hook, state, site.file))
+            break
+        else:
+            detail = "; ".join(failures)
+            states.append(HookState(hook, "skipped" if hook.optional else "broken", hook.file, hook.optional or detail))
+            if not hook.optional:
+                states[-1] = HookState(hook, "broken", hook.file, _broken(root, hook, detail))
+
+    after = {}
+    for file, text in original.items():
+        # Stable sort: hooks at the same place keep the order of hooks.toml.
+        pieces, position = [], 0
+        for start, insertion in sorted(places[file], key=lambda place: place[0]):
+            pieces += [text[position:start], insertion]
+            position = start
+        after[file] = "".join([*pieces, text[position:]])
+        if _strip(after[file], file)[0] != text:
+            raise HooksFileError(f"{file}: the hooks would not come out again byte for byte: overlapping insertions?")
+    return _Plan(before, after, states)
+
+
+def _broken(root: Path, hook: Hook, detail: str) -> str:
+    return (
+        f"{root}: hook {hook.id!r} does not fit this llama.cpp: {detail}. It is needed because: {hook.why} Use a "
+        f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook another "
+        f"anchor in {native_dir() / 'ggml_types' / 'hooks.toml'}"
+    )
+
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
+    """Insert all hooks into the llama.cpp tree `directory`. Idempotent; all or nothing.
+
+    Returns:
+        The hooks' states afterwards (``applied`` or ``skipped``).
+
+    Raises:
+        NotLlamaError, AnchorError, MarkerError, HooksFileError: see there; nothing was written.
+    """
+    root = _root(directory)
+    plan = _plan(root, load_hooks() if hooks is None else hooks)
+    broken = [state for state in plan.states if state.state == "broken"]
+    if broken:
+        raise AnchorError("\n".join(state.detail for state in broken))
+    for file, text in plan.after.items():
+        if text != plan.before[file]:
+            _write(root / file, text)
+    return [s if s.state == "skipped" else HookState(s.hook, "applied", s.file) for s in plan.states]
+
+
+def check(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
+    """The state of every hook in the llama.cpp tree `directory`. Writes nothing.
+
+    Raises:
+        NotLlamaError, MarkerError, HooksFileError.
+    """
+    return _plan(_root(directory), load_hooks() if hooks is None else hooks).states
+
+
+def unpatch(directory: str | os.PathLike[str]) -> list[str]:
+    """Take every insertion out of the llama.cpp tree `directory`, also those of another version of this package.
+
+    Returns:
+        The files that changed, relative to `directory`.
+
+    Raises:
+        NotLlamaError, MarkerError: nothing was written.
+    """
+    root = _root(directory)
+    clean = {path: _strip(_read(path), path.relative_to(root).as_posix())[0] for path in _patched_files(root)}
+    for path, text in clean.items():
+        _write(path, text)
+    return [path.relative_to(root).as_posix() for path in clean]
+
+
+def cmake_args() -> list[str]:
+    """The arguments that a patched tree needs when it is configured with CMake (3.19 or newer)."""
+    return [f"-DCMAKE_PROJECT_ggml_INCLUDE={(native_dir() / 'ggml_types' / 'inject.cmake').as_posix()}"]

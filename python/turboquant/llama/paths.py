@@ -1,0 +1,38 @@
+"""Where the package's native sources (the codec, the hooks, the bundled model) and its cache are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["cache_dir", "native_dir"]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def native_dir() -> Path:
+    """The folder that holds ``cpp/``, ``ggml_types/`` and ``models/``.
+
+    ``turboquant/_native`` in an installed package, the root of the checkout when the package runs from one.
+
+    Raises:
+        FileNotFoundError: neither exists (a broken installation).
+    """
+    candidates = (_PACKAGE / "_native", _PACKAGE.parent.parent)
+    for folder in candidates:
+        if (folder / "ggml_types" / "hooks.toml").is_file():
+            return folder
+    looked = ", ".join(str(folder) for folder in candidates)
+    raise FileNotFoundError(f"ggml_types/hooks.toml is in none of {looked}: reinstall turboquant")
+
+
+def cache_dir() -> Path:
+    """The cache folder: ``$TURBOQUANT_CACHE``, else ``$XDG_CACHE_HOME/turboquant``, else ``~/.cache/turboquant``.
+
+    It is not created here.
+    """
+    chosen = os.environ.get("TURBOQUANT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache").resolve() / "turboquant"
