@@ -1,0 +1,217 @@
+// The specification in code: plain loops, no intrinsics. Every other kernel file has the same functions in the same
+// order and must give the same bytes and floats.
+#include "format.h"
+#include "kernels.h"
+
+namespace turboquant {
+namespace {
+
+// H_n, unnormalised. The stages run from h = 1 upwards: float addition is not associative, so the order is part of the
+// specification.
+template <int N, typename T> void hadamard(T * y) {
+    for (int h = 1; h < N; h *= 2)
+        for (int i = 0; i < N; i += 2 * h)
+            for (int j = i; j < i + h; ++j) {
+                const T a = y[j], b = y[j + h];
+                y[j] = T(a + b);
+                y[j + h] = T(a - b);
+            }
+}
+
+float flip(float x, const uint8_t * signs, int i) { return sign_bit(signs, i) ? -x : x; }
+
+// The largest |x| as bits: as an integer it orders like the float, and every NaN lies above infinity.
+template <int N> uint32_t largest_bits(const float * x) {
+    uint32_t largest = 0;
+    for (int i = 0; i < N; ++i) {
+        const uint32_t b = float_bits(x[i]) & 0x7fffffff;
+        largest = b > largest ? b : largest;
+    }
+    return largest;
+}
+
+// y = S2 . H . S1 . (x * 2^-k), unnormalised.
+template <int N> void forward(const float * x, float scale, float * y) {
+    for (int i = 0; i < N; ++i) y[i] = flip(x[i] * scale, signs1, i);
+    hadamard<N>(y);
+    for (int i = 0; i < N; ++i) y[i] = flip(y[i], signs2, i);
+}
+
+// Sixteen running sums, then halves added to halves: the order that 16, 8 and 4 float lanes can all keep.
+template <int N> float sum_of_squares(const float * y) {
+    float lane[16] = {};
+    for (int i = 0; i < N; i += 16)
+        for (int l = 0; l < 16; ++l) lane[l] += y[i + l] * y[i + l];
+    for (int h = 8; h > 0; h /= 2)
+        for (int l = 0; l < h; ++l) lane[l] += lane[l + h];
+    return lane[0];
+}
+
+template <int Bits, int N> void pack(const uint8_t * index, uint8_t * q) {
+    std::memset(q, 0, Format<Bits, N>::index_bytes);
+    for (int i = 0; i < N; ++i) {
+        if (Bits == 4) {
+            q[i % (N / 2)] |= uint8_t(index[i] << (i / (N / 2) * 4));
+        } else {
+            q[i % (N / 4)] |= uint8_t((index[i] & 3) << (i / (N / 4) * 2));
+            if (Bits == 3) q[Format<Bits, N>::high_offset + i / 8] |= uint8_t((index[i] >> 2) << (i % 8));
+        }
+    }
+}
+
+// The one step that knows the index layout: a block's n int8 levels.
+template <int Bits, int N> void expand(const uint8_t * q, int8_t * level) {
+    for (int i = 0; i < N; ++i) {
+        int index;
+        if (Bits == 4) {
+            index = (q[i % (N / 2)] >> (i / (N / 2) * 4)) & 15;
+        } else {
+            index = (q[i % (N / 4)] >> (i / (N / 4) * 2)) & 3;
+            if (Bits == 3) index |= ((q[Format<Bits, N>::high_offset + i / 8] >> (i % 8)) & 1) << 2;
+        }
+        level[i] = Format<Bits, N>::centroids[index];
+    }
+}
+
+template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        float y[N];
+        forward<N>(src, 1.0f, y);
+        for (int i = 0; i < N; ++i) dst[i] = y[i] * Block<N>::one_over_sqrt_n;
+    }
+}
+
+template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        float y[N];
+        for (int i = 0; i < N; ++i) y[i] = flip(src[i], signs2, i);
+        hadamard<N>(y);
+        for (int i = 0; i < N; ++i) dst[i] = flip(y[i] * Block<N>::one_over_sqrt_n, signs1, i);
+    }
+}
+
+template <int N> void query(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<typename QueryBlock<N>::type *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += N, ++out) {
+        std::memset(out, 0, sizeof(*out));
+        const uint32_t bits = largest_bits<N>(src);
+        if (bits == 0) continue;
+        if (bits >= 0x7f800000) {
+            out->scale = NAN;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        float y[N];
+        forward<N>(src, power_of_two(-k), y);
+        const float largest = bits_float(largest_bits<N>(y));
+        const float inverse = 127.0f / largest;
+        for (int i = 0; i < N; ++i) {
+            out->q[i] = int8_t(std::nearbyint(y[i] * inverse));
+            out->sum += out->q[i];
+        }
+        out->scale = largest * Block<N>::query_scale * power_of_two(k);
+    }
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
+        std::memset(dst, 0, F::bytes);
+        const uint32_t bits = largest_bits<N>(src);
+        if (bits == 0) continue;
+        if (bits >= 0x7f800000) {
+            ++report->nonfinite;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        float y[N];
+        forward<N>(src, power_of_two(-k), y);
+        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+        const float unit = rms_unit / rms;
+
+        int16_t z[N], magnitude[N];
+        int32_t energy = 0;
+        for (int i = 0; i < N; ++i) {
+            z[i] = int16_t(std::nearbyint(y[i] * unit));
+            magnitude[i] = int16_t(z[i] < 0 ? -z[i] : z[i]);
+            energy += int32_t(z[i]) * z[i];
+        }
+
+        int best = 0;
+        int32_t best_a = 0, best_b = 1;
+        double best_explained = -1.0;
+        for (int s = 0; s < F::search; ++s) {
+            int32_t a = 0, b = 0;
+            for (int i = 0; i < N; ++i) {
+                int m = 0;
+                for (int t = 0; t < M - 1; ++t) m += magnitude[i] > F::thresholds[s][t];
+                const int32_t c = F::centroids[M + m];
+                a += magnitude[i] * c;
+                b += c * c;
+            }
+            const double e = explained(a, b);
+            if (e > best_explained) {
+                best = s;
+                best_a = a;
+                best_b = b;
+                best_explained = e;
+            }
+        }
+
+        const uint16_t d = block_scale<Bits, N>(energy, best_a, best_b, rms, k, &report->saturated);
+        if (d == 0) continue; // below fp16: a zero block
+        uint8_t index[N];
+        for (int i = 0; i < N; ++i) {
+            int m = 0;
+            for (int t = 0; t < M - 1; ++t) m += magnitude[i] > F::thresholds[best][t];
+            index[i] = uint8_t(z[i] < 0 ? M - 1 - m : M + m);
+        }
+        store16(dst, d);
+        pack<Bits, N>(index, dst + 2);
+    }
+}
+
+// Integers up to the last step: |W| <= 128 * 127 fits int16, so only the one multiplication rounds.
+template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const float scale = load_scale(src) * F::step_n;
+        int8_t level[N];
+        expand<Bits, N>(src + 2, level);
+        int16_t w[N];
+        for (int i = 0; i < N; ++i) w[i] = int16_t(sign_bit(signs2, i) ? -level[i] : level[i]);
+        hadamard<N>(w);
+        for (int i = 0; i < N; ++i) dst[i] = flip(scale * float(w[i]), signs1, i);
+    }
+}
+
+template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const float scale = load_scale(src) * F::step;
+        int8_t level[N];
+        expand<Bits, N>(src + 2, level);
+        for (int i = 0; i < N; ++i) dst[i] = scale * float(level[i]);
+    }
+}
+
+template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    using F = Format<Bits, N>;
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q) {
+        int8_t level[N];
+        expand<Bits, N>(src + 2, level);
+        int32_t product = 0;
+        for (int i = 0; i < N; ++i) product += int32_t(level[i]) * q->q[i];
+        sum += load_scale(src) * F::step * q->scale * float(product);
+    }
+    return sum;
+}
+
+} // namespace
+
+const Kernels kernels_scalar = TURBOQUANT_KERNELS_TABLE("scalar");
+
+} // namespace turboquant
