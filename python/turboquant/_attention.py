@@ -1,0 +1,110 @@
+"""Attention over encoded K and V."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from ._arrays import byte_array, finite_of, float_array, last_axis, threads_of
+from ._types import TypeInfo, resolve
+
+
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    type_k: str | TypeInfo,
+    type_v: str | TypeInfo,
+    scale: float | None = None,
+    mask: ArrayLike | None = None,
+    causal: bool = False,
+    soft_cap: float = 0.0,
+    threads: int = 1,
+) -> NDArray[np.float32]:
+    """softmax(scale * Q K^T + mask) V over encoded K and V, in float32.
+
+    Args:
+        q: floats (..., n_head, n_query, head_k): float32, float16 or bfloat16.
+        k: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_k values. n_head is a multiple of n_kv_head; head h
+            reads KV head ``h // (n_head // n_kv_head)`` (grouped-query attention).
+        v: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_v values.
+        type_k, type_v: the types of k and v; any pair.
+        scale: factor of the scores; 1 / sqrt(head_k) if None.
+        mask: added to the scores, float32 or float16, or bool (True: may be attended); broadcast to
+            (..., n_query, n_kv). The same for all heads.
+        causal: query i attends to KV rows 0 ... n_kv - n_query + i (the last query to all of them); together with
+            `mask`, both hold. Needs n_query <= n_kv.
+        soft_cap: if not 0, a score s becomes ``soft_cap * tanh(s / soft_cap)`` before the mask.
+        threads: threads that share the heads and the queries.
+
+    Leading axes (...) are batches; they are the same in q, k and v.
+
+    Returns:
+        float32 (..., n_head, n_query, head_v). A query row that is masked everywhere gives zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the shape or dtype it had and the one it needs.
+    """
+    info_k, info_v = resolve(type_k, "type_k"), resolve(type_v, "type_v")
+    threads = threads_of(threads)
+    queries, keys, values = float_array(q, "q"), byte_array(k, "k"), byte_array(v, "v")
+    for name, array, layout in (("q", queries, "(..., n_head, n_query, head_k)"),
+                                ("k", keys, "(..., n_kv_head, n_kv, row_bytes)"),
+                                ("v", values, "(..., n_kv_head, n_kv, row_bytes)")):
+        if array.ndim < 3:
+            raise ValueError(f"{name}: got shape {array.shape}, wanted {layout}")
+    head_k = last_axis(queries, info_k.block, "q", f"the block of {info_k.name}")
+    last_axis(keys, info_k.block_bytes, "k", f"the bytes of a block of {info_k.name}")
+    head_v = info_v.row_values(last_axis(values, info_v.block_bytes, "v", f"the bytes of a block of {info_v.name}"))
+
+    *batch, n_head, n_query, _ = queries.shape
+    n_kv_head, n_kv = keys.shape[-3:-1]
+    wanted_k = (*batch, n_kv_head, n_kv, info_k.row_bytes(head_k))
+    if keys.shape != wanted_k:
+        raise ValueError(f"k: got shape {keys.shape}, wanted {wanted_k}: {info_k.name} rows of {head_k} values, as in q")
+    wanted_v = (*wanted_k[:-1], values.shape[-1])
+    if values.shape != wanted_v:
+        raise ValueError(f"v: got shape {values.shape}, wanted {wanted_v}: as many heads and rows as k")
+    if n_kv_head == 0 or n_head % n_kv_head:
+        raise ValueError(f"q: got {n_head} heads (shape {queries.shape}), wanted a multiple of the {n_kv_head} heads of k")
+
+    scale = 1.0 / math.sqrt(head_k) if scale is None else finite_of(scale, "scale")
+    soft_cap = finite_of(soft_cap, "soft_cap")
+    if soft_cap < 0:
+        raise ValueError(f"soft_cap: got {soft_cap}, wanted 0 (none) or more")
+    bias = _mask(mask, causal, (*batch, n_query, n_kv))
+
+    out = np.zeros((*batch, n_head, n_query, head_v), dtype=np.float32)
+    _core.kernels_check()
+    if out.size == 0 or n_kv == 0:
+        return out  # nothing to attend to: zeros, as for a row that is masked everywhere
+    queries, keys, values = np.ascontiguousarray(queries), np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    for item in np.ndindex(*batch):
+        _core.attention(queries[item], keys[item], values[item], None if bias is None else bias[item], out[item],
+                        info_k.id, info_v.id, scale, soft_cap, threads)
+    return out
+
+
+def _mask(mask: ArrayLike | None, causal: bool, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """What is added to the scores, contiguous in its last two axes, or None."""
+    bias: NDArray[np.float32] | None = None
+    if mask is not None:
+        array = np.asarray(mask)
+        if array.dtype == np.bool_:
+            array = np.where(array, np.float32(0), np.float32(-np.inf))
+        array = float_array(array, "mask")
+        try:
+            bias = np.ascontiguousarray(np.broadcast_to(array, shape))
+        except ValueError:
+            raise ValueError(f"mask: got shape {array.shape}, wanted {shape} (batch, n_query, n_kv) or one that "
+                             "broadcasts to it") from None
+    if causal:
+        n_query, n_kv = shape[-2:]
+        if n_query > n_kv:
+            raise ValueError(f"causal: got {n_query} queries and {n_kv} KV rows, wanted no more queries than rows")
+        future = np.triu(np.full((n_query, n_kv), -np.inf, dtype=np.float32), k=n_kv - n_query + 1)
+        bias = np.ascontiguousarray(np.broadcast_to(future, shape) if bias is None else bias + future)
+    return bias

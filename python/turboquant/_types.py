@@ -1,0 +1,105 @@
+"""The type table: what a block of each format is made of."""
+from __future__ import annotations
+
+import difflib
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+
+@dataclass(frozen=True)
+class TypeInfo:
+    """One row of the type table.
+
+    Rotated values are decoded as ``d * step * levels[index]``, where ``d`` is the block's fp16 scale.
+    """
+
+    name: str  #: "turbo4", "turbo4_64", ...
+    bits: int  #: bits of one index: 4, 3 or 2
+    block: int  #: values in a block: 128, 64 or 32
+    block_bytes: int  #: bytes of an encoded block: 2 for the fp16 scale, then the indices
+    step: float  #: distance of two neighbouring int8 levels, in units of the block's RMS
+    levels: NDArray[np.int8] = field(repr=False, compare=False)  #: the 2**bits int8 centroids, ascending, read-only
+    id: int = field(repr=False)  #: tq_type of the C ABI
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits of storage per value, the scale included: 8 * block_bytes / block."""
+        return 8 * self.block_bytes / self.block
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of an encoded row of n values. ValueError if n is not a positive multiple of the block."""
+        n = operator.index(n)
+        if n <= 0 or n % self.block:
+            raise ValueError(f"n: got {n}, but a row of {self.name} is a positive multiple of its block, {self.block}")
+        return n // self.block * self.block_bytes
+
+    def row_values(self, row_bytes: int) -> int:
+        """Values in an encoded row of that many bytes: the inverse of `row_bytes`, with the same errors."""
+        row_bytes = operator.index(row_bytes)
+        if row_bytes <= 0 or row_bytes % self.block_bytes:
+            raise ValueError(f"row_bytes: got {row_bytes}, but a row of {self.name} is a positive multiple of its "
+                             f"block's {self.block_bytes} bytes")
+        return row_bytes // self.block_bytes * self.block
+
+
+def _read_table() -> dict[str, TypeInfo]:
+    table = {}
+    for id, (name, bits, block, block_bytes, _, step, levels) in enumerate(_core.type_table()):
+        levels.flags.writeable = False
+        table[name] = TypeInfo(name, bits, block, block_bytes, step, levels, id)
+    return table
+
+
+_TABLE = _read_table()
+
+
+def types() -> tuple[TypeInfo, ...]:
+    """All types, in the order of their ids: turbo4, turbo4_64, turbo4_32, turbo3, ... turbo2_32."""
+    return tuple(_TABLE.values())
+
+
+def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
+    """The type of that name. `argument` is the caller's name of it, for the error."""
+    if isinstance(type, TypeInfo):
+        return type
+    if not isinstance(type, str):
+        raise TypeError(f"{argument}: got {type!r} ({_type_name(type)}), wanted a type's name (str) or a TypeInfo")
+    if type in _TABLE:
+        return _TABLE[type]
+    close = difflib.get_close_matches(type.lower(), _TABLE, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"{argument}: got {type!r}, wanted one of {', '.join(_TABLE)}{hint}")
+
+
+def _type_name(value: Any) -> str:
+    return value.__class__.__name__
+
+
+def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
+    """The type with as many bits as `type` and the largest block that divides a head of `head` values.
+
+    128, 256, 512 take blocks of 128; 64, 192, 576 blocks of 64; 96 blocks of 32. ValueError if no block divides the
+    head (80, 112).
+    """
+    info = resolve(type)
+    head = operator.index(head)
+    name = _core.type_for_head(info.id, head)
+    if not name:
+        raise ValueError(f"head: got {head}, wanted a positive multiple of 32, the smallest block")
+    return _TABLE[name]
+
+
+def codebook(type: str | TypeInfo) -> NDArray[np.float32]:
+    """The type's centroids, float32 (2**bits,), ascending: the Lloyd-Max levels of N(0,1), rounded to int8 multiples.
+
+    Equal to ``float32(step) * levels`` of `TypeInfo`; ``TypeInfo.levels`` has the integers themselves.
+    Source: Max, "Quantizing for minimum distortion", 1960, table I; TurboQuant (arXiv 2504.19874), section 3.1.
+    """
+    info = resolve(type)
+    return np.float32(info.step) * info.levels.astype(np.float32)
