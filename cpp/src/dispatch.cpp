@@ -28,7 +28,7 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512vnni() {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
 #elif defined(TURBOQUANT_ARM64)
 bool has_dotprod() {

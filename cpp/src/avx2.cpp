@@ -1,0 +1,410 @@
+// AVX2, FMA, F16C. The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "format.h"
+#include "kernels.h"
+
+#include <immintrin.h>
+
+namespace turboquant {
+namespace {
+
+constexpr int lanes = 8;
+
+// The sign vectors as operands: float sign bits, and +-1 for vpsignb.
+struct SignTables {
+    alignas(32) uint32_t bits1[128] = {};
+    alignas(32) uint32_t bits2[128] = {};
+    alignas(32) int8_t levels2[128] = {};
+    constexpr SignTables() {
+        for (int i = 0; i < 128; ++i) {
+            bits1[i] = sign_bit(signs1, i) ? 0x80000000u : 0u;
+            bits2[i] = sign_bit(signs2, i) ? 0x80000000u : 0u;
+            levels2[i] = sign_bit(signs2, i) ? -1 : 1;
+        }
+    }
+};
+constexpr SignTables sign_tables;
+
+__m256 flip(__m256 x, const uint32_t * bits, int r) {
+    return _mm256_xor_ps(x, _mm256_load_ps(reinterpret_cast<const float *>(bits + lanes * r)));
+}
+
+// One butterfly stage inside a register: s holds each lane's partner, and the lanes that take the difference have a
+// sign bit in `upper`: s + (-x) is s - x to the last bit.
+__m256 butterfly(__m256 x, __m256 s, __m256 upper) { return _mm256_add_ps(s, _mm256_xor_ps(x, upper)); }
+
+template <int R> void hadamard(__m256 * y) {
+    const __m256 upper1 = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
+    const __m256 upper2 = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
+    const __m256 upper4 = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    for (int r = 0; r < R; ++r) {
+        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0xB1), upper1);
+        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0x4E), upper2);
+        y[r] = butterfly(y[r], _mm256_permute2f128_ps(y[r], y[r], 1), upper4);
+    }
+    for (int h = 1; h < R; h *= 2)
+        for (int i = 0; i < R; i += 2 * h)
+            for (int j = i; j < i + h; ++j) {
+                const __m256 a = y[j], b = y[j + h];
+                y[j] = _mm256_add_ps(a, b);
+                y[j + h] = _mm256_sub_ps(a, b);
+            }
+}
+
+// The same in 16-bit integers, 16 to a register. Exact, so the order of the stages is free.
+__m256i butterfly(__m256i x, __m256i s, __m256i sign) { return _mm256_add_epi16(s, _mm256_sign_epi16(x, sign)); }
+
+template <int R> void hadamard(__m256i * w) {
+    for (int h = 1; h < R; h *= 2)
+        for (int i = 0; i < R; i += 2 * h)
+            for (int j = i; j < i + h; ++j) {
+                const __m256i a = w[j], b = w[j + h];
+                w[j] = _mm256_add_epi16(a, b);
+                w[j + h] = _mm256_sub_epi16(a, b);
+            }
+    const __m256i sign1 = _mm256_set1_epi32(int(0xFFFF0001));
+    const __m256i sign2 = _mm256_set1_epi64x(int64_t(0xFFFFFFFF00010001));
+    const __m256i sign4 = _mm256_setr_epi32(0x00010001, 0x00010001, -1, -1, 0x00010001, 0x00010001, -1, -1);
+    const __m256i sign8 = _mm256_setr_epi32(0x00010001, 0x00010001, 0x00010001, 0x00010001, -1, -1, -1, -1);
+    const __m256i swap16 = _mm256_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13,
+                                            2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    for (int r = 0; r < R; ++r) {
+        w[r] = butterfly(w[r], _mm256_permute4x64_epi64(w[r], 0x4E), sign8);
+        w[r] = butterfly(w[r], _mm256_shuffle_epi32(w[r], 0x4E), sign4);
+        w[r] = butterfly(w[r], _mm256_shuffle_epi32(w[r], 0xB1), sign2);
+        w[r] = butterfly(w[r], _mm256_shuffle_epi8(w[r], swap16), sign1);
+    }
+}
+
+int32_t reduce_add(__m256i x) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+template <int N> uint32_t largest_bits(const __m256 * x) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i largest = _mm256_setzero_si256();
+    for (int r = 0; r < N / lanes; ++r)
+        largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(x[r]), magnitude));
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
+    return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1))));
+}
+
+template <int N> void load(const float * src, __m256 * x) {
+    for (int r = 0; r < N / lanes; ++r) x[r] = _mm256_loadu_ps(src + lanes * r);
+}
+
+template <int N> void forward(const __m256 * x, float scale, __m256 * y) {
+    const __m256 s = _mm256_set1_ps(scale);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(_mm256_mul_ps(x[r], s), sign_tables.bits1, r);
+    hadamard<N / lanes>(y);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
+}
+
+template <int N> float sum_of_squares(const __m256 * y) {
+    __m256 low = _mm256_mul_ps(y[0], y[0]), high = _mm256_mul_ps(y[1], y[1]);
+    for (int r = 2; r < N / lanes; r += 2) {
+        low = _mm256_add_ps(low, _mm256_mul_ps(y[r], y[r]));
+        high = _mm256_add_ps(high, _mm256_mul_ps(y[r + 1], y[r + 1]));
+    }
+    const __m256 l8 = _mm256_add_ps(low, high);
+    const __m128 l4 = _mm_add_ps(_mm256_castps256_ps128(l8), _mm256_extractf128_ps(l8, 1));
+    const __m128 l2 = _mm_add_ps(l4, _mm_movehl_ps(l4, l4));
+    return _mm_cvtss_f32(_mm_add_ss(l2, _mm_movehdup_ps(l2)));
+}
+
+template <int Bits, int N> void pack(const uint8_t * index, uint8_t * q) {
+    if constexpr (Bits == 4) {
+        constexpr int half = N / 2;
+        for (int j = 0; j < half; j += 16) {
+            const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(index + j));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(index + half + j));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(q + j), _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+        }
+    } else {
+        constexpr int quarter = N / 4;
+        for (int j = 0; j < quarter; j += 8) {
+            uint64_t part[4];
+            for (int p = 0; p < 4; ++p) {
+                std::memcpy(&part[p], index + p * quarter + j, 8);
+                part[p] &= 0x0303030303030303;
+            }
+            const uint64_t low = part[0] | part[1] << 2 | part[2] << 4 | part[3] << 6;
+            std::memcpy(q + j, &low, 8);
+        }
+        if constexpr (Bits == 3)
+            for (int i = 0; i < N; i += 32) {
+                const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(index + i));
+                const uint32_t high = uint32_t(_mm256_movemask_epi8(_mm256_slli_epi16(v, 5))); // bit 2 to bit 7
+                std::memcpy(q + Format<Bits, N>::high_offset + i / 8, &high, 4);
+            }
+    }
+}
+
+// int8 levels, 32 to a register.
+template <int N> struct Levels {
+    static constexpr int registers = N / 32;
+    __m256i v[registers];
+};
+
+// Bit i of 32 becomes byte i: 4 where it is set, else 0.
+__m256i spread_third_bits(const uint8_t * high) {
+    int32_t bits;
+    std::memcpy(&bits, high, 4);
+    const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+                                            2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), source), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, bit), _mm256_set1_epi8(4));
+}
+
+template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+    constexpr int registers = Levels<N>::registers;
+    alignas(16) int8_t entries[16] = {};
+    std::memcpy(entries, Format<Bits, N>::centroids, 1 << Bits);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    __m256i index[registers];
+    if constexpr (Bits == 4) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        if constexpr (N == 32) {
+            const __m256i bytes =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(q)));
+            index[0] = _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_setr_epi64x(0, 0, 4, 4)), mask);
+        } else {
+            for (int r = 0; r < registers / 2; ++r) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q + 32 * r));
+                index[r] = _mm256_and_si256(bytes, mask);
+                index[r + registers / 2] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+            }
+        }
+    } else {
+        const __m256i mask = _mm256_set1_epi8(3);
+        if constexpr (N == 128) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q));
+            index[0] = _mm256_and_si256(bytes, mask);
+            index[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 2), mask);
+            index[2] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+            index[3] = _mm256_and_si256(_mm256_srli_epi16(bytes, 6), mask);
+        } else if constexpr (N == 64) {
+            const __m256i bytes =
+                _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(q)));
+            index[0] = _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_setr_epi64x(0, 0, 2, 2)), mask);
+            index[1] = _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_setr_epi64x(4, 4, 6, 6)), mask);
+        } else {
+            const __m256i bytes =
+                _mm256_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(q)));
+            index[0] = _mm256_and_si256(_mm256_srlv_epi64(bytes, _mm256_setr_epi64x(0, 2, 4, 6)), mask);
+        }
+        if constexpr (Bits == 3)
+            for (int r = 0; r < registers; ++r)
+                index[r] = _mm256_or_si256(index[r], spread_third_bits(q + Format<Bits, N>::high_offset + 4 * r));
+    }
+    Levels<N> out;
+    for (int r = 0; r < registers; ++r) out.v[r] = _mm256_shuffle_epi8(table, index[r]);
+    return out;
+}
+
+float block_d(const uint8_t * block) { return _cvtsh_ss(load16(block)); }
+
+template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+    const __m256 norm = _mm256_set1_ps(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        __m256 y[N / lanes];
+        load<N>(src, y);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits1, r);
+        hadamard<N / lanes>(y);
+        for (int r = 0; r < N / lanes; ++r)
+            _mm256_storeu_ps(dst + lanes * r, _mm256_mul_ps(flip(y[r], sign_tables.bits2, r), norm));
+    }
+}
+
+template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
+    const __m256 norm = _mm256_set1_ps(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        __m256 y[N / lanes];
+        load<N>(src, y);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
+        hadamard<N / lanes>(y);
+        for (int r = 0; r < N / lanes; ++r)
+            _mm256_storeu_ps(dst + lanes * r, flip(_mm256_mul_ps(y[r], norm), sign_tables.bits1, r));
+    }
+}
+
+template <int N> void query(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<typename QueryBlock<N>::type *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += N, ++out) {
+        __m256 y[N / lanes];
+        load<N>(src, y);
+        const uint32_t bits = largest_bits<N>(y);
+        if (bits == 0 || bits >= 0x7f800000) {
+            std::memset(out, 0, sizeof(*out));
+            if (bits) out->scale = NAN;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        forward<N>(y, power_of_two(-k), y);
+        const float largest = bits_float(largest_bits<N>(y));
+        const __m256 inverse = _mm256_set1_ps(127.0f / largest);
+        __m256i sum = _mm256_setzero_si256();
+        for (int r = 0; r < N / lanes; ++r) {
+            const __m256i q = _mm256_cvtps_epi32(_mm256_mul_ps(y[r], inverse));
+            sum = _mm256_add_epi32(sum, q);
+            const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+            _mm_storel_epi64(reinterpret_cast<__m128i *>(out->q + lanes * r), _mm_packs_epi16(words, words));
+        }
+        out->sum = reduce_add(sum);
+        out->scale = largest * Block<N>::query_scale * power_of_two(k);
+    }
+}
+
+// How many thresholds each magnitude exceeds, in the low byte of each word; the high byte is 0x80, which tells pshufb to
+// write a zero there.
+template <int Thresholds> __m256i count_exceeded(__m256i magnitude, const int16_t * thresholds) {
+    __m256i m = _mm256_set1_epi16(int16_t(0x8000));
+    for (int t = 0; t < Thresholds; ++t)
+        m = _mm256_sub_epi16(m, _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(thresholds[t])));
+    return m;
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    constexpr int words = N / 16; // registers of 16 int16
+    alignas(16) int8_t entries[16] = {};
+    std::memcpy(entries, F::centroids + M, M);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
+        __m256 y[N / lanes];
+        load<N>(src, y);
+        const uint32_t bits = largest_bits<N>(y);
+        if (bits == 0 || bits >= 0x7f800000) {
+            std::memset(dst, 0, F::bytes);
+            report->nonfinite += bits != 0;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        forward<N>(y, power_of_two(-k), y);
+        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+        const __m256 unit = _mm256_set1_ps(rms_unit / rms);
+
+        __m256i z[words], magnitude[words], energies = _mm256_setzero_si256();
+        for (int r = 0; r < words; ++r) {
+            const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
+            const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
+            z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+            magnitude[r] = _mm256_abs_epi16(z[r]);
+            energies = _mm256_add_epi32(energies, _mm256_madd_epi16(z[r], z[r]));
+        }
+
+        int best = 0;
+        int32_t best_a = 0, best_b = 1;
+        double best_explained = -1.0;
+        for (int s = 0; s < F::search; ++s) {
+            __m256i as = _mm256_setzero_si256(), bs = _mm256_setzero_si256();
+            for (int r = 0; r < words; ++r) {
+                const __m256i c = _mm256_shuffle_epi8(table, count_exceeded<M - 1>(magnitude[r], F::thresholds[s]));
+                as = _mm256_add_epi32(as, _mm256_madd_epi16(magnitude[r], c));
+                bs = _mm256_add_epi32(bs, _mm256_madd_epi16(c, c));
+            }
+            const int32_t a = reduce_add(as), b = reduce_add(bs);
+            const double e = explained(a, b);
+            if (e > best_explained) {
+                best = s;
+                best_a = a;
+                best_b = b;
+                best_explained = e;
+            }
+        }
+
+        const uint16_t d = block_scale<Bits, N>(reduce_add(energies), best_a, best_b, rms, k, &report->saturated);
+        if (d == 0) {
+            std::memset(dst, 0, F::bytes);
+            continue;
+        }
+        alignas(32) uint8_t index[N];
+        __m256i m[words];
+        for (int r = 0; r < words; ++r) {
+            const __m256i exceeded = count_exceeded<M - 1>(magnitude[r], F::thresholds[best]);
+            const __m256i upper = _mm256_add_epi16(_mm256_and_si256(exceeded, _mm256_set1_epi16(15)),
+                                                   _mm256_set1_epi16(M));
+            // M - 1 - m is M + m with all its bits flipped
+            m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(z[r], 15),
+                                                            _mm256_set1_epi16(2 * M - 1)));
+        }
+        for (int r = 0; r < words; r += 2)
+            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
+                               _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));
+        store16(dst, d);
+        pack<Bits, N>(index, dst + 2);
+    }
+}
+
+template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    constexpr int words = N / 16;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const __m256 scale = _mm256_set1_ps(block_d(src) * F::step_n);
+        const Levels<N> level = expand<Bits, N>(src + 2);
+        __m256i w[words];
+        for (int r = 0; r < Levels<N>::registers; ++r) {
+            const __m256i v = _mm256_sign_epi8(
+                level.v[r], _mm256_load_si256(reinterpret_cast<const __m256i *>(sign_tables.levels2 + 32 * r)));
+            w[2 * r] = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(v));
+            w[2 * r + 1] = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(v, 1));
+        }
+        hadamard<words>(w);
+        for (int r = 0; r < words; ++r) {
+            const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(w[r])));
+            const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(w[r], 1)));
+            _mm256_storeu_ps(dst + 16 * r, flip(_mm256_mul_ps(scale, low), sign_tables.bits1, 2 * r));
+            _mm256_storeu_ps(dst + 16 * r + 8, flip(_mm256_mul_ps(scale, high), sign_tables.bits1, 2 * r + 1));
+        }
+    }
+}
+
+template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const __m256 scale = _mm256_set1_ps(block_d(src) * F::step);
+        const Levels<N> level = expand<Bits, N>(src + 2);
+        for (int r = 0; r < Levels<N>::registers; ++r) {
+            const __m128i half[2] = {_mm256_castsi256_si128(level.v[r]), _mm256_extracti128_si256(level.v[r], 1)};
+            for (int h = 0; h < 2; ++h) {
+                float * out = dst + 32 * r + 16 * h;
+                const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half[h]));
+                const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(half[h], 8)));
+                _mm256_storeu_ps(out, _mm256_mul_ps(scale, low));
+                _mm256_storeu_ps(out + 8, _mm256_mul_ps(scale, high));
+            }
+        }
+    }
+}
+
+// maddubs multiplies unsigned by signed, so the level's sign moves to the query (neither is ever -128, and a pair is at
+// most 2 * 127 * 127, inside int16).
+template <int N> int32_t dot_levels(const Levels<N> & level, const typename QueryBlock<N>::type * q) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int r = 0; r < Levels<N>::registers; ++r) {
+        const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(q->q + 32 * r));
+        const __m256i pairs =
+            _mm256_maddubs_epi16(_mm256_abs_epi8(level.v[r]), _mm256_sign_epi8(values, level.v[r]));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    return reduce_add(sum);
+}
+
+template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    using F = Format<Bits, N>;
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
+        sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
+    return sum;
+}
+
+} // namespace
+
+const Kernels kernels_avx2 = TURBOQUANT_KERNELS_TABLE("avx2");
+
+} // namespace turboquant

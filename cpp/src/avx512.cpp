@@ -1,0 +1,398 @@
+// AVX-512 (F, BW, DQ, VL). avx512vnni.cpp compiles this file once more with VNNI dot products.
+// The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "format.h"
+#include "kernels.h"
+
+#include <immintrin.h>
+
+namespace turboquant {
+namespace {
+
+constexpr int lanes = 16;
+
+// 16 bits of a sign vector as a lane mask for register r.
+constexpr __mmask16 sign_mask(const uint8_t * signs, int r) {
+    return __mmask16(signs[2 * r] | (signs[2 * r + 1] << 8));
+}
+constexpr uint64_t sign_mask64(const uint8_t * signs, int r) {
+    uint64_t m = 0;
+    for (int i = 0; i < 8; ++i) m |= uint64_t(signs[8 * r + i]) << (8 * i);
+    return m;
+}
+
+__m512 flip(__m512 x, const uint8_t * signs, int r) {
+    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(x), sign_mask(signs, r),
+                                                     _mm512_castps_si512(x), _mm512_set1_epi32(int(0x80000000))));
+}
+
+// One butterfly stage inside a register: s holds each lane's partner, mask the lanes that take the difference.
+__m512 butterfly(__m512 x, __m512 s, __mmask16 upper) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, s), upper, s, x);
+}
+
+template <int R> void hadamard(__m512 * y) {
+    for (int r = 0; r < R; ++r) {
+        y[r] = butterfly(y[r], _mm512_permute_ps(y[r], 0xB1), 0xAAAA);
+        y[r] = butterfly(y[r], _mm512_permute_ps(y[r], 0x4E), 0xCCCC);
+        y[r] = butterfly(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xB1), 0xF0F0);
+        y[r] = butterfly(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0x4E), 0xFF00);
+    }
+    for (int h = 1; h < R; h *= 2)
+        for (int i = 0; i < R; i += 2 * h)
+            for (int j = i; j < i + h; ++j) {
+                const __m512 a = y[j], b = y[j + h];
+                y[j] = _mm512_add_ps(a, b);
+                y[j + h] = _mm512_sub_ps(a, b);
+            }
+}
+
+// The same in 16-bit integers, 32 to a register. Exact, so the order of the stages is free.
+__m512i butterfly(__m512i x, __m512i s, __mmask32 upper) {
+    return _mm512_mask_sub_epi16(_mm512_add_epi16(x, s), upper, s, x);
+}
+
+template <int R> void hadamard(__m512i * w) {
+    for (int h = 1; h < R; h *= 2)
+        for (int i = 0; i < R; i += 2 * h)
+            for (int j = i; j < i + h; ++j) {
+                const __m512i a = w[j], b = w[j + h];
+                w[j] = _mm512_add_epi16(a, b);
+                w[j + h] = _mm512_sub_epi16(a, b);
+            }
+    for (int r = 0; r < R; ++r) {
+        w[r] = butterfly(w[r], _mm512_shuffle_i64x2(w[r], w[r], 0x4E), 0xFFFF0000);
+        w[r] = butterfly(w[r], _mm512_shuffle_i64x2(w[r], w[r], 0xB1), 0xFF00FF00);
+        w[r] = butterfly(w[r], _mm512_shuffle_epi32(w[r], _MM_PERM_ENUM(0x4E)), 0xF0F0F0F0);
+        w[r] = butterfly(w[r], _mm512_shuffle_epi32(w[r], _MM_PERM_ENUM(0xB1)), 0xCCCCCCCC);
+        w[r] = butterfly(w[r], _mm512_rol_epi32(w[r], 16), 0xAAAAAAAA);
+    }
+}
+
+template <int N> uint32_t largest_bits(const __m512 * x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    for (int r = 0; r < N / lanes; ++r)
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x[r]), magnitude));
+    return _mm512_reduce_max_epu32(largest);
+}
+
+template <int N> void load(const float * src, __m512 * x) {
+    for (int r = 0; r < N / lanes; ++r) x[r] = _mm512_loadu_ps(src + lanes * r);
+}
+
+template <int N> void forward(const __m512 * x, float scale, __m512 * y) {
+    const __m512 s = _mm512_set1_ps(scale);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(_mm512_mul_ps(x[r], s), signs1, r);
+    hadamard<N / lanes>(y);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs2, r);
+}
+
+template <int N> float sum_of_squares(const __m512 * y) {
+    __m512 lane = _mm512_mul_ps(y[0], y[0]);
+    for (int r = 1; r < N / lanes; ++r) lane = _mm512_add_ps(lane, _mm512_mul_ps(y[r], y[r]));
+    const __m256 l8 = _mm256_add_ps(_mm512_castps512_ps256(lane), _mm512_extractf32x8_ps(lane, 1));
+    const __m128 l4 = _mm_add_ps(_mm256_castps256_ps128(l8), _mm256_extractf128_ps(l8, 1));
+    const __m128 l2 = _mm_add_ps(l4, _mm_movehl_ps(l4, l4));
+    return _mm_cvtss_f32(_mm_add_ss(l2, _mm_movehdup_ps(l2)));
+}
+
+template <int Bits, int N> void pack(const uint8_t * index, uint8_t * q) {
+    if constexpr (Bits == 4) {
+        constexpr int half = N / 2;
+        for (int j = 0; j < half; j += 16) {
+            const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i *>(index + j));
+            const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(index + half + j));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(q + j), _mm_or_si128(low, _mm_slli_epi16(high, 4)));
+        }
+    } else {
+        constexpr int quarter = N / 4;
+        for (int j = 0; j < quarter; j += 8) {
+            uint64_t part[4];
+            for (int p = 0; p < 4; ++p) {
+                std::memcpy(&part[p], index + p * quarter + j, 8);
+                part[p] &= 0x0303030303030303;
+            }
+            const uint64_t low = part[0] | part[1] << 2 | part[2] << 4 | part[3] << 6;
+            std::memcpy(q + j, &low, 8);
+        }
+        if constexpr (Bits == 3)
+            for (int i = 0; i < N; i += 32) {
+                const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(index + i));
+                const uint32_t high = _mm256_test_epi8_mask(v, _mm256_set1_epi8(4));
+                std::memcpy(q + Format<Bits, N>::high_offset + i / 8, &high, 4);
+            }
+    }
+}
+
+// int8 levels, 64 to a register; a block of 32 fills the lower half and leaves the upper half undefined.
+template <int N> struct Levels {
+    static constexpr int registers = N == 128 ? 2 : 1;
+    __m512i v[registers];
+};
+
+// The index bytes are copied to every part of the register that they serve and shifted by a different amount in each.
+template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+    const __m128i * p = reinterpret_cast<const __m128i *>(q);
+    alignas(16) int8_t entries[16] = {};
+    std::memcpy(entries, Format<Bits, N>::centroids, 1 << Bits);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    Levels<N> out;
+    __m512i index[Levels<N>::registers];
+    if constexpr (Bits == 4) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        if constexpr (N == 128) {
+            const __m512i bytes = _mm512_loadu_si512(q);
+            index[0] = _mm512_and_si512(bytes, mask);
+            index[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
+        } else if constexpr (N == 64) {
+            const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(q)));
+            const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+            index[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift), mask);
+        } else {
+            const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(p));
+            const __m512i shift = _mm512_set_epi64(0, 0, 0, 0, 0x0004000400040004, 0x0004000400040004, 0, 0);
+            index[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift), mask);
+        }
+    } else {
+        const __m512i mask = _mm512_set1_epi8(3);
+        if constexpr (N == 128) {
+            const __m512i bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(q)));
+            const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
+            index[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift), mask);
+            index[1] = _mm512_and_si512(_mm512_srlv_epi16(_mm512_srli_epi16(bytes, 4), shift), mask);
+        } else if constexpr (N == 64) {
+            const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(p));
+            const __m512i shift = _mm512_set_epi64(0x0006000600060006, 0x0006000600060006, 0x0004000400040004,
+                                                   0x0004000400040004, 0x0002000200020002, 0x0002000200020002, 0, 0);
+            index[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift), mask);
+        } else {
+            const __m512i bytes = _mm512_broadcastq_epi64(_mm_loadl_epi64(p));
+            const __m512i shift =
+                _mm512_set_epi64(0, 0, 0, 0, 0x0006000600060006, 0x0004000400040004, 0x0002000200020002, 0);
+            index[0] = _mm512_and_si512(_mm512_srlv_epi16(bytes, shift), mask);
+        }
+        if constexpr (Bits == 3)
+            for (int r = 0; r < Levels<N>::registers; ++r) {
+                uint64_t high = 0; // the third bits are a lane mask as they are
+                std::memcpy(&high, q + Format<Bits, N>::high_offset + 8 * r, N == 32 ? 4 : 8);
+                index[r] = _mm512_mask_add_epi8(index[r], high, index[r], _mm512_set1_epi8(4));
+            }
+    }
+    for (int r = 0; r < Levels<N>::registers; ++r) out.v[r] = _mm512_shuffle_epi8(table, index[r]);
+    return out;
+}
+
+float block_d(const uint8_t * block) { return _cvtsh_ss(load16(block)); }
+
+template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+    const __m512 norm = _mm512_set1_ps(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        __m512 y[N / lanes];
+        load<N>(src, y);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs1, r);
+        hadamard<N / lanes>(y);
+        for (int r = 0; r < N / lanes; ++r)
+            _mm512_storeu_ps(dst + lanes * r, _mm512_mul_ps(flip(y[r], signs2, r), norm));
+    }
+}
+
+template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
+    const __m512 norm = _mm512_set1_ps(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        __m512 y[N / lanes];
+        load<N>(src, y);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs2, r);
+        hadamard<N / lanes>(y);
+        for (int r = 0; r < N / lanes; ++r)
+            _mm512_storeu_ps(dst + lanes * r, flip(_mm512_mul_ps(y[r], norm), signs1, r));
+    }
+}
+
+template <int N> void query(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<typename QueryBlock<N>::type *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += N, ++out) {
+        __m512 y[N / lanes];
+        load<N>(src, y);
+        const uint32_t bits = largest_bits<N>(y);
+        if (bits == 0 || bits >= 0x7f800000) {
+            std::memset(out, 0, sizeof(*out));
+            if (bits) out->scale = NAN;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        forward<N>(y, power_of_two(-k), y);
+        const float largest = bits_float(largest_bits<N>(y));
+        const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+        __m512i sum = _mm512_setzero_si512();
+        for (int r = 0; r < N / lanes; ++r) {
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(y[r], inverse));
+            sum = _mm512_add_epi32(sum, q);
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(out->q + lanes * r), _mm512_cvtepi32_epi8(q));
+        }
+        out->sum = _mm512_reduce_add_epi32(sum);
+        out->scale = largest * Block<N>::query_scale * power_of_two(k);
+    }
+}
+
+__m512i multiply_add(__m512i sum, __m512i a, __m512i b) { // 16-bit pairs into 32 bits
+#ifdef TURBOQUANT_VNNI
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    constexpr int words = N / 32; // registers of 32 int16
+    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
+        __m512 y[N / lanes];
+        load<N>(src, y);
+        const uint32_t bits = largest_bits<N>(y);
+        if (bits == 0 || bits >= 0x7f800000) {
+            std::memset(dst, 0, F::bytes);
+            report->nonfinite += bits != 0;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        forward<N>(y, power_of_two(-k), y);
+        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+        const __m512 unit = _mm512_set1_ps(rms_unit / rms);
+
+        __m512i z[words], magnitude[words], energies = _mm512_setzero_si512();
+        for (int r = 0; r < words; ++r) {
+            const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
+            const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
+            z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+            magnitude[r] = _mm512_abs_epi16(z[r]);
+            energies = multiply_add(energies, z[r], z[r]);
+        }
+
+        int best = 0;
+        int32_t best_a = 0, best_b = 1;
+        double best_explained = -1.0;
+        for (int s = 0; s < F::search; ++s) {
+            __m512i c[words];
+            for (int r = 0; r < words; ++r) c[r] = _mm512_set1_epi16(F::centroids[M]);
+            for (int t = 0; t < M - 1; ++t) { // thresholds ascend, so the last one passed decides
+                const __m512i threshold = _mm512_set1_epi16(F::thresholds[s][t]);
+                const __m512i centroid = _mm512_set1_epi16(F::centroids[M + 1 + t]);
+                for (int r = 0; r < words; ++r)
+                    c[r] = _mm512_mask_mov_epi16(c[r], _mm512_cmpgt_epi16_mask(magnitude[r], threshold), centroid);
+            }
+            __m512i as = _mm512_setzero_si512(), bs = _mm512_setzero_si512();
+            for (int r = 0; r < words; ++r) {
+                as = multiply_add(as, magnitude[r], c[r]);
+                bs = multiply_add(bs, c[r], c[r]);
+            }
+            const int32_t a = _mm512_reduce_add_epi32(as), b = _mm512_reduce_add_epi32(bs);
+            const double e = explained(a, b);
+            if (e > best_explained) {
+                best = s;
+                best_a = a;
+                best_b = b;
+                best_explained = e;
+            }
+        }
+
+        const uint16_t d = block_scale<Bits, N>(_mm512_reduce_add_epi32(energies), best_a, best_b, rms, k,
+                                                &report->saturated);
+        if (d == 0) {
+            std::memset(dst, 0, F::bytes);
+            continue;
+        }
+        alignas(64) uint8_t index[N];
+        for (int r = 0; r < words; ++r) {
+            __m512i m = _mm512_set1_epi16(M);
+            for (int t = 0; t < M - 1; ++t) {
+                const __m512i threshold = _mm512_set1_epi16(F::thresholds[best][t]);
+                m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude[r], threshold), m,
+                                          _mm512_set1_epi16(1));
+            }
+            // M - 1 - m is M + m with all its bits flipped
+            m = _mm512_xor_si512(m, _mm512_and_si512(_mm512_srai_epi16(z[r], 15), _mm512_set1_epi16(2 * M - 1)));
+            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
+        }
+        store16(dst, d);
+        pack<Bits, N>(index, dst + 2);
+    }
+}
+
+template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    constexpr int words = N / 32;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const __m512 scale = _mm512_set1_ps(block_d(src) * F::step_n);
+        Levels<N> level = expand<Bits, N>(src + 2);
+        __m512i w[words];
+        for (int r = 0; r < Levels<N>::registers; ++r) {
+            const __m512i v =
+                _mm512_mask_sub_epi8(level.v[r], sign_mask64(signs2, r), _mm512_setzero_si512(), level.v[r]);
+            w[2 * r] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(v));
+            if constexpr (N > 32) w[2 * r + 1] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(v, 1));
+        }
+        hadamard<words>(w);
+        for (int r = 0; r < words; ++r) {
+            const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(w[r])));
+            const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(w[r], 1)));
+            _mm512_storeu_ps(dst + 32 * r, flip(_mm512_mul_ps(scale, low), signs1, 2 * r));
+            _mm512_storeu_ps(dst + 32 * r + 16, flip(_mm512_mul_ps(scale, high), signs1, 2 * r + 1));
+        }
+    }
+}
+
+template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const __m512 scale = _mm512_set1_ps(block_d(src) * F::step);
+        const Levels<N> level = expand<Bits, N>(src + 2);
+        alignas(64) int8_t bytes[64 * Levels<N>::registers];
+        for (int r = 0; r < Levels<N>::registers; ++r) _mm512_store_si512(bytes + 64 * r, level.v[r]);
+        for (int r = 0; r < N / lanes; ++r) {
+            const __m128i v = _mm_load_si128(reinterpret_cast<const __m128i *>(bytes + lanes * r));
+            _mm512_storeu_ps(dst + lanes * r, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v))));
+        }
+    }
+}
+
+// Sums over four bytes. VNNI multiplies unsigned by signed, so the level is offset by 128 and 128 times the query's sum
+// is taken off again; without VNNI the level's sign moves to the query (neither is ever -128).
+template <int N> int32_t dot_levels(const Levels<N> & level, const typename QueryBlock<N>::type * q) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int r = 0; r < Levels<N>::registers; ++r) {
+        const __m512i values = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, q->q) : _mm512_loadu_si512(q->q + 64 * r);
+#ifdef TURBOQUANT_VNNI
+        sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(level.v[r], _mm512_set1_epi8(-128)), values);
+#else
+        const __m512i moved = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(level.v[r]), _mm512_setzero_si512(),
+                                                   values);
+        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(level.v[r]), moved);
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+    }
+#ifdef TURBOQUANT_VNNI
+    return _mm512_reduce_add_epi32(sum) - 128 * q->sum;
+#else
+    return _mm512_reduce_add_epi32(sum);
+#endif
+}
+
+template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    using F = Format<Bits, N>;
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
+        sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
+    return sum;
+}
+
+} // namespace
+
+#ifdef TURBOQUANT_VNNI
+const Kernels kernels_avx512vnni = TURBOQUANT_KERNELS_TABLE("avx512vnni");
+#else
+const Kernels kernels_avx512 = TURBOQUANT_KERNELS_TABLE("avx512");
+#endif
+
+} // namespace turboquant
