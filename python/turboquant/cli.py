@@ -1,0 +1,193 @@
+"""The command ``turboquant``: patch llama.cpp, build it, say where the programs are.
+
+Every command is a function with the decorator `command`, which turns the package's own errors into one message and
+exit status 1. Messages and progress go to stderr; stdout has the answer alone, so that it can be used in scripts.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# Heavier modules are imported by the commands that need them: --help must not wait for them.
+from .llama.files import LlamaError
+from .llama.patch import PatchError
+from .llama.source import DEFAULT_VERSION
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="turboquant",
+    help="TurboQuant cache types for llama.cpp: patch a llama.cpp tree, or fetch and build one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register `function` as a command (its name, with '-' for '_') whose known errors are told in a sentence."""
+
+    @functools.wraps(function)
+    def wrapped(*args: object, **kwargs: object) -> None:
+        # A plain `kill` must stop the compilers as Ctrl-C does.
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            function(*args, **kwargs)
+        except (LlamaError, PatchError) as error:
+            _tell(f"turboquant: {error}")
+            raise typer.Exit(1) from None
+        except OSError as error:  # a full disk, a folder without permission: the text names the file
+            _tell(f"turboquant: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _tell("turboquant: interrupted; nothing is broken, and the same command goes on from here")
+            raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    app.command()(wrapped)
+    return wrapped
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+_Tree = Annotated[Path, typer.Argument(metavar="DIR", help="A llama.cpp source tree.", show_default=False)]
+
+
+@command
+def patch(
+    directory: _Tree,
+    check: Annotated[bool, typer.Option("--check", help="Only tell what would be done; write nothing.")] = False,
+) -> None:
+    """Insert the turbo types into the llama.cpp tree DIR, in place.
+
+    With --check the exit status is 0 if every hook is in place or would fit, 1 if one does not fit.
+    """
+    from .llama import patch as hooks
+
+    states = hooks.check(directory) if check else hooks.patch(directory)
+    width = max(len(state.id) for state in states)
+    for state in states:
+        print(f"{state.state:8}  {state.id:{width}}  {state.detail or state.file}")
+    broken = sum(state.state == "broken" for state in states)
+    if broken:
+        _tell(f"turboquant: {_plural(broken, 'hook')} of {len(states)} would not fit {directory}")
+        raise typer.Exit(1)
+    open_ = sum(state.state in ("missing", "outdated") for state in states)
+    if open_:
+        print(f"\n{_plural(open_, 'hook')} to insert: run `turboquant patch {shlex.quote(str(directory))}`")
+        return
+    build_folder = directory / "build"
+    configure = ["cmake", "-S", str(directory), "-B", str(build_folder), "-DCMAKE_BUILD_TYPE=Release"]
+    print("\nThe hooks are in place. Configure with the codec's sources, in a new build folder, then compile:\n")
+    print(f"  {shlex.join([*configure, *hooks.cmake_args()])}")
+    print(f"  {shlex.join(['cmake', '--build', str(build_folder), '-j'])}")
+
+
+@command
+def unpatch(directory: _Tree) -> None:
+    """Take the turbo types out of the llama.cpp tree DIR again: every file is byte for byte what it was."""
+    from .llama import patch as hooks
+
+    files = hooks.unpatch(directory)
+    for file in files:
+        print(f"restored  {file}")
+    if not files:
+        print(f"{directory} has no hooks in it")
+
+
+@command
+def build(
+    source: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="A llama.cpp checkout; it is copied, not touched.", show_default=False),
+    ] = None,
+    version: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="X", help="The llama-cpp-python release whose llama.cpp to take.", show_default=DEFAULT_VERSION
+        ),
+    ] = None,
+    target: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="NAME",
+            help="Build this CMake target only; repeatable. 'default' stands for the usual six programs.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[
+        Optional[int],
+        typer.Option("--jobs", "-j", min=1, help="Compilers at once.", show_default="one per CPU"),
+    ] = None,
+    cmake_arg: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="-DNAME=VALUE", help="A further option for CMake; repeatable.", show_default=False),
+    ] = None,
+) -> None:
+    """Build llama.cpp with the turbo types, and print the folder with the programs.
+
+    Without --source, llama.cpp comes from the source package of llama-cpp-python, fetched with pip. Everything is
+    kept in the cache folder (TURBOQUANT_CACHE, by default ~/.cache/turboquant); a rerun compiles only what changed.
+    """
+    from .llama.build import build as run_build
+
+    print(run_build(source, version, target or (), jobs, cmake_arg or ()))
+
+
+@command
+def where() -> None:
+    """Print the folder with the programs of the last build; exit status 1 if there is none."""
+    from .llama import build as builds
+
+    folder = builds.where()
+    print(folder)
+    if builds.is_outdated(folder):
+        _tell("turboquant: note: built from another version of the codec or the hooks; `turboquant build` renews it")
+
+
+@command
+def types() -> None:
+    """Print the table of the turbo types."""
+    from ._types import types as all_types
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("type")
+    for heading in ("bits", "block", "bytes", "bits/value", "f16/size"):
+        table.add_column(heading, justify="right")
+    for info in all_types():
+        per_value = info.bits_per_value
+        row = (info.bits, info.block, info.block_bytes, f"{per_value:g}", f"{16 / per_value:.2f}")
+        table.add_row(info.name, *map(str, row))
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Small file tools that the cache needs: atomic writes, locks, content hashes, and trees kept in step by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "LlamaError",
+    "hash_files",
+    "last_lines",
+    "list_files",
+    "lock",
+    "read_json",
+    "remove_tree",
+    "sync",
+    "write_json",
+]
+
+
+class LlamaError(Exception):
+    """Fetching, building or running llama.cpp failed. The text says what to do."""
+
+
+# ---- single files ----------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` to `path` so that a reader sees the old file or the new one, never half of it."""
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`; None if there is no such file or no JSON object in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def last_lines(text: str, count: int = 20) -> str:
+    """The last `count` lines of `text` that are not empty."""
+    return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-count:])
+
+
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+def list_files(root: Path, skip: Callable[[str, bool], bool] = lambda path, is_dir: False) -> Iterator[str]:
+    """The regular files below `root`, sorted, as relative paths with '/'.
+
+    `skip(path, is_dir)` leaves out a file or a whole folder. Links to folders are not followed.
+    """
+    folders, files = [], []
+    with os.scandir(root) as entries:
+        for entry in entries:
+            (folders if entry.is_dir(follow_symlinks=False) else files).append(entry)
+    for entry in sorted(files, key=lambda entry: entry.name):
+        if entry.is_file() and not skip(entry.name, False):
+            yield entry.name
+    for entry in sorted(folders, key=lambda entry: entry.name):
+        if not skip(entry.name, True):
+            for path in list_files(Path(entry.path), lambda below, is_dir: skip(f"{entry.name}/{below}", is_dir)):
+                yield f"{entry.name}/{path}"
+
+
+def hash_files(root: Path, files: Iterable[str]) -> str:
+    """SHA-256 over the names and the contents of `files` (relative to `root`)."""
+    total = hashlib.sha256()
+    for name in files:
+        data = (root / name).read_bytes()
+        total.update(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
+        total.update(data)
+    return total.hexdigest()
+
+
+def sync(source: Path, files: Iterable[str], target: Path) -> int:
+    """Make `target` hold exactly `files` of `source`, and return how many files had to be written or removed.
+
+    A file whose content is the same is left alone, so its time stays and nothing that was built from it is stale. A
+    written file gets the present time, not the source's: it must be newer than what was built from its predecessor.
+    """
+    changes = 0
+    wanted = set(files)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sorted(wanted):
+        data = (source / name).read_bytes()
+        to = target / name
+        if to.is_file() and not to.is_symlink() and to.read_bytes() == data:
+            continue
+        changes += 1
+        to.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=to.name + ".", dir=to.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            # The user must be able to write to the copy, and scripts must stay executable.
+            os.chmod(temporary, 0o644 | (stat.S_IMODE((source / name).stat().st_mode) & 0o111))
+            os.replace(temporary, to)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    for name in list(list_files(target)):
+        if name not in wanted:
+            changes += 1
+            (target / name).unlink()
+    return changes
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder of the cache; nothing happens if there is none."""
+
+    def writable(function: Callable[..., object], name: str, _error: object) -> None:
+        os.chmod(name, stat.S_IRWXU)  # a read-only file stops the removal on Windows
+        function(name)
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, onerror=writable)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(path: Path, waiting: Callable[[], None] | None = None, block: bool = True) -> Iterator[int | None]:
+    """Hold the lock file `path` (made if missing, never deleted) and yield its descriptor.
+
+    If another process holds it, `waiting` is called once and the call waits; with ``block=False`` it yields None at
+    once. The system gives the lock up when the process ends, however it ends. A child that inherits the descriptor
+    shares the lock: a compiler that outlives its parent keeps others out of its folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        told = False
+        while not _try_lock(descriptor):
+            if not block:
+                yield None
+                return
+            if waiting and not told:
+                waiting()
+                told = True
+            time.sleep(0.2)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

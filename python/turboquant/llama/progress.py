@@ -1,0 +1,104 @@
+"""Progress for people: a bar on a terminal, a few plain lines anywhere else. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["Reporter", "Track", "duration"]
+
+Unit = Literal["steps", "bytes"]
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 1 h 02 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole // 60 % 60:02} min"
+
+
+class Track:
+    """One thing that progresses. `update` may be called as often as one likes."""
+
+    def __init__(self, reporter: Reporter, label: str, total: int | None, unit: Unit, bar: Progress | None) -> None:
+        self._reporter, self._label, self._total, self._unit, self._bar = reporter, label, total, unit, bar
+        self._task: TaskID | None = bar.add_task(label, total=total) if bar else None
+        self._start = self._said_at = time.monotonic()
+        self._said_tenth = 0
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """`done` of `total` (both since the start of this track); a `total` of None leaves it as it was."""
+        self._total = total or self._total
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, total=self._total)
+        elif self._total:
+            # Sparse: every tenth at most, and at least one line a minute while something happens.
+            now, tenth = time.monotonic(), 10 * done // self._total
+            if done and (tenth > self._said_tenth or now - self._said_at >= 60):
+                self._said_at, self._said_tenth = now, tenth
+                self._reporter.say(self._line(done, self._total, now - self._start))
+
+    def _line(self, done: int, total: int, elapsed: float) -> str:
+        count = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if self._unit == "bytes" else f"{done}/{total}"
+        left = elapsed * (total - done) / done
+        text = f"{self._label} {count} ({100 * done // total}%), {duration(elapsed)}"
+        return text + (f", about {duration(left)} left" if done < total and elapsed >= 5 else "")
+
+
+class Reporter:
+    """Where messages and progress go (default: stderr)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One message, printed as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def track(self, label: str, total: int | None = None, unit: Unit = "steps") -> Iterator[Track]:
+        """A progress bar for the time of a ``with`` block; it disappears at its end."""
+        if not self.console.is_terminal:
+            self.say(f"{label} ...")
+            yield Track(self, label, total, unit, None)
+            return
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            # Files differ much in how long they compile: a long window gives a calmer estimate.
+            TimeRemainingColumn(),
+        ]
+        with Progress(*columns, console=self.console, transient=True, speed_estimate_period=120) as bar:
+            yield Track(self, label, total, unit, bar)
+
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A spinner for something without steps."""
+        if self.console.is_terminal:
+            with self.console.status(label):
+                yield
+        else:
+            self.say(f"{label} ...")
+            yield

@@ -1,0 +1,359 @@
+"""Where the sources of llama.cpp come from: a folder of the user's, or the copy inside a llama-cpp-python release.
+
+llama-cpp-python's source package holds a whole llama.cpp, and pip fetches it from wherever the user's pip is set up to
+fetch from. Of its archive only ``vendor/llama.cpp`` is unpacked, without what no build needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, write_json
+from .paths import cache_dir
+from .progress import Reporter
+
+__all__ = ["DEFAULT_VERSION", "PROVEN", "Archive", "Source", "SourceError", "cached", "fetch", "local"]
+
+DEFAULT_VERSION = "0.3.36"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The source package of one llama-cpp-python release."""
+
+    sha256: str
+    size: int  # bytes
+
+
+# The releases that the hooks are proven with.
+PROVEN: dict[str, Archive] = {
+    "0.3.30": Archive("798c9b42652d2e0bff5fe81e7e762089f425a99e67f66ffe5ae156957876e0d1", 70191382),
+    "0.3.33": Archive("369ba03d02caaef42c1ed07bbdc454f7436e47c7675b8b9757fa13fbac6acd92", 70533021),
+    "0.3.35": Archive("1139dbb54509074b70893fab8554e3b079aa9f4d312058ce4018ef0019e3de12", 74868054),
+    "0.3.36": Archive("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", 76589250),
+}
+
+# Folders at the top of llama.cpp that no build reads: half of its 180 MB. (tests/, examples/, scripts/ and licenses/
+# are read by CMake and stay.)
+UNNEEDED = {"benches", "ci", "conversion", "docs", "gguf-py", "media", "models", "requirements", "skills"}
+# Raised when the rule above changes, so that older unpacked trees are not taken for current ones.
+_LAYOUT = 1
+_MAX_FILES, _MAX_BYTES = 50_000, 2 << 30  # far above any llama.cpp; stops an archive made to fill the disk
+
+# Without these there is nothing to build or to patch.
+_ESSENTIAL = (
+    "CMakeLists.txt",
+    "common/arg.cpp",
+    "ggml/CMakeLists.txt",
+    "ggml/include/ggml.h",
+    "ggml/src/ggml-cpu/ggml-cpu.c",
+    "include/llama.h",
+    "src/llama-context.cpp",
+    "tools/CMakeLists.txt",
+)
+
+
+class SourceError(LlamaError):
+    """The sources of llama.cpp could not be had."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A llama.cpp source tree that is read and never written.
+
+    ``name`` is for people; ``slug`` for folder names; ``identity`` tells two sources apart whatever their content is
+    now; ``digest`` is of the content; ``commit`` and ``number`` are what the built programs give as their version.
+    """
+
+    root: Path
+    name: str
+    slug: str
+    identity: str
+    digest: str
+    commit: str = "unknown"
+    number: int = 0
+
+    def files(self) -> Iterator[str]:
+        """The files a build needs, as sorted relative paths."""
+        return list_files(self.root, lambda path, is_dir: _skip(self.root, path, is_dir))
+
+
+def _skip(root: Path, path: str, is_dir: bool) -> bool:
+    name = path.rpartition("/")[2]
+    if not is_dir:
+        return name.endswith((".gguf", ".o", ".a", ".so", ".dylib", ".pyc", ".orig", ".rej")) or name == ".git"
+    if path == name and (name in UNNEEDED or name.startswith((".", "build"))):
+        return True
+    # A checkout may have any number of build folders in it, under any name.
+    return name in {"node_modules", "__pycache__", ".git"} or (root / path / "CMakeCache.txt").is_file()
+
+
+# ---- a folder of the user's ------------------------------------------------------------------------------------------
+
+
+def local(directory: str | os.PathLike[str]) -> Source:
+    """The llama.cpp checkout `directory`.
+
+    Raises:
+        SourceError: no such folder, or files of llama.cpp are missing in it (the text names them).
+    """
+    root = Path(directory).expanduser().resolve()
+    if not root.is_dir():
+        raise SourceError(f"{root}: no such folder")
+    missing = [file for file in _ESSENTIAL if not (root / file).is_file()]
+    if missing:
+        inner = root / "vendor" / "llama.cpp"
+        hint = f"; did you mean {inner}?" if (inner / "ggml/include/ggml.h").is_file() else ""
+        raise SourceError(f"{root} is no llama.cpp source tree: it lacks {', '.join(missing)}{hint}")
+    digest = hash_files(root, list_files(root, lambda path, is_dir: _skip(root, path, is_dir)))
+    commit, number = _git_version(root)
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", root.name).strip("-.") or "llama.cpp"
+    return Source(root, str(root), slug, f"folder:{root}", digest, commit, number)
+
+
+def _git_version(root: Path) -> tuple[str, int]:
+    """Commit and number of commits of a checkout; ("unknown", 0) if it is none, or only a folder inside another."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    if not shutil.which("git"):
+        return "unknown", 0
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root:
+        return "unknown", 0
+    count = git("rev-list", "--count", "HEAD")
+    return git("rev-parse", "--short", "HEAD") or "unknown", int(count) if count.isdigit() else 0
+
+
+# ---- a release of llama-cpp-python -----------------------------------------------------------------------------------
+
+
+def fetch(version: str = DEFAULT_VERSION, reporter: Reporter | None = None, path: str | None = None) -> Source:
+    """The llama.cpp inside llama-cpp-python `version`, from the cache or, the first time, through pip.
+
+    Args:
+        version: e.g. "0.3.36". Any release goes; only those of `PROVEN` are checked against a known checksum.
+        reporter: where progress goes.
+        path: the PATH that pip runs with (cmake and ninja there spare it fetching its own).
+
+    Raises:
+        SourceError: bad version, no pip, no network, a download that stays corrupt, an archive without llama.cpp.
+    """
+    found = cached(version)
+    if found:
+        return found
+    reporter = reporter or Reporter()
+    folder = cache_dir() / "sources"
+    target = _folder(version)
+
+    def waiting() -> None:
+        reporter.say(f"another process is fetching llama-cpp-python {version}; waiting for it")
+
+    with lock(cache_dir() / "locks" / f"source-{version}.lock", waiting):
+        found = cached(version)  # by the process that we waited for
+        if found:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f".{version}.*"):  # of a run that was killed
+            remove_tree(leftover)
+        with tempfile.TemporaryDirectory(prefix=f".{version}.", dir=folder) as temporary:
+            work = Path(temporary)
+            archive, sha256 = _download(version, work, reporter, path)
+            tree = work / "llama.cpp"
+            with reporter.track("unpacking llama.cpp", archive.stat().st_size, "bytes") as track:
+                commit = _unpack(archive, tree, track.update)
+            record = {"layout": _LAYOUT, "version": version, "sha256": sha256, "commit": commit}
+            write_json(work / "source.json", record)
+            archive.unlink()
+            remove_tree(target)  # of an older layout
+            ready = work / "ready"
+            ready.mkdir()
+            os.replace(tree, ready / "llama.cpp")
+            os.replace(work / "source.json", ready / "source.json")
+            os.replace(ready, target)
+    found = cached(version)
+    if not found:
+        raise SourceError(f"{target}: the tree that was just unpacked there is gone; is something cleaning the cache?")
+    return found
+
+
+def cached(version: str = DEFAULT_VERSION) -> Source | None:
+    """What `fetch` would return if nothing has to be fetched, else None.
+
+    Raises:
+        SourceError: `version` is no version.
+    """
+    target = _folder(version)
+    record = read_json(target / "source.json")
+    if not record or record.get("layout") != _LAYOUT or record.get("version") != version:
+        return None
+    root = target / "llama.cpp"
+    if not all((root / file).is_file() for file in _ESSENTIAL):
+        return None  # someone tidied up in the cache
+    sha256, commit = str(record.get("sha256")), str(record.get("commit"))
+    return Source(
+        root=root,
+        name=f"llama.cpp of llama-cpp-python {version}",
+        slug=f"llama.cpp-{version}",
+        identity=f"llama-cpp-python:{version}:{sha256}",
+        digest=f"{sha256}:{_LAYOUT}",
+        commit=commit[:9],
+    )
+
+
+def _folder(version: str) -> Path:
+    if not re.fullmatch(r"\d+(\.\d+)+([a-z]+\d+)?(\.post\d+)?", version):
+        raise SourceError(f"{version!r} is no version of llama-cpp-python; give one such as {DEFAULT_VERSION}")
+    return cache_dir() / "sources" / f"llama-cpp-python-{version}"
+
+
+def _download(version: str, work: Path, reporter: Reporter, path: str | None) -> tuple[Path, str]:
+    """The archive in `work` and its SHA-256; a corrupt one is deleted and fetched once more, past pip's cache."""
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"pip is not installed for {sys.executable}, so llama-cpp-python {version} cannot be fetched; run "
+            f"`{sys.executable} -m ensurepip`, or give a llama.cpp checkout with --source DIR"
+        )
+    known = PROVEN.get(version)
+    for attempt in (1, 2):
+        archive = _pip_download(version, work / f"download{attempt}", reporter, path, fresh=attempt > 1)
+        problem, sha256 = _verify(archive, known)
+        if not problem:
+            if known is None:
+                reporter.say(
+                    f"note: llama-cpp-python {version} is not one of the releases the hooks are proven with "
+                    f"({', '.join(PROVEN)}); its checksum is not known here (sha256 {sha256})"
+                )
+            return archive, sha256
+        archive.unlink()
+        if attempt == 1:
+            reporter.say(f"{archive.name} is corrupt ({problem}); fetching it again")
+    raise SourceError(
+        f"{archive.name} is corrupt, twice ({problem}); does a proxy or a mirror change it? "
+        f"Give a llama.cpp checkout with --source DIR instead"
+    )
+
+
+def _verify(archive: Path, known: Archive | None) -> tuple[str, str]:
+    """What is wrong with `archive` ("" if nothing) and its SHA-256."""
+    digest = hashlib.sha256()
+    with archive.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    sha256, size = digest.hexdigest(), archive.stat().st_size
+    if known and sha256 != known.sha256:
+        return f"{size} bytes with sha256 {sha256}, expected {known.size} bytes with {known.sha256}", sha256
+    if not known:
+        try:
+            with tarfile.open(archive, "r:gz") as tar:
+                for _ in tar:
+                    pass
+        except (tarfile.TarError, EOFError, OSError) as error:
+            return f"not a readable tar.gz: {error}", sha256
+    return "", sha256
+
+
+def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | None, fresh: bool) -> Path:
+    """Fetch the source package with pip into `folder`.
+
+    pip prepares the package's metadata after the download (there is no way to tell it not to), which runs the
+    package's build backend in an environment of its own.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command += ["--no-deps", "--no-binary", "llama-cpp-python", "--progress-bar", "off", "--dest", str(folder)]
+    command += ["--no-cache-dir"] * fresh + [f"llama-cpp-python=={version}"]
+    # pip's temporary files go where ours are: the same disk, seen by the progress bar, and removed with the rest.
+    env = dict(os.environ, TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary))
+    if path:
+        env["PATH"] = path
+    known = PROVEN.get(version)
+    label = f"fetching llama-cpp-python {version}"
+    with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
+        with reporter.track(label, known.size if known else None, "bytes") as track:
+            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+                    sizes = [size for file in folder.rglob("*.tar.gz") if (size := _size(file))]
+                    if sizes:
+                        track.update(max(sizes))
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        log.seek(0)
+        output = log.read()
+    archives = sorted(folder.glob("*.tar.gz"))
+    if process.returncode == 0 and len(archives) == 1:
+        return archives[0]
+    raise SourceError(
+        f"pip could not fetch llama-cpp-python {version}:\n{last_lines(output, 12)}\n"
+        f"Is this machine offline, or the version misspelt? With a llama.cpp checkout at hand, "
+        f"`turboquant build --source DIR` needs no download."
+    )
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # moved or removed by pip between listing and looking
+        return 0
+
+
+def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str:
+    """Write vendor/llama.cpp of `archive` to `target`; returns the commit that the archive names, or "unknown".
+
+    Only regular files are written, each to a path that was built from checked parts, so nothing can land elsewhere.
+    """
+    commit, count, size = "unknown", 0, 0
+    seen: set[str] = set()
+    with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as tar:
+        for member in tar:
+            parts = PurePosixPath(member.name).parts
+            if parts[1:] == (".git", "modules", "vendor", "llama.cpp", "HEAD") and member.isreg():
+                text = _content(tar, member)[:200].decode("ascii", "replace").strip()
+                commit = text if re.fullmatch(r"[0-9a-f]{40}", text) else commit
+            if parts[1:3] != ("vendor", "llama.cpp") or not member.isreg():
+                continue
+            inner = parts[3:]
+            if not inner or inner[0] in UNNEEDED or inner[0].startswith("."):
+                continue
+            bad = any(part in ("..", ".", "/") or "\\" in part or ":" in part or "\0" in part for part in parts)
+            if bad or member.name.startswith("/"):
+                raise SourceError(f"{archive.name}: it has a file outside of its folder ({member.name!r}); not unpacked")
+            count, size = count + 1, size + member.size
+            if count > _MAX_FILES or size > _MAX_BYTES:
+                raise SourceError(f"{archive.name}: more than {_MAX_FILES} files or {_MAX_BYTES >> 20} MiB in it")
+            file = target.joinpath(*inner)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(_content(tar, member))
+            if member.mode & 0o100:
+                file.chmod(0o755)
+            seen.add("/".join(inner))
+            progress(raw.tell())
+    missing = [file for file in _ESSENTIAL if file not in seen]
+    if missing:
+        raise SourceError(f"{archive.name}: no llama.cpp in its vendor/llama.cpp: it lacks {', '.join(missing)}")
+    return commit
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()

@@ -1,0 +1,229 @@
+"""The programs that a build needs: a C++ compiler of the machine's, CMake and Ninja of the machine's or from PyPI.
+
+CMake and Ninja are no dependencies of the package: most machines with a compiler have them, and the codec alone needs
+neither at run time. Where one is missing or too old, both are installed once, as PyPI wheels, into the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import LlamaError, last_lines, lock, remove_tree
+from .paths import cache_dir
+from .progress import Reporter
+
+__all__ = ["Tools", "ToolError", "compiler", "cpu", "find_tools", "jobs"]
+
+MINIMUM_CMAKE = (3, 19)  # ggml_types/inject.cmake defers calls
+_PACKAGES = ("cmake>=3.19,<5", "ninja>=1.10")
+
+
+class ToolError(LlamaError):
+    """A program that the build needs is missing and could not be had."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """CMake and Ninja, ready to run."""
+
+    cmake: Path
+    ninja: Path
+
+    def path(self) -> str:
+        """PATH with both in front."""
+        own = dict.fromkeys([str(self.cmake.parent), str(self.ninja.parent)])
+        return os.pathsep.join([*own, os.environ.get("PATH", os.defpath)])
+
+
+# ---- compiler --------------------------------------------------------------------------------------------------------
+
+
+def compiler() -> list[str]:
+    """What identifies the C and C++ compilers that CMake will find: program and version, one string each.
+
+    Raises:
+        ToolError: there is none, or it does not run.
+    """
+    found = [
+        _compiler("CC", ("cc", "gcc", "clang", "cl") if os.name == "nt" else ("cc", "gcc", "clang")),
+        _compiler("CXX", ("c++", "g++", "clang++", "cl") if os.name == "nt" else ("c++", "g++", "clang++")),
+    ]
+    for variable, identity in zip(("CC", "CXX"), found):
+        if identity is None:
+            what = "C" if variable == "CC" else "C++"
+            asked = os.environ.get(variable)
+            if asked:
+                raise ToolError(f"the {what} compiler that {variable} names, {asked!r}, does not run")
+            raise ToolError(f"no {what} compiler found; {_how_to_get_a_compiler()}")
+    return [identity for identity in found if identity]
+
+
+def _compiler(variable: str, names: tuple[str, ...]) -> str | None:
+    asked = os.environ.get(variable)
+    for command in [shlex.split(asked, posix=os.name != "nt")] if asked else [[name] for name in names]:
+        program = shutil.which(command[0])
+        if not program:
+            continue
+        version = [] if Path(command[0]).stem.lower() == "cl" else ["--version"]
+        # On a Mac without the command line tools `c++` exists and fails.
+        output = _run([program, *command[1:], *version])
+        if output:
+            return f"{shlex.join([os.path.realpath(program), *command[1:]])}: {output.splitlines()[0].strip()}"
+    return None
+
+
+def _how_to_get_a_compiler() -> str:
+    if sys.platform == "darwin":
+        return "install Apple's with `xcode-select --install`"
+    if os.name == "nt":
+        return "install Visual Studio's C++ build tools and start from their developer prompt"
+    for manager, command in (
+        ("apt-get", "apt-get install g++"),
+        ("dnf", "dnf install gcc-c++"),
+        ("pacman", "pacman -S gcc"),
+        ("zypper", "zypper install gcc-c++"),
+        ("apk", "apk add g++"),
+    ):
+        if shutil.which(manager):
+            return f"install one with `{command}` (as root), or point CC and CXX at one"
+    return "install g++ or clang with the system's package manager, or point CC and CXX at one"
+
+
+def cpu() -> str:
+    """The CPU's model and features in one line: code compiled for this very CPU may not run on another."""
+    system = platform.system()
+    if system == "Linux":
+        try:
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            text = ""
+        keys = {"model name", "flags", "Features", "CPU implementer", "CPU part", "isa"}
+        lines = {}
+        for line in text.splitlines():  # of the first core that has the key
+            key, _, value = line.partition(":")
+            lines.setdefault(key.strip(), value.strip())
+        found = {key: lines[key] for key in sorted(keys & set(lines))}
+        features = " ".join(found.pop(key, "") for key in ("flags", "Features", "isa"))
+        digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:12]
+        return " ".join([platform.machine(), *found.values(), digest])
+    if system == "Darwin":
+        return f"{platform.machine()} {_run(['sysctl', '-n', 'machdep.cpu.brand_string']).strip()}"
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def jobs() -> int:
+    """How many compilers to run at once: one per usable CPU, as far as the memory goes (about 1.5 GiB each)."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return cpus
+    return max(1, min(cpus, int(memory / (1.5 * 2**30))))
+
+
+# ---- CMake and Ninja -------------------------------------------------------------------------------------------------
+
+
+def find_tools(reporter: Reporter) -> Tools:
+    """CMake (3.19 or newer) and Ninja: of the machine, of the Python environment, of the cache, or fetched into it.
+
+    Raises:
+        ToolError: they are not there and pip could not fetch them.
+    """
+    scripts = sysconfig.get_path("scripts")
+    cmake = _first([shutil.which("cmake"), shutil.which("cmake", path=scripts)], MINIMUM_CMAKE)
+    ninja = _first([shutil.which("ninja"), shutil.which("ninja-build"), shutil.which("ninja", path=scripts)], (1,))
+    if cmake and ninja:
+        return Tools(cmake, ninja)
+    folder = cache_dir() / "tools"
+
+    def own() -> Tools | None:
+        mine = _in_folder(folder / "cmake-ninja")
+        return Tools(cmake or mine.cmake, ninja or mine.ninja) if mine else None
+
+    found = own()
+    if found:
+        return found
+
+    def waiting() -> None:
+        reporter.say("another process is fetching cmake and ninja; waiting for it")
+
+    missing = " and ".join(
+        name for name, tool in ((f"CMake {'.'.join(map(str, MINIMUM_CMAKE))} or newer", cmake), ("Ninja", ninja)) if not tool
+    )
+    with lock(cache_dir() / "locks" / "tools.lock", waiting):
+        found = own()
+        if found:
+            return found
+        with reporter.busy(f"no {missing} on this machine: fetching cmake and ninja from PyPI"):
+            _install(folder, missing)
+    found = own()
+    if not found:
+        raise ToolError(
+            f"the cmake and ninja that pip put into {folder / 'cmake-ninja'} do not run on this machine; "
+            f"install {missing} with the system's package manager"
+        )
+    return found
+
+
+def _install(folder: Path, missing: str) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise ToolError(
+            f"{missing} not found, and pip, which would fetch it, is not installed for {sys.executable}; run "
+            f"`{sys.executable} -m ensurepip`, or install {missing} with the system's package manager"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial.*"):  # of a run that was killed
+        remove_tree(leftover)
+    with tempfile.TemporaryDirectory(prefix=".partial.", dir=folder) as temporary:
+        target = Path(temporary) / "tools"
+        # Wheels only: compiling CMake from source would take longer than llama.cpp.
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+        command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), *_PACKAGES]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            raise ToolError(
+                f"{missing} not found, and pip could not fetch it:\n{last_lines(done.stderr, 8)}\n"
+                f"Install {missing} with the system's package manager, or `pip install cmake ninja` when online."
+            )
+        remove_tree(folder / "cmake-ninja")
+        os.replace(target, folder / "cmake-ninja")
+
+
+def _in_folder(folder: Path) -> Tools | None:
+    """The programs among what pip installed into `folder`: the real ones, not the Python scripts that start them."""
+    suffix = ".exe" if os.name == "nt" else ""
+    cmake = _first([folder / "cmake/data/bin" / f"cmake{suffix}", folder / "bin" / f"cmake{suffix}"], MINIMUM_CMAKE)
+    ninja = _first([folder / "ninja/data/bin" / f"ninja{suffix}", folder / "bin" / f"ninja{suffix}"], (1,))
+    return Tools(cmake, ninja) if cmake and ninja else None
+
+
+def _first(candidates: list[str | Path | None] | list[str | None] | list[Path], minimum: tuple[int, ...]) -> Path | None:
+    """The first candidate that runs and is new enough."""
+    for candidate in candidates:
+        if candidate and Path(candidate).is_file():
+            version = re.search(r"\d+(\.\d+)+", _run([str(candidate), "--version"]))
+            if version and tuple(int(part) for part in version[0].split(".")) >= minimum:
+                return Path(candidate)
+    return None
+
+
+def _run(command: list[str]) -> str:
+    """What `command` prints; "" if it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout or done.stderr) if done.returncode == 0 else ""
