@@ -135,7 +135,8 @@ def load_hooks(path: Path | None = None) -> list[Hook]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise HooksFileError(f"{path}: {error}") from error
-    hooks = [_parse_hook(path, row) for row in table.get("hook", [])]
+    rows = table.get("hook", [])
+    hooks = _include_hooks(path, rows) + [_parse_hook(path, row) for row in rows]
     if not hooks:
         raise HooksFileError(f"{path}: no [[hook]] in it")
     seen: set[str] = set()
@@ -143,6 +144,25 @@ def load_hooks(path: Path | None = None) -> list[Hook]:
         if hook.id in seen:
             raise HooksFileError(f"{path}: the id {hook.id!r} occurs twice")
         seen.add(hook.id)
+    return hooks
+
+
+def _include_hooks(path: Path, rows: list[dict[str, Any]]) -> list[Hook]:
+    """One more hook for every header that hooks of a file ask for with `include`, after the file's first #include."""
+    wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "include" in row:
+            header, file = row["include"], row.get("file")
+            if not isinstance(header, str) or not isinstance(file, str):
+                raise HooksFileError(f"{path}: hook {row.get('id', '?')!r}: include and file must be strings")
+            wanted.setdefault((file, header), []).append(row)
+    hooks = []
+    for (file, header), users in wanted.items():
+        text = f'#include "{header}" // not found? CMake needs the argument that `turboquant patch` prints'
+        site = Site(file, r"\A(?:.*\n)*?#include .*\n", "after", text)
+        name = "include-" + re.sub(r"[^a-z0-9]+", "-", file.rpartition("/")[2].lower())
+        why = "Declares what the hooks of this file use."
+        hooks.append(Hook(name, why, (site,), tests=all(row.get("tests", False) for row in users)))
     return hooks
 
 
@@ -157,7 +177,7 @@ def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
 
     if not re.fullmatch(_ID, field(row, "id")):
         raise HooksFileError(f"{path}: hook id {name!r} must match {_ID}")
-    unknown = set(row) - {"id", "why", "file", "anchor", "where", "text", "optional", "tests", "alternative"}
+    unknown = set(row) - {"id", "why", "file", "anchor", "where", "text", "include", "optional", "tests", "alternative"}
     if unknown:
         raise HooksFileError(f"{path}: hook {name!r}: unknown field {sorted(unknown)[0]!r}")
     sites = []
@@ -186,7 +206,7 @@ def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
 
 def _insertion(hook: Hook, site: Site, at_line_start: bool, newline: str) -> str:
     text = site.text.replace("\n", newline)
-    gap = newline if "\n" in text else " "
+    gap = newline if "\n" in text or "//" in text else " "
     # At the start of a line the insertion is a line (or lines) of its own; elsewhere it stays within the line.
     tail = newline if at_line_start else ""
     return f"{_BEGIN.format(hook.id)}{gap}{text}{gap}{_END.format(hook.id)}{tail}"
@@ -325,9 +345,10 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
             break
         else:
             detail = "; ".join(failures)
-            states.append(HookState(hook, "skipped" if hook.optional else "broken", hook.file, hook.optional or detail))
-            if not hook.optional:
-                states[-1] = HookState(hook, "broken", hook.file, _broken(root, hook, detail))
+            if hook.optional:
+                states.append(HookState(hook, "skipped", hook.file, hook.optional))
+            else:
+                states.append(HookState(hook, "broken", hook.file, _broken(root, hook, detail)))
 
     after = {}
     for file, text in original.items():

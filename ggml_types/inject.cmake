@@ -1,0 +1,35 @@
+# Adds the TurboQuant codec and the glue to ggml-base. llama.cpp's build files are not edited: configure a patched tree
+# with -DCMAKE_PROJECT_ggml_INCLUDE=<this file> and CMake runs this inside project(ggml).
+
+if (CMAKE_VERSION VERSION_LESS 3.19)
+    message(FATAL_ERROR "TurboQuant needs CMake 3.19 or newer, this is ${CMAKE_VERSION}: pip install cmake")
+endif()
+
+get_filename_component(TURBOQUANT_GLUE_DIR "${CMAKE_CURRENT_LIST_DIR}"    ABSOLUTE)
+get_filename_component(TURBOQUANT_CORE_DIR "${CMAKE_CURRENT_LIST_DIR}/../cpp" ABSOLUTE)
+
+file(STRINGS "${PROJECT_SOURCE_DIR}/include/ggml.h" TURBOQUANT_PATCHED REGEX "GGML_TYPE_TURBO4")
+if (NOT TURBOQUANT_PATCHED)
+    message(FATAL_ERROR "${PROJECT_SOURCE_DIR} is not patched: run `turboquant patch` on this llama.cpp tree first")
+endif()
+
+include("${TURBOQUANT_CORE_DIR}/turboquant.cmake")
+
+# ggml-base does not exist yet; this runs at the end of ggml's CMakeLists.txt.
+function(turboquant_attach)
+    target_sources(ggml-base PRIVATE
+        "${TURBOQUANT_GLUE_DIR}/turbo-ggml.h"
+        "${TURBOQUANT_GLUE_DIR}/turbo-ggml.cpp"
+        $<TARGET_OBJECTS:turboquant_objects>)
+    # PUBLIC: the backends, libllama, common and the tests include the glue's headers. They need no install, as no
+    # installed header of llama.cpp includes them.
+    target_include_directories(ggml-base PUBLIC
+        $<BUILD_INTERFACE:${TURBOQUANT_GLUE_DIR}>
+        $<BUILD_INTERFACE:${TURBOQUANT_CORE_DIR}/include>)
+    if (WIN32 AND BUILD_SHARED_LIBS)
+        target_compile_definitions(turboquant_objects PRIVATE TURBOQUANT_SHARED TURBOQUANT_BUILD)
+        target_compile_definitions(ggml-base PRIVATE TURBOQUANT_BUILD PUBLIC TURBOQUANT_SHARED)
+    endif()
+endfunction()
+
+cmake_language(DEFER CALL turboquant_attach)

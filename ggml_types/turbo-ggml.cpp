@@ -1,0 +1,238 @@
+// turbo-ggml.cpp: ggml's traits and type switches in terms of turboquant.h. Part of ggml-base.
+
+#include "turbo-ggml.h"
+
+#include "turboquant.h"
+
+#include <cctype>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+static_assert((int) TURBO_TYPE_LAST - (int) TURBO_TYPE_FIRST + 1 == (int) TQ_TYPE_COUNT, "one ggml type per tq_type");
+#define TURBO_CHECK(ID, name, block, bits) \
+    static_assert((int) GGML_TYPE_##ID - (int) TURBO_TYPE_FIRST == (int) TQ_##ID, "same order as enum tq_type");
+TURBO_TYPES(TURBO_CHECK)
+#undef TURBO_CHECK
+static_assert(sizeof(tq_query128) == TURBO_QUERY_BYTES(128), "query block of 128");
+static_assert(sizeof(tq_query64)  == TURBO_QUERY_BYTES(64),  "query block of 64");
+static_assert(sizeof(tq_query32)  == TURBO_QUERY_BYTES(32),  "query block of 32");
+
+namespace {
+
+tq_type to_tq(ggml_type type) {
+    return (tq_type) ((int) type - (int) TURBO_TYPE_FIRST);
+}
+
+ggml_type from_tq(tq_type type) {
+    return type < TQ_TYPE_COUNT ? (ggml_type) ((int) TURBO_TYPE_FIRST + (int) type) : GGML_TYPE_COUNT;
+}
+
+bool is_any_turbo(ggml_type type) {
+    return turbo_is_type(type) || type == GGML_TYPE_TURBO_Q128 || type == GGML_TYPE_TURBO_Q64 ||
+           type == GGML_TYPE_TURBO_Q32;
+}
+
+bool fail(char * error, size_t error_size, const std::string & text) {
+    snprintf(error, error_size, "%s", text.c_str());
+    return false;
+}
+
+}  // namespace
+
+// ---- traits --------------------------------------------------------------------------------------------------------
+
+#define TURBO_DEFINE(ID, name, block, bits)                                                              \
+    void turbo_encode_##name(const float * x, void * y, int64_t k) { tq_encode_row(TQ_##ID, x, y, k); }  \
+    void turbo_decode_##name(const void * x, float * y, int64_t k) { tq_decode_row(TQ_##ID, x, y, k); }  \
+    void turbo_dot_##name(int n, float * s, size_t, const void * x, size_t, const void * y, size_t, int) { \
+        *s = tq_dot_row(TQ_##ID, x, y, n);                                                               \
+    }
+TURBO_TYPES(TURBO_DEFINE)
+#undef TURBO_DEFINE
+
+#define TURBO_DEFINE(ID, name, block) \
+    void turbo_prepare_##name(const float * x, void * y, int64_t k) { tq_query_row(block, x, y, k); }
+TURBO_QUERY_TYPES(TURBO_DEFINE)
+#undef TURBO_DEFINE
+
+// ---- type switches -------------------------------------------------------------------------------------------------
+
+size_t turbo_quantize(ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row) {
+    const size_t row_size = ggml_row_size(type, n_per_row);
+    for (int64_t row = 0; row < nrows; ++row) {
+        tq_encode_row(to_tq(type), src + row * n_per_row, (char *) dst + row * row_size, n_per_row);
+    }
+    return nrows * row_size;
+}
+
+bool turbo_validate_row_data(ggml_type type, const void * data, size_t nbytes) {
+    const size_t size   = ggml_type_size(type);
+    const size_t blocks = nbytes / size;
+    for (size_t i = 0; i < blocks; ++i) {
+        uint16_t d;
+        memcpy(&d, (const char *) data + i * size, sizeof(d));
+        if ((d & 0x7c00) == 0x7c00) {
+            fprintf(stderr, "ggml_validate_row_data: the scale of %s block %zu is %s\n", ggml_type_name(type), i,
+                    (d & 0x03ff) ? "nan" : "inf");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool turbo_cpu_refuses(const ggml_tensor * op) {
+    bool touched = is_any_turbo(op->type);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        touched = touched || (op->src[i] && is_any_turbo(op->src[i]->type));
+    }
+    if (!touched) {
+        return false;
+    }
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        case GGML_OP_DUP:
+        case GGML_OP_CONT:
+        case GGML_OP_CPY:
+            if (a->type == op->type) {
+                return false;  // bytes
+            }
+            if (turbo_is_type(a->type)) {
+                return op->type != GGML_TYPE_F32;
+            }
+            return !turbo_is_type(op->type) || !ggml_is_contiguous(op) || a->nb[0] != ggml_type_size(a->type) ||
+                   (a->type != GGML_TYPE_F32 && a->type != GGML_TYPE_F16 && a->type != GGML_TYPE_BF16);
+        case GGML_OP_SET_ROWS:
+            return is_any_turbo(a->type) || is_any_turbo(b->type);
+        case GGML_OP_GET_ROWS:
+            return !turbo_is_type(a->type) || op->type != GGML_TYPE_F32;
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID:
+            return !turbo_is_type(a->type) || b->type != GGML_TYPE_F32;
+        case GGML_OP_FLASH_ATTN_EXT:
+            return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
+        default:
+            // Newer than the oldest tree, hence by name; its K goes through vec_dot.
+            return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
+    }
+}
+
+ggml_type turbo_type_from_name(const char * name) {
+    return from_tq(tq_type_from_name(name));
+}
+
+// ---- the cache -----------------------------------------------------------------------------------------------------
+
+ggml_type turbo_type_for_head(ggml_type type, int64_t head) {
+    if (head > 0 && head % ggml_blck_size(type) == 0) {
+        return type;
+    }
+    if (!turbo_is_type(type) || ggml_blck_size(type) != 128) {
+        return GGML_TYPE_COUNT;
+    }
+    return from_tq(tq_type_for_head(to_tq(type), head));
+}
+
+double turbo_bits_per_value(ggml_type type) {
+    return 8.0 * (double) ggml_type_size(type) / (double) ggml_blck_size(type);
+}
+
+ggml_type turbo_better_type(ggml_type own, ggml_type other) {
+    return turbo_bits_per_value(own) >= turbo_bits_per_value(other) ? own : other;
+}
+
+// The types that upstream offers for a cache; ours are added to them.
+static const ggml_type k_boundary_types[] = {
+    GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+    GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_1, TURBO_TYPE_LIST
+};
+
+bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error, size_t error_size) {
+    *out = { 0, GGML_TYPE_Q8_0 };
+    if (!text || !*text) {
+        return true;
+    }
+    const std::string value  = text;
+    const size_t      colon  = value.find(':');
+    const std::string number = value.substr(0, colon);
+    bool digits = !number.empty() && number.size() <= 6;
+    for (const char c : number) {
+        digits = digits && isdigit((unsigned char) c);
+    }
+    if (!digits) {
+        return fail(error, error_size, "cache-boundary-v '" + value + "': N must be a number of layers, as in 2 or 2:q8_0");
+    }
+    out->layers = atoi(number.c_str());
+    if (colon == std::string::npos) {
+        return true;
+    }
+    const std::string name = value.substr(colon + 1);
+    std::string       known;
+    for (const ggml_type type : k_boundary_types) {
+        if (name == ggml_type_name(type)) {
+            out->type = type;
+            return true;
+        }
+        known += std::string(known.empty() ? "" : ", ") + ggml_type_name(type);
+    }
+    return fail(error, error_size, "cache-boundary-v '" + value + "': unknown type '" + name + "'; known are " + known);
+}
+
+bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size) {
+    return turbo_boundary_parse(getenv(TURBO_BOUNDARY_ENV), out, error, error_size);
+}
+
+void turbo_boundary_to_env(const char * text) {
+#ifdef _WIN32
+    _putenv_s(TURBO_BOUNDARY_ENV, text);
+#else
+    setenv(TURBO_BOUNDARY_ENV, text, 1);
+#endif
+}
+
+const char * turbo_kernels_error(void) {
+    const tq_status status = tq_kernels_status();
+    if (status == TQ_OK) {
+        return nullptr;
+    }
+    static const std::string text = [status]() {
+        const char * chosen = getenv("TURBOQUANT_KERNELS");
+        std::string  known;
+        for (int i = 0; i < tq_kernels_count(); ++i) {
+            if (tq_kernels_supported(i)) {
+                known += std::string(known.empty() ? "" : ", ") + tq_kernels_name(i);
+            }
+        }
+        return std::string("TURBOQUANT_KERNELS=") + (chosen ? chosen : "") + ": " + tq_status_text(status) +
+               "; this machine runs " + known + "; unset it to take the best";
+    }();
+    return text.c_str();
+}
+
+const char * turbo_kernels_name(void) {
+    const char * name = tq_kernels_selected();
+    return name ? name : "scalar";
+}
+
+// ---- llama.cpp's own tests -----------------------------------------------------------------------------------------
+
+// test-quantize-fns encodes 0.1 + 2 cos(i), 4096 values, and divides the RMSE by sqrt(4096) once more. With the
+// codebooks' relative mean squared error e on N(0,1) that is 1.42 sqrt(e) / 64; the limits leave a quarter of headroom,
+// because a pure tone does not become quite normal in one block.
+float turbo_test_max_quantization_error(ggml_type type) {
+    const tq_type_info * info = tq_type_get(to_tq(type));
+    return info->bits == 4 ? 0.0027f : info->bits == 3 ? 0.0052f : 0.0096f;
+}
+
+float turbo_test_max_dot_error(ggml_type type) {
+    const tq_type_info * info = tq_type_get(to_tq(type));
+    return info->bits == 4 ? 0.02f : info->bits == 3 ? 0.04f : 0.08f;
+}

@@ -1,0 +1,168 @@
+/*
+ * turbo-ggml.h: TurboQuant's types as ggml types. What the hooks in ggml, llama.cpp's libraries and its tests see.
+ *
+ * C and C++. The functions are exported from ggml-base, beside which the codec itself (turboquant.h) is linked.
+ */
+#ifndef TURBO_GGML_H
+#define TURBO_GGML_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* X(ID, name, block, bits): the stored types, in the order of enum tq_type. GGML_TYPE_<ID> = 512 + tq_type. */
+#define TURBO_TYPES(X)           \
+    X(TURBO4,    turbo4,    128, 4) \
+    X(TURBO4_64, turbo4_64,  64, 4) \
+    X(TURBO4_32, turbo4_32,  32, 4) \
+    X(TURBO3,    turbo3,    128, 3) \
+    X(TURBO3_64, turbo3_64,  64, 3) \
+    X(TURBO3_32, turbo3_32,  32, 3) \
+    X(TURBO2,    turbo2,    128, 2) \
+    X(TURBO2_64, turbo2_64,  64, 2) \
+    X(TURBO2_32, turbo2_32,  32, 2)
+
+/* X(ID, name, block): prepared query rows (rotated int8), the vec_dot_type of the stored types; never stored. */
+#define TURBO_QUERY_TYPES(X)      \
+    X(TURBO_Q128, turbo_q128, 128) \
+    X(TURBO_Q64,  turbo_q64,   64) \
+    X(TURBO_Q32,  turbo_q32,   32)
+
+/* Bytes of one block of a stored type, and of one block of a prepared query. */
+#define TURBO_BLOCK_BYTES(block, bits) (2 + (block) * (bits) / 8)
+#define TURBO_QUERY_BYTES(block)       (8 + (block))
+
+#define TURBO_TYPE_FIRST GGML_TYPE_TURBO4
+#define TURBO_TYPE_LAST  GGML_TYPE_TURBO2_32
+
+/* For `case TURBO_TYPE_CASES:` in a switch over enum ggml_type. */
+#define TURBO_TYPE_CASES                                                                  \
+         GGML_TYPE_TURBO4: case GGML_TYPE_TURBO4_64: case GGML_TYPE_TURBO4_32: \
+    case GGML_TYPE_TURBO3: case GGML_TYPE_TURBO3_64: case GGML_TYPE_TURBO3_32: \
+    case GGML_TYPE_TURBO2: case GGML_TYPE_TURBO2_64: case GGML_TYPE_TURBO2_32
+/* The same with everything else that the enum hook adds, for a switch that names every type. */
+#define TURBO_ENUM_CASES \
+    TURBO_TYPE_CASES: case GGML_TYPE_TURBO_Q128: case GGML_TYPE_TURBO_Q64: case GGML_TYPE_TURBO_Q32: \
+    case GGML_TYPE_COUNT_UPSTREAM
+
+/* The stored types as a comma-separated list, for initializers. */
+#define TURBO_TYPE_ITEM(ID, name, block, bits) GGML_TYPE_##ID,
+#define TURBO_TYPE_LIST TURBO_TYPES(TURBO_TYPE_ITEM)
+/* Those of the largest block, whose names people write. */
+#define TURBO_TYPE_LIST_128 GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, GGML_TYPE_TURBO2
+
+static inline bool turbo_is_type(enum ggml_type type) {
+    return (int) type >= (int) TURBO_TYPE_FIRST && (int) type <= (int) TURBO_TYPE_LAST;
+}
+
+/* ---- traits: one row of k values ------------------------------------------------------------------------------ */
+
+#define TURBO_DECLARE(ID, name, block, bits)                                                     \
+    GGML_API void turbo_encode_##name(const float * x, void * y, int64_t k);                     \
+    GGML_API void turbo_decode_##name(const void * x, float * y, int64_t k);                     \
+    GGML_API void turbo_dot_##name(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, \
+                                   int nrc);
+TURBO_TYPES(TURBO_DECLARE)
+#undef TURBO_DECLARE
+
+#define TURBO_DECLARE(ID, name, block) GGML_API void turbo_prepare_##name(const float * x, void * y, int64_t k);
+TURBO_QUERY_TYPES(TURBO_DECLARE)
+#undef TURBO_DECLARE
+
+#ifndef __cplusplus /* the tables are C */
+#define TURBO_TRAITS_ROW(ID, name, block, bits)                 \
+    [GGML_TYPE_##ID] = {                                        \
+        .type_name      = #name,                                \
+        .blck_size      = block,                                \
+        .type_size      = TURBO_BLOCK_BYTES(block, bits),       \
+        .is_quantized   = true,                                 \
+        .to_float       = turbo_decode_##name,                  \
+        .from_float_ref = (ggml_from_float_t) turbo_encode_##name, \
+    },
+#define TURBO_QUERY_TRAITS_ROW(ID, name, block)        \
+    [GGML_TYPE_##ID] = {                               \
+        .type_name    = #name,                         \
+        .blck_size    = block,                         \
+        .type_size    = TURBO_QUERY_BYTES(block),      \
+        .is_quantized = true,                          \
+    },
+/* Rows of ggml.c's type_traits. */
+#define TURBO_TRAITS TURBO_TYPES(TURBO_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW)
+
+#define TURBO_CPU_TRAITS_ROW(ID, name, block, bits)  \
+    [GGML_TYPE_##ID] = {                             \
+        .from_float   = turbo_encode_##name,         \
+        .vec_dot      = turbo_dot_##name,            \
+        .vec_dot_type = GGML_TYPE_TURBO_Q##block,    \
+        .nrows        = 1,                           \
+    },
+#define TURBO_QUERY_CPU_TRAITS_ROW(ID, name, block) [GGML_TYPE_##ID] = { .from_float = turbo_prepare_##name, },
+/* Rows of ggml-cpu.c's type_traits_cpu. */
+#define TURBO_CPU_TRAITS TURBO_TYPES(TURBO_CPU_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_CPU_TRAITS_ROW)
+#endif
+
+/* ---- type switches of ggml ------------------------------------------------------------------------------------- */
+
+/* Encode nrows rows of n_per_row values; returns the bytes written. */
+GGML_API size_t turbo_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row);
+
+/* False, with a line on stderr, if a block's scale is not finite. nbytes is a multiple of the block. */
+GGML_API bool turbo_validate_row_data(enum ggml_type type, const void * data, size_t nbytes);
+
+/* True if op reads or writes a turbo type in a way that ggml's CPU backend cannot compute (it would abort). */
+GGML_API bool turbo_cpu_refuses(const struct ggml_tensor * op);
+
+/* The stored type of that name, or GGML_TYPE_COUNT. */
+GGML_API enum ggml_type turbo_type_from_name(const char * name);
+
+/* ---- the cache ------------------------------------------------------------------------------------------------- */
+
+/* The type to store heads of `head` values in: `type` itself if its block divides the head; for turbo4, turbo3 and
+ * turbo2 otherwise the type of as many bits and the largest block that does. GGML_TYPE_COUNT if there is none. */
+GGML_API enum ggml_type turbo_type_for_head(enum ggml_type type, int64_t head);
+
+GGML_API double turbo_bits_per_value(enum ggml_type type);
+
+/* Of two types for the same V, the one with more bits per value; `own` if they have as many. */
+GGML_API enum ggml_type turbo_better_type(enum ggml_type own, enum ggml_type other);
+
+/* Boundary V: "N" or "N:TYPE". */
+typedef struct turbo_boundary {
+    int            layers; /* the first and the last so many attention layers; 0 = off */
+    enum ggml_type type;
+} turbo_boundary;
+
+#define TURBO_BOUNDARY_ENV "LLAMA_ARG_CACHE_BOUNDARY_V"
+
+/* Parse `text` (null or empty: off). On failure returns false and writes one sentence into error. */
+GGML_API bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error, size_t error_size);
+
+/* Parse the environment variable. */
+GGML_API bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size);
+
+/* Hand a value that was checked to libllama, which reads the environment variable. */
+GGML_API void turbo_boundary_to_env(const char * text);
+
+/* Null if the codec's kernels are usable, else one sentence (TURBOQUANT_KERNELS is wrong); in a static buffer. */
+GGML_API const char * turbo_kernels_error(void);
+
+/* The name of the kernels in use. */
+GGML_API const char * turbo_kernels_name(void);
+
+/* ---- llama.cpp's own tests ------------------------------------------------------------------------------------- */
+
+/* Limits for test-quantize-fns (its own are for blocks of 32 and other codebooks). */
+GGML_API float turbo_test_max_quantization_error(enum ggml_type type);
+GGML_API float turbo_test_max_dot_error(enum ggml_type type);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
