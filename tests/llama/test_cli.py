@@ -1,0 +1,116 @@
+"""The programs' command lines: help, benchmarks, draft model, kernels."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from harness import TURBO, TURBO_ALL
+
+PROMPT = "The old man looked at the sea and"
+
+
+def generate(build, model, *args: object, env: dict[str, str] | None = None, n: int = 48, check: bool = True):
+    """Greedy text after PROMPT, with llama-completion."""
+    return build.run(
+        "llama-completion", "-m", model, "-p", PROMPT, "-n", n, "--temp", 0, "-c", 512, "-no-cnv", "--no-warmup",
+        "--no-display-prompt", *args, env=env, check=check,
+    )
+
+
+@pytest.mark.parametrize("program", ["llama-completion", "llama-server", "llama-perplexity", "llama-cli"])
+def test_help_lists_the_types(build, program: str) -> None:
+    text = build.run(program, "--help").text
+    for flag in ("--cache-type-k ", "--cache-type-v "):
+        start = text.index(flag)
+        section = text[start : start + 600]
+        listed = re.search(r"allowed values:(.*?)\(default", section, re.DOTALL)
+        assert listed and set(TURBO_ALL) <= set(re.split(r"[,\s]+", listed[1])), section
+    assert "--cache-boundary-v" in text and "LLAMA_ARG_CACHE_BOUNDARY_V" in text
+
+
+def test_unknown_type_is_still_refused(build, prose_model) -> None:
+    result = generate(build, prose_model, "-ctk", "turbo5", check=False)
+    assert result.status not in (0,) and not result.crashed
+    assert "turbo5" in result.text
+
+
+@pytest.mark.parametrize("name", TURBO_ALL)
+def test_bench_accepts(build, prose_model, name: str) -> None:
+    result = build.run("llama-bench", "-m", prose_model, "-ctk", name, "-ctv", name, "-fa", 1, "-p", 16, "-n", 2, "-r", 1,
+                       "-o", "json")
+    rows = json.loads(result.out)
+    assert rows and all((row["type_k"], row["type_v"]) == (name, name) for row in rows)
+
+
+def test_bench_refuses_unknown(build, prose_model) -> None:
+    result = build.run("llama-bench", "-m", prose_model, "-ctk", "turbo5", "-p", 1, "-n", 0, check=False)
+    assert result.status != 0 and not result.crashed
+
+
+@pytest.mark.parametrize(("ctk", "ctv"), [("turbo4", "turbo3"), ("q8_0", "turbo2_64")])
+def test_batched_bench_accepts(build, prose_model, ctk: str, ctv: str) -> None:
+    result = build.run("llama-batched-bench", "-m", prose_model, "-ctk", ctk, "-ctv", ctv, "-fa", "on", "-c", 512,
+                       "-npp", 16, "-ntg", 4, "-npl", "1,2")
+    assert len(re.findall(r"^\|\s+16 \|\s+4 \|", result.text, re.MULTILINE)) == 2, result.text
+
+
+@pytest.mark.parametrize("draft", [("turbo4", "turbo3"), ("f16", "turbo2")])
+def test_draft_model(build, prose_model, tmp_path, draft: tuple[str, str]) -> None:
+    """The model drafts for itself; the draft's cache has its own types, and the text is that without a draft."""
+    from harness import Server, kv_sizes
+
+    texts = []
+    extra = ("-md", prose_model, "-ctkd", draft[0], "-ctvd", draft[1], "--draft-max", 4)
+    for args in ((), extra):
+        log = tmp_path / f"server{len(args)}.log"
+        with Server(build, prose_model, "-c", 512, "-np", 1, *args, log=log) as server:
+            texts.append(server.complete(PROMPT, 24)["content"])
+            types = [(size["type_k"], size["type_v"]) for size in kv_sizes(server.log)]
+    assert draft in types and ("f16", "f16") in types, types
+    assert texts[0][:20] == texts[1][:20]
+
+
+def kernels(build, model) -> list[str]:
+    """The kernels that this CPU can run, as the error about an unknown one lists them."""
+    import turboquant
+
+    return [kernel.name for kernel in turboquant.kernels() if kernel.supported]
+
+
+@pytest.mark.parametrize("program", ["llama-completion", "llama-perplexity", "llama-bench"])
+def test_unknown_kernels_fail_loudly(build, prose_model, heldout, tmp_path, program: str) -> None:
+    env = {"TURBOQUANT_KERNELS": "nonsense"}
+    text = tmp_path / "text"
+    text.write_text(heldout[:6000], encoding="utf-8")
+    args = {
+        "llama-completion": ["-p", PROMPT, "-n", 4, "-no-cnv"],
+        "llama-perplexity": ["-f", text, "-c", 128, "--chunks", 1],
+        "llama-bench": ["-p", 8, "-n", 0, "-r", 1],
+    }[program]
+    result = build.run(program, "-m", prose_model, "-ctk", "turbo4", "-ctv", "turbo4", "-fa", 1 if "bench" in program else "on", *args, env=env, check=False)
+    assert result.status != 0, result.describe()
+    assert "TURBOQUANT_KERNELS" in result.text and "nonsense" in result.text, result.describe()
+
+
+def test_every_kernel_writes_the_same_text(build, prose_model) -> None:
+    names = kernels(build, prose_model)
+    assert "scalar" in names
+    for pair in (("turbo4", "turbo3"), ("turbo2", "turbo4_64")):
+        texts = {
+            name: generate(build, prose_model, "-ctk", pair[0], "-ctv", pair[1], env={"TURBOQUANT_KERNELS": name}).out
+            for name in names
+        }
+        assert len(texts["scalar"].strip()) > 50
+        assert len(set(texts.values())) == 1, texts
+
+
+@pytest.mark.parametrize("name", TURBO)
+def test_no_flash_attention(build, prose_model, name: str) -> None:
+    """Quantized V needs flash attention, and llama.cpp says so; quantized K alone runs without it."""
+    refused = generate(build, prose_model, "-ctk", "f16", "-ctv", name, "-fa", "off", check=False)
+    assert refused.status != 0 and not refused.crashed
+    on = generate(build, prose_model, "-ctk", name, "-ctv", "f16", "-fa", "on")
+    off = generate(build, prose_model, "-ctk", name, "-ctv", "f16", "-fa", "off")
+    assert on.out.strip()[:24] == off.out.strip()[:24]

@@ -1,0 +1,47 @@
+"""The one-token decode path and the batched path must agree, and both must be as good as the type allows.
+
+A cache can be right at batch 512 and wrong at batch 1 (or the reverse), and a perplexity run sees only the first.
+"""
+
+from __future__ import annotations
+
+import pytest
+from harness import TURBO_ALL, Build, Probe, kld
+
+MIXED = [
+    ("turbo4", "f16"),
+    ("q8_0", "turbo3"),
+    ("turbo2", "bf16"),
+    ("q4_0", "turbo4"),
+    ("f16", "turbo2"),
+    ("bf16", "turbo3_64"),
+    ("turbo3_32", "q8_0"),
+    ("turbo4", "turbo2"),
+    ("turbo3", "turbo4_64"),
+    ("turbo2_64", "turbo2_32"),
+]
+PAIRS = [(name, name) for name in TURBO_ALL] + MIXED
+
+
+@pytest.fixture(scope="module")
+def prose(build: Build, prose_model, heldout: str, tmp_path_factory):
+    """A probe of the bundled model, 320 tokens of text and their logits with an f16 cache."""
+    with Probe(build, prose_model, tmp_path_factory.mktemp("probe")) as probe:
+        tokens = probe.tokenize(heldout[:4000])[:320]
+        probe.context()
+        yield probe, tokens, probe.logits(tokens)
+
+
+@pytest.mark.parametrize(("ctk", "ctv"), PAIRS)
+def test_one_token_path_agrees_with_batched_path(prose, ctk: str, ctv: str) -> None:
+    probe, tokens, base = prose
+    probe.context(ctk, ctv)
+    batched = probe.logits(tokens)
+    probe.context(ctk, ctv)
+    single = probe.logits(tokens, step=1)
+    probe.context(ctk, ctv)
+    split = probe.logits(tokens, step=7)
+    error = kld(base, batched)
+    assert kld(batched, single) <= DISAGREEMENT * error, "one token at a time"
+    assert kld(batched, split) <= DISAGREEMENT * error, "seven tokens at a time"
+    assert kld(base, single) <= 1.1 * error

@@ -1,0 +1,104 @@
+"""What the types cost on the bundled model: divergence from an f16 cache, and whether it still finds a number."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from harness import Probe, kld, same_top
+
+CHUNK, CHUNKS = 1024, 2
+
+
+@pytest.fixture(scope="module")
+def prose(build, prose_model, heldout: str, tmp_path_factory):
+    """A probe, two chunks of tokens, and the logits of each chunk's second half with an f16 cache."""
+    with Probe(build, prose_model, tmp_path_factory.mktemp("probe")) as probe:
+        tokens = probe.tokenize(heldout[: 8 * CHUNK * CHUNKS])
+        assert len(tokens) >= CHUNK * CHUNKS
+        chunks = [tokens[i * CHUNK : (i + 1) * CHUNK] for i in range(CHUNKS)]
+        yield probe, chunks, measure(probe, chunks, "f16", "f16")
+
+
+def measure(probe: Probe, chunks: list[list[int]], ctk: str, ctv: str) -> np.ndarray:
+    rows = []
+    for chunk in chunks:
+        probe.context(ctk, ctv, n_ctx=CHUNK)
+        rows.append(probe.logits(chunk, step=512)[CHUNK // 2 :])
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize(("pair", "bound"), KLD.items(), ids="/".join)
+def test_divergence(prose, pair: tuple[str, str], bound: float) -> None:
+    probe, chunks, base = prose
+    logits = measure(probe, chunks, *pair)
+    assert kld(base, logits) <= bound
+    assert same_top(base, logits) >= 1 - 2.5 * np.sqrt(bound)
+    assert not np.array_equal(base, logits)
+
+
+def perplexity_report(text: str) -> tuple[float, float]:
+    """Perplexity and mean KLD that llama-perplexity --kl-divergence printed."""
+    mean = re.search(r"Mean\s+KLD:\s+([\d.]+)", text)
+    ppl = re.search(r"Mean PPL\(Q\)\s*:\s+([\d.]+)", text)
+    assert mean and ppl, text[-2000:]
+    return float(ppl[1]), float(mean[1])
+
+
+def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
+    """The program itself, as a user runs it, batched and one token at a time."""
+    text = tmp_path / "text"
+    text.write_text(heldout[:12000], encoding="utf-8")
+    common = ["-m", prose_model, "-f", text, "-c", 256, "--chunks", 2, "-fa", "on"]
+    build.run("llama-perplexity", *common, "--save-all-logits", tmp_path / "base")
+    found = {}
+    for name, extra in {"batched": [], "single": ["-b", 1, "-ub", 1]}.items():
+        result = build.run(
+            "llama-perplexity", *common, "-ctk", "turbo4", "-ctv", "turbo3", *extra,
+            "--kl-divergence-base", tmp_path / "base", "--kl-divergence",
+        )
+        found[name] = perplexity_report(result.text)[1]
+    assert 0 < found["batched"] <= 1.2 * KLD["turbo4", "turbo3"]
+    assert found["single"] == pytest.approx(found["batched"], rel=0.1)
+
+
+SECRET = "48213"
+
+
+@pytest.mark.parametrize("pair", [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2")], ids="/".join)
+def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str, str]) -> None:
+    """A number hidden 6,000 characters earlier; the model was trained to answer."""
+    hay = heldout[20000:27000]
+    prompt = f"{hay[:800]}\n\nNote: The secret number of Harriet is {SECRET}.\n\n{hay[800:6800]}"
+    prompt += "\n\nQuestion: What is the secret number of Harriet?\nAnswer: The secret number of Harriet is"
+    path = tmp_path / "prompt"
+    path.write_text(prompt, encoding="utf-8")
+    result = build.run(
+        "llama-completion", "-m", prose_model, "-f", path, "-n", 8, "--temp", 0, "-c", 4096, "-no-cnv", "--no-warmup",
+        "--no-display-prompt", "-ctk", pair[0], "-ctv", pair[1], "-fa", "on",
+    )
+    assert SECRET in result.out
+
+
+@pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3")], ids="/".join)
+def test_greedy_text(prose, pair: tuple[str, str]) -> None:
+    """Greedy text is repeatable, and the f16 model finds it as likely as its own."""
+    probe, chunks, _ = prose
+    prompt = chunks[0][:200]
+
+    def write(ctk: str, ctv: str) -> list[int]:
+        probe.context(ctk, ctv, n_ctx=512)
+        return probe.greedy(probe.logits(prompt)[-1], 80, len(prompt))[0]
+
+    def cost(tokens: list[int]) -> float:
+        """Mean negative log-likelihood under the f16 cache."""
+        from harness import log_softmax
+
+        probe.context("f16", "f16", n_ctx=512)
+        rows = log_softmax(probe.logits(prompt + tokens)[len(prompt) - 1 : -1])
+        return float(-rows[np.arange(len(tokens)), tokens].mean())
+
+    text = write(*pair)
+    assert text == write(*pair)
+    assert cost(text) <= cost(write("f16", "f16")) + GREEDY

@@ -1,0 +1,138 @@
+"""Head sizes, head groupings, sliding windows, sinks, MLA, hybrids: on tiny random models, both paths of each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import TURBO, ProbeError, kld, kv_sizes, random_tokens
+
+#: Head size -> suffix of the type that `-ctk turboN` resolves to.
+RESOLVED = {64: "_64", 96: "_32", 128: "", 192: "_64", 256: "", 512: ""}
+
+TOKENS = random_tokens(160)
+
+
+def compare(probe, ctk: str, ctv: str, **options: object) -> tuple[float, float]:
+    """KLD of the batched path and of the one-token path against an f16 cache."""
+    probe.context(**options)
+    base = probe.logits(TOKENS)
+    probe.context(ctk, ctv, **options)
+    batched = probe.logits(TOKENS)
+    probe.context(ctk, ctv, **options)
+    single = probe.logits(TOKENS, step=1)
+    return kld(base, batched), kld(base, single)
+
+
+@pytest.mark.parametrize("name", TURBO)
+@pytest.mark.parametrize("head", RESOLVED)
+def test_head_size_resolves(probe, tiny, head: int, name: str) -> None:
+    p = probe(tiny(f"head{head}"))
+    batched, single = compare(p, name, name)
+    assert batched <= BOUND[name] and single <= BOUND[name]
+    resolved = name + RESOLVED[head]
+    sizes = kv_sizes(p.log)[-1]
+    assert (sizes["type_k"], sizes["type_v"]) == (resolved, resolved)
+    said = [line for line in p.log.splitlines() if resolved in line and str(head) in line and "bits" in line]
+    assert bool(said) == (resolved != name), p.log[-3000:]
+
+
+@pytest.mark.parametrize("head", [80, 112])
+@pytest.mark.parametrize(("ctk", "ctv"), [("turbo4", "f16"), ("f16", "turbo3"), ("turbo2", "turbo2")])
+def test_head_size_without_a_block_is_refused(probe, tiny, head: int, ctk: str, ctv: str) -> None:
+    p = probe(tiny(f"head{head}"))
+    with pytest.raises(ProbeError, match="no context") as refusal:
+        p.context(ctk, ctv)
+    lines = [line for line in refusal.value.log.splitlines() if str(head) in line and "turbo" in line]
+    assert lines and any("64" in line and "128" in line for line in lines), refusal.value.log[-2000:]
+    p.context("f16", "f16")  # the process is alive and the model usable
+    assert np.isfinite(p.logits(TOKENS[:8])).all()
+
+
+@pytest.mark.parametrize("explicit", ["turbo4", "turbo3_64", "turbo2_32"])
+def test_explicit_block_that_does_not_divide_the_head(probe, tiny, explicit: str) -> None:
+    """An explicit block size is taken as it is: 96 = 3 * 32, so only _32 runs; the plain name resolves."""
+    p = probe(tiny("head96"))
+    if explicit.endswith("_64"):
+        with pytest.raises(ProbeError, match="no context"):
+            p.context(explicit, "f16")
+        assert p.alive
+    else:
+        p.context(explicit, "f16")
+        assert kv_sizes(p.log)[-1]["type_k"] == explicit.split("_")[0] + "_32"
+
+
+@pytest.mark.parametrize(
+    ("model", "ctk", "ctv"),
+    [
+        *((model, "turbo4", "turbo3") for model in ("mha", "gqa", "mqa", "iswa", "sinks", "partial", "hybrid")),
+        *((model, "turbo2", "f16") for model in ("gqa", "iswa", "sinks")),
+        *((model, "q8_0", "turbo4") for model in ("mqa", "iswa", "hybrid")),
+    ],
+)
+def test_architecture(probe, tiny, model: str, ctk: str, ctv: str) -> None:
+    p = probe(tiny(model))
+    batched, single = compare(p, ctk, ctv)
+    limit = max(BOUND.get(ctk, 0), BOUND.get(ctv, 0))
+    assert batched <= limit and single <= limit
+
+
+@pytest.mark.parametrize("name", TURBO)
+def test_mla(probe, tiny, name: str) -> None:
+    """MLA: V is a view of K's rows, so both must have the same type; a row of 576 takes blocks of 64."""
+    p = probe(tiny("mla"))
+    batched, single = compare(p, name, name)
+    assert batched <= BOUND[name] and single <= BOUND[name]
+    assert kv_sizes(p.log)[-1]["type_k"] == f"{name}_64"
+    with pytest.raises(ProbeError, match="no context"):
+        p.context(name, "f16")
+    assert p.alive
+
+
+def test_sliding_window_with_full_size_cache(probe, tiny) -> None:
+    p = probe(tiny("iswa"))
+    limit = BOUND["turbo3"]
+    assert max(compare(p, "turbo3", "turbo3", swa_full=1)) <= limit
+
+
+@pytest.mark.parametrize("model", ["gqa", "hybrid", "iswa"])
+def test_cache_in_host_memory(probe, tiny, model: str) -> None:
+    """-nkvo: the same result, as the CPU computes it either way."""
+    p = probe(tiny(model))
+    p.context("turbo4", "turbo3")
+    default = p.logits(TOKENS)
+    p.context("turbo4", "turbo3", offload=0)
+    assert np.array_equal(p.logits(TOKENS), default)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_thread_count_does_not_matter(probe, tiny, threads: int) -> None:
+    p = probe(tiny("gqa"))
+    p.context("turbo4", "turbo3", threads=2)
+    two = p.logits(TOKENS)
+    p.context("turbo4", "turbo3", threads=threads)
+    assert kld(two, p.logits(TOKENS)) <= 1e-4
+
+
+@pytest.mark.parametrize("unified", [0, 1])
+@pytest.mark.parametrize(("ctk", "ctv"), [("turbo4", "turbo4"), ("q8_0", "turbo3"), ("turbo2", "f16")])
+@pytest.mark.parametrize("model", ["gqa", "iswa"])
+def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified: int) -> None:
+    """Two sequences decoded together in one batch give what each gives alone."""
+    p = probe(tiny(model))
+    texts = [random_tokens(96, seed=1), random_tokens(80, seed=2)]
+    alone = []
+    for text in texts:
+        p.context(ctk, ctv)
+        alone.append(p.logits(text))
+    p.context(ctk, ctv, n_seq=2, unified=unified, n_ctx=1024)
+    together: list[list[np.ndarray]] = [[], []]
+    for start in range(0, 96, 8):  # batches that hold a piece of both, as long as both last
+        pieces = [text[start : start + 8] for text in texts]
+        for seq, piece in enumerate(pieces):
+            if piece:
+                p.add(piece, start, seq)
+        rows = p.run()
+        together[0].append(rows[: len(pieces[0])])
+        together[1].append(rows[len(pieces[0]) :])
+    for seq in (0, 1):
+        assert kld(alone[seq], np.concatenate(together[seq])) <= SAME

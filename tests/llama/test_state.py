@@ -1,0 +1,104 @@
+"""State files, sequence state, and context shift."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import TURBO_ALL, ProbeError, kld, random_tokens
+
+TOKENS = random_tokens(120, seed=3)
+NEXT = random_tokens(24, seed=4)
+PAIRS = [(name, name) for name in TURBO_ALL] + [("turbo4", "f16"), ("q8_0", "turbo3"), ("turbo2", "q4_0")]
+
+
+@pytest.mark.parametrize(("ctk", "ctv"), PAIRS)
+def test_whole_state(probe, tiny, tmp_path, ctk: str, ctv: str) -> None:
+    p = probe(tiny("gqa"))
+    p.context(ctk, ctv)
+    last = p.logits(TOKENS)[-1]
+    p.command(f"save {tmp_path}/state")
+    expected = p.greedy(last, 16, len(TOKENS))
+    p.context(ctk, ctv)
+    p.command(f"load {tmp_path}/state")
+    tokens, rows = p.greedy(last, 16, len(TOKENS))
+    assert tokens == expected[0]
+    assert np.array_equal(rows, expected[1])
+
+
+@pytest.mark.parametrize("model", ["gqa", "iswa", "mla", "hybrid", "head64"])
+@pytest.mark.parametrize("unified", [0, 1])
+def test_sequence_state(probe, tiny, tmp_path, model: str, unified: int) -> None:
+    """Saved from sequence 0, restored into sequence 1 of another context."""
+    p = probe(tiny(model))
+    kv = ("turbo3", "turbo3")
+    options = {"n_seq": 2, "unified": unified, "n_ctx": 1024}
+    p.context(*kv, **options)
+    p.logits(TOKENS)
+    p.command(f"saveseq {tmp_path}/state 0")
+    expected = p.logits(NEXT, pos=len(TOKENS))
+    p.context(*kv, **options)
+    p.logits(random_tokens(30, seed=9), seq=0)
+    p.command(f"loadseq {tmp_path}/state 1")
+    assert kld(expected, p.logits(NEXT, pos=len(TOKENS), seq=1)) <= SAME
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"),
+    [
+        (("turbo4", "turbo4"), ("turbo3", "turbo4")),
+        (("turbo4", "turbo4"), ("turbo4", "turbo3")),
+        (("turbo4", "turbo4"), ("turbo4_64", "turbo4_64")),
+        (("turbo4", "turbo4"), ("f16", "f16")),
+        (("q8_0", "q8_0"), ("turbo4", "turbo4")),
+        (("f16", "turbo3"), ("f16", "turbo3_32")),
+    ],
+)
+@pytest.mark.parametrize("what", ["", "seq"])
+def test_another_type_is_refused(probe, tiny, tmp_path, saved, restored, what: str) -> None:
+    p = probe(tiny("gqa"))
+    p.context(*saved)
+    p.logits(TOKENS)
+    suffix = " 0" if what else ""
+    p.command(f"save{what} {tmp_path}/state{suffix}")
+    p.context(*restored)
+    with pytest.raises(ProbeError, match="not restored") as refusal:
+        p.command(f"load{what} {tmp_path}/state{suffix}")
+    assert "mismatched" in refusal.value.log
+    p.context(*restored)  # alive and usable
+    assert np.isfinite(p.logits(TOKENS[:8])).all()
+
+
+def shifted(p, ctk: str, ctv: str) -> np.ndarray:
+    """Logits of NEXT after the first 40 of TOKENS were dropped and the rest moved down: llama.cpp's context shift."""
+    p.context(ctk, ctv)
+    p.logits(TOKENS)
+    p.command("rm 0 0 40")
+    p.command(f"shift 0 40 {len(TOKENS)} -40")
+    return p.logits(NEXT, pos=len(TOKENS) - 40)
+
+
+@pytest.mark.parametrize("model", ["gqa", "head64", "head96", "head256", "iswa", "hybrid"])
+@pytest.mark.parametrize("name", ["turbo4", "turbo3", "turbo2"])
+def test_context_shift(probe, tiny, model: str, name: str) -> None:
+    p = probe(tiny(model))
+    p.context(name, name)
+    assert p.command("canshift") == "1"
+    base = shifted(p, "f16", "f16")
+    error = kld(base, shifted(p, name, name))
+    # what a shift that did nothing would give: the distance that the bound must stay well below
+    p.context()
+    p.logits(TOKENS)
+    p.command("rm 0 0 40")
+    unshifted = kld(base, p.logits(NEXT, pos=len(TOKENS) - 40))
+    assert error <= SHIFT[name]
+    if model != "iswa":  # its window has forgotten most of it
+        assert unshifted > 1.5 * SHIFT[name], "the test cannot tell a shift from none"
+
+
+@pytest.mark.parametrize("ctk", ["turbo4", "turbo3", "turbo2_32"])
+def test_context_shift_is_refused_where_the_rope_is_partial(probe, tiny, ctk: str) -> None:
+    p = probe(tiny("partial"))
+    p.context(ctk, "f16")
+    assert p.command("canshift") == "0"
+    p.context("f16", ctk)  # V is not rotated: nothing to refuse
+    assert p.command("canshift") == "1"

@@ -1,0 +1,450 @@
+#!/usr/bin/env python3
+"""Run all tests, on a fresh machine too: `python3 tools/test.py`.
+
+Needs Python 3.10 or newer, pip and a C++ compiler. Everything else comes by itself: a virtual environment, CMake and
+Ninja from PyPI where the machine has none, and, for root on Debian and Ubuntu, the packages of the suites that need a
+cross compiler or clang. A suite whose tools cannot be had is skipped, and the output says why. What is built is kept in
+the cache folder (~/.cache/turboquant), so a second run takes minutes.
+
+The last line counts over all suites: "N passed, N failed, N skipped". The exit status is 0 if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FUZZ_SECONDS = 60
+#: What a hung suite may take, far above what any needs.
+TIME_LIMIT = 45 * 60
+
+
+class Skip(Exception):
+    """A suite cannot run here; the text is the reason."""
+
+
+class Broken(Exception):
+    """A suite could not be carried out; the text shows why."""
+
+
+@dataclass
+class Count:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+@dataclass
+class Context:
+    """What the suites share."""
+
+    cache: Path
+    install_packages: bool
+    pytest_args: list[str]
+    python: Path | None = None  # of the virtual environment, once it is there
+    apt_updated: bool = False
+    path: str = field(default_factory=lambda: os.environ.get("PATH", ""))
+
+    def environment(self) -> dict[str, str]:
+        """The caller's, without what would change the results."""
+        dropped = ("TURBOQUANT_KERNELS", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+        return {**kept, "PATH": self.path, "TURBOQUANT_CACHE": str(self.cache)}
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def run(context: Context, command: Sequence[object], *, log: Path | None = None, show: bool = False) -> None:
+    """Run a command to its end, its output on the terminal (`show`) or in `log`. Raises Broken if it fails."""
+    words = [str(word) for word in command]
+    if show:
+        status = _wait(subprocess.Popen(words, cwd=ROOT, env=context.environment(), stdin=subprocess.DEVNULL), words)
+        if status != 0:
+            raise Broken(f"`{' '.join(words)}` ended with status {status}")
+        return
+    with tempfile.TemporaryFile("w+", errors="replace") if log is None else log.open("w+", errors="replace") as out:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=context.environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
+        status = _wait(process, words)
+        if status != 0:
+            out.seek(0)
+            tail = "\n".join(out.read().splitlines()[-60:])
+            raise Broken(f"`{' '.join(words)}` ended with status {status}\n{tail}")
+
+
+def _wait(process: subprocess.Popen[bytes], words: list[str]) -> int:
+    try:
+        return process.wait(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise Broken(f"`{' '.join(words)}` took more than {TIME_LIMIT // 60} minutes and was stopped") from None
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def works(context: Context, *command: object) -> bool:
+    """Whether a command can be run and succeeds."""
+    words = [str(word) for word in command]
+    try:
+        return subprocess.run(words, capture_output=True, env=context.environment(), timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def junit(path: Path) -> Count:
+    """Counts of a JUnit XML report."""
+    if not path.is_file():
+        raise Broken(f"no test report at {path}")
+    root = ElementTree.parse(path).getroot()
+    count = Count()
+    for case in root.iter("testcase"):
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"} or case.get("status") == "fail":
+            count.failed += 1
+        elif "skipped" in kinds or case.get("status") in ("notrun", "disabled"):
+            count.skipped += 1
+        else:
+            count.passed += 1
+    return count
+
+
+# ---- what the machine has --------------------------------------------------------------------------------------------
+
+
+def require_packages(context: Context, ready: Callable[[], bool], *packages: str) -> None:
+    """Make `ready()` true by installing Debian packages, if we may; else Skip with the reason."""
+    if ready():
+        return
+    names = " ".join(packages)
+    if not shutil.which("apt-get"):
+        raise Skip(f"needs {names}, and there is no apt-get here to install them")
+    if not context.install_packages:
+        raise Skip(f"needs {names} (not installed because of --no-packages)")
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        raise Skip(f"needs {names}; as root: apt-get install {names}")
+    print(f"installing {names} ...", flush=True)
+    os.environ["DEBIAN_FRONTEND"] = "noninteractive"
+    try:
+        if not context.apt_updated:
+            run(context, ["apt-get", "update", "-q"])
+            context.apt_updated = True
+        known = [name for name in packages if works(context, "apt-cache", "show", name)]
+        run(context, ["apt-get", "install", "-q", "-y", "--no-install-recommends", *known])
+    except Broken as problem:
+        raise Skip(f"needs {names}, which apt-get could not install: {problem}") from None
+    if not ready():
+        raise Skip(f"needs {names}; they are installed, but do not work together")
+
+
+def sources() -> Iterator[Path]:
+    """The files that the installed package is made of."""
+    for top in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "cpp", "ggml_types", "models", "python"):
+        path = ROOT / top
+        if path.is_dir():
+            yield from (file for file in sorted(path.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+        elif path.is_file():
+            yield path
+
+
+def digest(paths: Iterator[Path], *more: str) -> str:
+    total = hashlib.sha256("\n".join(more).encode())
+    for path in paths:
+        total.update(f"{path.relative_to(ROOT)}\n".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def cmake_is_new_enough(context: Context) -> bool:
+    """ctest writes JUnit reports since 3.21."""
+    program = shutil.which("cmake", path=context.path)
+    if not program or not shutil.which("ctest", path=context.path):
+        return False
+    text = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    numbers = text.split("version", 1)[-1].split()[0].split("-")[0].split(".")[:2] if "version" in text else []
+    return len(numbers) == 2 and all(n.isdigit() for n in numbers) and (int(numbers[0]), int(numbers[1])) >= (3, 21)
+
+
+def python(context: Context) -> Path:
+    if context.python is None:
+        raise Broken("the virtual environment could not be made (see the suite `install`)")
+    return context.python
+
+
+# ---- suites ----------------------------------------------------------------------------------------------------------
+
+
+def install(context: Context) -> Count:
+    """A virtual environment with the package and what the tests need."""
+    key = hashlib.sha256(f"{sys.version} {sys.executable} {ROOT}".encode()).hexdigest()[:10]
+    folder = context.cache / "tests" / f"venv-{key}"
+    executable = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = folder / "installed"
+    if not works(context, executable, "-m", "pip", "--version"):
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            import ensurepip  # noqa: F401  (Debian packs it separately)
+        except ImportError:
+            version = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+            require_packages(context, lambda: works(context, sys.executable, "-c", "import ensurepip"), version)
+        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(folder)
+    pip = [executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+    needed = [] if cmake_is_new_enough(context) else ["cmake>=3.21,<5"]
+    needed += [] if shutil.which("ninja", path=context.path) else ["ninja>=1.11,<2"]
+    state = digest(sources(), *needed)
+    if not stamp.is_file() or stamp.read_text() != state:
+        stamp.unlink(missing_ok=True)
+        run(context, [*pip, f"{ROOT}[test]", *needed])
+        stamp.write_text(state)
+    else:
+        print("nothing has changed since the last run")
+    context.path = f"{executable.parent}{os.pathsep}{context.path}"
+    run(context, [executable, "-c", "import turboquant"])
+    context.python = executable
+    return Count(passed=1)
+
+
+def build_cpp(context: Context, name: str, targets: Sequence[str] = (), *options: str) -> Path:
+    """Configure and build the C++ tests with some options; returns the build folder."""
+    ninja = shutil.which("ninja", path=context.path)
+    cmake = shutil.which("cmake", path=context.path)
+    if not cmake or not ninja:
+        raise Broken("CMake or Ninja is missing (see the suite `install`)")
+    key = hashlib.sha256(f"{ROOT} {os.environ.get('CXX', '')}".encode()).hexdigest()[:10]
+    folder = context.cache / "tests" / f"cpp-{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command += ["-DTURBOQUANT_BUILD_TESTS=ON", "-DTURBOQUANT_BUILD_PYTHON=OFF", *options]
+    run(context, command, log=folder / "configure.log")
+    run(context, [ninja, "-C", folder, *targets], log=folder / "build.log")
+    return folder
+
+
+def run_ctest(context: Context, folder: Path) -> Count:
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    ctest = shutil.which("ctest", path=context.path)
+    command = [ctest, "--test-dir", folder, "--output-on-failure", "--output-junit", report]
+    try:
+        run(context, [*command, "--parallel", os.cpu_count() or 1], show=True)
+    except Broken:
+        if not report.is_file():
+            raise
+    count = junit(report)
+    if count.passed + count.failed == 0:
+        raise Broken(f"{folder}: no test ran")
+    return count
+
+
+def cpp(context: Context) -> Count:
+    """C++ tests."""
+    return run_ctest(context, build_cpp(context, "plain"))
+
+
+def sanitized(context: Context) -> Count:
+    """C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return run_ctest(context, build_cpp(context, "sanitized", (), "-DTURBOQUANT_SANITIZE=ON"))
+
+
+def neon(context: Context) -> Count:
+    """C++ tests for Arm, cross-compiled and run under qemu."""
+    if platform.machine() in ("aarch64", "arm64"):
+        raise Skip("this is an Arm machine: the C++ tests have run natively")
+    require_packages(
+        context,
+        lambda: all(shutil.which(tool) for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64")),
+        "qemu-user",
+        "g++-aarch64-linux-gnu",
+        "libc6-dev-arm64-cross",
+    )
+    return run_ctest(context, build_cpp(context, "neon", (), "-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux.cmake"))
+
+
+def fuzz(context: Context) -> Count:
+    """One minute of random bytes through the decoders (libFuzzer)."""
+
+    def has_fuzzer() -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text('#include <cstdint>\n#include <cstddef>\nextern "C" int LLVMFuzzerTestOneInput('
+                              "const uint8_t *, size_t) { return 0; }\n")
+            flags = ["-fsanitize=fuzzer,address,undefined", source, "-o", Path(folder) / "probe"]
+            return works(context, "clang++", *flags)
+
+    require_packages(context, has_fuzzer, "clang", "libclang-rt-dev")
+    options = ("-DCMAKE_CXX_COMPILER=clang++", "-DTURBOQUANT_FUZZ=ON", "-DTURBOQUANT_SANITIZE=ON")
+    folder = build_cpp(context, "fuzz", ["fuzz_decode"], *options)
+    programs = [path for path in folder.rglob("fuzz_decode") if path.is_file() and os.access(path, os.X_OK)]
+    if not programs:
+        raise Broken(f"{folder}: fuzz_decode was not built")
+    corpus = context.cache / "tests" / "fuzz-corpus"  # what earlier runs found to reach new code
+    corpus.mkdir(parents=True, exist_ok=True)
+    command = [programs[0], f"-max_total_time={FUZZ_SECONDS}", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
+    run(context, [*command, corpus], log=folder / "fuzz.log")
+    stats = [line for line in (folder / "fuzz.log").read_text(errors="replace").splitlines() if "executed_units" in line]
+    print(*stats, sep="\n")
+    return Count(passed=1)
+
+
+def run_pytest(context: Context, folder: str) -> Count:
+    with tempfile.TemporaryDirectory() as temporary:
+        report = Path(temporary) / "report.xml"
+        command = [python(context), "-m", "pytest", "-q", folder, f"--junitxml={report}", "-p", "no:cacheprovider"]
+        try:
+            run(context, [*command, *context.pytest_args], show=True)
+        except Broken as problem:
+            if not report.is_file():
+                raise
+            count = junit(report)
+            if count.failed == 0:
+                raise problem
+            return count
+        return junit(report)
+
+
+def python_tests(context: Context) -> Count:
+    """The Python package."""
+    return run_pytest(context, "tests/python")
+
+
+def builds(context: Context) -> Count:
+    """llama.cpp with the hooks, without them, and the oldest one with them."""
+    names = ("stock", "oldest", "patched")
+    for name in names:
+        run(context, [python(context), ROOT / "tests" / "llama" / "builds.py", name], show=True)
+    return Count(passed=len(names))
+
+
+def llama(context: Context) -> Count:
+    """llama.cpp with the cache types, end to end."""
+    return run_pytest(context, "tests/llama")
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    run: Callable[[Context], Count]
+    needs: tuple[str, ...] = ()
+
+
+SUITES = (
+    Suite("install", install),
+    Suite("cpp", cpp, ("install",)),
+    Suite("sanitized", sanitized, ("install",)),
+    Suite("neon", neon, ("install",)),
+    Suite("fuzz", fuzz, ("install",)),
+    Suite("python", python_tests, ("install",)),
+    Suite("builds", builds, ("install",)),
+    Suite("llama", llama, ("install", "builds")),
+)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
+
+
+def cache_folder() -> Path:
+    """As turboquant.llama.paths.cache_dir, which is not installed yet."""
+    chosen = os.environ.get("TURBOQUANT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache").resolve() / "turboquant"
+
+
+def _stop(*_: object) -> None:
+    """End as with Ctrl-C: the children are stopped and temporary files removed."""
+    raise KeyboardInterrupt
+
+
+def perform(suite: Suite, context: Context) -> tuple[Count, str]:
+    """Run one suite; returns its count and, if it was skipped as a whole, the reason."""
+    try:
+        return suite.run(context), ""
+    except Skip as reason:
+        return Count(skipped=1), str(reason)
+    except (Broken, OSError, subprocess.SubprocessError) as problem:
+        print(problem, flush=True)
+        return Count(failed=1), ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    names = [suite.name for suite in SUITES]
+    described = "\n".join(f"  {suite.name:10} {(suite.run.__doc__ or '').strip()}" for suite in SUITES)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"suites:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=names, metavar="SUITE",
+                        help="run this suite and those it needs (may be given more than once)")
+    parser.add_argument("--keep-going", action="store_true", help="go on with the next suite after one that failed")
+    parser.add_argument("--no-packages", action="store_true", help="install no system packages, even as root")
+    parser.add_argument("pytest", nargs="*", help="after `--`: arguments for pytest, such as -k NAME")
+    given = parser.parse_args(arguments)
+    if sys.version_info < (3, 10):  # noqa: UP036  (people run this with whatever python3 is)
+        parser.error(f"Python 3.10 or newer is needed; this is {platform.python_version()}")
+
+    wanted = set(given.only or names)
+    for suite in reversed(SUITES):
+        wanted |= set(suite.needs) if suite.name in wanted else set()
+    context = Context(cache_folder(), not given.no_packages, given.pytest)
+    context.cache.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _stop)  # how CI ends a job
+
+    start = time.monotonic()
+    total, lines, bad = Count(), [], set()
+    for suite in (suite for suite in SUITES if suite.name in wanted):
+        print(f"\n==== {suite.name}: {(suite.run.__doc__ or '').strip()}", flush=True)
+        began = time.monotonic()
+        missing = [name for name in suite.needs if name in bad]
+        if missing:
+            count, reason = Count(skipped=1), f"needs {', '.join(missing)}, which failed"
+        elif bad and not given.keep_going:
+            count, reason = Count(skipped=1), "an earlier suite failed (--keep-going runs this one all the same)"
+        else:
+            count, reason = perform(suite, context)
+        if count.failed:
+            bad.add(suite.name)
+        total += count
+        text = f"{suite.name:10} {count} in {duration(time.monotonic() - began)}"
+        lines.append(f"{text}{f'  (skipped: {reason})' if reason else ''}")
+        print(f"==== {lines[-1]}", flush=True)
+
+    print(f"\nall suites, {duration(time.monotonic() - start)}:", *lines, sep="\n")
+    print(total, flush=True)
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; what is built is kept, and a rerun goes on from there", file=sys.stderr)
+        sys.exit(130)
