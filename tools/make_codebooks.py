@@ -21,12 +21,12 @@ from pathlib import Path
 OUTPUT = Path(__file__).resolve().parent.parent / "cpp" / "src" / "codebooks.h"
 BLOCKS = (128, 64, 32)
 
-# The encoder tries these threshold scales around the block's RMS and keeps the one with the least squared error.
-# The grids are where more steps stopped paying (FORMAT.md, "Encoder").
-SEARCH = {4: [0.80 + 0.03 * i for i in range(13)],
-          3: [0.84 + 0.04 * i for i in range(9)],
-          2: [0.88 + 0.06 * i for i in range(5)]}
-RMS_UNIT = 2048  # the encoder's integers: one RMS is 2048, so a one-hot block of 128 (11.32 RMS) still fits int16
+# The encoder's integers: one RMS is 2048 units, so a one-hot block of 128 (11.32 RMS) still fits int16.
+RMS_UNIT = 2048
+# Its search tries these threshold scales around the RMS on magnitudes in coarse units of RMS/32, which fit 7 bits up to
+# 4 RMS. A finer unit or more steps no longer lower the error once the winner's scale is refined (FORMAT.md, "Encoder").
+COARSE_UNIT = 64
+SEARCH = [0.76 + 0.06 * i for i in range(8)]
 
 
 def density(x: float) -> float:
@@ -80,21 +80,26 @@ def render() -> str:
     for which in (1, 2):
         out.append(f"static constexpr uint8_t signs{which}[16] = {{\n    "
                    f"{rows([f'0x{b:02x}' for b in signs(which)], 16)}}};")
-    out.append(f"\n// Integer units per RMS in the encoder.\nstatic constexpr int rms_unit = {RMS_UNIT};")
+    out.append(f"\n// The encoder's integer units per RMS, those in a coarse unit, and the threshold scales of its search.\n"
+               f"static constexpr int rms_unit = {RMS_UNIT};\nstatic constexpr int coarse_unit = {COARSE_UNIT};\n"
+               f"static constexpr int search_steps = {len(SEARCH)}; // {SEARCH[0]:.2f} ... {SEARCH[-1]:.2f}")
     for bits in (4, 3, 2):
         positive, step = codebook(bits)
         levels = [-k for k in reversed(positive)] + positive
+        levels += [0] * (16 - len(levels))  # a whole 16-byte look-up table
         out.append(f"\n// {bits} bits. Lloyd-Max: " + " ".join(f"{c:.4f}" for c in lloyd_max(bits)))
-        out.append(f"static constexpr int8_t centroids{bits}[{len(levels)}] = {{{', '.join(map(str, levels))}}};")
+        out.append(f"static constexpr int8_t centroids{bits}[16] = {{{', '.join(map(str, levels))}}};")
         out.append(f"static constexpr float step{bits} = {float32(step).hex()}f; // {step:.9g}")
         steps = [f"{float32(step / math.sqrt(n)).hex()}f" for n in BLOCKS]
         out.append(f"static constexpr float step{bits}_over_sqrt[3] = {{{', '.join(steps)}}}; // block 128, 64, 32")
-        grid = SEARCH[bits]
-        bounds = [(a + b) / 2 * step for a, b in zip(positive, positive[1:])]
-        out.append(f"static constexpr int search{bits} = {len(grid)};")
-        out.append(f"static constexpr int16_t thresholds{bits}[{len(grid)}][{len(bounds)}] = {{ // scale "
-                   f"{grid[0]:.2f} ... {grid[-1]:.2f}")
-        table = ["{" + ", ".join(str(round(b * f * RMS_UNIT)) for b in bounds) + "}" for f in grid]
+        bounds = [(a + b) / 2 for a, b in zip(positive, positive[1:])]
+        padded = positive + [0] * (16 - len(positive))
+        out.append(f"static constexpr int8_t magnitudes{bits}[16] = {{{', '.join(map(str, padded))}}};")
+        out.append(f"static constexpr float midpoints{bits}[{len(bounds)}] = "
+                   f"{{{', '.join(f'{b:.1f}f' for b in bounds)}}};")
+        out.append(f"static constexpr int8_t coarse_thresholds{bits}[search_steps][{len(bounds)}] = {{")
+        coarse = RMS_UNIT / COARSE_UNIT
+        table = ["{" + ", ".join(str(math.floor(b * step * f * coarse)) for b in bounds) + "}" for f in SEARCH]
         out.append("    " + ",\n    ".join(table) + "};")
     norms = [f"{float32(1 / math.sqrt(n)).hex()}f" for n in BLOCKS]
     out.append(f"\nstatic constexpr float one_over_sqrt[3] = {{{', '.join(norms)}}}; // block 128, 64, 32")

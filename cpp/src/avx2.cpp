@@ -161,9 +161,8 @@ __m256i spread_third_bits(const uint8_t * high) {
 
 template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
     constexpr int registers = Levels<N>::registers;
-    alignas(16) int8_t entries[16] = {};
-    std::memcpy(entries, Format<Bits, N>::centroids, 1 << Bits);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(Format<Bits, N>::centroids)));
     __m256i index[registers];
     if constexpr (Bits == 4) {
         const __m256i mask = _mm256_set1_epi8(15);
@@ -258,22 +257,24 @@ template <int N> void query(const float * src, void * dst, int64_t blocks) {
     }
 }
 
-// How many thresholds each magnitude exceeds, in the low byte of each word; the high byte is 0x80, which tells pshufb to
-// write a zero there.
-template <int Thresholds> __m256i count_exceeded(__m256i magnitude, const int16_t * thresholds) {
-    __m256i m = _mm256_set1_epi16(int16_t(0x8000));
-    for (int t = 0; t < Thresholds; ++t)
-        m = _mm256_sub_epi16(m, _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(thresholds[t])));
-    return m;
+__m256i multiply_add8(__m256i sum, __m256i a, __m256i b) { // 0 <= a, b <= 127: pairs stay inside int16
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+
+// The sums of eight registers, one in each lane of the result.
+__m256i reduce_add8(const __m256i * v) {
+    const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
 template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
     constexpr int words = N / 16; // registers of 16 int16
-    alignas(16) int8_t entries[16] = {};
-    std::memcpy(entries, F::centroids + M, M);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    constexpr int bytes = N / 32; // registers of 32 int8
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
     for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
         __m256 y[N / lanes];
         load<N>(src, y);
@@ -289,49 +290,67 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const __m256 unit = _mm256_set1_ps(rms_unit / rms);
 
         __m256i z[words], magnitude[words], energies = _mm256_setzero_si256();
+        __m256i rounded[words], coarse[bytes];
         for (int r = 0; r < words; ++r) {
             const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
             const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
             z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
             magnitude[r] = _mm256_abs_epi16(z[r]);
             energies = _mm256_add_epi32(energies, _mm256_madd_epi16(z[r], z[r]));
+            rounded[r] = _mm256_srli_epi16(_mm256_add_epi16(magnitude[r], _mm256_set1_epi16(coarse_unit / 2)), 6);
         }
+        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
+        for (int r = 0; r < bytes; ++r) // saturates at 127; the sums below do not mind the order
+            coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
 
+        __m256i as[search_steps], bs[search_steps];
+        for (int s = 0; s < search_steps; ++s) {
+            as[s] = bs[s] = _mm256_setzero_si256();
+            for (int r = 0; r < bytes; ++r) {
+                __m256i m = _mm256_setzero_si256();
+                for (int t = 0; t < M - 1; ++t)
+                    m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
+                const __m256i c = _mm256_shuffle_epi8(table, m);
+                as[s] = multiply_add8(as[s], coarse[r], c);
+                bs[s] = multiply_add8(bs[s], c, c);
+            }
+        }
+        alignas(32) int32_t a8[8], b8[8];
+        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
         int best = 0;
-        int32_t best_a = 0, best_b = 1;
         double best_explained = -1.0;
-        for (int s = 0; s < F::search; ++s) {
-            __m256i as = _mm256_setzero_si256(), bs = _mm256_setzero_si256();
-            for (int r = 0; r < words; ++r) {
-                const __m256i c = _mm256_shuffle_epi8(table, count_exceeded<M - 1>(magnitude[r], F::thresholds[s]));
-                as = _mm256_add_epi32(as, _mm256_madd_epi16(magnitude[r], c));
-                bs = _mm256_add_epi32(bs, _mm256_madd_epi16(c, c));
-            }
-            const int32_t a = reduce_add(as), b = reduce_add(bs);
-            const double e = explained(a, b);
-            if (e > best_explained) {
-                best = s;
-                best_a = a;
-                best_b = b;
-                best_explained = e;
-            }
+        for (int s = 0; s < search_steps; ++s) {
+            const double e = explained(a8[s], b8[s]);
+            best = e > best_explained ? s : best;
+            best_explained = e > best_explained ? e : best_explained;
         }
 
-        const uint16_t d = block_scale<Bits, N>(reduce_add(energies), best_a, best_b, rms, k, &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        alignas(32) uint8_t index[N];
-        __m256i m[words];
+        int16_t thresholds[M];
+        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
+        __m256i products = _mm256_setzero_si256(), squares = _mm256_setzero_si256(), m[words];
         for (int r = 0; r < words; ++r) {
-            const __m256i exceeded = count_exceeded<M - 1>(magnitude[r], F::thresholds[best]);
-            const __m256i upper = _mm256_add_epi16(_mm256_and_si256(exceeded, _mm256_set1_epi16(15)),
+            // the count sits in the low byte; 0x80 in the high byte makes pshufb write a zero there
+            __m256i count = _mm256_set1_epi16(int16_t(0x8000));
+            for (int t = 0; t < M - 1; ++t)
+                count = _mm256_sub_epi16(count, _mm256_cmpgt_epi16(magnitude[r], _mm256_set1_epi16(thresholds[t])));
+            const __m256i c = _mm256_shuffle_epi8(table, count);
+            products = _mm256_add_epi32(products, _mm256_madd_epi16(magnitude[r], c));
+            squares = _mm256_add_epi32(squares, _mm256_madd_epi16(c, c));
+            const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)),
                                                    _mm256_set1_epi16(M));
             // M - 1 - m is M + m with all its bits flipped
             m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(z[r], 15),
                                                             _mm256_set1_epi16(2 * M - 1)));
         }
+
+        const uint16_t d = block_scale<Bits, N>(reduce_add(energies), reduce_add(products), reduce_add(squares), rms, k,
+                                                &report->saturated);
+        if (d == 0) {
+            std::memset(dst, 0, F::bytes);
+            continue;
+        }
+        alignas(32) uint8_t index[N];
         for (int r = 0; r < words; r += 2)
             _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
                                _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));

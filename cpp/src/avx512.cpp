@@ -133,9 +133,8 @@ template <int N> struct Levels {
 // The index bytes are copied to every part of the register that they serve and shifted by a different amount in each.
 template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
     const __m128i * p = reinterpret_cast<const __m128i *>(q);
-    alignas(16) int8_t entries[16] = {};
-    std::memcpy(entries, Format<Bits, N>::centroids, 1 << Bits);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i *>(entries)));
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(Format<Bits, N>::centroids)));
     Levels<N> out;
     __m512i index[Levels<N>::registers];
     if constexpr (Bits == 4) {
@@ -234,7 +233,7 @@ template <int N> void query(const float * src, void * dst, int64_t blocks) {
     }
 }
 
-__m512i multiply_add(__m512i sum, __m512i a, __m512i b) { // 16-bit pairs into 32 bits
+__m512i multiply_add16(__m512i sum, __m512i a, __m512i b) { // products of int16 pairs into int32
 #ifdef TURBOQUANT_VNNI
     return _mm512_dpwssd_epi32(sum, a, b);
 #else
@@ -242,10 +241,29 @@ __m512i multiply_add(__m512i sum, __m512i a, __m512i b) { // 16-bit pairs into 3
 #endif
 }
 
+__m512i multiply_add8(__m512i sum, __m512i a, __m512i b) { // 0 <= a, b <= 127: pairs stay inside int16
+#ifdef TURBOQUANT_VNNI
+    return _mm512_dpbusd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+#endif
+}
+
+// The sums of eight registers, one in each lane of the result.
+__m256i reduce_add8(const __m512i * v) {
+    __m256i half[8];
+    for (int i = 0; i < 8; ++i)
+        half[i] = _mm256_add_epi32(_mm512_castsi512_si256(v[i]), _mm512_extracti64x4_epi64(v[i], 1));
+    const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
+    const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(half[4], half[5]), _mm256_hadd_epi32(half[6], half[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
 template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
-    constexpr int words = N / 32; // registers of 32 int16
+    constexpr int words = N / 32;                 // registers of 32 int16
+    constexpr int bytes = Levels<N>::registers;   // registers of 64 int8
     for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
         __m512 y[N / lanes];
         load<N>(src, y);
@@ -261,58 +279,77 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const __m512 unit = _mm512_set1_ps(rms_unit / rms);
 
         __m512i z[words], magnitude[words], energies = _mm512_setzero_si512();
+        __m256i coarse_half[words];
         for (int r = 0; r < words; ++r) {
             const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
             const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
             z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
             magnitude[r] = _mm512_abs_epi16(z[r]);
-            energies = multiply_add(energies, z[r], z[r]);
+            energies = multiply_add16(energies, z[r], z[r]);
+            const __m512i rounded = _mm512_add_epi16(magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
+            coarse_half[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
         }
+        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
+        __m512i coarse[bytes];
+        if constexpr (N == 32) // the unused half stays zero in every sum
+            coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse_half[0], 0);
+        else
+            for (int r = 0; r < bytes; ++r)
+                coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse_half[2 * r]), coarse_half[2 * r + 1], 1);
 
-        int best = 0;
-        int32_t best_a = 0, best_b = 1;
-        double best_explained = -1.0;
-        for (int s = 0; s < F::search; ++s) {
-            __m512i c[words];
-            for (int r = 0; r < words; ++r) c[r] = _mm512_set1_epi16(F::centroids[M]);
-            for (int t = 0; t < M - 1; ++t) { // thresholds ascend, so the last one passed decides
-                const __m512i threshold = _mm512_set1_epi16(F::thresholds[s][t]);
-                const __m512i centroid = _mm512_set1_epi16(F::centroids[M + 1 + t]);
-                for (int r = 0; r < words; ++r)
-                    c[r] = _mm512_mask_mov_epi16(c[r], _mm512_cmpgt_epi16_mask(magnitude[r], threshold), centroid);
+        __m512i as[search_steps], bs[search_steps];
+        for (int s = 0; s < search_steps; ++s) {
+            __m512i c[bytes];
+            for (int r = 0; r < bytes; ++r)
+                c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
+            for (int t = 0; t < M - 1; ++t) { // thresholds ascend, so the last one exceeded decides
+                const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
+                const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
+                for (int r = 0; r < bytes; ++r)
+                    c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(coarse[r], threshold), level);
             }
-            __m512i as = _mm512_setzero_si512(), bs = _mm512_setzero_si512();
-            for (int r = 0; r < words; ++r) {
-                as = multiply_add(as, magnitude[r], c[r]);
-                bs = multiply_add(bs, c[r], c[r]);
-            }
-            const int32_t a = _mm512_reduce_add_epi32(as), b = _mm512_reduce_add_epi32(bs);
-            const double e = explained(a, b);
-            if (e > best_explained) {
-                best = s;
-                best_a = a;
-                best_b = b;
-                best_explained = e;
+            as[s] = bs[s] = _mm512_setzero_si512();
+            for (int r = 0; r < bytes; ++r) {
+                as[s] = multiply_add8(as[s], coarse[r], c[r]);
+                bs[s] = multiply_add8(bs[s], c[r], c[r]);
             }
         }
+        alignas(32) int32_t a8[8], b8[8];
+        const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
+        const __m512d a64 = _mm512_cvtepi32_pd(a32);
+        const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
+        const __mmask8 greatest = _mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e)));
+        const int best = __builtin_ctz(greatest);
 
-        const uint16_t d = block_scale<Bits, N>(_mm512_reduce_add_epi32(energies), best_a, best_b, rms, k,
-                                                &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
+        int16_t thresholds[M];
+        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
+        const __m512i table =
+            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
+        __m512i products = _mm512_setzero_si512(), squares = _mm512_setzero_si512();
         alignas(64) uint8_t index[N];
         for (int r = 0; r < words; ++r) {
-            __m512i m = _mm512_set1_epi16(M);
+            __m512i m = _mm512_setzero_si512();
             for (int t = 0; t < M - 1; ++t) {
-                const __m512i threshold = _mm512_set1_epi16(F::thresholds[best][t]);
+                const __m512i threshold = _mm512_set1_epi16(thresholds[t]);
                 m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude[r], threshold), m,
                                           _mm512_set1_epi16(1));
             }
+            const __m512i c = _mm512_maskz_shuffle_epi8(0x5555555555555555, table, m); // low byte of each word
+            products = multiply_add16(products, magnitude[r], c);
+            squares = multiply_add16(squares, c, c);
             // M - 1 - m is M + m with all its bits flipped
-            m = _mm512_xor_si512(m, _mm512_and_si512(_mm512_srai_epi16(z[r], 15), _mm512_set1_epi16(2 * M - 1)));
+            m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
+                                 _mm512_and_si512(_mm512_srai_epi16(z[r], 15), _mm512_set1_epi16(2 * M - 1)));
             _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
+        }
+
+        const uint16_t d = block_scale<Bits, N>(_mm512_reduce_add_epi32(energies), _mm512_reduce_add_epi32(products),
+                                                _mm512_reduce_add_epi32(squares), rms, k, &report->saturated);
+        if (d == 0) {
+            std::memset(dst, 0, F::bytes);
+            continue;
         }
         store16(dst, d);
         pack<Bits, N>(index, dst + 2);

@@ -13,56 +13,58 @@ static constexpr uint8_t signs1[16] = {
 static constexpr uint8_t signs2[16] = {
     0xda, 0x6b, 0x9a, 0xcc, 0xf4, 0xae, 0x4e, 0x2e, 0xed, 0x2e, 0xdd, 0x0d, 0xad, 0x64, 0x71, 0xb4};
 
-// Integer units per RMS in the encoder.
+// The encoder's integer units per RMS, those in a coarse unit, and the threshold scales of its search.
 static constexpr int rms_unit = 2048;
+static constexpr int coarse_unit = 64;
+static constexpr int search_steps = 8; // 0.76 ... 1.18
 
 // 4 bits. Lloyd-Max: 0.1284 0.3880 0.6568 0.9423 1.2562 1.6180 2.0690 2.7326
 static constexpr int8_t centroids4[16] = {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127};
 static constexpr float step4 = 0x1.60868c0000000p-6f; // 0.0215164533
 static constexpr float step4_over_sqrt[3] = {0x1.f28be40000000p-10f, 0x1.60868c0000000p-9f, 0x1.f28be40000000p-9f}; // block 128, 64, 32
-static constexpr int search4 = 13;
-static constexpr int16_t thresholds4[13][7] = { // scale 0.80 ... 1.16
-    {423, 864, 1322, 1798, 2344, 3014, 3931},
-    {439, 896, 1372, 1865, 2432, 3127, 4078},
-    {455, 928, 1421, 1933, 2520, 3240, 4225},
-    {471, 961, 1471, 2000, 2608, 3353, 4373},
-    {486, 993, 1520, 2068, 2696, 3466, 4520},
-    {502, 1026, 1570, 2135, 2784, 3579, 4668},
-    {518, 1058, 1619, 2202, 2872, 3692, 4815},
-    {534, 1090, 1669, 2270, 2960, 3805, 4962},
-    {550, 1123, 1719, 2337, 3048, 3918, 5110},
-    {566, 1155, 1768, 2405, 3135, 4031, 5257},
-    {582, 1188, 1818, 2472, 3223, 4144, 5405},
-    {598, 1220, 1867, 2540, 3311, 4257, 5552},
-    {613, 1252, 1917, 2607, 3399, 4370, 5699}};
+static constexpr int8_t magnitudes4[16] = {6, 18, 31, 44, 58, 75, 96, 127, 0, 0, 0, 0, 0, 0, 0, 0};
+static constexpr float midpoints4[7] = {12.0f, 24.5f, 37.5f, 51.0f, 66.5f, 85.5f, 111.5f};
+static constexpr int8_t coarse_thresholds4[search_steps][7] = {
+    {6, 12, 19, 26, 34, 44, 58},
+    {6, 13, 21, 28, 37, 48, 62},
+    {7, 14, 22, 30, 40, 51, 67},
+    {7, 15, 24, 33, 43, 55, 72},
+    {8, 16, 25, 35, 45, 58, 76},
+    {8, 17, 27, 37, 48, 62, 81},
+    {9, 18, 28, 39, 51, 65, 85},
+    {9, 19, 30, 41, 54, 69, 90}};
 
 // 3 bits. Lloyd-Max: 0.2451 0.7560 1.3439 2.1519
-static constexpr int8_t centroids3[8] = {-127, -79, -45, -14, 14, 45, 79, 127};
+static constexpr int8_t centroids3[16] = {-127, -79, -45, -14, 14, 45, 79, 127, 0, 0, 0, 0, 0, 0, 0, 0};
 static constexpr float step3 = 0x1.159e320000000p-6f; // 0.0169444544
 static constexpr float step3_over_sqrt[3] = {0x1.889c6e0000000p-10f, 0x1.159e320000000p-9f, 0x1.889c6e0000000p-9f}; // block 128, 64, 32
-static constexpr int search3 = 9;
-static constexpr int16_t thresholds3[9][3] = { // scale 0.84 ... 1.16
-    {860, 1807, 3002},
-    {901, 1893, 3145},
-    {942, 1979, 3288},
-    {983, 2065, 3431},
-    {1024, 2152, 3574},
-    {1065, 2238, 3717},
-    {1106, 2324, 3860},
-    {1147, 2410, 4003},
-    {1188, 2496, 4146}};
+static constexpr int8_t magnitudes3[16] = {14, 45, 79, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+static constexpr float midpoints3[3] = {29.5f, 62.0f, 103.0f};
+static constexpr int8_t coarse_thresholds3[search_steps][3] = {
+    {12, 25, 42},
+    {13, 27, 45},
+    {14, 29, 49},
+    {15, 31, 52},
+    {15, 33, 55},
+    {16, 35, 59},
+    {17, 37, 62},
+    {18, 39, 65}};
 
 // 2 bits. Lloyd-Max: 0.4528 1.5104
-static constexpr int8_t centroids2[4] = {-127, -38, 38, 127};
+static constexpr int8_t centroids2[16] = {-127, -38, 38, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 static constexpr float step2 = 0x1.85b6260000000p-7f; // 0.011893052
 static constexpr float step2_over_sqrt[3] = {0x1.1391520000000p-10f, 0x1.85b6260000000p-10f, 0x1.1391520000000p-9f}; // block 128, 64, 32
-static constexpr int search2 = 5;
-static constexpr int16_t thresholds2[5][1] = { // scale 0.88 ... 1.12
-    {1768},
-    {1889},
-    {2009},
-    {2130},
-    {2251}};
+static constexpr int8_t magnitudes2[16] = {38, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+static constexpr float midpoints2[1] = {82.5f};
+static constexpr int8_t coarse_thresholds2[search_steps][1] = {
+    {23},
+    {25},
+    {27},
+    {29},
+    {31},
+    {33},
+    {35},
+    {37}};
 
 static constexpr float one_over_sqrt[3] = {0x1.6a09e60000000p-4f, 0x1.0000000000000p-3f, 0x1.6a09e60000000p-3f}; // block 128, 64, 32
 

@@ -18,25 +18,28 @@ namespace {
 // One row per index width; Format adds the block length.
 template <int Bits> struct Codebook;
 template <> struct Codebook<4> {
-    static constexpr const int8_t * centroids = centroids4;
+    static constexpr const int8_t * centroids = centroids4;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes4; // the positive half, padded likewise
     static constexpr float step = step4;
     static constexpr const float * step_over_sqrt = step4_over_sqrt;
-    static constexpr int search = search4;
-    static constexpr const int16_t (*thresholds)[7] = thresholds4;
+    static constexpr const float * midpoints = midpoints4;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[7] = coarse_thresholds4;
 };
 template <> struct Codebook<3> {
-    static constexpr const int8_t * centroids = centroids3;
+    static constexpr const int8_t * centroids = centroids3;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes3; // the positive half, padded likewise
     static constexpr float step = step3;
     static constexpr const float * step_over_sqrt = step3_over_sqrt;
-    static constexpr int search = search3;
-    static constexpr const int16_t (*thresholds)[3] = thresholds3;
+    static constexpr const float * midpoints = midpoints3;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[3] = coarse_thresholds3;
 };
 template <> struct Codebook<2> {
-    static constexpr const int8_t * centroids = centroids2;
+    static constexpr const int8_t * centroids = centroids2;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes2; // the positive half, padded likewise
     static constexpr float step = step2;
     static constexpr const float * step_over_sqrt = step2_over_sqrt;
-    static constexpr int search = search2;
-    static constexpr const int16_t (*thresholds)[1] = thresholds2;
+    static constexpr const float * midpoints = midpoints2;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[1] = coarse_thresholds2;
 };
 
 template <int N> struct Block {
@@ -101,15 +104,26 @@ inline int scale_exponent(uint32_t largest_bits) {
 }
 inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); } // -126 <= k <= 127
 
-// The encoder's candidates differ in A = sum |z| c and B = sum c^2 (integers: exact in any order). Scaling c by A/B
-// leaves the squared error |z|^2 - A^2/B, so the best candidate has the greatest A^2/B.
+// The search's steps differ in A = sum r c and B = sum c^2 (integers: exact in any order). Scaling c by A/B leaves the
+// squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// The stored scale of a block. energy: sum z^2; a, b: of the chosen candidate; rms: of the unnormalised transform.
+// Thresholds of the final assignment, in units of the encoder: midpoints under the winner's least-squares scale.
+template <int Bits> inline void refined_thresholds(int32_t a, int32_t b, int16_t * thresholds) {
+    const float scale = float(double(coarse_unit) * double(a) / double(b));
+    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
+        thresholds[t] = int16_t(std::nearbyint(Codebook<Bits>::midpoints[t] * scale));
+}
+
+// The stored scale of a block. energy = sum z^2, a = sum |z| c of the final assignment; rms of the unnormalised
+// transform. energy / a preserves inner products: <x, decoded x> = <x, x>.
 template <int Bits, int N>
 inline uint16_t block_scale(int32_t energy, int32_t a, int32_t b, float rms, int k, int64_t * saturated) {
-    (void) b;
-    const double gain = double(energy) / double(a);
+#ifdef TQ_LSQ
+    const double gain = double(a) / double(b); (void) energy;
+#else
+    const double gain = double(energy) / double(a); (void) b;
+#endif
     const double d = gain * double(rms) * Format<Bits, N>::scale_unit * double(power_of_two(k));
     if (d >= 65520.0) { // rounds above fp16's largest finite value
         ++*saturated;

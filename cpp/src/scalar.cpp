@@ -131,42 +131,50 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const float unit = rms_unit / rms;
 
         int16_t z[N], magnitude[N];
+        int coarse[N]; // plain int: GCC 12 miscompiles the two-level search on int8_t (vectorised select)
         int32_t energy = 0;
         for (int i = 0; i < N; ++i) {
             z[i] = int16_t(std::nearbyint(y[i] * unit));
             magnitude[i] = int16_t(z[i] < 0 ? -z[i] : z[i]);
             energy += int32_t(z[i]) * z[i];
+            const int r = (magnitude[i] + coarse_unit / 2) / coarse_unit;
+            coarse[i] = r > 127 ? 127 : r;
         }
 
-        int best = 0;
+        // A coarse search for the scale: which thresholds leave the least squared error?
         int32_t best_a = 0, best_b = 1;
         double best_explained = -1.0;
-        for (int s = 0; s < F::search; ++s) {
+        for (int s = 0; s < search_steps; ++s) {
             int32_t a = 0, b = 0;
             for (int i = 0; i < N; ++i) {
                 int m = 0;
-                for (int t = 0; t < M - 1; ++t) m += magnitude[i] > F::thresholds[s][t];
-                const int32_t c = F::centroids[M + m];
-                a += magnitude[i] * c;
-                b += c * c;
+                for (int t = 0; t < M - 1; ++t) m += coarse[i] > F::coarse_thresholds[s][t];
+                a += coarse[i] * F::magnitudes[m];
+                b += F::magnitudes[m] * F::magnitudes[m];
             }
             const double e = explained(a, b);
             if (e > best_explained) {
-                best = s;
                 best_a = a;
                 best_b = b;
                 best_explained = e;
             }
         }
 
-        const uint16_t d = block_scale<Bits, N>(energy, best_a, best_b, rms, k, &report->saturated);
-        if (d == 0) continue; // below fp16: a zero block
+        // The nearest centroids under that scale, at full precision.
+        int16_t thresholds[M];
+        refined_thresholds<Bits>(best_a, best_b, thresholds);
         uint8_t index[N];
+        int32_t a = 0, b = 0;
         for (int i = 0; i < N; ++i) {
             int m = 0;
-            for (int t = 0; t < M - 1; ++t) m += magnitude[i] > F::thresholds[best][t];
+            for (int t = 0; t < M - 1; ++t) m += magnitude[i] > thresholds[t];
+            a += magnitude[i] * F::magnitudes[m];
+            b += F::magnitudes[m] * F::magnitudes[m];
             index[i] = uint8_t(z[i] < 0 ? M - 1 - m : M + m);
         }
+
+        const uint16_t d = block_scale<Bits, N>(energy, a, b, rms, k, &report->saturated);
+        if (d == 0) continue; // below fp16: a zero block
         store16(dst, d);
         pack<Bits, N>(index, dst + 2);
     }
