@@ -1,0 +1,356 @@
+"""The patch engine on small trees made here, and the real hooks on every llama.cpp they are proven with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from turboquant.llama import patch as engine
+from turboquant.llama import paths, source
+
+HEADER = "enum ggml_type {\n    GGML_TYPE_A = 0,\n    GGML_TYPE_COUNT   = 43,\n};\n"
+CONTEXT = (
+    '// first line\n#include "llama-context.h"\n#include <cstdio>\n\nint init(int a) {\n    return a;\n}\n\n'
+    "static const char * names[] = {\n    \"a\",\n};\n"
+)
+
+HOOKS = """
+[[hook]]
+id = "ids"
+why = "The ids."
+file = "ggml/include/ggml.h"
+anchor = '^    GGML_TYPE_COUNT(?=\\s*= \\d+,$)'
+where = "after"
+text = " = 99, GGML_TYPE_COUNT_UPSTREAM"
+
+[[hook]]
+id = "first-line"
+why = "A statement."
+file = "src/llama-context.cpp"
+include = "glue.h"
+anchor = '^int init\\(int a\\) \\{\\n'
+where = "after"
+text = "if (a < 0) { return 0; }"
+
+[[hook]]
+id = "table"
+why = "Rows."
+file = "src/llama-context.cpp"
+include = "glue.h"
+anchor = '^(?=\\};\\n\\Z)'
+where = "before"
+text = \"\"\"
+    "b",
+    "c",
+\"\"\"
+"""
+
+
+@pytest.fixture
+def hooks(tmp_path: Path) -> list[engine.Hook]:
+    return load(tmp_path, HOOKS)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "llama.cpp"
+    write(root, "ggml/include/ggml.h", HEADER.encode())
+    write(root, "src/llama-context.cpp", CONTEXT.encode())
+    write(root, "src/other.cpp", b"int untouched;\n")
+    return root
+
+
+def write(root: Path, name: str, data: bytes) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def load(folder: Path, text: str) -> list[engine.Hook]:
+    path = folder / "hooks.toml"
+    path.write_text(text, encoding="utf-8")
+    return engine.load_hooks(path)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def states(root: Path, hooks: list[engine.Hook] | None = None) -> dict[str, str]:
+    return {state.id: state.state for state in engine.check(root, hooks)}
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+def test_patch_inserts_where_the_hooks_say(tree, hooks):
+    engine.patch(tree, hooks)
+    header = (tree / "ggml/include/ggml.h").read_text()
+    context = (tree / "src/llama-context.cpp").read_text()
+    plain = re.sub(r"/\* turboquant:\w+ [\w-]+ \*/", "", header)
+    assert re.search(r"GGML_TYPE_COUNT\s+= 99, GGML_TYPE_COUNT_UPSTREAM\s+= 43,\n", plain)
+    assert context.index('"glue.h"') < context.index("<cstdio>") < context.index("if (a < 0)") < context.index("return a")
+    assert context.count('#include "glue.h"') == 1
+    assert context.index('"a"') < context.index('"b"') < context.index('"c"') < context.rindex("};")
+    assert set(states(tree, hooks).values()) == {"applied"}
+    assert set(states(tree, hooks)) == {"include-llama-context-cpp", "ids", "first-line", "table"}
+
+
+def test_patch_twice_is_patch_once_and_writes_nothing(tree, hooks):
+    engine.patch(tree, hooks)
+    once = snapshot(tree)
+    times = {name: (tree / name).stat().st_mtime_ns for name in once}
+    engine.patch(tree, hooks)
+    assert snapshot(tree) == once
+    assert {name: (tree / name).stat().st_mtime_ns for name in once} == times
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda data: data, id="plain"),
+        pytest.param(lambda data: data.replace(b"\n", b"\r\n"), id="crlf"),
+        pytest.param(lambda data: data.replace(b"first", b"fi\xe9st"), id="latin-1"),
+        pytest.param(lambda data: b"\xef\xbb\xbf" + data, id="bom"),
+    ],
+)
+def test_unpatch_restores_every_byte(tree, hooks, change):
+    path = tree / "src/llama-context.cpp"
+    data = change(path.read_bytes())
+    if b"\r\n" in data:  # the anchors of this test's hooks end in \n
+        hooks = load(tree.parent, HOOKS.replace("\\{\\n'", "\\{\\r\\n'").replace("\\};\\n\\Z", "\\};\\r\\n\\Z"))
+    path.write_bytes(data)
+    before = snapshot(tree)
+    engine.patch(tree, hooks)
+    assert snapshot(tree) != before
+    assert sorted(engine.unpatch(tree)) == ["ggml/include/ggml.h", "src/llama-context.cpp"]
+    assert snapshot(tree) == before
+    assert engine.unpatch(tree) == []
+
+
+def test_check_writes_nothing(tree, hooks):
+    before = snapshot(tree)
+    assert set(states(tree, hooks).values()) == {"missing"}
+    assert snapshot(tree) == before
+
+
+def test_a_tree_patched_by_another_version_is_brought_up_to_date(tree, hooks):
+    before = snapshot(tree)
+    older = HOOKS.replace("return 0;", "return 1;") + HOOKS.split("[[hook]]")[1].join(["[[hook]]", ""]).replace(
+        '"ids"', '"gone"'
+    ).replace("GGML_TYPE_COUNT(?=\\s*= \\d+,$)", "GGML_TYPE_A").replace('" = 99, GGML_TYPE_COUNT_UPSTREAM"', '"BC"')
+    engine.patch(tree, load(tree.parent, older))
+    assert "BC" in (tree / "ggml/include/ggml.h").read_text()
+    assert states(tree, hooks)["first-line"] == "outdated"
+    assert states(tree, hooks)["ids"] == "applied"
+    engine.patch(tree, hooks)
+    text = (tree / "src/llama-context.cpp").read_text() + (tree / "ggml/include/ggml.h").read_text()
+    assert "return 0;" in text and "return 1;" not in text and "BC" not in text
+    engine.unpatch(tree)
+    assert snapshot(tree) == before
+
+
+def test_a_user_edit_outside_the_brackets_survives_unpatch(tree, hooks):
+    engine.patch(tree, hooks)
+    path = tree / "src/llama-context.cpp"
+    path.write_text(path.read_text().replace("return a;", "return a + 1;"))
+    engine.unpatch(tree)
+    assert path.read_text() == CONTEXT.replace("return a;", "return a + 1;")
+
+
+def test_file_modes_are_kept(tree, hooks):
+    path = tree / "src/llama-context.cpp"
+    path.chmod(0o750)
+    engine.patch(tree, hooks)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        pytest.param(CONTEXT.replace("int init(int a)", "int init(long a)"), "not found", id="nowhere"),
+        pytest.param(CONTEXT + CONTEXT, "found 2 times instead of once", id="twice"),
+    ],
+)
+def test_a_hook_that_does_not_fit_stops_before_anything_is_written(tree, hooks, text, problem):
+    (tree / "src/llama-context.cpp").write_text(text)
+    before = snapshot(tree)
+    with pytest.raises(engine.AnchorError) as caught:
+        engine.patch(tree, hooks)
+    message = str(caught.value)
+    for part in ("src/llama-context.cpp", hooks[2].sites[0].anchor, "first-line", problem, "turboquant build", "hooks.toml"):
+        assert part in message
+    assert snapshot(tree) == before
+    assert states(tree, hooks)["first-line"] == "broken"
+
+
+def test_alternative_and_optional_places(tree):
+    text = HOOKS + """
+[[hook.alternative]]
+file = "src/other.cpp"
+anchor = '^int untouched;\\n'
+
+[[hook]]
+id = "maybe"
+why = "Nice to have."
+optional = "trees before 1.0 have no such table"
+file = "src/nowhere.cpp"
+anchor = 'x'
+where = "after"
+text = "y"
+"""
+    hooks = load(tree.parent, text)
+    path = tree / "src/llama-context.cpp"
+    path.write_text(path.read_text() + "// no table at the end\n")
+    found = {state.id: state for state in engine.patch(tree, hooks)}
+    assert (found["table"].state, found["table"].file) == ("applied", "src/other.cpp")
+    assert (found["maybe"].state, found["maybe"].detail) == ("skipped", "trees before 1.0 have no such table")
+    assert '"b"' in (tree / "src/other.cpp").read_text()
+
+
+@pytest.mark.parametrize("damage", ["turboquant:end first-line", "turboquant:begin first-line"])
+def test_damaged_brackets_are_refused(tree, hooks, damage):
+    engine.patch(tree, hooks)
+    path = tree / "src/llama-context.cpp"
+    path.write_text(path.read_text().replace(damage, "oops"))
+    before = snapshot(tree)
+    for action in (engine.patch, engine.check):
+        with pytest.raises(engine.MarkerError, match="src/llama-context.cpp.*by hand.*unpack the sources again"):
+            action(tree, hooks)
+    with pytest.raises(engine.MarkerError):
+        engine.unpatch(tree)
+    assert snapshot(tree) == before
+
+
+def test_a_folder_that_is_no_llama_cpp_is_refused(tmp_path):
+    for action in (engine.patch, engine.check, engine.unpatch):
+        with pytest.raises(engine.NotLlamaError, match="no such folder"):
+            action(tmp_path / "nowhere")
+        with pytest.raises(engine.NotLlamaError, match=re.escape(str(tmp_path))):
+            action(tmp_path)
+
+
+def test_the_folder_around_llama_cpp_gets_a_hint(tmp_path, tree):
+    shutil.move(tree, tmp_path / "package" / "vendor" / "llama.cpp")
+    with pytest.raises(engine.NotLlamaError, match="did you mean .*vendor.llama.cpp"):
+        engine.patch(tmp_path / "package")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('where = "after"', 'where = "beside"', "where must be 'before' or 'after'"),
+        ('why = "The ids."', "", "why must be a non-empty string"),
+        ('id = "table"', 'id = "ids"', "occurs twice"),
+        ('id = "table"', 'id = "A table"', "must match"),
+        ('id = "table"', 'id = "table"\nfiles = "x"', "unknown field 'files'"),
+        ("= '^int init", "= '^int (init", "is no regex"),
+        ("return 0;", "/* turboquant:end x */", "must not contain"),
+        (HOOKS, "", "no \\[\\[hook\\]\\]"),
+        (HOOKS, "[[hook", "hooks.toml"),
+    ],
+)
+def test_mistakes_in_hooks_toml_are_named(tmp_path, old, new, message):
+    with pytest.raises(engine.HooksFileError, match=message):
+        load(tmp_path, HOOKS.replace(old, new, 1))
+
+
+def test_every_error_is_a_patch_error():
+    for name in engine.__all__:
+        value = getattr(engine, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, engine.PatchError)
+
+
+def test_cmake_args_name_an_existing_file():
+    (argument,) = engine.cmake_args()
+    assert Path(argument.removeprefix("-DCMAKE_PROJECT_ggml_INCLUDE=")).is_file()
+
+
+# ---- the project's hooks on real sources -----------------------------------------------------------------------------
+
+
+def real_tree(version: str, target: Path) -> Path:
+    """A copy of the sources in the cache; skips visibly if they are not there."""
+    found = source.cached(version)
+    if found is None:
+        pytest.skip(f"the sources of llama-cpp-python {version} are not in {paths.cache_dir()}")
+    for name in found.files():
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found.root / name, path)
+    return target
+
+
+def test_the_hooks_are_few_and_explained():
+    hooks = engine.load_hooks()
+    assert all(len(hook.why) > 5 for hook in hooks)
+    for hook in hooks:
+        for site in hook.sites:
+            assert len(site.text.splitlines()) <= (7 if hook.id == "type-ids" else 3), hook.id
+
+
+@pytest.mark.parametrize("version", sorted(source.PROVEN))
+def test_real_tree_patches_and_unpatches(version, tmp_path):
+    tree = real_tree(version, tmp_path / "llama.cpp")
+    before = snapshot(tree)
+    assert set(states(tree).values()) == {"missing"}
+    assert {state.state for state in engine.patch(tree)} == {"applied"}
+    patched = snapshot(tree)
+    assert set(states(tree).values()) == {"applied"}
+    engine.patch(tree)
+    assert snapshot(tree) == patched
+
+    # Insertions only: every line that was there is still there, in its order, perhaps with something in it.
+    for name, data in patched.items():
+        if data != before[name]:
+            stripped = re.sub(rb"/\* turboquant:begin ([a-z0-9-]+) \*/.*?/\* turboquant:end \1 \*/", b"", data, flags=re.S)
+            assert b"".join(stripped.split()) == b"".join(before[name].split()), name
+    engine.unpatch(tree)
+    assert snapshot(tree) == before
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("version", [min(source.PROVEN), max(source.PROVEN)])
+def test_real_tree_compiles(version, tmp_path):
+    """ggml and libllama, and common's arg.cpp and llama-bench where the options are; without optimization."""
+    for tool in ("cmake", "ninja"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    tree = real_tree(version, tmp_path / "llama.cpp")
+    engine.patch(tree)
+    build = tmp_path / "build"
+    configure = ["cmake", "-G", "Ninja", "-S", tree, "-B", build, *engine.cmake_args()]
+    configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_C_FLAGS_DEBUG=-O0", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
+    configure += ["-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_CURL=OFF"]
+    launcher = shutil.which("ccache")
+    if launcher:
+        configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher}" for language in ("C", "CXX")]
+    # ccache finds the objects of an earlier run although the folder has another name now.
+    env = dict(os.environ, CCACHE_BASEDIR=str(tmp_path), CCACHE_NOHASHDIR="1")
+    run(configure, env)
+    targets = ["ggml", "ggml-cpu", "llama", "common/CMakeFiles/llama-common.dir/arg.cpp.o"]
+    listed = run(["ninja", "-C", build, "-t", "targets", "all"], env)
+    # The object libraries' names changed between the releases.
+    objects = [r"\S*common\S*/arg\.cpp\.o", r"\S*/llama-bench\.cpp\.o", r"tests/\S*/test-quantize-fns\.cpp\.o"]
+    objects = [re.search(rf"^({pattern}): ", listed, re.MULTILINE) for pattern in objects]
+    assert all(objects)
+    run(["ninja", "-C", build, *targets[:3], *(match[1] for match in objects)], env)
+    nm = shutil.which("nm")
+    if nm:
+        (library,) = {path.resolve() for path in build.rglob("libggml-base.so")}
+        exported = run([nm, "-D", "--defined-only", library], env)
+        assert " T turbo_dot_turbo4\n" in exported and " T tq_encode_row\n" in exported
+
+
+def run(command: list[str | Path], env: dict[str, str]) -> str:
+    done = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
