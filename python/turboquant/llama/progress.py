@@ -50,9 +50,10 @@ class Track:
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=self._total)
         elif self._total:
-            # Sparse: every tenth at most, and at least one line a minute while something happens.
+            # Sparse: at every tenth, but not every moment; and once a minute while something happens.
             now, tenth = time.monotonic(), 10 * done // self._total
-            if done and (tenth > self._said_tenth or now - self._said_at >= 60):
+            silent = now - self._said_at
+            if done and (silent >= 60 or (silent >= 5 and tenth > self._said_tenth)):
                 self._said_at, self._said_tenth = now, tenth
                 self._reporter.say(self._line(done, self._total, now - self._start))
 

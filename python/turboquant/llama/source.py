@@ -290,9 +290,7 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
             try:
                 while process.poll() is None:
                     time.sleep(0.1)
-                    sizes = [size for file in folder.rglob("*.tar.gz") if (size := _size(file))]
-                    if sizes:
-                        track.update(max(sizes))
+                    track.update(_downloaded(temporary))
             except BaseException:
                 process.terminate()
                 process.wait()
@@ -309,10 +307,11 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
     )
 
 
-def _size(file: Path) -> int:
+def _downloaded(temporary: Path) -> int:
+    """Bytes that pip has of the archive so far; 0 if that cannot be told."""
     try:
-        return file.stat().st_size
-    except OSError:  # moved or removed by pip between listing and looking
+        return max((file.stat().st_size for file in temporary.glob("pip-*/*.tar.gz")), default=0)
+    except OSError:  # pip moves and removes files at any moment
         return 0
 
 
@@ -332,11 +331,10 @@ def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str
             if parts[1:3] != ("vendor", "llama.cpp") or not member.isreg():
                 continue
             inner = parts[3:]
+            if any(part == ".." or set(part) & set("/\\:\0") for part in parts):
+                raise SourceError(f"{archive.name}: it has a file outside of its folder ({member.name!r}); not unpacked")
             if not inner or inner[0] in UNNEEDED or inner[0].startswith("."):
                 continue
-            bad = any(part in ("..", ".", "/") or "\\" in part or ":" in part or "\0" in part for part in parts)
-            if bad or member.name.startswith("/"):
-                raise SourceError(f"{archive.name}: it has a file outside of its folder ({member.name!r}); not unpacked")
             count, size = count + 1, size + member.size
             if count > _MAX_FILES or size > _MAX_BYTES:
                 raise SourceError(f"{archive.name}: more than {_MAX_FILES} files or {_MAX_BYTES >> 20} MiB in it")
