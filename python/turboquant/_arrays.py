@@ -49,11 +49,9 @@ def finite_of(value: Any, argument: str) -> float:
 def float_array(x: ArrayLike, argument: str) -> NDArray[np.float32]:
     """x as float32: x itself if it is float32 in native byte order, else a converted copy."""
     array = np.asarray(x)
-    if array.dtype == np.float32 and array.dtype.isnative:
-        return array
     # ml_dtypes registers bfloat16 with NumPy under this name; going by the name needs no import of ml_dtypes.
-    if array.dtype in (np.float32, np.float16) or array.dtype.name == "bfloat16":
-        return array.astype(np.float32)
+    if array.dtype.name in ("float32", "float16", "bfloat16"):
+        return array.astype(np.float32, copy=False)
     raise TypeError(f"{argument}: got an array of {array.dtype}, wanted {FLOATS}; "
                     f"convert it with {argument}.astype(numpy.float32)")
 
@@ -68,8 +66,9 @@ def byte_array(q: ArrayLike, argument: str) -> NDArray[np.uint8]:
 def last_axis(array: NDArray[Any], multiple: int, argument: str, unit: str) -> int:
     """The length of the last axis, which has to be a positive multiple of `multiple` ("unit" says of what)."""
     if array.ndim == 0:
-        raise ValueError(f"{argument}: got a scalar, wanted an array whose last axis is a multiple of {multiple} ({unit})")
-    length = array.shape[-1]
+        raise ValueError(f"{argument}: got a scalar, wanted an array whose last axis is a multiple of {multiple} "
+                         f"({unit})")
+    length: int = array.shape[-1]
     if length == 0 or length % multiple:
         raise ValueError(f"{argument}: got shape {array.shape}, wanted a last axis that is a positive multiple of "
                          f"{multiple} ({unit}), not {length}")

@@ -64,12 +64,14 @@ def attention(
     n_kv_head, n_kv = keys.shape[-3:-1]
     wanted_k = (*batch, n_kv_head, n_kv, info_k.row_bytes(head_k))
     if keys.shape != wanted_k:
-        raise ValueError(f"k: got shape {keys.shape}, wanted {wanted_k}: {info_k.name} rows of {head_k} values, as in q")
+        raise ValueError(f"k: got shape {keys.shape}, wanted {wanted_k}: {info_k.name} rows of {head_k} values, "
+                         "as in q")
     wanted_v = (*wanted_k[:-1], values.shape[-1])
     if values.shape != wanted_v:
         raise ValueError(f"v: got shape {values.shape}, wanted {wanted_v}: as many heads and rows as k")
     if n_kv_head == 0 or n_head % n_kv_head:
-        raise ValueError(f"q: got {n_head} heads (shape {queries.shape}), wanted a multiple of the {n_kv_head} heads of k")
+        raise ValueError(f"q: got {n_head} heads (shape {queries.shape}), wanted a multiple of the {n_kv_head} heads "
+                         "of k")
 
     scale = 1.0 / math.sqrt(head_k) if scale is None else finite_of(scale, "scale")
     soft_cap = finite_of(soft_cap, "soft_cap")

@@ -4,7 +4,6 @@ from __future__ import annotations
 import difflib
 import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,16 +68,13 @@ def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
     if isinstance(type, TypeInfo):
         return type
     if not isinstance(type, str):
-        raise TypeError(f"{argument}: got {type!r} ({_type_name(type)}), wanted a type's name (str) or a TypeInfo")
+        raise TypeError(f"{argument}: got {type!r} ({type.__class__.__name__}), wanted a type's name (str) or a "
+                        "TypeInfo")
     if type in _TABLE:
         return _TABLE[type]
     close = difflib.get_close_matches(type.lower(), _TABLE, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"{argument}: got {type!r}, wanted one of {', '.join(_TABLE)}{hint}")
-
-
-def _type_name(value: Any) -> str:
-    return value.__class__.__name__
 
 
 def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ._codec import dequantize as _dequantize
 from ._codec import quantize as _quantize
-from ._types import TypeInfo, types
+from ._types import TypeInfo, resolve, types
 
 try:
     import gguf as _gguf
@@ -41,8 +41,6 @@ FIRST_ID = 512
 
 def ggml_type(type: str) -> Any:
     """The member of ``gguf.GGMLQuantizationType`` of that type: ``ggml_type("turbo4_64")`` is ``...TURBO4_64``."""
-    from ._types import resolve
-
     return _gguf.GGMLQuantizationType(FIRST_ID + resolve(type).id)
 
 
@@ -55,22 +53,23 @@ def register() -> None:
         member = _add_member(info)
         sizes = (info.block, info.block_bytes)
         if _gguf.GGML_QUANT_SIZES.setdefault(member, sizes) != sizes:
-            raise RuntimeError(f"gguf.GGML_QUANT_SIZES has {_gguf.GGML_QUANT_SIZES[member]} for {info.name}, not {sizes}")
+            raise RuntimeError(f"gguf.GGML_QUANT_SIZES has {_gguf.GGML_QUANT_SIZES[member]} for {info.name}, "
+                               f"not {sizes}")
         if member not in _quants._type_traits:
             _add_conversions(info, member)
 
 
 def _add_member(info: TypeInfo) -> Any:
     """Add a member to the finished enum. Python has no public way to do so: an IntEnum cannot be extended."""
-    enum = _gguf.GGMLQuantizationType
+    enum: Any = _gguf.GGMLQuantizationType
     name, value = info.name.upper(), FIRST_ID + info.id
     by_name, by_value = enum._member_map_.get(name), enum._value2member_map_.get(value)
     if by_name is not None and by_name is by_value:
         return by_name
     if by_name is not None or by_value is not None:
-        raise RuntimeError(f"gguf.GGMLQuantizationType has {by_name or by_value!r} already, so {name} = {value} cannot be "
-                           "registered; this gguf is not one that turboquant knows")
-    member = int.__new__(enum, value)
+        raise RuntimeError(f"gguf.GGMLQuantizationType has {by_name or by_value!r} already, so {name} = {value} cannot "
+                           "be registered; this gguf is not one that turboquant knows")
+    member: Any = int.__new__(enum, value)
     member._name_, member._value_ = name, value
     member.__objclass__ = enum
     member._sort_order_ = len(enum._member_names_)

@@ -1,0 +1,182 @@
+"""turboquant.attention against the oracle's attention over the decoded K and V."""
+import math
+
+import numpy as np
+import pytest
+
+import turboquant
+from turboquant import reference
+
+
+def inputs(type_k, type_v, *, heads=4, kv_heads=2, n_query=3, n_kv=37, head_k=128, head_v=128, seed=0):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((heads, n_query, head_k)).astype(np.float32)
+    k = turboquant.quantize(rng.standard_normal((kv_heads, n_kv, head_k)).astype(np.float32), type_k)
+    v = turboquant.quantize(rng.standard_normal((kv_heads, n_kv, head_v)).astype(np.float32), type_v)
+    return q, k, v
+
+
+def grid_queries(q, block):
+    """The nearest queries that are int8 after rotation: rounding them changes nothing, so the results are near-exact."""
+    integers = np.clip(np.rint(reference.rotate(q, block) * 40), -126, 126).reshape(-1, block)
+    integers[:, 0] = 127
+    return reference.unrotate(integers / 64, block).reshape(q.shape).astype(np.float32)
+
+
+def assert_close(actual, expected, relative):
+    assert actual.dtype == np.float32 and actual.shape == expected.shape
+    assert np.linalg.norm(actual - expected) <= relative * np.linalg.norm(expected)
+
+
+PAIRS = [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("turbo2", "turbo4_64"), ("turbo4_32", "turbo3"),
+         ("turbo3_64", "turbo3_32"), ("turbo2_32", "turbo2_64")]
+
+
+@pytest.mark.parametrize("type_k, type_v", PAIRS)
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (5, 1)])
+def test_type_pairs_and_head_groups(kernels, type_k, type_v, heads, kv_heads):
+    q, k, v = inputs(type_k, type_v, heads=heads, kv_heads=kv_heads)
+    options = {"type_k": type_k, "type_v": type_v}
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 0.02)
+    q = grid_queries(q, next(t.block for t in turboquant.types() if t.name == type_k))
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 1e-5)
+
+
+@pytest.mark.parametrize("head_k, head_v", [(128, 256), (256, 128), (512, 512), (384, 128)])
+@pytest.mark.parametrize("n_query, n_kv", [(1, 1), (1, 513), (2, 127), (7, 128), (129, 129)])
+def test_sizes(kernels, head_k, head_v, n_query, n_kv):
+    options = {"type_k": "turbo4", "type_v": "turbo3"}
+    q, k, v = inputs("turbo4", "turbo3", n_query=n_query, n_kv=n_kv, head_k=head_k, head_v=head_v)
+    q = grid_queries(q, 128)
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 1e-5)
+
+
+OPTIONS = {"type_k": "turbo4", "type_v": "turbo4"}
+
+
+@pytest.fixture
+def qkv():
+    q, k, v = inputs("turbo4", "turbo4", n_query=5, n_kv=40)
+    return grid_queries(q, 128), k, v
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.02, -0.1])
+@pytest.mark.parametrize("soft_cap", [0, 0.5, 20.0])
+def test_scale_and_soft_cap(qkv, scale, soft_cap):
+    options = {**OPTIONS, "scale": scale, "soft_cap": soft_cap}
+    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), 2e-5)
+
+
+def test_default_scale_is_one_over_sqrt_head(qkv):
+    np.testing.assert_array_equal(turboquant.attention(*qkv, **OPTIONS),
+                                  turboquant.attention(*qkv, scale=1 / math.sqrt(128), **OPTIONS))
+
+
+def test_soft_cap_comes_before_the_mask(qkv):
+    mask = np.full((5, 40), 3.0, dtype=np.float32)
+    mask[:, ::2] = -7
+    options = {**OPTIONS, "mask": mask, "soft_cap": 1.0}
+    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), 1e-5)
+
+
+def test_masks(qkv, kernels):
+    allowed = np.random.default_rng(1).random((5, 40)) < 0.5
+    allowed[2] = False
+    added = np.where(allowed, 0, -np.inf).astype(np.float32)
+    expected = reference.attention(*qkv, mask=added, **OPTIONS)
+    for mask in (allowed, added, added.astype(np.float16), np.asfortranarray(added)):
+        result = turboquant.attention(*qkv, mask=mask, **OPTIONS)
+        assert_close(result, expected, 1e-5)
+        assert not result[:, 2].any()  # masked everywhere
+    assert_close(turboquant.attention(*qkv, mask=allowed[1], **OPTIONS),
+                 reference.attention(*qkv, mask=np.tile(added[1], (5, 1)), **OPTIONS), 1e-5)
+
+
+def test_masked_rows_do_not_matter(qkv):
+    """Not even if they hold NaN."""
+    q, k, v = qkv
+    allowed = np.arange(40) < 30
+    expected = turboquant.attention(q, k[:, :30], v[:, :30], **OPTIONS)
+    k, v = k.copy(), v.copy()
+    for cache in (k, v):
+        cache[:, 30:, :2] = np.array([0x7E00], dtype="<u2").view(np.uint8)  # the scale is NaN
+    np.testing.assert_array_equal(turboquant.attention(q, k, v, mask=allowed, **OPTIONS), expected)
+
+
+def test_causal(qkv, kernels):
+    q, k, v = qkv
+    result = turboquant.attention(q, k, v, causal=True, **OPTIONS)
+    for i in range(5):
+        seen = 40 - 5 + i + 1
+        alone = reference.attention(q[:, i:i + 1], k[:, :seen], v[:, :seen], **OPTIONS)
+        assert_close(result[:, i:i + 1], alone, 1e-5)
+    both = turboquant.attention(q, k, v, causal=True, mask=np.arange(40) > 3, **OPTIONS)
+    visible = (np.arange(40) > 3) & (np.arange(40)[None] <= 35 + np.arange(5)[:, None])
+    np.testing.assert_array_equal(both, turboquant.attention(q, k, v, mask=visible, **OPTIONS))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_threads_do_not_change_results(qkv, threads):
+    np.testing.assert_array_equal(turboquant.attention(*qkv, threads=threads, **OPTIONS),
+                                  turboquant.attention(*qkv, **OPTIONS))
+
+
+def test_batches(qkv):
+    q, k, v = (np.stack([np.stack([a, a[..., ::-1, :]])] * 3) for a in qkv)
+    masks = np.random.default_rng(2).random((3, 2, 5, 40)) < 0.7
+    result = turboquant.attention(q, k, v, mask=masks, **OPTIONS)
+    assert result.shape == (3, 2, 4, 5, 128)
+    for item in np.ndindex(3, 2):
+        np.testing.assert_array_equal(result[item], turboquant.attention(q[item], k[item], v[item], mask=masks[item],
+                                                                         **OPTIONS))
+
+
+def test_dtypes_and_strides(qkv):
+    q, k, v = qkv
+    half = q.astype(np.float16)
+    np.testing.assert_array_equal(turboquant.attention(half, k, v, **OPTIONS),
+                                  turboquant.attention(half.astype(np.float32), k, v, **OPTIONS))
+    moved = (np.asfortranarray(q), np.asfortranarray(k), v.transpose(1, 0, 2).copy().transpose(1, 0, 2))
+    np.testing.assert_array_equal(turboquant.attention(*moved, **OPTIONS), turboquant.attention(*qkv, **OPTIONS))
+
+
+def test_nothing_to_attend_to():
+    q, k, v = inputs("turbo4", "turbo4", n_kv=0)
+    assert not turboquant.attention(q, k, v, **OPTIONS).any()
+    assert turboquant.attention(q[:, :0], k, v, **OPTIONS).shape == (4, 0, 128)
+
+
+def test_non_finite_queries_are_not_hidden(qkv):
+    q, k, v = qkv
+    q = q.copy()
+    q[0, 0, 3] = np.nan
+    result = turboquant.attention(q, k, v, **OPTIONS)
+    assert np.isnan(result[0, 0]).all() and np.isfinite(result[1:]).all() and np.isfinite(result[0, 1:]).all()
+
+
+Q_, K_ = np.zeros((4, 5, 128), dtype=np.float32), np.zeros((2, 40, 66), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("arguments, options, error, message", [
+    ((Q_[0], K_, K_), {}, ValueError, r"q: got shape \(5, 128\), wanted \(..., n_head, n_query, head_k\)"),
+    ((Q_, K_[0], K_), {}, ValueError, r"k: got shape \(40, 66\), wanted"),
+    ((Q_, K_, K_[:, :39]), {}, ValueError, r"v: got shape \(2, 39, 66\), wanted \(2, 40, 66\)"),
+    ((Q_[:3], K_, K_), {}, ValueError, r"q: got 3 heads .* multiple of the 2 heads of k"),
+    ((Q_, K_[:0], K_[:0]), {}, ValueError, r"q: got 4 heads .* multiple of the 0"),
+    ((Q_[..., :64], K_, K_), {}, ValueError, r"q: got shape \(4, 5, 64\), wanted .* multiple of 128"),
+    ((np.tile(Q_, 2), K_, K_), {}, ValueError, r"k: got shape \(2, 40, 66\), wanted \(2, 40, 132\): turbo4 rows"),
+    ((Q_, K_, K_), {"type_k": "turbo3"}, ValueError, r"k: got shape .* multiple of 50 .* of turbo3\)"),
+    ((Q_, K_, K_), {"type_v": "turbo9"}, ValueError, r"type_v: got 'turbo9', wanted one of"),
+    ((Q_, K_, K_), {"mask": np.zeros((4, 40), np.float32)}, ValueError, r"mask: got shape \(4, 40\), wanted \(5, 40\)"),
+    ((Q_, K_, K_), {"mask": np.zeros((5, 40), int)}, TypeError, r"mask: got an array of int64"),
+    ((Q_, K_, K_), {"soft_cap": -1}, ValueError, r"soft_cap: got -1.0, wanted 0"),
+    ((Q_, K_, K_), {"soft_cap": "no"}, TypeError, r"soft_cap: got 'no' \(str\), wanted a number"),
+    ((Q_, K_, K_), {"scale": math.nan}, ValueError, r"scale: got nan, wanted a finite number"),
+    ((Q_, K_[:, :3], K_[:, :3]), {"causal": True}, ValueError, r"causal: got 5 queries and 3 KV rows"),
+    ((Q_.astype(float), K_, K_), {}, TypeError, r"q: got an array of float64"),
+    ((Q_, K_.astype(np.int8), K_), {}, TypeError, r"k: got an array of int8, wanted the uint8"),
+    ((Q_[None], K_, K_), {}, ValueError, r"k: got shape \(2, 40, 66\), wanted \(1, 2, 40, 66\)"),
+])
+def test_refused(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        turboquant.attention(*arguments, **{**OPTIONS, **options})

@@ -1,0 +1,318 @@
+"""The oracle against theory, and the core's scalar kernels against the oracle."""
+import doctest
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import turboquant
+from turboquant import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [1, 2, 3, 127, 128, 129]
+
+#: Mean squared error of the optimal quantizer of N(0,1): Max 1960, table I.
+THEORY = {2: 0.1175, 3: 0.03454, 4: 0.009497}
+
+
+@pytest.fixture(autouse=True)
+def scalar_kernels():
+    with turboquant.use_kernels("scalar"):
+        yield
+
+
+def gaussian_error(centroids):
+    """The exact mean squared error of N(0,1) rounded to the nearest of the centroids."""
+    def second_moment(low, high):  # of the part of the density between low and high
+        def edge(x):
+            return 0.0 if math.isinf(x) else x * reference.density(x)
+        return edge(low) - edge(high) + reference.upper_tail(low) - reference.upper_tail(high)
+
+    bounds = [-math.inf, *((a + b) / 2 for a, b in zip(centroids, centroids[1:])), math.inf]
+    return sum(second_moment(low, high) - 2 * c * (
+        (0.0 if math.isinf(low) else reference.density(low)) - (0.0 if math.isinf(high) else reference.density(high)))
+        + c * c * (reference.upper_tail(low) - reference.upper_tail(high))
+        for c, low, high in zip(centroids, bounds, bounds[1:]))
+
+
+# ---- the oracle against theory ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebooks_reach_the_theoretical_error(bits):
+    exact = gaussian_error(reference.lloyd_max(bits))
+    assert exact == pytest.approx(THEORY[bits], abs=5e-5)
+    rounded = [reference.step(bits) * int(k) for k in reference.levels(bits)]
+    assert exact <= gaussian_error(rounded) < exact * 1.002  # what int8 rounding may cost
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codebooks_satisfy_both_conditions(bits):
+    """Against the definition, by numerical integration: no formula of the solver is used."""
+    centroids = np.array(reference.lloyd_max(bits))
+    x = np.linspace(-9, 9, 2_000_001)
+    weight = np.exp(-x * x / 2)
+    nearest = np.searchsorted((centroids[1:] + centroids[:-1]) / 2, x)
+    means = np.bincount(nearest, weight * x) / np.bincount(nearest, weight)
+    np.testing.assert_allclose(means, centroids, atol=1e-4)
+    np.testing.assert_array_equal(centroids, -centroids[::-1])
+
+
+@pytest.mark.parametrize("n", [128, 64, 32])
+def test_rotation_is_orthonormal(n):
+    matrix = reference.rotation_matrix(n)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(n), atol=1e-13)
+    np.testing.assert_allclose(np.abs(matrix), 1 / math.sqrt(n))
+    x = np.random.default_rng(0).standard_normal((3, 2 * n))
+    np.testing.assert_allclose(reference.unrotate(reference.rotate(x, n), n), x, atol=1e-13)
+
+
+def test_hadamard_is_the_definition():
+    """Entry (i, j) is (-1) to the number of ones that i and j share in binary."""
+    matrix = reference.hadamard(32)
+    assert all(matrix[i, j] == (-1) ** (i & j).bit_count() for i in range(32) for j in range(32))
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_signs_are_the_hash_and_shorter_blocks_take_the_prefix(which):
+    number = int.from_bytes(hashlib.sha256(f"turboquant S{which}".encode()).digest()[:16], "little")
+    expected = [-1 if number >> i & 1 else 1 for i in range(128)]
+    assert reference.signs(which).tolist() == expected
+    assert reference.signs(which, 32).tolist() == expected[:32]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("n", [128, 64, 32])
+def test_pack_is_the_documented_layout(bits, n):
+    index = np.random.default_rng(bits).integers(0, 1 << bits, n).astype(np.uint8)
+    packed = reference.pack(index, bits)
+    assert packed.dtype == np.uint8 and packed.shape == (n * bits // 8,)
+    np.testing.assert_array_equal(reference.unpack(packed, bits), index)
+    for i in range(n):
+        if bits == 4:
+            value = packed[i % (n // 2)] >> (4 * (i // (n // 2))) & 15
+        else:
+            value = packed[i % (n // 4)] >> (2 * (i // (n // 4))) & 3
+        if bits == 3:
+            value |= (packed[n // 4 + i // 8] >> (i % 8) & 1) << 2
+        assert value == index[i]
+
+
+@pytest.mark.parametrize("type_name", [f"turbo{bits}" for bits in (4, 3, 2)])
+def test_gaussian_distortion_is_that_of_the_codebook(type_name):
+    """1 - cos^2 of the angle between block and reconstruction is the distortion that no choice of scale changes. For the
+    optimal quantizer of N(0,1) it equals the mean squared error; the scale search gains a little in blocks of 128.
+    """
+    x = np.random.default_rng(1).standard_normal((8192, 128)).astype(np.float32)
+    for encode in (turboquant.quantize, reference.quantize):
+        back = turboquant.dequantize(encode(x, type_name), type_name).astype(np.float64)
+        cosine = (x * back).sum(1) / np.sqrt(np.square(x.astype(np.float64)).sum(1) * np.square(back).sum(1))
+        distortion = (1 - cosine**2).mean()
+        theory = THEORY[reference.FORMATS[type_name].bits]
+        assert 0.8 * theory < distortion < theory
+
+
+# ---- the core against the oracle -------------------------------------------------------------------------------------
+
+def blocks(q, type):
+    return q.reshape(-1, reference.FORMATS[type].block_bytes)
+
+
+def squared_errors(x, q, type):
+    """Per block."""
+    difference = reference.dequantize(q, type).astype(np.float64) - x
+    return np.square(difference).reshape(-1, reference.FORMATS[type].block).sum(-1)
+
+
+def energies(x, type):
+    return np.square(x.astype(np.float64)).reshape(-1, reference.FORMATS[type].block).sum(-1)
+
+
+def heavy_tailed(rng, shape):
+    return (rng.standard_t(2, shape) * np.where(rng.random(shape) < 0.01, 50, 1)).astype(np.float32)
+
+
+def test_tables_match(type_name):
+    info = next(t for t in turboquant.types() if t.name == type_name)
+    form = reference.FORMATS[type_name]
+    assert (info.bits, info.block, info.block_bytes) == (form.bits, form.block, form.block_bytes)
+    np.testing.assert_array_equal(info.levels, reference.levels(form.bits))
+    assert np.float32(info.step) == np.float32(reference.step(form.bits))
+    np.testing.assert_array_equal(turboquant.codebook(type_name), reference.codebook(type_name))
+    assert list(reference.FORMATS) == [t.name for t in turboquant.types()]
+
+
+def test_signs_match():
+    from turboquant import _core
+
+    for which in (1, 2):
+        bits = np.unpackbits(np.frombuffer(_core.signs(which), dtype=np.uint8), bitorder="little")
+        np.testing.assert_array_equal(np.where(bits, -1, 1), reference.signs(which))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_decode_is_bit_equal(type_name, rotated):
+    """Every fp16 scale, over random indices."""
+    size = reference.FORMATS[type_name].block_bytes
+    q = np.random.default_rng(2).integers(0, 256, (65536, size), dtype=np.uint8)
+    q[:, :2] = np.arange(65536, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    for part in (q[::7], q[31000:33000], q[63000:]):  # with all subnormals, infinities and many NaNs
+        actual = turboquant.dequantize(part, type_name, rotated=rotated)
+        expected = reference.dequantize(part, type_name, rotated=rotated)
+        nan = np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(actual), nan)
+        np.testing.assert_array_equal(actual.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
+
+
+def test_decode_is_the_formula(type_name):
+    """x = R^T (d * step * level) in float64; the format's two float32 roundings leave 2^-24 each."""
+    form = reference.FORMATS[type_name]
+    q = reference.quantize(np.random.default_rng(3).standard_normal((64, form.block)), type_name)
+    scale = q[:, :2].copy().view("<f2").astype(np.float64)
+    y = scale * reference.step(form.bits) * reference.levels(form.bits)[reference.unpack(q[:, 2:], form.bits)]
+    np.testing.assert_allclose(reference.dequantize(q, type_name), reference.unrotate(y, form.block), rtol=3 * 2**-24,
+                               atol=1e-12)
+    np.testing.assert_allclose(reference.dequantize(q, type_name, rotated=True), y, rtol=3 * 2**-24)
+
+
+@pytest.mark.parametrize("draw", [lambda rng, shape: rng.standard_normal(shape).astype(np.float32), heavy_tailed],
+                         ids=["normal", "heavy-tailed"])
+def test_encode_is_as_good_as_the_oracle(type_name, draw):
+    """The bytes differ where float32 decides a near-tie otherwise than float64; the error does not."""
+    block = reference.FORMATS[type_name].block
+    for rows in ROWS:
+        x = draw(np.random.default_rng(rows), (rows, 2 * block))
+        core, oracle = turboquant.quantize(x, type_name), reference.quantize(x, type_name)
+        core_error, oracle_error = squared_errors(x, core, type_name), squared_errors(x, oracle, type_name)
+        assert (core_error <= oracle_error + 0.002 * energies(x, type_name)).all()
+        assert core_error.sum() <= oracle_error.sum() * (1.0001 if rows > 100 else 1.01)
+        if rows > 100:
+            assert (blocks(core, type_name) == blocks(oracle, type_name)).all(axis=1).mean() > 0.98
+
+
+def grid_rows(type_name, seed):
+    """Encoded rows that leave an encoder no choice: indices as often as N(0,1) has them, shuffled, and fp16 scales."""
+    form = reference.FORMATS[type_name]
+    rng = np.random.default_rng(seed)
+    centroids = np.array(reference.lloyd_max(form.bits))
+    bounds = (centroids[1:] + centroids[:-1]) / 2
+    quantiles = np.sort(rng.standard_normal(1_000_000))[((np.arange(form.block) + 0.5) / form.block * 1e6).astype(int)]
+    index = np.searchsorted(bounds, quantiles).astype(np.uint8)
+    index = np.array([rng.permutation(index) for _ in range(128)])
+    scale = np.exp(rng.uniform(-9, 9, 128)).astype("<f2")
+    return np.concatenate([scale[:, None].view(np.uint8), reference.pack(index, form.bits)], axis=1)
+
+
+def test_grid_points_survive(type_name):
+    """Reconstructions encode to the bytes they came from, in the core and in the oracle."""
+    q = grid_rows(type_name, 4)
+    x = turboquant.dequantize(q, type_name)
+    np.testing.assert_array_equal(reference.quantize(x, type_name), q)
+    np.testing.assert_array_equal(turboquant.quantize(x, type_name), q)
+
+
+SPECIAL = {
+    "zeros": np.zeros(128), "ones": np.ones(128), "constant": np.full(128, -3.5),
+    "one-hot": np.eye(128)[5] * 7, "alternating": np.where(np.arange(128) % 2, 1.0, -1.0),
+    "ramp": np.arange(128) - 60.0, "small": np.full(128, 1e-6), "outlier": np.r_[np.full(127, 0.01), 500.0],
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_blocks(type_name, name):
+    x = SPECIAL[name].astype(np.float32)
+    core, oracle = turboquant.quantize(x, type_name), reference.quantize(x, type_name)
+    bound = squared_errors(x, oracle, type_name) + 0.01 * energies(x, type_name)
+    assert (squared_errors(x, core, type_name) <= bound).all()
+    if name == "zeros":
+        assert not core.any() and not oracle.any()
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-39, 1e-20, 1e-9, 1e30, 3e38])
+def test_extreme_magnitudes(type_name, magnitude):
+    """What fp16 cannot scale saturates or is zero: the same blocks, and the same indices as for ordinary input."""
+    x = np.full(128, magnitude, dtype=np.float32)
+    x[1::3] *= -1
+    if magnitude < 1:
+        core = turboquant.quantize(x, type_name)
+    else:
+        with pytest.warns(RuntimeWarning, match="above fp16"):
+            core = turboquant.quantize(x, type_name)
+    np.testing.assert_array_equal(core, reference.quantize(x, type_name))
+    assert core.any() == (magnitude > 1)
+
+
+def test_non_finite_blocks(type_name):
+    x = np.random.default_rng(5).standard_normal((4, 256)).astype(np.float32)
+    x[0, 1], x[1, 200], x[2, 130] = np.nan, np.inf, -np.inf
+    with pytest.warns(RuntimeWarning, match="3 of"):
+        core = turboquant.quantize(x, type_name)
+    zero = (blocks(core, type_name) == 0).all(axis=1)
+    np.testing.assert_array_equal(zero, (blocks(reference.quantize(x, type_name), type_name) == 0).all(axis=1))
+    assert zero.sum() == 3
+
+
+@pytest.mark.parametrize("block", [128, 64, 32])
+def test_rotate(block):
+    x = heavy_tailed(np.random.default_rng(6), (129, 2 * block))
+    tolerance = 1e-6 * np.sqrt(np.square(x.astype(np.float64)).reshape(129, 2, block).sum(-1).max())
+    np.testing.assert_allclose(turboquant.rotate(x, block), reference.rotate(x, block), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(turboquant.unrotate(x, block), reference.unrotate(x, block), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(turboquant.unrotate(turboquant.rotate(x, block), block), x, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("block", [128, 64, 32])
+def test_prepare(block):
+    x = heavy_tailed(np.random.default_rng(7), (129, 2 * block))
+    core = turboquant.prepare(x, block)
+    scale, integers = reference.prepare(x, block)
+    np.testing.assert_allclose(core["scale"], scale, rtol=1e-6)
+    assert np.abs(core["q"] - integers).max() <= 1 and (core["q"] != integers).mean() < 1e-3  # ties in the last bit
+    np.testing.assert_array_equal(core["sum"], core["q"].sum(-1, dtype=np.int32))
+    assert (np.abs(core["q"].astype(int)).max(-1) == 127).all()
+
+
+def test_dot(type_name):
+    """Against the oracle's dot to float rounding, and against the decoded rows to the rounding of the query."""
+    block = reference.FORMATS[type_name].block
+    rng = np.random.default_rng(8)
+    for rows in ROWS:
+        query, x = rng.standard_normal((2, 2 * block)).astype(np.float32), heavy_tailed(rng, (rows, 2 * block))
+        q = reference.quantize(x, type_name)
+        back = reference.dequantize(q, type_name).astype(np.float64)
+        result = turboquant.dot(query, q, type_name)
+        assert result.shape == (2, rows)
+        norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(back, axis=1)
+        assert (np.abs(result - query @ back.T) <= 0.01 * norms).all()
+        # a tie of prepare in the last bit moves one product by a query step
+        assert (np.abs(result - reference.dot(query, q, type_name)) <= 1e-3 * norms).all()
+
+
+def test_dot_is_exact_on_grid_queries(type_name):
+    """Queries whose rotation is integers times a power of two: nothing is rounded but the last float sums."""
+    block = reference.FORMATS[type_name].block
+    rng = np.random.default_rng(9)
+    integers = rng.integers(-126, 127, (5, 2, block))
+    integers[..., 0] = 127
+    query = reference.unrotate(integers.reshape(5, -1) / 64, block).astype(np.float32)
+    q = reference.quantize(rng.standard_normal((129, 2 * block)), type_name)
+    prepared = turboquant.prepare(query, block)
+    np.testing.assert_array_equal(prepared["q"], integers)
+    back = reference.dequantize(q, type_name).astype(np.float64)
+    norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(back, axis=1)
+    for result in (turboquant.dot(query, q, type_name), turboquant.dot(prepared, q, type_name)):
+        assert (np.abs(result - query.astype(np.float64) @ back.T) <= 1e-6 * norms).all()
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+def test_docstring_examples():
+    assert doctest.testmod(turboquant).attempted > 0 and doctest.testmod(turboquant).failed == 0
+
+
+def test_versions_agree():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^version = "(.*)"', project, re.M).group(1) == turboquant.__version__
+    assert f"VERSION {turboquant.__version__} " in (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
