@@ -28,18 +28,18 @@ __m256 flip(__m256 x, const uint32_t * bits, int r) {
     return _mm256_xor_ps(x, _mm256_load_ps(reinterpret_cast<const float *>(bits + lanes * r)));
 }
 
-// One butterfly stage inside a register: s holds each lane's partner, and the lanes that take the difference have a
-// sign bit in `upper`: s + (-x) is s - x to the last bit.
-__m256 butterfly(__m256 x, __m256 s, __m256 upper) { return _mm256_add_ps(s, _mm256_xor_ps(x, upper)); }
+// One stage inside a register: s is each lane's partner, and `lane` is -1 where the difference is taken. The product is
+// exact, so the sum rounds as in scalar.cpp.
+__m256 butterfly(__m256 x, __m256 s, __m256 lane) { return _mm256_fmadd_ps(x, lane, s); }
 
 template <int R> void hadamard(__m256 * y) {
-    const __m256 upper1 = _mm256_setr_ps(0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f);
-    const __m256 upper2 = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
-    const __m256 upper4 = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    const __m256 lane1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+    const __m256 lane2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    const __m256 lane4 = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
     for (int r = 0; r < R; ++r) {
-        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0xB1), upper1);
-        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0x4E), upper2);
-        y[r] = butterfly(y[r], _mm256_permute2f128_ps(y[r], y[r], 1), upper4);
+        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0xB1), lane1);
+        y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0x4E), lane2);
+        y[r] = butterfly(y[r], _mm256_permute2f128_ps(y[r], y[r], 1), lane4);
     }
     for (int h = 1; h < R; h *= 2)
         for (int i = 0; i < R; i += 2 * h)

@@ -25,17 +25,21 @@ __m512 flip(__m512 x, const uint8_t * signs, int r) {
                                                      _mm512_castps_si512(x), _mm512_set1_epi32(int(0x80000000))));
 }
 
-// One butterfly stage inside a register: s holds each lane's partner, mask the lanes that take the difference.
-__m512 butterfly(__m512 x, __m512 s, __mmask16 upper) {
-    return _mm512_mask_sub_ps(_mm512_add_ps(x, s), upper, s, x);
+// +1, or -1 in the lanes whose bit h is set: those take the difference.
+template <int H> __m512 difference_lanes() {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), H == 1 ? 0xAAAA : H == 2 ? 0xCCCC : H == 4 ? 0xF0F0 : 0xFF00,
+                              _mm512_set1_ps(-1.0f));
 }
+
+// One stage inside a register, s being each lane's partner. The product is exact, so the sum rounds as in scalar.cpp.
+template <int H> __m512 butterfly(__m512 x, __m512 s) { return _mm512_fmadd_ps(x, difference_lanes<H>(), s); }
 
 template <int R> void hadamard(__m512 * y) {
     for (int r = 0; r < R; ++r) {
-        y[r] = butterfly(y[r], _mm512_permute_ps(y[r], 0xB1), 0xAAAA);
-        y[r] = butterfly(y[r], _mm512_permute_ps(y[r], 0x4E), 0xCCCC);
-        y[r] = butterfly(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xB1), 0xF0F0);
-        y[r] = butterfly(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0x4E), 0xFF00);
+        y[r] = butterfly<1>(y[r], _mm512_permute_ps(y[r], 0xB1));
+        y[r] = butterfly<2>(y[r], _mm512_permute_ps(y[r], 0x4E));
+        y[r] = butterfly<4>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xB1));
+        y[r] = butterfly<8>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0x4E));
     }
     for (int h = 1; h < R; h *= 2)
         for (int i = 0; i < R; i += 2 * h)
