@@ -1,0 +1,457 @@
+"""Building: a tiny llama.cpp, really patched, configured with CMake and compiled with ninja."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fake_llama import EXTRA, FILES, make_native, make_sdist, make_tree, write
+from rich.console import Console
+
+from turboquant.llama import build as builds
+from turboquant.llama import patch as hooks
+from turboquant.llama import run, source, toolchain
+from turboquant.llama.files import LlamaError, list_files, lock, read_json
+from turboquant.llama.progress import Reporter, duration
+
+TARGETS = ("llama-completion", "llama-bench")  # what the tiny tree has of the default ones
+
+if not all(shutil.which(tool) for tool in ("cmake", "ninja", "c++", "cc")):
+    pytest.skip("needs cmake, ninja and a C++ compiler on the PATH", allow_module_level=True)
+
+
+@pytest.fixture
+def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Our own sources, tiny; and a cache of our own."""
+    root = make_native(tmp_path / "native")
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CCACHE_DISABLE", "1")
+    monkeypatch.setattr(hooks, "native_dir", lambda: root)
+    monkeypatch.setattr(builds, "native_dir", lambda: root)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return make_tree(tmp_path / "llama")
+
+
+@pytest.fixture
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def build(said: io.StringIO) -> Callable[..., Path]:
+    reporter = Reporter(Console(file=said, width=200))
+    return lambda *args, **kwargs: builds.build(*args, **kwargs, reporter=reporter)
+
+
+def answer(bin: Path, name: str = "llama-completion") -> str:
+    return run.run(name, bin=bin).stdout.strip()
+
+
+def log(bin: Path) -> str:
+    return (bin.parent.parent / "build.log").read_text()
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {name: (root / name).read_text() for name in list_files(root)}
+
+
+def test_everything_once_then_only_what_changed(native, tree, build, said):
+    bin = build(tree)
+    assert answer(bin) == answer(bin, "llama-bench") == "512 41 one"
+    assert not (bin / "llama-extra").exists()
+    assert contents(tree) == {**FILES, **EXTRA}  # the user's tree is as it was
+    assert builds.where() == bin
+    assert "no llama-cli, llama-server" in said.getvalue()  # default programs that this tree lacks
+    assert not builds.is_outdated(bin)
+
+    # Nothing new: neither CMake nor ninja runs.
+    (bin.parent.parent / "build.log").unlink()
+    said.truncate(0)
+    assert build(tree) == bin
+    assert not (bin.parent.parent / "build.log").exists()
+    assert said.getvalue() == ""
+
+    # The codec changes: the same folder, and only what depends on it.
+    write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
+    assert builds.is_outdated(bin)
+    assert build(tree) == bin
+    assert answer(bin) == "512 42 one"
+    assert "ggml-cpu.c.o" in log(bin) and "arg.cpp.o" not in log(bin)
+
+    # The user's tree changes.
+    write(tree, {"common/arg.cpp": 'const char * word() { return "two"; }\n'})
+    assert build(tree) == bin
+    assert answer(bin) == "512 42 two"
+    assert "arg.cpp.o" in log(bin) and "ggml-cpu.c.o" not in log(bin)
+
+    # A program is deleted by hand: it comes back.
+    (bin / "llama-bench").unlink()
+    assert build(tree) == bin
+    assert answer(bin, "llama-bench") == "512 42 two"
+
+
+def test_targets(native, tree, build):
+    bin = build(tree, targets=["llama-extra"])
+    assert answer(bin, "llama-extra") == "512 41 one"
+    assert not (bin / "llama-bench").exists()
+    build(tree, targets=["default", "test-things"])  # tests are configured only now
+    assert sorted(path.name for path in bin.iterdir()) == ["llama-bench", "llama-completion", "llama-extra", "test-things"]
+    # Other sources, fewer targets: no program stays behind that was built from the old ones.
+    write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
+    build(tree, targets=["llama-bench"])
+    assert [path.name for path in bin.iterdir()] == ["llama-bench"]
+    assert answer(bin, "llama-bench") == "512 42 one"
+    with pytest.raises(builds.BuildError, match="no target 'llama-benhc'; it has llama-bench"):
+        build(tree, targets=["llama-benhc"])
+
+
+def test_options_and_compilers_have_folders_of_their_own(native, tree, build, monkeypatch):
+    first = build(tree, targets=["llama-bench"])
+    other = build(tree, targets=["llama-bench"], cmake_args=["COMMON_THING=1", "-DCMAKE_BUILD_TYPE=Debug"])
+    assert other != first and answer(other, "llama-bench") == "512 41 one"
+    assert "CMAKE_BUILD_TYPE:STRING=Debug" in (other.parent / "CMakeCache.txt").read_text()
+    assert builds.where() == other
+    assert build(tree, targets=["llama-bench"]) == first == builds.where()
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    assert builds._make_plan(source.local(tree), (), (), ["cc", "c++"]).folder not in (
+        builds._make_plan(source.local(tree), (), (), ["cc", "other c++"]).folder,
+        first.parent.parent,
+    )
+
+
+def test_cpu_counts_only_for_native_code(native, tree, monkeypatch):
+    def folder(*options: str) -> Path:
+        return builds._make_plan(source.local(tree), (), options, ["cc"]).folder
+
+    here, portable = folder(), folder("-DGGML_NATIVE=OFF")
+    monkeypatch.setattr(builds, "cpu", lambda: "another one")
+    assert folder() != here
+    assert folder("-DGGML_NATIVE=OFF") == portable
+
+
+def test_release_of_llama_cpp_python(native, tmp_path, build, monkeypatch):
+    archive = make_sdist(tmp_path / "index", "9.9.9")
+
+    def copy(version: str, to: Path, *args: object, **kwargs: object) -> Path:
+        to.mkdir()
+        return Path(shutil.copy(archive, to))
+
+    monkeypatch.setattr(source, "_pip_download", copy)
+    bin = build(version="9.9.9", targets=["llama-bench"])
+    assert answer(bin, "llama-bench") == "512 41 one"
+    assert bin.parent.parent.name.startswith("llama.cpp-9.9.9-")
+    archive.unlink()
+    assert build(version="9.9.9", targets=["llama-bench"]) == bin
+
+
+def test_compile_error_is_shown_and_does_not_stay(native, tree, build):
+    good = FILES["common/arg.cpp"]
+    write(tree, {"common/arg.cpp": good + "int broken( { return 1; }\n"})
+    with pytest.raises(builds.BuildError) as error:
+        build(tree)
+    text = str(error.value)
+    assert "compiling CMakeFiles/llama-" in text and "arg.cpp.o failed" in text
+    assert "arg.cpp:2:" in text and "error:" in text and "-DCOMMIT=" not in text  # the message, not the command
+    log_file = Path(text.rpartition("Full log: ")[2])
+    assert "error:" in log_file.read_text()
+    with pytest.raises(builds.BuildError, match="turboquant build"):
+        builds.where()
+    write(tree, {"common/arg.cpp": good})
+    assert answer(build(tree)) == "512 41 one"
+
+
+def test_configure_error_is_shown(native, tree, build):
+    with pytest.raises(builds.BuildError, match="(?s)could not configure.*this tree was told to fail.*Full log: "):
+        build(tree, cmake_args=["BREAK_CONFIGURE=ON"])
+
+
+def test_hook_that_does_not_fit_is_told(native, tree, build):
+    write(tree, {"ggml/include/ggml.h": "enum ggml_type { NOTHING };\n"})
+    with pytest.raises(hooks.PatchError, match="ggml/include/ggml.h.*GGML_TYPE_COUNT"):
+        build(tree)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cmake_args": ["-G"]}, "'-G' is no CMake option"),
+        ({"cmake_args": ["--fresh"]}, "is no CMake option"),
+        ({"targets": ["-t"]}, "'-t' is no CMake target"),
+        ({"jobs": 0}, "at least 1, got 0"),
+        ({"version": "1.0"}, "not both"),
+    ],
+)
+def test_bad_arguments(native, tree, build, arguments, message):
+    with pytest.raises(builds.BuildError, match=message):
+        build(tree, **arguments)
+
+
+# A build that stops in the middle: `slow` is a target whose command writes its process id, and then waits.
+SLOW = """
+if (NOT EXISTS "${CMAKE_SOURCE_DIR}/../go-on")
+    add_custom_command(OUTPUT slow.txt COMMAND sh -c "echo $$ > '${CMAKE_SOURCE_DIR}/../started' && exec sleep 600" VERBATIM)
+else()
+    add_custom_command(OUTPUT slow.txt COMMAND sh -c "echo done > slow.txt" VERBATIM)
+endif()
+add_custom_target(slow DEPENDS slow.txt)
+"""
+START = """
+import sys
+from pathlib import Path
+from turboquant.llama import build, patch
+from turboquant import cli
+root = Path(sys.argv[1])
+build.native_dir = patch.native_dir = lambda: root
+sys.argv = ["turboquant", "build", "--source", sys.argv[2], "--target", "slow", "--target", "llama-bench"]
+cli.main()
+"""
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):  # a limit for a test that hangs, not a bound on speed
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # a zombie that nobody has waited for is not alive
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_build_goes_on(native, tree, build, number):
+    write(tree, {"CMakeLists.txt": FILES["CMakeLists.txt"] + SLOW})
+    command = [sys.executable, "-c", START, str(native), str(tree)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def mark() -> list[Path]:
+        return [path for path in native.parent.glob("cache/builds/*/started") if path.read_text().endswith("\n")]
+
+    wait_for(mark, process)
+    compiler = int(mark()[0].read_text())
+    assert alive(compiler)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert out == "" and "goes on from here" in err
+    assert not alive(compiler)
+    folder = mark()[0].parent
+    assert not (folder / "done.json").exists()
+    (folder / "go-on").write_text("")
+    bin = build(tree, targets=["slow", "llama-bench"])
+    assert bin == folder / "build" / "bin"
+    assert answer(bin, "llama-bench") == "512 41 one"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="ninja does not inherit the lock there")
+def test_second_build_waits_for_the_first(native, tree, said, build):
+    folder = builds._make_plan(source.local(tree), (), (), toolchain.compiler()).folder
+    command = [sys.executable, "-c", START.replace('"slow", "--target", ', ""), str(native), str(tree)]
+    with lock(builds._lock_file(folder)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        assert f"another process is building in {folder}" in first
+        assert not folder.exists()
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert out == f"{folder / 'build' / 'bin'}\n"
+
+
+def test_old_folders_go_but_only_ours(native, tree, build, tmp_path):
+    cache = tmp_path / "cache" / "builds"
+    theirs = write(cache / "mine", {"notes.txt": "not a build"})
+    link = cache / "link"
+    elsewhere = write(tmp_path / "elsewhere", {"build.json": '{"made_by": "turboquant"}'})
+    link.symlink_to(elsewhere, target_is_directory=True)
+    for number in range(5):
+        folder = write(cache / f"old-{number}", {"build.json": '{"made_by": "turboquant"}', "x/y": "z"})
+        os.utime(folder / "build.json", (1000 + number, 1000 + number))
+    with lock(builds._lock_file(cache / "old-1")):  # somebody builds in it
+        bin = build(tree, targets=["llama-bench"])
+    left = {path.name for path in cache.iterdir() if path.is_dir()}
+    assert left == {"mine", "link", "old-1", "old-3", "old-4", bin.parent.parent.name}
+    assert (theirs / "notes.txt").exists() and (elsewhere / "build.json").exists()
+
+
+def test_where_falls_back_to_another_finished_build(native, tree, build):
+    first = build(tree, targets=["llama-bench"])
+    second = build(tree, targets=["llama-bench"], cmake_args=["X=1"])
+    assert builds.where() == second
+    shutil.rmtree(second.parent.parent)
+    assert builds.where() == first
+    (first / "llama-bench").unlink()
+    with pytest.raises(builds.BuildError, match="run `turboquant build` first"):
+        builds.where()
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_compiler_names_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(toolchain.ToolError, match="no C compiler found; install "):
+        toolchain.compiler()
+    monkeypatch.setenv("CC", "no-such-cc --fast")
+    with pytest.raises(toolchain.ToolError, match="CC names, 'no-such-cc --fast', does not run"):
+        toolchain.compiler()
+
+
+def fake_program(path: Path, output: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {output}\n")
+    path.chmod(0o755)
+
+
+def fake_wheel(folder: Path, name: str, version: str) -> None:
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        program = zipfile.ZipInfo(f"{name}/data/bin/{name}")
+        program.external_attr = 0o100755 << 16
+        wheel.writestr(program, f"#!/bin/sh\necho {name} version {version}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
+@pytest.mark.parametrize("machine", ["has nothing", "has an old cmake", "has ninja"])
+def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeypatch, tmp_path, said):
+    pytest.importorskip("pip")
+    path, wheels = tmp_path / "bin", tmp_path / "wheels"
+    path.mkdir()
+    wheels.mkdir()
+    if machine == "has an old cmake":
+        fake_program(path / "cmake", "cmake version 3.18.4")
+        fake_program(path / "ninja", "1.11.1")
+    elif machine == "has ninja":
+        fake_program(path / "ninja", "1.11.1")
+    (path / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
+    fake_wheel(wheels, "cmake", "3.31.0")
+    fake_wheel(wheels, "ninja", "1.12.0")
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(path))
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    reporter = Reporter(Console(file=said, width=200))
+    tools = toolchain.find_tools(reporter)
+    own = tmp_path / "cache" / "tools" / "cmake-ninja"
+    assert tools.cmake == own / "cmake/data/bin/cmake"
+    assert tools.ninja == (own / "ninja/data/bin/ninja" if machine == "has nothing" else path / "ninja")
+    assert tools.path().split(os.pathsep)[0] == str(tools.cmake.parent)
+    assert ("Ninja" in said.getvalue()) == (machine == "has nothing")
+    shutil.rmtree(wheels)  # the second time nothing is fetched
+    assert toolchain.find_tools(reporter) == tools
+
+
+def test_no_cmake_and_no_network(monkeypatch, tmp_path, said):
+    pytest.importorskip("pip")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(toolchain.ToolError, match="(?s)CMake 3.19 or newer and Ninja not found.*No matching dist"):
+        toolchain.find_tools(Reporter(Console(file=said)))
+
+
+def test_jobs_and_cpu():
+    assert 1 <= toolchain.jobs() <= (os.cpu_count() or 1)
+    assert toolchain.cpu() == toolchain.cpu() != ""
+
+
+# ---- run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
+def test_run(tmp_path):
+    def script(name: str, text: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    script("llama-say", 'cat; echo "$1 $WORD"; echo loud >&2')
+    done = run.run("llama-say", ["a b"], bin=tmp_path, env={"WORD": "w"}, input="in\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("in\na b w\n", "loud\n", 0)
+    assert run.run("llama-say", [], bin=tmp_path).stdout.startswith(" ")  # no input: it does not wait for any
+    script("llama-fail", "seq 100 >&2; exit 3")
+    with pytest.raises(run.ProgramError, match=r"(?s)llama-fail failed \(status 3\).*\n89\n.*\n100\n") as error:
+        run.run("llama-fail", bin=tmp_path)
+    assert "\n88\n" not in str(error.value)
+    assert run.run("llama-fail", bin=tmp_path, check=False).returncode == 3
+    script("llama-crash", "kill -SEGV $$")
+    with pytest.raises(run.ProgramError, match="ended by signal 11"):
+        run.run("llama-crash", bin=tmp_path)
+    script("llama-hang", "echo waiting >&2; exec sleep 600")
+    with pytest.raises(run.ProgramError, match=r"(?s)stopped after 1 s.*waiting"):
+        run.run("llama-hang", bin=tmp_path, timeout=1)
+    with pytest.raises(run.ProgramError, match=r"no llama-sya in .*it has llama-say.*--target llama-sya"):
+        run.program("llama-sya", tmp_path)
+    with pytest.raises(run.ProgramError, match="no such folder"):
+        run.program("llama-say", tmp_path / "nowhere")
+
+
+def test_program_of_the_last_build(native, tree, build):
+    with pytest.raises(LlamaError, match="turboquant build"):
+        run.program("llama-bench")
+    bin = build(tree, targets=["llama-bench"])
+    assert run.program("llama-bench") == (bin / "llama-bench").resolve()
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_progress_is_sparse(said, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("turboquant.llama.progress.time.monotonic", lambda: now[0])
+    with Reporter(Console(file=said, width=40)).track("compiling") as track:
+        for done in range(1, 1001):
+            now[0] += 0.5
+            track.update(done, 1000)
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "compiling ..."
+    assert lines[1] == "compiling 100/1000 (10%), 50 s, about 7 min 30 s left"
+    assert lines[-1] == "compiling 1000/1000 (100%), 8 min 20 s"
+    assert len(lines) == 11
+
+
+def test_terminal_progress_is_a_bar():
+    out = io.StringIO()
+    with Reporter(Console(file=out, force_terminal=True, width=100)).track("compiling") as track:
+        track.update(3, 12)
+    assert "3/12" in out.getvalue()
+
+
+def test_duration():
+    assert [duration(seconds) for seconds in (0.4, 59.6, 200, 3720)] == ["0 s", "1 min 00 s", "3 min 20 s", "1 h 02 min"]
+
+
+def test_json_that_is_none(tmp_path):
+    write(tmp_path, {"half.json": '{"a": ', "list.json": "[1]"})
+    assert read_json(tmp_path / "half.json") is read_json(tmp_path / "list.json") is read_json(tmp_path / "no") is None
