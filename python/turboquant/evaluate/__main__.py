@@ -1,0 +1,234 @@
+"""``python -m turboquant.evaluate``: the quality table of a model for a list of cache types."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from turboquant.llama.paths import cache_dir, native_dir
+
+from . import story
+from .measure import Options, Row, measure
+from .needle import ask, make_needles
+from .pairs import CachePair, parse_pairs
+from .programs import ProgramError, Programs
+from .report import table, to_json, to_markdown
+from .results import Results, file_hash
+
+TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def evaluate(
+    bin_dir: Annotated[Path, typer.Option("--bin", help="The bin folder of a llama.cpp build (`turboquant where`).")],
+    model: Annotated[Path | None, typer.Option(help="A GGUF model. Default: the bundled prose-8m-q8_0.gguf.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text. Default: the bundled heldout.txt.")] = None,
+    types: Annotated[str, typer.Option(help="Cache types: TYPE or TYPE_K/TYPE_V, comma-separated.")] = TYPES,
+    ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk; the second half is scored.")] = 2048,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks; more of them, smaller error bars.")] = 6,
+    needles: Annotated[int, typer.Option(min=0, max=30, help="Retrieval questions per cache type.")] = 4,
+    distance: Annotated[int, typer.Option(min=1, help="Characters between a hidden number and the question.")] = 6000,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all CPUs.")] = None,
+    demo: Annotated[str, typer.Option(help="First write a story and ask one question with this cache.")] = "",
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
+) -> None:
+    """Measure what each cache type costs (perplexity, KL divergence from the f16 cache, retrieval) and saves (MiB).
+
+    Results are remembered in the cache folder; what was measured once with the same build, model, text and options is
+    shown at once.
+    """
+    console = _console(sys.stdout.isatty())
+    # As Ctrl-C does, so that the running program is ended and the scratch folder removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        native = native_dir() / "models" if model is None or text is None else Path()
+        options = Options(
+            model=_file(model or native / "prose-8m-q8_0.gguf"),
+            text=_file(text or native / "heldout.txt"),
+            pairs=parse_pairs(types),
+            ctx=ctx,
+            chunks=chunks,
+            needles=needles,
+            distance=distance,
+        )
+        folder = cache_dir() / "evaluate"
+        programs, results = Programs(bin_dir, folder / "logs", threads), Results(folder / "results")
+        if demo:
+            _demo(console, CachePair.parse(demo), options, programs, results)
+        started = time.monotonic()
+        with _Display(console) as display:
+            rows = measure(options, programs, results, folder, display.update)
+        _show(console, rows, options, programs, started, display.runs)
+        if markdown:
+            _write(markdown, to_markdown(rows))
+        if json_path:
+            about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
+            _write(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
+    except (ProgramError, OSError, ValueError) as error:
+        _console(sys.stderr.isatty(), stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+
+
+def _demo(console: Console, pair: CachePair, options: Options, programs: Programs, results: Results) -> None:
+    common = {"demo": 1, "build": programs.fingerprint(), "model": file_hash(options.model, results)}
+    common |= {"pair": str(pair), "threads": programs.threads}
+
+    key = {**common, "opening": story.OPENING}
+    known = results.get(key)
+    console.print(f"A story, written with K in {pair.k} and V in {pair.v}{' (remembered)' if known else ''}:\n")
+    stream = _Stream()
+    stream.write(story.OPENING)
+    if known is None:
+        known = story.write(programs, options.model, pair, on_text=stream.write)
+        results.put(key, known)
+    else:
+        stream.write(known)
+    stream.end()
+
+    if not options.needles:
+        return
+    needle = make_needles(options.text.read_text(encoding="utf-8", errors="replace"), 1, options.distance)[0]
+    key = {**common, "prompt": needle.prompt}
+    answers = results.get(key)
+    note = " (remembered)" if answers else ""
+    console.print(f"Hidden {needle.distance:,} characters before the question: {needle.note}", highlight=False)
+    console.print(f"Question: {needle.question}", highlight=False)
+    if answers is None:
+        answers = ask(programs, options.model, [needle], pair)
+        results.put(key, answers)
+    verdict = "right" if answers == [needle.number] else f"wrong, it is {needle.number}"
+    console.print(f"Answer: {answers[0]} ({verdict}){note}\n", highlight=False, markup=False)
+
+
+def _show(
+    console: Console, rows: list[Row], options: Options, programs: Programs, started: float, runs: int
+) -> None:
+    took = "all remembered" if runs == 0 else f"{time.monotonic() - started:.0f} s"
+    title = (
+        f"{options.model.name}, {options.text.name}: {options.chunks} chunks of {options.ctx} tokens, "
+        f"{programs.threads} threads ({took})"
+    )
+    caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
+    caption += "\nKLD (nats per token) and same top token: against the model's own f16 cache."
+    if options.needles:
+        caption += f"\nNeedle: a number {options.distance:,} characters before the question, greedy decoding."
+    # Titles and captions are no wider than the table itself.
+    console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
+    console.print(table(rows), highlight=False)
+    console.print(caption, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Display:
+    """Progress: a bar on a terminal, one line per measurement elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task = None
+        self._what = ""
+        self.runs = 0
+
+    def __enter__(self) -> _Display:
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what = what
+            self.runs += 1
+            if self._bar:
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                self._task = self._bar.add_task(what, total=total)
+            else:
+                self._console.print(f"measuring {what}", highlight=False)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done)
+
+
+class _Stream:
+    """Write model output as it comes; off a terminal, control characters are dropped."""
+
+    def __init__(self) -> None:
+        self._trailing = ""
+
+    def write(self, text: str) -> None:
+        # Models may emit anything: escape sequences must not reach the terminal either.
+        text = self._trailing + "".join(one for one in text if one.isprintable() or one == "\n")
+        body = text.rstrip("\n")  # llama-completion ends with blank lines
+        self._trailing = text[len(body) :]
+        sys.stdout.write(body.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write(" …\n\n" if "utf" in sys.stdout.encoding.lower() else " ...\n\n")
+        sys.stdout.flush()
+
+
+def _console(terminal: bool, stderr: bool = False) -> Console:
+    # Decided by the stream alone: FORCE_COLOR must not put control characters into a file.
+    width = None if terminal else 110
+    return Console(force_terminal=terminal, no_color=not terminal or None, width=width, stderr=stderr)
+
+
+def _file(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C ends it with one sentence and exit code 130."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Abort:
+        sys.stderr.write("\nInterrupted. What was measured is kept: run it again to go on.\n")
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "show"):  # a usage error of click
+            raise
+        error.show()
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A K type and a V type: their names, as the command line has them, and their bits per value."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["CachePair", "bits_per_value", "parse_pairs"]
+
+# (values, bytes) of a block of llama.cpp's own cache types; fixed by the GGUF format.
+_STOCK = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q5_1": (32, 24),
+    "q5_0": (32, 22),
+    "q4_1": (32, 20),
+    "q4_0": (32, 18),
+    "iq4_nl": (32, 18),
+}
+_TURBO = re.compile(r"turbo([234])(?:_(64|32))?")
+
+
+@dataclass(frozen=True)
+class CachePair:
+    """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``."""
+
+    k: str
+    v: str
+
+    @classmethod
+    def parse(cls, text: str) -> CachePair:
+        """Read ``"turbo4"`` (both) or ``"q8_0/turbo3"`` (K/V).
+
+        Raises:
+            ValueError: an empty name, or more than one slash.
+        """
+        parts = [part.strip() for part in text.split("/")]
+        if len(parts) > 2 or not all(parts):
+            raise ValueError(f"cache types: expected TYPE or TYPE_K/TYPE_V, got {text!r}")
+        return cls(parts[0], parts[-1])
+
+    def __str__(self) -> str:
+        return self.k if self.k == self.v else f"{self.k}/{self.v}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options that select these types in llama.cpp's programs."""
+        return ["-ctk", self.k, "-ctv", self.v]
+
+
+def parse_pairs(text: str) -> list[CachePair]:
+    """Read a comma-separated list such as ``"q8_0,turbo4,q8_0/turbo3"``; repeated pairs are dropped.
+
+    Raises:
+        ValueError: the list or one of its entries is empty or malformed.
+    """
+    return list(dict.fromkeys(CachePair.parse(part) for part in text.split(",")))
+
+
+def bits_per_value(name: str) -> float | None:
+    """Stored bits per value of a cache type, its scales included: 4.125 for ``"turbo4"``. None for an unknown name."""
+    if match := _TURBO.fullmatch(name):
+        block = int(match[2] or 128)
+        return int(match[1]) + 16 / block  # one fp16 scale per block
+    if name in _STOCK:
+        values, size = _STOCK[name]
+        return 8 * size / values
+    return None

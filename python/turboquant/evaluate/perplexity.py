@@ -1,0 +1,163 @@
+"""Perplexity, and the KL divergence of a cache type's predictions from those of the f16 cache (llama-perplexity)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .kvsize import CacheSize, parse_cache_size
+from .pairs import CachePair
+from .programs import ProgramError, Programs
+
+__all__ = ["Base", "Divergence", "parse_base", "parse_divergence", "run_base", "run_divergence"]
+
+_NUMBER = r"(-?(?:\d+(?:\.\d+)?|nan|inf))"
+_FINAL = re.compile(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}")
+_PPL = re.compile(rf"Mean PPL\(Q\)\s*:\s*{_NUMBER} ±\s*{_NUMBER}")
+_KLD = re.compile(rf"Mean\s+KLD:\s*{_NUMBER} ±\s*{_NUMBER}")
+_TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
+_VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The f16 run: perplexity with its standard error."""
+
+    ppl: float
+    ppl_error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A run against the f16 predictions: values with their standard errors.
+
+    kld is the mean over tokens in nats; same_top is the percentage of tokens whose likeliest successor is the same.
+    """
+
+    ppl: float
+    ppl_error: float
+    kld: float
+    kld_error: float
+    same_top: float
+    same_top_error: float
+
+
+def _pair(pattern: re.Pattern[str], text: str, what: str) -> tuple[float, float]:
+    match = pattern.search(text)
+    if match is None:
+        raise ValueError(f"llama-perplexity printed no line '{what}'")
+    return float(match[1]), float(match[2])
+
+
+def parse_base(text: str) -> Base:
+    """Read the output of a plain run.
+
+    Raises:
+        ValueError: the line is missing (fewer tokens than two contexts, an interrupted run).
+    """
+    return Base(*_pair(_FINAL, text, "Final estimate: PPL = … +/- …"))
+
+
+def parse_divergence(text: str) -> Divergence:
+    """Read the output of a run with --kl-divergence.
+
+    Raises:
+        ValueError: one of the lines is missing.
+    """
+    ppl, ppl_error = _pair(_PPL, text, "Mean PPL(Q) : … ± …")
+    kld, kld_error = _pair(_KLD, text, "Mean KLD: … ± …")
+    top, top_error = _pair(_TOP, text, "Same top p: … ± … %")
+    return Divergence(ppl, ppl_error, kld, kld_error, top, top_error)
+
+
+def _arguments(model: Path, pair: CachePair, ctx: int, chunks: int, base: Path) -> list[str]:
+    # Flash attention in every run: a quantized V needs it, and f16 must be measured in the same way.
+    return [
+        *("-m", str(model), "-c", str(ctx), "--chunks", str(chunks), "-fa", "on"),
+        *pair.arguments,
+        *("--kl-divergence-base", str(base)),
+    ]
+
+
+def _chunk_counter(pattern: str, on_chunk: Callable[[int], None] | None) -> Callable[[str], None] | None:
+    if on_chunk is None:
+        return None
+    seen = ""
+
+    def on_text(text: str) -> None:
+        nonlocal seen
+        seen += text
+        on_chunk(len(re.findall(pattern, seen, re.MULTILINE)))
+
+    return on_text
+
+
+def run_base(
+    programs: Programs,
+    model: Path,
+    text: Path,
+    base: Path,
+    *,
+    ctx: int,
+    chunks: int,
+    on_chunk: Callable[[int], None] | None = None,
+) -> tuple[Base, CacheSize]:
+    """Measure the f16 cache and write its predictions to `base` (about ``ctx * vocabulary`` bytes per chunk).
+
+    Raises:
+        ProgramError: the run failed, or the file is shorter than it must be (a full disk).
+    """
+    pair = CachePair("f16", "f16")
+    arguments = [*_arguments(model, pair, ctx, chunks, base), "-f", str(text)]
+    result = programs.run(
+        "llama-perplexity",
+        arguments,
+        log=f"perplexity-{pair}",
+        on_text=_chunk_counter(r"\[\d+\]-?[\dni]", on_chunk),
+    )
+    printed = result.out + result.log
+    try:
+        values, size = parse_base(printed), parse_cache_size(result.log)
+    except ValueError as error:
+        raise ProgramError(
+            f"{error}; is the text long enough for {chunks} chunks of {ctx} tokens? Log: {result.log_path}"
+        ) from error
+    if vocabulary := _VOCABULARY.search(result.log):
+        # One uint16 per vocabulary entry and scored token (the second half of each chunk), after a small header.
+        entry = 2 * (2 * ((int(vocabulary[1]) + 1) // 2) + 4)
+        expected = chunks * (ctx - 1 - ctx // 2) * entry
+        if (written := base.stat().st_size) < expected:
+            raise ProgramError(f"{base}: {written} bytes written, {expected} expected; is the disk full?")
+    return values, size
+
+
+def run_divergence(
+    programs: Programs,
+    model: Path,
+    base: Path,
+    pair: CachePair,
+    *,
+    ctx: int,
+    chunks: int,
+    on_chunk: Callable[[int], None] | None = None,
+) -> tuple[Divergence, CacheSize]:
+    """Measure a pair of cache types against the predictions in `base` (made by `run_base` with the same model).
+
+    Raises:
+        ProgramError: the run failed or printed something unexpected.
+    """
+    arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
+    result = programs.run(
+        "llama-perplexity", arguments, log=f"perplexity-{pair}", on_text=_chunk_counter(r"^ +\d+ +", on_chunk)
+    )
+    try:
+        return parse_divergence(result.out + result.log), parse_cache_size(result.log)
+    except ValueError as error:
+        raise ProgramError(f"cache {pair}: {error}. Log: {result.log_path}") from error
+
+
+def as_dict(values: Base | Divergence) -> dict[str, float]:
+    """Plain numbers for the results cache."""
+    return asdict(values)
