@@ -41,6 +41,7 @@ def evaluate(
     distance: Annotated[int, typer.Option(min=1, help="Characters between a hidden number and the question.")] = 6000,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all CPUs.")] = None,
     demo: Annotated[str, typer.Option(help="First write a story and ask one question with this cache.")] = "",
+    headline: Annotated[str, typer.Option(hidden=True, help="Printed between the two.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:
@@ -67,6 +68,8 @@ def evaluate(
         programs, results = Programs(bin_dir, folder / "logs", threads), Results(folder / "results")
         if demo:
             _demo(console, CachePair.parse(demo), options, programs, results)
+        if headline:
+            console.print(headline, markup=False, highlight=False)
         started = time.monotonic()
         with _Display(console) as display:
             rows = measure(options, programs, results, folder, display.update)

@@ -1,0 +1,409 @@
+#!/usr/bin/env python3
+"""From a fresh checkout to a llama.cpp with a TurboQuant KV cache, and the table that shows what it costs.
+
+Needs Python 3.10 or newer with pip and headers, and a C and C++ compiler; everything else comes through pip.
+Only the standard library is used here, until the environment that this script makes exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What `pip install .` reads. README.md is only the package's description.
+SOURCES = ("pyproject.toml", "CMakeLists.txt", "LICENSE", "cpp", "ggml_types", "models", "python")
+OLDEST = (3, 10)
+
+EXPLANATION = """\
+what it does
+  1  makes a virtual environment (.venv) and installs this checkout's package in it
+  2  builds llama.cpp with the cache types turbo4, turbo3 and turbo2, in the cache folder
+  3  lets the model write a story with a turbo4/turbo3 cache (K/V), and asks it for a number that was hidden 6,000
+     characters before the question
+  4  prints a table: for each cache type bits per value, MiB, perplexity, KL divergence from the f16 cache, how often
+     the likeliest token stays the same, and how many hidden numbers were found
+
+The first run takes about ten minutes on two cores, nearly all of it compiling. A rerun takes seconds: environment,
+build and measurements are kept, and made again only when something they depend on changed. Ctrl-C is safe at any time;
+the same command goes on from there.
+
+examples
+  python3 tools/quickstart.py
+  python3 tools/quickstart.py --chunks 20                          smaller error bars
+  python3 tools/quickstart.py --model my.gguf --types turbo4,turbo3,q8_0/turbo2
+  python3 tools/quickstart.py --source ~/llama.cpp                 your own checkout (it is copied, not touched)
+
+where things are kept
+  .venv in the checkout, and the cache folder: $TURBOQUANT_CACHE, by default ~/.cache/turboquant
+"""
+
+
+class Problem(Exception):
+    """Something that the reader of the message can put right."""
+
+
+def main() -> int:
+    options = parse_arguments()
+    # As Ctrl-C does, so that a plain `kill` stops the compilers as well.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        python = None
+        if not (options.bin and options.installed):
+            check_machine()
+            with only_one(options.venv):
+                python = make_environment(options.venv)
+        python = python or Path(sys.executable)
+        folder = options.bin or build(python, options)
+        return evaluate(python, folder, options)
+    except Problem as problem:
+        say(f"quickstart: {problem}", sys.stderr)
+        return 1
+    except OSError as error:
+        say(f"quickstart: {error}", sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("\nquickstart: interrupted; nothing is broken, and the same command goes on from here", sys.stderr)
+        return 130
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="From a fresh checkout to a llama.cpp with a TurboQuant KV cache, and the table that proves it.",
+        epilog=EXPLANATION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    measured = parser.add_argument_group("what is measured (default: the bundled model and text)")
+    measured.add_argument("--model", metavar="FILE", type=existing_file, help="a GGUF model")
+    measured.add_argument("--text", metavar="FILE", type=existing_file, help="a UTF-8 text for perplexity and needles")
+    measured.add_argument(
+        "--types", metavar="LIST", help="cache types, TYPE or TYPE_K/TYPE_V, comma-separated; f16 always comes first"
+    )
+    measured.add_argument("--ctx", metavar="N", type=int, help="tokens in a chunk of text (2048)")
+    measured.add_argument("--chunks", metavar="N", type=int, help="chunks of text; more of them, smaller error bars (6)")
+    measured.add_argument("--needles", metavar="N", type=int, help="hidden numbers asked for per cache type (4)")
+    measured.add_argument("--threads", metavar="N", type=int, help="threads of llama.cpp (all CPUs)")
+    measured.add_argument("--no-story", action="store_true", help="the table only")
+    measured.add_argument("--markdown", metavar="FILE", type=Path, help="also write the table as Markdown")
+    measured.add_argument("--json", metavar="FILE", type=Path, help="also write every number as JSON")
+    building = parser.add_argument_group("what is built")
+    building.add_argument("--source", metavar="DIR", type=Path, help="a llama.cpp checkout of yours")
+    building.add_argument("--version", metavar="X", help="the llama-cpp-python release whose llama.cpp to take")
+    building.add_argument("--venv", metavar="DIR", type=Path, default=ROOT / ".venv", help="the environment (.venv)")
+    building.add_argument("--bin", metavar="DIR", type=Path, help="use the programs in DIR; build none")
+    building.add_argument(
+        "--installed",
+        action="store_true",
+        help="with --bin: use the package installed for this Python; make no environment",
+    )
+    options = parser.parse_args()
+    if options.installed and not options.bin:
+        parser.error("--installed needs --bin")
+    if options.bin and (options.source or options.version):
+        parser.error("--bin takes programs that are built; --source and --version say what to build")
+    options.venv = options.venv.expanduser().absolute()
+    return options
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path.resolve()
+
+
+def check_machine() -> None:
+    """Say at once what the machine lacks, rather than after minutes and in a compiler's words."""
+    if sys.version_info < OLDEST:
+        wanted, have = ".".join(map(str, OLDEST)), ".".join(map(str, sys.version_info[:3]))
+        raise Problem(f"Python {wanted} or newer is needed; {sys.executable} is {have}")
+    debian = shutil.which("apt-get")
+    if os.name == "posix":
+        for variable, names in (("CC", "cc gcc clang"), ("CXX", "c++ g++ clang++")):
+            asked = os.environ.get(variable, "").split()
+            if not any(shutil.which(name) for name in asked[:1] or names.split()):
+                way = "apt-get install g++" if debian else "install gcc or clang with the system's package manager"
+                what = f"{variable}={asked[0]} is not a program" if asked else f"no compiler found ({names})"
+                raise Problem(f"{what}; a C and a C++ compiler are needed: {way}, or set CC and CXX")
+    if not any((Path(sysconfig.get_path(name)) / "Python.h").is_file() for name in ("include", "platinclude")):
+        way = "apt-get install python3-dev" if debian else "install the system's package python3-devel"
+        raise Problem(
+            f"{sysconfig.get_path('include')} has no Python.h, which the C++ part needs: {way}, or use a Python that "
+            "brings its headers"
+        )
+
+
+# ---- the environment -------------------------------------------------------------------------------------------------
+
+
+def make_environment(folder: Path) -> Path:
+    """Make the virtual environment and install the package, as far as that is still to do; return its Python.
+
+    A state file inside says whether the environment is ours and which sources are installed. It is written before
+    anything else, and says so while an installation is under way: what an interruption leaves half done is made anew.
+    """
+    state_file = folder / "quickstart.json"
+    state = read_json(state_file)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = fingerprint()
+
+    healthy = python.exists() and works(python)
+    if healthy and state.get("installed") == wanted:
+        say(f"[1/4] Python environment: {short(folder)} is up to date")
+        return python
+    fresh = not folder.exists() or not any(folder.iterdir())
+    if not (fresh or healthy or state.get("made here")):
+        raise Problem(
+            f"{folder} exists, was not made by this script and has no working Python with pip: remove it, or name "
+            "another folder with --venv"
+        )
+    state = {"made here": fresh, "installing": False} | state
+    if not healthy or (state["made here"] and state["installing"]):
+        state["installing"] = False
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(state_file, {**state, "installed": None})
+        create_environment(folder, python, keep=state_file)
+
+    write_json(state_file, {**state, "installed": None, "installing": True})
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", str(ROOT)]
+    if state["installing"]:  # interrupted in an environment of the user's: repair what may be half installed
+        command.append("--force-reinstall")
+    started = time.monotonic()
+    run_logged(command, folder / "quickstart.log", f"[1/4] Python environment: installing into {short(folder)}")
+    write_json(state_file, {**state, "installed": wanted, "installing": False})
+    say(f"[1/4] Python environment: {short(folder)} is ready ({time.monotonic() - started:.0f} s)")
+    return python
+
+
+def create_environment(folder: Path, python: Path, keep: Path) -> None:
+    """Make a virtual environment with pip in `folder`, of which only the file `keep` survives."""
+    if importlib.util.find_spec("venv") is None:
+        raise Problem("this Python has no module venv; on Debian and Ubuntu: apt-get install python3-venv")
+    # Debian without python3-venv has no ensurepip, but the machine's own pip can install one into the environment.
+    bundled = importlib.util.find_spec("ensurepip") is not None
+    if not bundled and importlib.util.find_spec("pip") is None:
+        raise Problem(
+            f"{sys.executable} has neither ensurepip nor pip, one of which is needed; on Debian and Ubuntu: "
+            "apt-get install python3-venv"
+        )
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != keep:
+            path.unlink()
+    log, what = folder / "quickstart.log", f"[1/4] Python environment: making {short(folder)}"
+    base = [sys.executable, "-m", "venv"]
+    run_logged([*base, str(folder)] if bundled else [*base, "--without-pip", str(folder)], log, what)
+    if not bundled:
+        query = [str(python), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        target = subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--target", target, "pip"]
+        run_logged(pip, log, what)
+    if not works(python):
+        raise Problem(f"`{' '.join(base)}` reported success, but {python} does not run pip; remove {folder}, try again")
+
+
+def works(python: Path) -> bool:
+    """Whether an environment's Python runs, is new enough and has pip."""
+    code = f"import sys, pip; sys.exit(sys.version_info < {OLDEST})"
+    try:
+        return subprocess.run([str(python), "-I", "-c", code], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def fingerprint() -> str:
+    """A hash of everything that `pip install .` reads, and of the Python it installs for."""
+    digest = hashlib.sha256(sys.version.encode())
+    for name in SOURCES:
+        top = ROOT / name
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(f"\0{path.relative_to(ROOT).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def only_one(folder: Path):
+    """Hold a lock on the environment: two runs at once must not install into it together."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"turboquant-quickstart-{os.getuid()}-{name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another quickstart that works on {short(folder)}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- build and measure -----------------------------------------------------------------------------------------------
+
+
+def build(python: Path, options: argparse.Namespace) -> Path:
+    """Run `turboquant build`; its progress goes to the terminal, its last line is the folder with the programs."""
+    say("[2/4] llama.cpp with the turbo types")
+    command = [str(python), "-I", "-m", "turboquant.cli", "build"]
+    if options.source:
+        command += ["--source", str(options.source.expanduser().resolve())]
+    if options.version:
+        command += ["--version", options.version]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+        with ended(child):
+            lines = child.stdout.read().split("\n")
+            if child.wait():
+                raise Problem("llama.cpp was not built; the reason is above")
+    printed = [line for line in lines if line.strip()]
+    if not printed or not Path(printed[-1]).is_dir():
+        raise Problem(f"`turboquant build` should have printed a folder, and printed {printed[-1:]}")
+    say(f"      {printed[-1]}")
+    return Path(printed[-1])
+
+
+def evaluate(python: Path, folder: Path, options: argparse.Namespace) -> int:
+    say("[3/4] a story and a question\n" if not options.no_story else "[4/4] the table")
+    command = [str(python), "-I", "-m", "turboquant.evaluate", "--bin", str(folder)]
+    for name in ("model", "text", "types", "ctx", "chunks", "needles", "threads", "markdown", "json"):
+        value = getattr(options, name)
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    if not options.no_story:
+        command += ["--demo", "turbo4/turbo3", "--headline", "[4/4] the table"]
+    with subprocess.Popen(command) as child, ended(child):
+        code = child.wait()
+    if code == 0:
+        say(f"\nUse it:\n  {folder / 'llama-completion'} -m YOUR.gguf -fa on -ctk turbo4 -ctv turbo3")
+    return code
+
+
+# ---- running programs ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ended(child: subprocess.Popen):
+    """When we are interrupted, see to it that the child is, too, and wait for it to clean up."""
+    try:
+        yield
+    except BaseException:
+        # Ctrl-C reached the child as well; give it a moment of its own before it is told again.
+        for patience, stop in ((3, child.terminate), (15, child.kill), (None, lambda: None)):
+            try:
+                child.wait(patience)
+                break
+            except subprocess.TimeoutExpired:
+                stop()
+        raise
+
+
+def run_logged(command: list[str], log: Path, what: str) -> None:
+    """Run something that is silent unless it fails; its output goes to `log`.
+
+    It gets a process group of its own, so that an interruption ends its compilers, too.
+    """
+    with open(log, "wb") as file, Spinner(what):
+        group = {"start_new_session": True} if os.name == "posix" else {}
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **group)
+        try:
+            code = child.wait()
+        except BaseException:
+            for number in ("SIGTERM", "SIGKILL"):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    if os.name == "posix":
+                        os.killpg(child.pid, getattr(signal, number))
+                    else:
+                        child.kill()
+                    child.wait(10)
+            raise
+    if code:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        tail = "\n".join(f"  | {line}" for line in text.splitlines()[-20:])
+        hint = ""
+        if "No matching distribution" in text or "NewConnectionError" in text:
+            hint = "\npip found no package index: is there a network, a proxy, an index URL to configure?"
+        raise Problem(f"this failed with exit status {code}:\n  {' '.join(command)}\n{tail}\n  log: {log}{hint}")
+
+
+class Spinner:
+    """`what` with the seconds it has taken on a terminal, one plain line elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.turn, daemon=True)
+
+    def __enter__(self) -> None:
+        if sys.stdout.isatty():
+            self.thread.start()
+        else:
+            say(f"{self.what} ...")
+
+    def __exit__(self, *unused: object) -> None:
+        self.done.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def turn(self) -> None:
+        started = time.monotonic()
+        while True:
+            text = f"{self.what} ... {time.monotonic() - started:.0f} s"
+            # One line, whatever the terminal's width: only then can it be replaced.
+            text = text[: shutil.get_terminal_size().columns - 1]
+            sys.stdout.write(f"\r{text}")
+            sys.stdout.flush()
+            if self.done.wait(0.5):
+                sys.stdout.write("\r" + " " * len(text) + "\r")
+                sys.stdout.flush()
+                return
+
+
+def say(text: str, stream=None) -> None:
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def short(path: Path) -> str:
+    """The path as seen from here, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
