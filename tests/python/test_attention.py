@@ -17,7 +17,7 @@ def inputs(type_k, type_v, *, heads=4, kv_heads=2, n_query=3, n_kv=37, head_k=12
 
 
 def grid_queries(q, block):
-    """The nearest queries that are int8 after rotation: rounding them changes nothing, so the results are near-exact."""
+    """The nearest queries that are int8 after rotation: rounding them changes nothing, so results are near-exact."""
     integers = np.clip(np.rint(reference.rotate(q, block) * 40), -126, 126).reshape(-1, block)
     integers[:, 0] = 127
     return reference.unrotate(integers / 64, block).reshape(q.shape).astype(np.float32)
