@@ -6,8 +6,10 @@ Importing registers, once per process:
 - their (block, bytes) in ``gguf.GGML_QUANT_SIZES``,
 - their conversions in ``gguf.quants``, through the C++ core.
 
-Afterwards GGUFReader reads files with such tensors, GGUFWriter writes them (``add_tensor(name, quantize(x, TURBO4),
-raw_dtype=TURBO4)``), and ``gguf.quants.quantize`` and ``dequantize`` convert.
+Afterwards GGUFReader reads files with such tensors, ``gguf.quants.quantize`` and ``dequantize`` convert, and GGUFWriter
+writes:
+
+    writer.add_tensor("name", turboquant.quantize(x, "turbo4"), raw_dtype=gguf.GGMLQuantizationType.TURBO4)
 
 The ids are those of a llama.cpp that `turboquant build` made. They lie far above upstream's own; a llama.cpp without
 the types refuses such a file.

@@ -3,6 +3,9 @@ import doctest
 import hashlib
 import math
 import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +308,85 @@ def test_dot_is_exact_on_grid_queries(type_name):
     norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(back, axis=1)
     for result in (turboquant.dot(query, q, type_name), turboquant.dot(prepared, q, type_name)):
         assert (np.abs(result - query.astype(np.float64) @ back.T) <= 1e-6 * norms).all()
+
+
+# ---- the specification, and what was generated from it --------------------------------------------------------------
+
+FORMAT = (ROOT / "cpp" / "FORMAT.md").read_text(encoding="utf-8")
+
+
+def hex_after(label, text):
+    """The bytes of the line `    label  50 c3 | 46 ...`."""
+    return bytes.fromhex(re.search(rf"^    {label} +([0-9a-f |]+)$", text, re.M).group(1).replace("|", ""))
+
+
+@pytest.mark.parametrize("type_name", ["turbo4_32", "turbo3_32", "turbo2_32"])
+def test_format_document_decodes_its_blocks_rightly(type_name):
+    """The worked examples of FORMAT.md: bytes, indices, centroids, W and the two decoded values."""
+    form = reference.FORMATS[type_name]
+    text = re.search(rf"^### {type_name}\n(.*?)^#", FORMAT, re.M | re.S).group(1)
+    q = np.frombuffer(hex_after("bytes", text), dtype=np.uint8)
+    x = ((7 * np.arange(32) % 32) - 15.5) / 4
+    np.testing.assert_array_equal(q, reference.quantize(x, type_name))
+    np.testing.assert_array_equal(q, turboquant.quantize(x.astype(np.float32), type_name))
+
+    def numbers(label):
+        line = re.search(rf"^    {label} +([-0-9 |]+)$", text, re.M).group(1)
+        return [int(number) for number in line.replace("|", "").split()]
+
+    index = reference.unpack(q[2:], form.bits)
+    assert numbers("index") == index.tolist()
+    assert numbers("k") == reference.levels(form.bits)[index].tolist()
+    written = text.replace("\u2212", "-")
+    integers = reference.hadamard(32) @ (reference.signs(2, 32) * reference.levels(form.bits)[index])
+    decoded = reference.dequantize(q, type_name)
+    for i in (0, 1):
+        stated_integer = re.findall(rf"W_{i}[^.:]*?(?:: | = )(-?\d+)", written)
+        assert [int(n) for n in stated_integer] == [int(integers[i])]
+        stated = re.search(rf"x_{i} = -?\d+ s = (-?[\d.]*\d)", written).group(1)
+        assert float(stated) == pytest.approx(decoded[i], rel=2e-6)
+
+
+def test_format_document_has_the_constants():
+    for which in (1, 2):
+        bits = np.unpackbits(np.frombuffer(hex_after(f"S{which}", FORMAT), dtype=np.uint8), bitorder="little")
+        np.testing.assert_array_equal(np.where(bits, -1, 1), reference.signs(which))
+    for bits in (2, 3, 4):
+        step, levels = re.search(rf"^\| {bits} \| (0x[0-9a-fp.-]+) .*? \| (.*) \|$", FORMAT, re.M).groups()
+        assert float.fromhex(step) == np.float32(reference.step(bits))
+        half = reference.levels(bits)[1 << (bits - 1):]
+        assert levels == " ".join(f"\u00b1{level}" for level in half)
+
+
+def golden(type_name):
+    for line in (ROOT / "tests" / "vectors" / f"{type_name}.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            kind, name, block, floats = line.split()
+            yield kind, name, np.frombuffer(bytes.fromhex(block), np.uint8), np.frombuffer(bytes.fromhex(floats), "<f4")
+
+
+def test_golden_vectors(type_name):
+    """Decoding: core and oracle, bit for bit. Encoding: the core's bytes."""
+    seen = set()
+    for kind, name, block, floats in golden(type_name):
+        seen.add(kind)
+        if kind == "decode":
+            for decode in (turboquant.dequantize, reference.dequantize):
+                actual, nan = decode(block, type_name), np.isnan(floats)
+                np.testing.assert_array_equal(np.isnan(actual), nan, err_msg=name)
+                np.testing.assert_array_equal(actual.view("<u4")[~nan], floats.view("<u4")[~nan], err_msg=name)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # some hold NaN, some saturate
+                np.testing.assert_array_equal(turboquant.quantize(floats, type_name), block, err_msg=name)
+    assert seen == {"decode", "encode"}
+
+
+@pytest.mark.parametrize("tool", ["make_codebooks.py", "make_vectors.py"])
+def test_checked_in_files_are_what_their_generator_writes(tool):
+    command = [sys.executable, ROOT / "tools" / tool, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
