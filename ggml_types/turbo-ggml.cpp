@@ -168,7 +168,8 @@ bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error,
         digits = digits && isdigit((unsigned char) c);
     }
     if (!digits) {
-        return fail(error, error_size, "cache-boundary-v '" + value + "': N must be a number of layers, as in 2 or 2:q8_0");
+        return fail(error, error_size,
+                    "--cache-boundary-v '" + value + "': N must be a number of layers, as in 2 or 2:q8_0");
     }
     out->layers = atoi(number.c_str());
     if (colon == std::string::npos) {
@@ -183,7 +184,8 @@ bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error,
         }
         known += std::string(known.empty() ? "" : ", ") + ggml_type_name(type);
     }
-    return fail(error, error_size, "cache-boundary-v '" + value + "': unknown type '" + name + "'; known are " + known);
+    return fail(error, error_size,
+                "--cache-boundary-v '" + value + "': unknown type '" + name + "'; known are " + known);
 }
 
 bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size) {
@@ -211,8 +213,14 @@ const char * turbo_kernels_error(void) {
                 known += std::string(known.empty() ? "" : ", ") + tq_kernels_name(i);
             }
         }
-        return std::string("TURBOQUANT_KERNELS=") + (chosen ? chosen : "") + ": " + tq_status_text(status) +
-               "; this machine runs " + known + "; unset it to take the best";
+        const char * what = tq_status_text(status);
+        if (status == TQ_ERROR_KERNELS_UNKNOWN) {
+            what = "there are no kernels of that name";
+        } else if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
+            what = "this CPU or this build cannot run these kernels";
+        }
+        return std::string("TURBOQUANT_KERNELS=") + (chosen ? chosen : "") + ": " + what + "; choose one of " + known +
+               ", or unset it to take the best";
     }();
     return text.c_str();
 }
@@ -234,5 +242,5 @@ float turbo_test_max_quantization_error(ggml_type type) {
 
 float turbo_test_max_dot_error(ggml_type type) {
     const tq_type_info * info = tq_type_get(to_tq(type));
-    return info->bits == 4 ? 0.02f : info->bits == 3 ? 0.04f : 0.08f;
+    return info->bits == 4 ? 0.01f : info->bits == 3 ? 0.02f : 0.03f;
 }

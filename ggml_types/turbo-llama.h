@@ -68,7 +68,8 @@ inline ggml_type turbo_layer_type_v(const llama_hparams & hparams, uint32_t il, 
     return type == GGML_TYPE_COUNT ? type_v : turbo_better_type(type_v, type);
 }
 
-// Hook in the cache's constructor, after the tensor of V was made in a context without memory: give it its layer's type.
+// Hook in the cache's constructor, after the tensor of V was made in a context without memory: gives it its layer's
+// type.
 inline void turbo_set_layer_type_v(ggml_tensor * v, const llama_hparams & hparams, uint32_t il) {
     if (!v) {
         return;
@@ -108,8 +109,8 @@ template <typename Layers> bool turbo_refuses_shift(const Layers & layers, const
         if (layer.k && turbo_is_type(layer.k->type) && hparams.n_rot(layer.il) != hparams.n_embd_head_k(layer.il)) {
             static std::atomic<bool> told{ false };
             if (!told.exchange(true)) {
-                LLAMA_LOG_WARN("turboquant: no context shift: the model rotates %u of %u values of a key, and a block of "
-                        "%s cannot be re-encoded in part; use another -ctk if you need it\n",
+                LLAMA_LOG_WARN("turboquant: no context shift: the model rotates %u of %u values of a key, and a block "
+                        "of %s cannot be re-encoded in part; use another -ctk if you need it\n",
                         hparams.n_rot(layer.il), hparams.n_embd_head_k(layer.il), ggml_type_name(layer.k->type));
             }
             return true;
@@ -146,13 +147,13 @@ inline bool turbo_resolve(ggml_type & type, const std::vector<uint32_t> & heads,
     size_t          bad    = 0;
     const ggml_type result = turbo_type_for_heads(type, heads, &bad);
     if (result == GGML_TYPE_COUNT) {
-        if (ggml_blck_size(type) == 128) {
-            LLAMA_LOG_ERROR("turboquant: %s type %s: the head size %u (layer %u) is no multiple of 128, 64 or 32; sizes "
-                    "that work are 32, 64, 96, 128, 192, 256, 512 and 576: use %s f16 with this model\n",
+        if (heads[bad] % 32 != 0) {
+            LLAMA_LOG_ERROR("turboquant: %s type %s does not work with the head size %u (layer %u); multiples of 32 do "
+                    "(64, 96, 128, 192, 256, 512, 576): use %s f16 with this model\n",
                     what, ggml_type_name(type), heads[bad], layers[bad], option);
         } else {
-            LLAMA_LOG_ERROR("turboquant: %s type %s: its block does not divide the head size %u (layer %u): use %s %.6s, "
-                    "which takes the largest block that does, or %s f16\n",
+            LLAMA_LOG_ERROR("turboquant: %s type %s: its block does not divide the head size %u (layer %u): use "
+                    "%s %.6s, which takes the largest block that does, or %s f16\n",
                     what, ggml_type_name(type), heads[bad], layers[bad], option, ggml_type_name(type), option);
         }
         return false;
@@ -163,8 +164,8 @@ inline bool turbo_resolve(ggml_type & type, const std::vector<uint32_t> & heads,
         while (why + 1 < heads.size() && heads[why] % (2 * block) == 0) {
             ++why;
         }
-        LLAMA_LOG_INFO("turboquant: %s type %s -> %s, because the head size is %u: %.4g instead of %.4g bits per value\n",
-                what, ggml_type_name(type), ggml_type_name(result), heads[why], turbo_bits_per_value(result),
+        LLAMA_LOG_INFO("turboquant: %s type %s -> %s, because the head size is %u: "
+                "%.4g instead of %.4g bits per value\n", what, ggml_type_name(type), ggml_type_name(result), heads[why], turbo_bits_per_value(result),
                 turbo_bits_per_value(type));
         type = result;
     }
@@ -190,8 +191,9 @@ inline bool turbo_check_devices(const llama_model & model, const llama_context_p
 
         const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
         if (reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0 && !getenv("TURBOQUANT_RPC")) {
-            LLAMA_LOG_ERROR("turboquant: %s holds the KV cache of layer %u, and a remote server cannot be asked whether it "
-                    "knows %s: keep the cache here with -nkvo, or set TURBOQUANT_RPC=1 if its rpc-server is patched too\n",
+            LLAMA_LOG_ERROR("turboquant: %s holds the KV cache of layer %u, and a remote server cannot be asked whether "
+                    "it knows %s: keep the cache here with -nkvo, or set TURBOQUANT_RPC=1 if its rpc-server is patched "
+                    "too\n",
                     ggml_backend_dev_name(dev), il, ggml_type_name(turbo_is_type(type_k) ? type_k : type_v));
             return false;
         }
@@ -238,10 +240,10 @@ inline bool turbo_check_devices(const llama_model & model, const llama_context_p
         }
         for (const auto & [op, type] : ops) {
             if (!ggml_backend_dev_supports_op(dev, op)) {
-                LLAMA_LOG_ERROR("turboquant: %s (%s) holds the KV cache of layer %u and cannot run %s on %s: keep the cache in "
-                        "the CPU's memory with -nkvo, keep the layers there with -ngl 0, or build this backend with "
-                        "TurboQuant's kernels\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), il,
-                        ggml_op_name(op->op), ggml_type_name(type));
+                LLAMA_LOG_ERROR("turboquant: %s (%s) holds the KV cache of layer %u and cannot run %s on %s: keep the "
+                        "cache in the CPU's memory with -nkvo, keep the layers there with -ngl 0, or build this backend "
+                        "with TurboQuant's kernels\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev),
+                        il, ggml_op_name(op->op), ggml_type_name(type));
                 return false;
             }
         }
@@ -287,15 +289,16 @@ inline bool turbo_init_context(const llama_model & model, llama_context_params &
     }
     for (const uint32_t il : layers) {
         const uint32_t head = hparams.n_embd_head_v(il);
-        if (turbo_is_boundary(hparams, il, boundary.layers) && turbo_type_for_head(boundary.type, head) == GGML_TYPE_COUNT) {
-            LLAMA_LOG_ERROR("turboquant: cache-boundary-v: the block of %s (%d values) does not divide the head size %u of layer "
-                    "%u: use %d:f16\n", ggml_type_name(boundary.type), (int) ggml_blck_size(boundary.type), head, il,
+        if (turbo_is_boundary(hparams, il, boundary.layers) &&
+            turbo_better_type(params.type_v, boundary.type) != params.type_v &&
+            turbo_type_for_head(boundary.type, head) == GGML_TYPE_COUNT) {
+            LLAMA_LOG_ERROR("turboquant: --cache-boundary-v: the block of %s (%d values) does not divide the head size "
+                    "%u of layer %u: use %d:f16\n", ggml_type_name(boundary.type), (int) ggml_blck_size(boundary.type), head, il,
                     boundary.layers);
             return false;
         }
     }
-    const bool turbo_boundary_type = boundary.layers > 0 && turbo_is_type(boundary.type);
-    if (!turbo && !turbo_boundary_type) {
+    if (!turbo && !turbo_is_type(turbo_better_type(params.type_v, boundary.type))) {
         return true;
     }
     if (!turbo_check_devices(model, params, layers)) {
