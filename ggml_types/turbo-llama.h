@@ -165,8 +165,8 @@ inline bool turbo_resolve(ggml_type & type, const std::vector<uint32_t> & heads,
             ++why;
         }
         LLAMA_LOG_INFO("turboquant: %s type %s -> %s, because the head size is %u: "
-                "%.4g instead of %.4g bits per value\n", what, ggml_type_name(type), ggml_type_name(result), heads[why], turbo_bits_per_value(result),
-                turbo_bits_per_value(type));
+                "%.4g instead of %.4g bits per value\n", what, ggml_type_name(type), ggml_type_name(result), heads[why],
+                turbo_bits_per_value(result), turbo_bits_per_value(type));
         type = result;
     }
     return true;
@@ -191,9 +191,9 @@ inline bool turbo_check_devices(const llama_model & model, const llama_context_p
 
         const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
         if (reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0 && !getenv("TURBOQUANT_RPC")) {
-            LLAMA_LOG_ERROR("turboquant: %s holds the KV cache of layer %u, and a remote server cannot be asked whether "
-                    "it knows %s: keep the cache here with -nkvo, or set TURBOQUANT_RPC=1 if its rpc-server is patched "
-                    "too\n",
+            LLAMA_LOG_ERROR("turboquant: %s holds the KV cache of layer %u, and a remote server cannot be asked "
+                    "whether it knows %s: keep the cache here with -nkvo, or set TURBOQUANT_RPC=1 if its rpc-server is "
+                    "patched too\n",
                     ggml_backend_dev_name(dev), il, ggml_type_name(turbo_is_type(type_k) ? type_k : type_v));
             return false;
         }
@@ -241,8 +241,8 @@ inline bool turbo_check_devices(const llama_model & model, const llama_context_p
         for (const auto & [op, type] : ops) {
             if (!ggml_backend_dev_supports_op(dev, op)) {
                 LLAMA_LOG_ERROR("turboquant: %s (%s) holds the KV cache of layer %u and cannot run %s on %s: keep the "
-                        "cache in the CPU's memory with -nkvo, keep the layers there with -ngl 0, or build this backend "
-                        "with TurboQuant's kernels\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev),
+                        "cache in the CPU's memory with -nkvo, keep the layers there with -ngl 0, or build this "
+                        "backend with TurboQuant's kernels\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev),
                         il, ggml_op_name(op->op), ggml_type_name(type));
                 return false;
             }
@@ -293,8 +293,8 @@ inline bool turbo_init_context(const llama_model & model, llama_context_params &
             turbo_better_type(params.type_v, boundary.type) != params.type_v &&
             turbo_type_for_head(boundary.type, head) == GGML_TYPE_COUNT) {
             LLAMA_LOG_ERROR("turboquant: --cache-boundary-v: the block of %s (%d values) does not divide the head size "
-                    "%u of layer %u: use %d:f16\n", ggml_type_name(boundary.type), (int) ggml_blck_size(boundary.type), head, il,
-                    boundary.layers);
+                    "%u of layer %u: use %d:f16\n", ggml_type_name(boundary.type), (int) ggml_blck_size(boundary.type),
+                    head, il, boundary.layers);
             return false;
         }
     }
