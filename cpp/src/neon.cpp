@@ -164,8 +164,9 @@ uint8x16_t spread_third_bits(uint8x16_t high, int r) {
 }
 
 template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+    using F = Format<Bits, N>;
     constexpr int registers = Levels<N>::registers;
-    const int8x16_t table = vld1q_s8(Format<Bits, N>::centroids);
+    const int8x16_t table = vld1q_s8(F::centroids);
     uint8x16_t index[registers];
     if constexpr (Bits == 4) {
         for (int r = 0; r < registers / 2; ++r) {
@@ -191,7 +192,7 @@ template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
         }
         if constexpr (Bits == 3) {
             uint8_t bytes[16] = {};
-            std::memcpy(bytes, q + Format<Bits, N>::high_offset, N / 8);
+            std::memcpy(bytes, q + F::high_offset, N / 8);
             const uint8x16_t high = vld1q_u8(bytes);
             for (int r = 0; r < registers; ++r) index[r] = vorrq_u8(index[r], spread_third_bits(high, r));
         }
