@@ -246,7 +246,8 @@ int main(int argc, char ** argv) {
         const auto print = [&](const char * set, const std::string & name, const char * type, const char * operation,
                                double rate) {
             const char * unit = std::strcmp(operation, "dot") == 0 ? "gmac_per_s" : "gb_per_s";
-            std::printf("%s{\"set\": \"%s\", \"kernels\": \"%s\", \"type\": \"%s\", ", separator, set, name.c_str(), type);
+            std::printf("%s{\"set\": \"%s\", \"kernels\": \"%s\", ", separator, set, name.c_str());
+            std::printf("\"type\": \"%s\", ", type);
             std::printf("\"operation\": \"%s\", \"%s\": %.3f}", operation, unit, rate);
             separator = ",\n";
         };
