@@ -80,7 +80,9 @@ def evaluate(
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
             _write(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
     except (ProgramError, OSError, ValueError) as error:
-        _console(sys.stderr.isatty(), stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        _console(sys.stderr.isatty(), stderr=True).print(
+            f"error: {error}", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
 
 

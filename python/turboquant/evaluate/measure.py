@@ -13,7 +13,7 @@ from typing import Any
 from . import needle, perplexity
 from .kvsize import CacheSize
 from .pairs import CachePair, bits_per_value
-from .programs import Programs
+from .programs import ProgramError, Programs
 from .results import Results, file_hash
 
 __all__ = ["BASELINE", "Options", "Row", "measure"]
@@ -147,6 +147,10 @@ def _measure_quality(
     missing = [pair for pair in pairs if pair not in quality]
     if not missing:
         return quality
+    known = programs.cache_types()
+    for name in dict.fromkeys(name for pair in missing for name in (pair.k, pair.v)):
+        if known and name not in known:
+            raise ProgramError(f"{programs.folder} knows no cache type {name!r}; it has {', '.join(known)}")
     limits = {"ctx": options.ctx, "chunks": options.chunks}
     with _scratch_folder(scratch) as folder:
         base = Path(folder) / "f16.kld"

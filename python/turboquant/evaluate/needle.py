@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .pairs import CachePair
-from .programs import ProgramError, Programs
+from .programs import Programs, Result
 
-__all__ = ["NAMES", "Needle", "answer", "ask", "make_needles"]
+__all__ = ["NAMES", "Needle", "answer", "ask", "generated_all", "make_needles"]
 
 NAMES = (
     "Arthur Beatrice Cedric Dorothea Edmund Florence Gilbert Harriet Isaac Josephine Kenneth Lavinia Martin Nora Oswald "
@@ -91,6 +91,11 @@ def answer(text: str) -> str:
     return match[1] if match else text.strip().split("\n")[0]
 
 
+def generated_all(result: Result) -> bool:
+    """Whether llama-completion's output is whole: its last lines are the timings."""
+    return re.search(r"total time\s*=", result.log) is not None
+
+
 def ask(
     programs: Programs,
     model: Path,
@@ -115,9 +120,7 @@ def ask(
                 *pair.arguments,
                 *("-no-cnv", "--no-display-prompt", "--no-warmup", "--simple-io"),
             ]
-            result = programs.run("llama-completion", arguments, log=f"needle-{pair}")
-            if not result.out.strip():
-                raise ProgramError(f"llama-completion answered nothing. Log: {result.log_path}")
+            result = programs.run("llama-completion", arguments, log=f"needle-{pair}", complete=generated_all)
             answers.append(answer(result.out))
             if on_answer:
                 on_answer(index + 1)

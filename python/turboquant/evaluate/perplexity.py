@@ -18,6 +18,8 @@ _FINAL = re.compile(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}")
 _PPL = re.compile(rf"Mean PPL\(Q\)\s*:\s*{_NUMBER} ±\s*{_NUMBER}")
 _KLD = re.compile(rf"Mean\s+KLD:\s*{_NUMBER} ±\s*{_NUMBER}")
 _TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
+_SHORT = re.compile(r"you need at least \d+ tokens")
+_CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
 _VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
 
 
@@ -107,7 +109,7 @@ def run_base(
     """Measure the f16 cache and write its predictions to `base` (about ``ctx * vocabulary`` bytes per chunk).
 
     Raises:
-        ProgramError: the run failed, or the file is shorter than it must be (a full disk).
+        ProgramError: the run failed, the text is too short, or the file is shorter than it must be (a full disk).
     """
     pair = CachePair("f16", "f16")
     arguments = [*_arguments(model, pair, ctx, chunks, base), "-f", str(text)]
@@ -116,14 +118,18 @@ def run_base(
         arguments,
         log=f"perplexity-{pair}",
         on_text=_chunk_counter(r"\[\d+\]-?[\dni]", on_chunk),
+        complete=lambda result: any(one.search(result.out + result.log) for one in (_FINAL, _SHORT)),
     )
     printed = result.out + result.log
+    # llama-perplexity wants two chunks of text at least, and takes fewer than asked for if there are no more.
+    counted = _CHUNKS.search(printed)
+    if _SHORT.search(printed) or (counted and int(counted[1]) < chunks):
+        available = f"has {counted[1]} chunks" if counted else "is shorter than two chunks"
+        raise ProgramError(f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text or fewer")
     try:
         values, size = parse_base(printed), parse_cache_size(result.log)
     except ValueError as error:
-        raise ProgramError(
-            f"{error}; is the text long enough for {chunks} chunks of {ctx} tokens? Log: {result.log_path}"
-        ) from error
+        raise ProgramError(f"cache {pair}: {error}. Log: {result.log_path}") from error
     if vocabulary := _VOCABULARY.search(result.log):
         # One uint16 per vocabulary entry and scored token (the second half of each chunk), after a small header.
         entry = 2 * (2 * ((int(vocabulary[1]) + 1) // 2) + 4)
@@ -150,7 +156,11 @@ def run_divergence(
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
     result = programs.run(
-        "llama-perplexity", arguments, log=f"perplexity-{pair}", on_text=_chunk_counter(r"^ +\d+ +", on_chunk)
+        "llama-perplexity",
+        arguments,
+        log=f"perplexity-{pair}",
+        on_text=_chunk_counter(r"^ +\d+ +", on_chunk),
+        complete=lambda result: _TOP.search(result.out + result.log) is not None,
     )
     try:
         return parse_divergence(result.out + result.log), parse_cache_size(result.log)

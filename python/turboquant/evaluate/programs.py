@@ -5,17 +5,20 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ProgramError", "Programs", "Result"]
+__all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 
 # Environment variables that change what the programs compute belong to a result's identity.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
+_USED = ("llama-perplexity", "llama-completion")
+_ATTEMPTS = 3
 
 
 class ProgramError(RuntimeError):
@@ -63,10 +66,11 @@ class Programs:
         raise ProgramError(f"{self.folder} has no {name}; build it with `turboquant build`")
 
     def fingerprint(self) -> str:
-        """A hash of every program and library in the folder and of the environment that changes what they do."""
+        """A hash of the programs used here, of every library beside them and of the environment variables they read."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and not path.is_symlink():
+            used = path.stem in _USED or ".so" in path.suffixes or path.suffix in (".dylib", ".dll")
+            if used and path.is_file() and not path.is_symlink():
                 digest.update(path.name.encode() + b"\0")
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
@@ -76,62 +80,97 @@ class Programs:
                 digest.update(f"\0{name}={os.environ[name]}".encode())
         return digest.hexdigest()
 
+    def cache_types(self) -> list[str]:
+        """The cache types that the build's --help lists; empty if it has no such list.
+
+        Raises:
+            ProgramError: llama-perplexity is missing or does not run.
+        """
+        command = [str(self.path("llama-perplexity")), "--help"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ProgramError(f"cannot start {command[0]}: {error}") from error
+        return parse_cache_types(done.stdout + done.stderr)
+
     def run(
-        self, name: str, arguments: Sequence[str], *, log: str, on_text: Callable[[str], None] | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        log: str,
+        on_text: Callable[[str], None] | None = None,
+        complete: Callable[[Result], bool] | None = None,
     ) -> Result:
         """Run a program to its end.
+
+        llama.cpp writes everything from a thread of its own and does not wait for it at exit, so on a busy machine the
+        end of the output can be lost. `complete` recognizes a whole output; what is not whole is run again.
 
         Args:
             name: e.g. ``"llama-perplexity"``.
             arguments: its options; threads and log options are added.
             log: the log file's name without suffix.
             on_text: called with each piece of stdout as it arrives.
+            complete: tells a whole result from a truncated one; None takes whatever comes.
 
         Raises:
-            ProgramError: it could not be started or did not exit with 0. An interrupt ends the program, too.
+            ProgramError: it could not be started, did not exit with 0, or its output was never whole. An interrupt
+                ends the program, too.
         """
         # Trace level: only there does llama.cpp print the cache's size.
         command = [str(self.path(name)), *arguments, "-t", str(self.threads), "-lv", "4", "--log-colors", "off"]
         self.logs.mkdir(parents=True, exist_ok=True)
         log_path = self.logs / f"{log.replace('/', '-')}.log"
-        pieces: list[str] = []
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # The log is written under a temporary name, so that two runs at once do not mix theirs.
-        handle, partial = tempfile.mkstemp(prefix=log_path.name, dir=self.logs)
-        try:
-            with os.fdopen(handle, "w+b") as log_file:
-                try:
-                    process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file
-                    )
-                except OSError as error:
-                    raise ProgramError(f"cannot start {command[0]}: {error}") from error
-                try:
-                    assert process.stdout is not None
-                    while data := os.read(process.stdout.fileno(), 1 << 16):
-                        text = decoder.decode(data)
-                        pieces.append(text)
-                        if on_text and text:
-                            on_text(text)
-                    code = process.wait()
-                finally:
-                    if process.poll() is None:
-                        process.kill()
-                        process.wait()
-                    if process.stdout is not None:
-                        process.stdout.close()
-                log_file.seek(0)
-                text = log_file.read().decode("utf-8", errors="replace")
-        finally:
-            os.replace(partial, log_path)
-        result = Result("".join(pieces), text, log_path)
-        if code != 0:
-            raise ProgramError(_failure(command, code, result))
-        return result
+        for _ in range(_ATTEMPTS):
+            result = _run(command, log_path, on_text)
+            if complete is None or complete(result):
+                return result
+        raise ProgramError(_failure(command, "ended without printing its result", result))
 
 
-def _failure(command: Sequence[str], code: int, result: Result) -> str:
-    how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
+def parse_cache_types(usage: str) -> list[str]:
+    """The values of -ctk in a program's --help, which wraps its lines."""
+    match = re.search(r"--cache-type-k TYPE\b.*?allowed values:([^()]*)\(", usage, re.DOTALL)
+    return [name.strip() for name in match[1].replace("\n", " ").split(",")] if match else []
+
+
+def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> Result:
+    pieces: list[str] = []
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # The log is written under a temporary name, so that two runs at once do not mix theirs.
+    handle, partial = tempfile.mkstemp(prefix=log_path.name, dir=log_path.parent)
+    try:
+        with os.fdopen(handle, "w+b") as log_file:
+            try:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file)
+            except OSError as error:
+                raise ProgramError(f"cannot start {command[0]}: {error}") from error
+            assert process.stdout is not None
+            try:
+                while data := os.read(process.stdout.fileno(), 1 << 16):
+                    text = decoder.decode(data)
+                    pieces.append(text)
+                    if on_text and text:
+                        on_text(text)
+                code = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                process.stdout.close()
+            log_file.seek(0)
+            logged = log_file.read().decode("utf-8", errors="replace")
+    finally:
+        os.replace(partial, log_path)
+    result = Result("".join(pieces), logged, log_path)
+    if code != 0:
+        how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
+        raise ProgramError(_failure(command, how, result))
+    return result
+
+
+def _failure(command: Sequence[str], how: str, result: Result) -> str:
     tail = [line for line in result.log.splitlines() if line.strip()][-8:]
     lines = [f"{Path(command[0]).name} {how}", f"  command: {' '.join(command)}", f"  log: {result.log_path}"]
     return "\n".join(lines + [f"  | {line}" for line in tail])

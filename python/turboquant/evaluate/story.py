@@ -25,7 +25,8 @@ def write(
 ) -> str:
     """Continue `opening` and return the continuation; `on_text` gets it piece by piece.
 
-    The seed is fixed, so the same build and model write the same story.
+    The seed is fixed, so the same build and model write the same story. On a busy machine its end can be missing (see
+    `Programs.run`): as it has been shown by then, it is not written again.
 
     Raises:
         ProgramError: llama-completion failed.
