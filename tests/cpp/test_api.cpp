@@ -177,7 +177,7 @@ void attention_errors() {
     REFUSED(k, nullptr, TQ_ERROR_NULL);
     REFUSED(v, nullptr, TQ_ERROR_NULL);
     REFUSED(out, nullptr, TQ_ERROR_NULL);
-    REFUSED(type_k, tq_type(15), TQ_ERROR_TYPE);
+    REFUSED(type_k, tq_type(-1), TQ_ERROR_TYPE);
     REFUSED(type_v, TQ_TYPE_COUNT, TQ_ERROR_TYPE);
     REFUSED(n_head, 0, TQ_ERROR_LENGTH);
     REFUSED(n_kv_head, 0, TQ_ERROR_LENGTH);
