@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -126,17 +126,17 @@ def unpatch(directory: _Tree) -> None:
 @command
 def build(
     source: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(metavar="DIR", help="A llama.cpp checkout; it is copied, not touched.", show_default=False),
     ] = None,
     version: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="X", help="The llama-cpp-python release whose llama.cpp to take.", show_default=DEFAULT_VERSION
         ),
     ] = None,
     target: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             metavar="NAME",
             help="Build this CMake target only; repeatable. 'default' stands for the usual six programs.",
@@ -144,11 +144,11 @@ def build(
         ),
     ] = None,
     jobs: Annotated[
-        Optional[int],
+        int | None,
         typer.Option("--jobs", "-j", min=1, help="Compilers at once.", show_default="one per CPU"),
     ] = None,
     cmake_arg: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(metavar="-DNAME=VALUE", help="A further option for CMake; repeatable.", show_default=False),
     ] = None,
 ) -> None:

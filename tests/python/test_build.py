@@ -108,7 +108,8 @@ def test_targets(native, tree, build):
     assert answer(bin, "llama-extra") == "512 41 one"
     assert not (bin / "llama-bench").exists()
     build(tree, targets=["default", "test-things"])  # tests are configured only now
-    assert sorted(path.name for path in bin.iterdir()) == ["llama-bench", "llama-completion", "llama-extra", "test-things"]
+    there = ["llama-bench", "llama-completion", "llama-extra", "test-things"]
+    assert sorted(path.name for path in bin.iterdir()) == there
     # Other sources, fewer targets: no program stays behind that was built from the old ones.
     write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
     build(tree, targets=["llama-bench"])
@@ -202,7 +203,8 @@ def test_bad_arguments(native, tree, build, arguments, message):
 # A build that stops in the middle: `slow` is a target whose command writes its process id, and then waits.
 SLOW = """
 if (NOT EXISTS "${CMAKE_SOURCE_DIR}/../go-on")
-    add_custom_command(OUTPUT slow.txt COMMAND sh -c "echo $$ > '${CMAKE_SOURCE_DIR}/../started' && exec sleep 600" VERBATIM)
+    add_custom_command(OUTPUT slow.txt VERBATIM
+        COMMAND sh -c "echo $$ > '${CMAKE_SOURCE_DIR}/../started' && exec sleep 600")
 else()
     add_custom_command(OUTPUT slow.txt COMMAND sh -c "echo done > slow.txt" VERBATIM)
 endif()
@@ -241,10 +243,8 @@ def alive(pid: int) -> bool:
         return True
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_build_goes_on(native, tree, build, number):
-    write(tree, {"CMakeLists.txt": FILES["CMakeLists.txt"] + SLOW})
+def start_slow(native: Path, tree: Path) -> tuple[subprocess.Popen[str], Path, int]:
+    """A running `turboquant build`, its folder, and the id of the "compiler" that ninja waits for."""
     command = [sys.executable, "-c", START, str(native), str(tree)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -252,19 +252,41 @@ def test_interrupted_build_goes_on(native, tree, build, number):
         return [path for path in native.parent.glob("cache/builds/*/started") if path.read_text().endswith("\n")]
 
     wait_for(mark, process)
-    compiler = int(mark()[0].read_text())
+    return process, mark()[0].parent, int(mark()[0].read_text())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_build_goes_on(native, tree, build, number):
+    write(tree, {"CMakeLists.txt": FILES["CMakeLists.txt"] + SLOW})
+    process, folder, compiler = start_slow(native, tree)
     assert alive(compiler)
     process.send_signal(number)
     out, err = process.communicate()
     assert process.returncode == 130
     assert out == "" and "goes on from here" in err
     assert not alive(compiler)
-    folder = mark()[0].parent
     assert not (folder / "done.json").exists()
     (folder / "go-on").write_text("")
     bin = build(tree, targets=["slow", "llama-bench"])
     assert bin == folder / "build" / "bin"
     assert answer(bin, "llama-bench") == "512 41 one"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="ninja does not inherit the lock there")
+def test_compilers_that_outlive_their_parent_keep_the_folder_locked(native, tree):
+    write(tree, {"CMakeLists.txt": FILES["CMakeLists.txt"] + SLOW})
+    process, folder, compiler = start_slow(native, tree)
+    try:
+        process.kill()
+        process.communicate()
+        assert alive(compiler)
+        with lock(builds._lock_file(folder), block=False) as held:
+            assert held is None
+    finally:
+        os.kill(compiler, signal.SIGKILL)
+    with lock(builds._lock_file(folder)) as held:  # free as soon as ninja has noticed
+        assert held is not None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="ninja does not inherit the lock there")
@@ -307,6 +329,17 @@ def test_where_falls_back_to_another_finished_build(native, tree, build):
     (first / "llama-bench").unlink()
     with pytest.raises(builds.BuildError, match="run `turboquant build` first"):
         builds.where()
+
+
+def test_moved_cache_is_built_again(native, tree, build, monkeypatch):
+    bin = build(tree, targets=["llama-bench"])
+    moved = native.parent / "moved"
+    bin.parents[3].rename(moved)
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(moved))
+    write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
+    bin = build(tree, targets=["llama-bench"])
+    assert moved in bin.parents
+    assert answer(bin, "llama-bench") == "512 42 one"
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -449,7 +482,8 @@ def test_terminal_progress_is_a_bar():
 
 
 def test_duration():
-    assert [duration(seconds) for seconds in (0.4, 59.6, 200, 3720)] == ["0 s", "1 min 00 s", "3 min 20 s", "1 h 02 min"]
+    texts = [duration(seconds) for seconds in (0.4, 59.6, 200, 3720)]
+    assert texts == ["0 s", "1 min 00 s", "3 min 20 s", "1 h 02 min"]
 
 
 def test_json_that_is_none(tmp_path):

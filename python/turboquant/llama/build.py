@@ -168,7 +168,7 @@ def is_outdated(bin: Path) -> bool:
     """Whether `bin` (of `where`) was built from another codec or other hooks than those of this package."""
     record = _record(bin.parent.parent)
     native = native_dir()
-    return bool(record) and record.get("native") != hash_files(native, _native_files(native))
+    return record is not None and record.get("native") != hash_files(native, _native_files(native))
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -248,8 +248,9 @@ def _is_done(plan: _Plan) -> bool:
 
 def _use(plan: _Plan) -> Path:
     """Make this the build that `where` prints."""
-    write_json(plan.folder.parent / "latest.json", {"folder": plan.folder.name})
-    os.utime(plan.folder / "build.json")  # the newest are kept
+    with contextlib.suppress(OSError):  # a cache that is read-only to this user can still be used
+        write_json(plan.folder.parent / "latest.json", {"folder": plan.folder.name})
+        os.utime(plan.folder / "build.json")  # the newest are kept
     return plan.bin
 
 
@@ -271,13 +272,16 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
     with log_file.open("w", encoding="utf-8", errors="replace") as log:
         with reporter.busy("configuring"):
             _configure(plan, tools, environment, log)
-        targets = _choose(plan, tools, reporter)
+        available = _targets(plan, tools)
+        targets = _choose(plan, available, reporter)
+        kept: list[str] = []
         if before.get("fingerprint") == plan.fingerprint:
             kept = [target for target in old_targets if target not in plan.targets]
         else:
-            kept = []
-            for target in set(old_targets) - set(targets):  # they belong to libraries that are about to change
-                (plan.bin / f"{target}{_SUFFIX}").unlink(missing_ok=True)
+            # Programs of an earlier build: the libraries that they need are about to change.
+            for target in available - set(targets):
+                if (plan.bin / f"{target}{_SUFFIX}").is_file():
+                    (plan.bin / f"{target}{_SUFFIX}").unlink()
         _compile(plan, tools, targets, jobs, environment, log, reporter, lock_descriptor)
     programs = [f"bin/{target}{_SUFFIX}" for target in [*targets, *kept]]
     record = {
@@ -323,6 +327,9 @@ def _environment(plan: _Plan, tools: Tools) -> dict[str, str]:
 
 def _configure(plan: _Plan, tools: Tools, environment: dict[str, str], log: IO[str]) -> None:
     folder = plan.folder
+    cache = folder / "build" / "CMakeCache.txt"
+    if cache.is_file() and f"={(folder / 'llama.cpp').as_posix()}\n" not in cache.read_text("utf-8", "replace"):
+        remove_tree(folder / "build")  # the cache folder was moved; CMake's folders hold absolute paths
     tests = any(target.startswith("test-") for target in plan.targets) or _has_tests(folder / "build")
     here, there = plan.native.as_posix(), (folder / "native").as_posix()
     command = [str(tools.cmake), "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(folder / "build")]
@@ -354,14 +361,18 @@ def _has_tests(build_folder: Path) -> bool:
     return re.search(r"^LLAMA_BUILD_TESTS:\w+=ON$", cache, re.M) is not None
 
 
-def _choose(plan: _Plan, tools: Tools, reporter: Reporter) -> list[str]:
-    """The targets to build: those asked for, less the default ones that this tree does not have."""
-    done = subprocess.run(
-        [str(tools.ninja), "-C", str(plan.folder / "build"), "-t", "targets", "all"], capture_output=True, text=True
-    )
+def _targets(plan: _Plan, tools: Tools) -> set[str]:
+    """The names of the targets that the configured tree has."""
+    command = [str(tools.ninja), "-C", str(plan.folder / "build"), "-t", "targets", "all"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     available = set(re.findall(r"^([^\s:/]+): phony$", done.stdout, re.M))
     if done.returncode != 0 or not available:
         raise BuildError(f"ninja cannot read {plan.folder / 'build'}:\n{last_lines(done.stdout + done.stderr)}")
+    return available
+
+
+def _choose(plan: _Plan, available: set[str], reporter: Reporter) -> list[str]:
+    """The targets to build: those asked for, less the default ones that this tree does not have."""
     missing = [target for target in plan.targets if target not in available]
     for target in missing:
         if target not in DEFAULT_TARGETS:
@@ -389,13 +400,13 @@ def _compile(
     command = [str(tools.ninja), "-j", str(jobs), *targets]
     log.write(f"$ {subprocess.list2cmdline(command)}\n")
     # Should this process be killed, then ninja and its compilers hold the lock until they have ended.
-    inherit = {"pass_fds": (lock_descriptor,)} if os.name != "nt" and lock_descriptor is not None else {}
+    inherit = () if os.name == "nt" or lock_descriptor is None else (lock_descriptor,)
     failed: list[str] = []  # what ninja printed for the first step that failed
     inside = False
     with reporter.track(f"compiling with {jobs} job{'s' * (jobs > 1)}") as track:
         process = subprocess.Popen(
             command, cwd=plan.folder / "build", env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", **inherit,
+            stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", pass_fds=inherit,
         )  # fmt: skip
         assert process.stdout is not None
         try:

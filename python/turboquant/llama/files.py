@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -69,17 +70,22 @@ def list_files(root: Path, skip: Callable[[str, bool], bool] = lambda path, is_d
 
     `skip(path, is_dir)` leaves out a file or a whole folder. Links to folders are not followed.
     """
-    folders, files = [], []
+    folders: list[os.DirEntry[str]] = []
+    files: list[os.DirEntry[str]] = []
     with os.scandir(root) as entries:
         for entry in entries:
             (folders if entry.is_dir(follow_symlinks=False) else files).append(entry)
     for entry in sorted(files, key=lambda entry: entry.name):
         if entry.is_file() and not skip(entry.name, False):
             yield entry.name
-    for entry in sorted(folders, key=lambda entry: entry.name):
-        if not skip(entry.name, True):
-            for path in list_files(Path(entry.path), lambda below, is_dir: skip(f"{entry.name}/{below}", is_dir)):
-                yield f"{entry.name}/{path}"
+    for name in sorted(entry.name for entry in folders):
+        if not skip(name, True):
+
+            def skip_below(path: str, is_dir: bool, name: str = name) -> bool:
+                return skip(f"{name}/{path}", is_dir)
+
+            for path in list_files(root / name, skip_below):
+                yield f"{name}/{path}"
 
 
 def hash_files(root: Path, files: Iterable[str]) -> str:
@@ -164,7 +170,7 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, block: bool = Tr
         os.close(descriptor)
 
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(descriptor: int) -> bool:

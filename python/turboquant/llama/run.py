@@ -49,11 +49,12 @@ def program(name: str, bin: str | os.PathLike[str] | None = None) -> Path:
     if path.is_file() and os.access(path, os.X_OK):
         return path.resolve()
     if not folder.is_dir():
-        raise ProgramError(f"{folder}: no such folder; run `turboquant build`, and `turboquant where` to see its folder")
+        raise ProgramError(f"{folder}: no such folder; `turboquant build` makes one, `turboquant where` prints it")
     there = sorted(file.name for file in folder.iterdir() if file.name.startswith(("llama-", "test-")))
     close = difflib.get_close_matches(name, there, 3, 0.6)
     hint = f" (it has {', '.join(close)})" if close else ""
-    raise ProgramError(f"no {name} in {folder}{hint}; build it with `turboquant build --target default --target {name}`")
+    how = f"`turboquant build --target default --target {name}`"
+    raise ProgramError(f"no {name} in {folder}{hint}; build it with {how}")
 
 
 def run(

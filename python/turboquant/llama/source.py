@@ -332,7 +332,7 @@ def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str
                 continue
             inner = parts[3:]
             if any(part == ".." or set(part) & set("/\\:\0") for part in parts):
-                raise SourceError(f"{archive.name}: it has a file outside of its folder ({member.name!r}); not unpacked")
+                raise SourceError(f"{archive.name} has a file outside of its folder ({member.name!r}); not unpacked")
             if not inner or inner[0] in UNNEEDED or inner[0].startswith("."):
                 continue
             count, size = count + 1, size + member.size

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def compiler() -> list[str]:
         _compiler("CC", ("cc", "gcc", "clang", "cl") if os.name == "nt" else ("cc", "gcc", "clang")),
         _compiler("CXX", ("c++", "g++", "clang++", "cl") if os.name == "nt" else ("c++", "g++", "clang++")),
     ]
-    for variable, identity in zip(("CC", "CXX"), found):
+    for variable, identity in zip(("CC", "CXX"), found, strict=True):
         if identity is None:
             what = "C" if variable == "CC" else "C++"
             asked = os.environ.get(variable)
@@ -110,7 +111,7 @@ def cpu() -> str:
         except OSError:
             text = ""
         keys = {"model name", "flags", "Features", "CPU implementer", "CPU part", "isa"}
-        lines = {}
+        lines: dict[str, str] = {}
         for line in text.splitlines():  # of the first core that has the key
             key, _, value = line.partition(":")
             lines.setdefault(key.strip(), value.strip())
@@ -160,9 +161,8 @@ def find_tools(reporter: Reporter) -> Tools:
     def waiting() -> None:
         reporter.say("another process is fetching cmake and ninja; waiting for it")
 
-    missing = " and ".join(
-        name for name, tool in ((f"CMake {'.'.join(map(str, MINIMUM_CMAKE))} or newer", cmake), ("Ninja", ninja)) if not tool
-    )
+    names = {f"CMake {'.'.join(map(str, MINIMUM_CMAKE))} or newer": cmake, "Ninja": ninja}
+    missing = " and ".join(name for name, tool in names.items() if not tool)
     with lock(cache_dir() / "locks" / "tools.lock", waiting):
         found = own()
         if found:
@@ -192,7 +192,8 @@ def _install(folder: Path, missing: str) -> None:
         # Wheels only: compiling CMake from source would take longer than llama.cpp.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
         command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), *_PACKAGES]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        env = dict(os.environ, PIP_USER="0")  # a user's pip.conf may say --user, which --target excludes
+        done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             raise ToolError(
                 f"{missing} not found, and pip could not fetch it:\n{last_lines(done.stderr, 8)}\n"
@@ -210,7 +211,7 @@ def _in_folder(folder: Path) -> Tools | None:
     return Tools(cmake, ninja) if cmake and ninja else None
 
 
-def _first(candidates: list[str | Path | None] | list[str | None] | list[Path], minimum: tuple[int, ...]) -> Path | None:
+def _first(candidates: Sequence[str | Path | None], minimum: tuple[int, ...]) -> Path | None:
     """The first candidate that runs and is new enough."""
     for candidate in candidates:
         if candidate and Path(candidate).is_file():
