@@ -1,4 +1,5 @@
 // AVX2, FMA, F16C. The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -420,6 +421,115 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
         sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
+}
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = block_d(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        for (int r = 0; r < Levels<N>::registers; ++r)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level + 32 * r), expanded.v[r]);
+    }
+}
+
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int r0 = 0; r0 < tile_rows; r0 += 8)
+        for (int m = 0; m < rows; ++m) {
+            __m256 total = _mm256_setzero_ps();
+            for (int64_t b = 0; b < blocks; ++b) {
+                const typename QueryBlock<N>::type & block = q[m * blocks + b];
+                __m256i values[Levels<N>::registers], magnitudes[Levels<N>::registers], sums[8];
+                for (int r = 0; r < Levels<N>::registers; ++r) {
+                    values[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(block.q + 32 * r));
+                    magnitudes[r] = _mm256_abs_epi8(values[r]);
+                }
+                for (int i = 0; i < 8; ++i) {
+                    const int8_t * k = level + ((r0 + i) * blocks + b) * N;
+                    sums[i] = _mm256_setzero_si256();
+                    for (int r = 0; r < Levels<N>::registers; ++r) {
+                        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(k + 32 * r));
+                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes[r], _mm256_sign_epi8(v, values[r]));
+                        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                    }
+                }
+                const __m256 scales = _mm256_mul_ps(_mm256_loadu_ps(scale + b * tile_rows + r0),
+                                                    _mm256_set1_ps(block.scale));
+                total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(reduce_add8(sums)), scales, total);
+            }
+            _mm256_storeu_ps(s + m * tile_rows + r0, total);
+        }
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Rows x 8 * Registers outputs stay in registers while all rows of V pass by.
+template <int Rows, int Registers>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    __m256 a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c)
+            a[m][c] = _mm256_mul_ps(_mm256_set1_ps(state[m].correction), _mm256_loadu_ps(sum + m * stride + lanes * c));
+    for (int r = 0; r < count; ++r, v += head) {
+        __m256 value[Registers];
+        for (int c = 0; c < Registers; ++c) value[c] = _mm256_loadu_ps(v + lanes * c);
+        for (int m = 0; m < Rows; ++m) {
+            const __m256 weight = _mm256_set1_ps(weights[m * tile_rows + r]);
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm256_fmadd_ps(weight, value[c], a[m][c]);
+        }
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) _mm256_storeu_ps(sum + m * stride + lanes * c, a[m][c]);
+}
+
+template <int Rows, int Registers>
+void accumulate_rows(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                     float * sum, int64_t stride) {
+    for (int64_t c = 0; c < head; c += Registers * lanes)
+        accumulate_block<Rows, Registers>(v + c, count, head, weights, state, sum + c, stride);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 6 <= rows; m += 6)
+        accumulate_rows<6, 2>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m + 4 <= rows; m += 4)
+        accumulate_rows<4, 2>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m < rows; ++m)
+        accumulate_rows<1, 4>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        __m256 x[4];
+        load<32>(src, x);
+        const float largest = bits_float(largest_bits<32>(x));
+        if (!(largest < INFINITY) || largest == 0) {
+            std::memset(out, 0, sizeof(*out));
+            out->scale = largest == 0 ? 0.0f : NAN;
+            continue;
+        }
+        const __m256 inverse = _mm256_set1_ps(127.0f / largest);
+        __m256i q[4];
+        for (int r = 0; r < 4; ++r) q[r] = _mm256_cvtps_epi32(_mm256_mul_ps(x[r], inverse));
+        const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out->q),
+                            _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+        out->sum = reduce_add(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
+        out->scale = largest / 127.0f;
+    }
 }
 
 } // namespace

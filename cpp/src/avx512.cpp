@@ -1,5 +1,6 @@
 // AVX-512 (F, BW, DQ, VL). avx512vnni.cpp compiles this file once more with VNNI dot products.
 // The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -426,6 +427,143 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
         sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
+}
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = block_d(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        if constexpr (N == 32)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level), _mm512_castsi512_si256(expanded.v[0]));
+        else
+            for (int r = 0; r < Levels<N>::registers; ++r) _mm512_storeu_si512(level + 64 * r, expanded.v[r]);
+    }
+}
+
+// The sums of sixteen registers, one in each lane of the result: three rounds of adding neighbours' halves.
+__m512i reduce_add16(const __m512i * a) {
+    __m512i t[8], u[4];
+    for (int i = 0; i < 8; ++i)
+        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                                _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+        u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
+                                _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+    const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xDD));
+    const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD));
+}
+
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int r0 = 0; r0 < tile_rows; r0 += 16)
+        for (int m = 0; m < rows; ++m) {
+            __m512 total = _mm512_setzero_ps();
+            for (int64_t b = 0; b < blocks; ++b) {
+                const typename QueryBlock<N>::type & block = q[m * blocks + b];
+                __m512i values[Levels<N>::registers], sums[16];
+                for (int r = 0; r < Levels<N>::registers; ++r)
+                    values[r] = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, block.q)
+                                        : _mm512_loadu_si512(block.q + 64 * r);
+                for (int i = 0; i < 16; ++i) {
+                    const int8_t * k = level + ((r0 + i) * blocks + b) * N;
+                    sums[i] = _mm512_setzero_si512();
+                    for (int r = 0; r < Levels<N>::registers; ++r) {
+                        const __m512i v = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, k)
+                                                  : _mm512_loadu_si512(k + 64 * r);
+#ifdef TURBOQUANT_VNNI
+                        sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_xor_si512(v, _mm512_set1_epi8(-128)), values[r]);
+#else
+                        const __m512i moved = _mm512_mask_sub_epi8(values[r], _mm512_movepi8_mask(v),
+                                                                   _mm512_setzero_si512(), values[r]);
+                        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(v), moved);
+                        sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+                    }
+                }
+                __m512i product = reduce_add16(sums);
+#ifdef TURBOQUANT_VNNI
+                product = _mm512_sub_epi32(product, _mm512_set1_epi32(128 * block.sum));
+#endif
+                const __m512 scales = _mm512_mul_ps(_mm512_loadu_ps(scale + b * tile_rows + r0),
+                                                    _mm512_set1_ps(block.scale));
+                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scales, total);
+            }
+            _mm512_storeu_ps(s + m * tile_rows + r0, total);
+        }
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Rows x 16 * Registers outputs stay in registers while all rows of V pass by.
+template <int Rows, int Registers>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    __m512 a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c)
+            a[m][c] = _mm512_mul_ps(_mm512_set1_ps(state[m].correction), _mm512_loadu_ps(sum + m * stride + lanes * c));
+    for (int r = 0; r < count; ++r, v += head) {
+        __m512 value[Registers];
+        for (int c = 0; c < Registers; ++c) value[c] = _mm512_loadu_ps(v + lanes * c);
+        for (int m = 0; m < Rows; ++m) {
+            const __m512 weight = _mm512_set1_ps(weights[m * tile_rows + r]);
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm512_fmadd_ps(weight, value[c], a[m][c]);
+        }
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) _mm512_storeu_ps(sum + m * stride + lanes * c, a[m][c]);
+}
+
+template <int Rows>
+void accumulate_rows(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                     float * sum, int64_t stride) {
+    int64_t c = 0;
+    for (; c + 4 * lanes <= head; c += 4 * lanes)
+        accumulate_block<Rows, 4>(v + c, count, head, weights, state, sum + c, stride);
+    for (; c < head; c += 2 * lanes)
+        accumulate_block<Rows, 2>(v + c, count, head, weights, state, sum + c, stride);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 6 <= rows; m += 6)
+        accumulate_rows<6>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m + 4 <= rows; m += 4)
+        accumulate_rows<4>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m < rows; ++m)
+        accumulate_rows<1>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes)
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        __m512 x[2];
+        load<32>(src, x);
+        const float largest = bits_float(largest_bits<32>(x));
+        if (!(largest < INFINITY) || largest == 0) {
+            std::memset(out, 0, sizeof(*out));
+            out->scale = largest == 0 ? 0.0f : NAN;
+            continue;
+        }
+        const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+        const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(x[0], inverse));
+        const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(x[1], inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out->q), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out->q + 16), _mm512_cvtepi32_epi8(high));
+        out->sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+        out->scale = largest / 127.0f;
+    }
 }
 
 } // namespace
