@@ -91,6 +91,7 @@ def patch(
     With --check the exit status is 0 if every hook is in place or would fit, 1 if one does not fit.
     """
     from .llama import patch as hooks
+    from .llama.toolchain import jobs
 
     states = hooks.check(directory) if check else hooks.patch(directory)
     width = max(len(state.id) for state in states)
@@ -108,7 +109,7 @@ def patch(
     configure = ["cmake", "-S", str(directory), "-B", str(build_folder), "-DCMAKE_BUILD_TYPE=Release"]
     print("\nThe hooks are in place. Configure with the codec's sources, in a new build folder, then compile:\n")
     print(f"  {shlex.join([*configure, *hooks.cmake_args()])}")
-    print(f"  {shlex.join(['cmake', '--build', str(build_folder), '-j'])}")
+    print(f"  {shlex.join(['cmake', '--build', str(build_folder), '-j', str(jobs())])}")
 
 
 @command

@@ -149,6 +149,28 @@ void dot_is_the_formula() {
     }
 }
 
+// Queries of every magnitude that float32 has, subnormals included.
+void query_keeps_magnitude() {
+    for (const int n : {128, 64, 32}) {
+        Random r{uint64_t(n)};
+        float x[128], scale;
+        uint32_t query[34];
+        for (int exponent = -140; exponent <= 120; exponent += 5) {
+            check::Case case_("block ", n, ", 2^", exponent);
+            for (int i = 0; i < n; ++i) x[i] = std::ldexp(r.normal(), exponent);
+            const std::vector<double> want = rotated(x, n);
+            CHECK_EQ(tq_query(n, x, query, n), TQ_OK);
+            std::memcpy(&scale, query, 4);
+            CHECK(scale > 0);
+            const double bound = query_rounding * 1.0001 * double(scale) + 127 * 0x1p-149; // the scale may be subnormal
+            for (int i = 0; i < n; ++i) {
+                const int level = reinterpret_cast<const int8_t *>(query + 2)[i];
+                CHECK(std::fabs(level * double(scale) - want[size_t(i)]) <= bound);
+            }
+        }
+    }
+}
+
 // Mean squared error on N(0,1): the encoder may search the scale, so it may do better than the plain Lloyd-Max
 // quantizer, but never noticeably worse.
 void error_is_lloyd_max() {
@@ -221,6 +243,40 @@ void encoder_symmetries() {
     }
 }
 
+// Through the top of fp16: the stored scale grows up to the largest finite one and stays there, and the report says
+// from where on.
+void scale_saturates() {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const tq_type_info & info = *tq_type_get(tq_type(t));
+        check::Case type_case(info.name);
+        Random r(uint64_t(120 + t));
+        float x[128], scaled[128];
+        uint8_t block[66];
+        for (int i = 0; i < info.block; ++i) x[i] = r.normal();
+        tq_encode_row(tq_type(t), x, block, info.block);
+        const double d = half(block[0] | block[1] << 8);
+        int before = 0;
+        int64_t saturated = 0;
+        for (int want = 65300; want < 65700; ++want) { // the scale aimed at; d is known to one part in 2048
+            check::Case scale_case("scale ", want);
+            for (int i = 0; i < info.block; ++i) scaled[i] = float(x[i] * (want / d));
+            tq_encode_report report;
+            CHECK_EQ(tq_encode(tq_type(t), scaled, 0, block, 0, 1, info.block, 1, &report), TQ_OK);
+            const int stored = block[0] | block[1] << 8;
+            CHECK(stored <= 0x7bff);
+            CHECK(stored >= before);
+            CHECK(report.saturated >= saturated);
+            CHECK_EQ(report.nonfinite, 0);
+            if (report.saturated) CHECK_EQ(stored, 0x7bff);
+            CHECK(std::fabs(half(stored) - want) <= want / 1000.0 || report.saturated);
+            before = stored;
+            saturated = report.saturated;
+        }
+        CHECK_EQ(before, 0x7bff);
+        CHECK_EQ(saturated, 1);
+    }
+}
+
 void attention_is_the_formula() {
     const struct { tq_type k, v; int64_t head_k, head_v; } cases[] = {
         {TQ_TURBO4, TQ_TURBO3, 128, 128}, {TQ_TURBO3_64, TQ_TURBO2_32, 64, 96}, {TQ_TURBO2, TQ_TURBO4_64, 256, 64}};
@@ -276,9 +332,11 @@ int main() {
     rotation_is_the_formula();
     decoding_is_the_formula();
     dot_is_the_formula();
+    query_keeps_magnitude();
     error_is_lloyd_max();
     grid_points_come_back();
     encoder_symmetries();
+    scale_saturates();
     attention_is_the_formula();
     return check::summary();
 }

@@ -204,6 +204,19 @@ void types_match() {
     }
 }
 
+// A different rounding (a fused multiply-add, another order of a sum) changes few blocks in ten thousand.
+void many_blocks_match() {
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
+        const tq_type type = tq_type(t);
+        const tq_type_info & info = *tq_type_get(type);
+        check::Case type_case(info.name, ", many blocks");
+        Random r(uint64_t(5000 + t));
+        Buffer<float> x(size_t(20000 * info.block));
+        for (int64_t i = 0; i < int64_t(x.size()); ++i) x[size_t(i)] = r.normal();
+        encode_matches(r, type, x);
+    }
+}
+
 // The largest sums that the integer paths can meet: all indices at one end, the query at one end.
 void extreme_sums_match() {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
@@ -297,6 +310,7 @@ int main(int argc, char ** argv) {
     }
     if (!CHECK_EQ(status, TQ_OK)) return check::summary();
     types_match();
+    many_blocks_match();
     extreme_sums_match();
     rotations_match();
     rows_match();

@@ -212,7 +212,9 @@ def _native_files(native: Path) -> list[str]:
 
     def skip(path: str, is_dir: bool) -> bool:
         name = path.rpartition("/")[2]
-        return name.startswith(".") or (is_dir and name.startswith(("build", "__pycache__")))
+        if is_dir:
+            return name.startswith((".", "build", "__pycache__"))
+        return name.startswith(".") or name.endswith(".md")
 
     return [
         f"{folder}/{file}"
