@@ -123,6 +123,9 @@ TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_strid
 
 /* ---- attention --------------------------------------------------------------------------------------------- */
 
+/* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
+enum { TQ_ROW_F16 = 64, TQ_ROW_BF16, TQ_ROW_Q8_0, TQ_ROW_Q4_0 };
+
 /* out = softmax(scale * Q K^T [soft cap] + mask) V over encoded K and V, in float32.
  *   q    [n_head][n_query][head_k] floats                   mask [n_query][n_kv] floats or null, added to the scores
  *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
@@ -135,9 +138,10 @@ typedef struct tq_attention_args {
     const void *  v;
     const float * mask;
     float *       out;
-    tq_type       type_k, type_v;
+    int           type_k, type_v; /* tq_type or TQ_ROW_... */
     int64_t       n_head, n_kv_head, n_query, n_kv, head_k, head_v;
     float         scale, soft_cap;
+    float         sparse_v;       /* see tq_attention_kv */
     int           threads;
 } tq_attention_args;
 
@@ -146,9 +150,6 @@ TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);
 /* The same engine for hosts that have their own threads and memory. A host gathers the query rows that share a KV head
  * (a GQA group, times some tokens), calls tq_attention_partial for ranges of KV rows, merges the partial results of a
  * query row, and finishes it. Unchecked, like the hot path below; nothing is allocated. */
-
-/* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
-enum { TQ_ROW_F16 = 64, TQ_ROW_BF16, TQ_ROW_Q8_0, TQ_ROW_Q4_0 };
 
 typedef struct tq_attention_kv {
     int          type_k, type_v;     /* tq_type or TQ_ROW_... */
@@ -164,7 +165,8 @@ typedef struct tq_attention_kv {
 typedef struct tq_attention_queries {
     int64_t                  rows;
     const float * const *    q;      /* [rows] */
-    const uint16_t * const * mask;   /* [rows] fp16, n_kv each, added to the scores; the array or a row may be null */
+    const void * const *     mask;   /* [rows] of n_kv each, added to the scores; the array or a row may be null */
+    int                      mask_f32; /* masks are float32, else fp16 */
     const float *            slope;  /* [rows] factors of the masks (ALiBi), or null */
 } tq_attention_queries;
 

@@ -18,25 +18,35 @@ namespace {
 
 // What the engine must know of a row type; turbo types and the plain types that may stand on the other side.
 struct RowType {
-    int block;       // values that share a scale
-    int block_bytes;
-    bool turbo;      // rotated
-    bool integer;    // int8 levels and a scale, else floats
+    int block;    // values that share a scale; 0 = not covered
+    bool turbo;   // rotated
+    bool integer; // int8 levels and a scale, else floats
 };
 
-bool row_type(int type, RowType * out) {
-    if (const tq_type_info * info = tq_type_get(tq_type(type))) {
-        *out = {info->block, info->block_bytes, true, true};
-        return true;
-    }
+RowType row_type(int type) {
+    if (type >= 0 && type < TQ_TYPE_COUNT) return {tq_type_get(tq_type(type))->block, true, true};
     switch (type) {
         case TQ_ROW_F16:
-        case TQ_ROW_BF16: *out = {32, 64, false, false}; return true;
-        case TQ_ROW_Q8_0: *out = {32, 34, false, true}; return true;
-        case TQ_ROW_Q4_0: *out = {32, 18, false, true}; return true;
+        case TQ_ROW_BF16: return {32, false, false};
+        case TQ_ROW_Q8_0:
+        case TQ_ROW_Q4_0: return {32, false, true};
     }
-    return false;
+    return {0, false, false};
 }
+
+size_t row_bytes(int type, int64_t n) {
+    switch (type) {
+        case TQ_ROW_F16:
+        case TQ_ROW_BF16: return size_t(n) * 2;
+        case TQ_ROW_Q8_0: return size_t(n / 32) * 34;
+        case TQ_ROW_Q4_0: return size_t(n / 32) * 18;
+    }
+    return tq_row_bytes(tq_type(type), n);
+}
+
+constexpr int64_t query_tile = 64; // query rows that share a decoded tile; their sums stay in the L2 cache
+
+int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : 2; }
 
 // ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
 void plain_levels(int type, const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
@@ -138,33 +148,51 @@ void load_keys(const tq_attention_kv & kv, const RowType & k, int64_t first, int
     }
 }
 
-// The mask of one query row over the tile, -inf beyond its end. False if everything is masked.
-bool load_bias(const uint16_t * mask, float slope, int64_t first, int rows, float * bias) {
-    float largest = -INFINITY;
-    if (mask) {
-        float values[tile_rows];
-        if (rows == tile_rows) {
-            kernels().load_f16(reinterpret_cast<const uint8_t *>(mask + first), values, tile_rows);
-        } else {
-            for (int r = 0; r < rows; ++r) values[r] = half_to_float(mask[first + r]);
-        }
-        for (int r = 0; r < rows; ++r) {
-            bias[r] = slope * values[r];
-            largest = bias[r] > largest ? bias[r] : largest;
-        }
-    } else {
-        for (int r = 0; r < rows; ++r) bias[r] = 0.0f;
-        largest = 0.0f;
+// A query row's mask; fp16 or float32.
+struct Mask {
+    const void * row;
+    bool f32;
+    bool open(int64_t i) const {
+        return f32 ? static_cast<const float *>(row)[i] != -INFINITY : static_cast<const uint16_t *>(row)[i] != 0xFC00;
     }
-    for (int r = rows; r < tile_rows; ++r) bias[r] = -INFINITY;
-    return largest != -INFINITY;
+};
+
+Mask mask_of(const tq_attention_queries & queries, int64_t m) {
+    return {queries.mask ? queries.mask[m] : nullptr, queries.mask_f32 != 0};
+}
+
+// Masks first: a tile that no query may see is not even decoded.
+bool visible(const tq_attention_queries & queries, int64_t first, int rows) {
+    const void * known = nullptr;
+    for (int64_t m = 0; m < queries.rows; ++m) {
+        const Mask mask = mask_of(queries, m);
+        if (!mask.row) return true;
+        if (mask.row == known) continue; // the heads of a group share their token's mask
+        known = mask.row;
+        for (int r = 0; r < rows; ++r)
+            if (mask.open(first + r)) return true;
+    }
+    return false;
+}
+
+// What is added to the scores of one query row: slope * mask, and -inf beyond the tile's rows.
+void load_bias(const Mask & mask, float slope, int64_t first, int rows, float * bias) {
+    for (int r = 0; r < tile_rows; ++r) bias[r] = r < rows ? 0.0f : -INFINITY;
+    if (!mask.row) return;
+    float values[tile_rows];
+    if (mask.f32) {
+        std::memcpy(values, static_cast<const float *>(mask.row) + first, size_t(rows) * sizeof(float));
+    } else if (rows == tile_rows) {
+        kernels().load_f16(static_cast<const uint8_t *>(mask.row) + 2 * first, values, tile_rows);
+    } else {
+        for (int r = 0; r < rows; ++r) values[r] = half_to_float(static_cast<const uint16_t *>(mask.row)[first + r]);
+    }
+    for (int r = 0; r < rows; ++r) bias[r] = slope * values[r];
 }
 
 // Decode V for the rows whose weight matters and close the gaps in the weights; returns how many there are.
 int load_values(const tq_attention_kv & kv, bool turbo, int64_t first, int rows, int64_t queries, Scratch & s) {
     const uint8_t * src = static_cast<const uint8_t *>(kv.v) + size_t(first) * kv.stride_v;
-    const RowType * none = nullptr;
-    (void) none;
     float needed[tile_rows];
     for (int r = 0; r < tile_rows; ++r) needed[r] = s.weight[r];
     for (int64_t m = 1; m < queries; ++m)
@@ -196,15 +224,12 @@ int load_values(const tq_attention_kv & kv, bool turbo, int64_t first, int rows,
 using namespace turboquant;
 
 int tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v) {
-    RowType k, v;
-    return row_type(type_k, &k) && row_type(type_v, &v) && head_k > 0 && head_v > 0 && head_k % k.block == 0 &&
-           head_v % v.block == 0 && head_k % 32 == 0 && head_v % 32 == 0;
+    const RowType k = row_type(type_k), v = row_type(type_v);
+    return k.block && v.block && head_k > 0 && head_v > 0 && head_k % k.block == 0 && head_v % v.block == 0;
 }
 
 size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows) {
-    RowType k;
-    if (!row_type(kv->type_k, &k)) return 0;
-    return layout(*kv, k, rows, nullptr).bytes + 64;
+    return layout(*kv, row_type(kv->type_k), rows, nullptr).bytes + 64;
 }
 
 int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_queries * args_queries, int64_t first,
@@ -212,9 +237,7 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
     const tq_attention_kv & kv = *args;
     const tq_attention_queries & queries = *args_queries;
     const Kernels & kernel = kernels();
-    RowType k, v;
-    row_type(kv.type_k, &k);
-    row_type(kv.type_v, &v);
+    const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     Scratch s = layout(kv, k, queries.rows,
                        reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63)));
     const int64_t stride = kv.head_v + 2;
@@ -224,37 +247,22 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
     }
     prepare_queries(kv, k, queries, s);
 
+    const int m_rows = int(queries.rows);
     int64_t skipped = 0;
     for (int64_t tile = first; tile < last; tile += tile_rows) {
         const int rows = int(last - tile < tile_rows ? last - tile : tile_rows);
-        bool loaded = false;
-        // Masks first: a tile that no query may see is not even decoded.
-        for (int64_t m = 0; m < queries.rows && !loaded; ++m) {
-            const uint16_t * mask = queries.mask ? queries.mask[m] : nullptr;
-            if (!mask) loaded = true;
-            for (int r = 0; mask && r < rows && !loaded; ++r) loaded = mask[tile + r] != 0xFC00;
-        }
-        if (!loaded) continue;
+        if (!visible(queries, tile, rows)) continue;
         load_keys(kv, k, tile, rows, s);
-        const int m_rows = int(queries.rows);
         if (k.integer)
-            kernel.scores[k.block == 128 ? 0 : k.block == 64 ? 1 : 2](s.level, s.level_scale, kv.head_k / k.block,
-                                                                      s.query, m_rows, s.weight);
+            kernel.scores[block_index(k.block)](s.level, s.level_scale, kv.head_k / k.block, s.query, m_rows, s.weight);
         else
             kernel.scores_float(s.key, kv.head_k, reinterpret_cast<const float *>(s.query), m_rows, s.weight);
-        const uint16_t * known = nullptr; // the heads of a group share their token's mask
-        float known_slope = 0.0f;
-        bool have = false, visible = true;
-        for (int64_t m = 0; m < queries.rows; ++m) {
-            const uint16_t * mask = queries.mask ? queries.mask[m] : nullptr;
+        for (int m = 0; m < m_rows; ++m) {
+            const Mask mask = mask_of(queries, m);
             const float slope = queries.slope ? queries.slope[m] : 1.0f;
-            if (!have || mask != known || slope != known_slope) {
-                visible = load_bias(mask, slope, tile, rows, s.bias);
-                known = mask;
-                known_slope = slope;
-                have = true;
-            }
-            (void) visible;
+            const bool same = m > 0 && mask.row == mask_of(queries, m - 1).row &&
+                              (!queries.slope || slope == queries.slope[m - 1]);
+            if (!same) load_bias(mask, slope, tile, rows, s.bias);
             kernel.softmax(s.weight + m * tile_rows, s.bias, kv.scale, kv.soft_cap, &s.state[m]);
         }
         const int count = load_values(kv, v.turbo, tile, rows, queries.rows, s);
@@ -288,10 +296,61 @@ void tq_attention_finish(int type_v, float * partial, int64_t head_v, const floa
     }
     const float inverse = sum == 0 ? 0.0f : scale / sum; // a NaN is not hidden
     for (int64_t c = 0; c < head_v; ++c) partial[c] *= inverse;
-    RowType v;
-    row_type(type_v, &v);
+    const RowType v = row_type(type_v);
     if (v.turbo)
-        kernels().unrotate[v.block == 128 ? 0 : v.block == 64 ? 1 : 2](partial, out, head_v / v.block);
+        kernels().unrotate[block_index(v.block)](partial, out, head_v / v.block);
     else
         std::memcpy(out, partial, size_t(head_v) * sizeof(float));
+}
+
+tq_status tq_attention(const tq_attention_args * args) {
+    if (!args) return TQ_ERROR_NULL;
+    const tq_attention_args & a = *args;
+    const RowType k = row_type(a.type_k), v = row_type(a.type_v);
+    if (!k.block || !v.block) return TQ_ERROR_TYPE;
+    if (a.n_head < 1 || a.n_kv_head < 1 || a.n_head % a.n_kv_head || a.n_query < 0 || a.n_kv < 0 ||
+        !tq_attention_supports(a.type_k, a.type_v, a.head_k, a.head_v))
+        return TQ_ERROR_LENGTH;
+    if (a.threads < 1) return TQ_ERROR_ARGUMENT;
+    if (a.n_query > 0 && (!a.q || !a.out || (a.n_kv > 0 && (!a.k || !a.v)))) return TQ_ERROR_NULL;
+    const tq_status status = tq_kernels_status();
+    if (status != TQ_OK) return status;
+
+    const int64_t group = a.n_head / a.n_kv_head;
+    const int64_t tokens = group < query_tile ? query_tile / group : 1; // of one item of work
+    const int64_t items_per_head = (a.n_query + tokens - 1) / tokens;
+    std::atomic<bool> failed{false};
+    parallel(a.n_kv_head * items_per_head, a.threads, [&](int64_t first, int64_t last, int) {
+        tq_attention_kv kv = {a.type_k, a.type_v, a.head_k, a.head_v, nullptr, nullptr, row_bytes(a.type_k, a.head_k),
+                              row_bytes(a.type_v, a.head_v), a.scale, a.soft_cap, a.sparse_v};
+        const int64_t most = group * tokens, stride = a.head_v + 2;
+        const std::unique_ptr<uint8_t[]> scratch(new (std::nothrow) uint8_t[tq_attention_scratch(&kv, most)]);
+        const std::unique_ptr<float[]> partial(new (std::nothrow) float[size_t(most * stride)]);
+        const std::unique_ptr<const float *[]> q(new (std::nothrow) const float *[size_t(most)]);
+        const std::unique_ptr<const void *[]> mask(new (std::nothrow) const void *[size_t(most)]);
+        if (!scratch || !partial || !q || !mask) {
+            failed = true;
+            return;
+        }
+        for (int64_t item = first; item < last; ++item) {
+            const int64_t head = item / items_per_head, token = item % items_per_head * tokens;
+            const int64_t count = a.n_query - token < tokens ? a.n_query - token : tokens;
+            kv.k = static_cast<const uint8_t *>(a.k) + size_t(head * a.n_kv) * kv.stride_k;
+            kv.v = static_cast<const uint8_t *>(a.v) + size_t(head * a.n_kv) * kv.stride_v;
+            int64_t rows = 0;
+            for (int64_t t = token; t < token + count; ++t)
+                for (int64_t h = head * group; h < (head + 1) * group; ++h, ++rows) {
+                    q[size_t(rows)] = a.q + (h * a.n_query + t) * a.head_k;
+                    mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv : nullptr;
+                }
+            const tq_attention_queries queries = {rows, q.get(), mask.get(), 1, nullptr};
+            tq_attention_partial(&kv, &queries, 0, a.n_kv, partial.get(), scratch.get());
+            for (int64_t m = 0; m < rows; ++m) {
+                const int64_t h = head * group + m % group, t = token + m / group;
+                tq_attention_finish(a.type_v, partial.get() + m * stride, a.head_v, nullptr,
+                                    a.out + (h * a.n_query + t) * a.head_v);
+            }
+        }
+    });
+    return failed ? TQ_ERROR_MEMORY : TQ_OK;
 }

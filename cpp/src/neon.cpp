@@ -1,5 +1,6 @@
 // NEON for AArch64; neon_dotprod.cpp compiles this file again with sdot. The functions and their order are
 // scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -418,6 +419,60 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     }
     return sum;
 }
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = load_scale(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        for (int r = 0; r < Levels<N>::registers; ++r) vst1q_s8(level + 16 * r, expanded.v[r]);
+    }
+}
+
+// Compilers turn this loop into sdot or smlal.
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    scores_tile<N>(level, scale, blocks, query, rows, s);
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Four query rows x 16 outputs stay in registers while all rows of V pass by.
+template <int Rows>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    float32x4_t a[Rows][4];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < 4; ++c) a[m][c] = vmulq_n_f32(vld1q_f32(sum + m * stride + lanes * c), state[m].correction);
+    for (int r = 0; r < count; ++r, v += head) {
+        float32x4_t value[4];
+        for (int c = 0; c < 4; ++c) value[c] = vld1q_f32(v + lanes * c);
+        for (int m = 0; m < Rows; ++m)
+            for (int c = 0; c < 4; ++c) a[m][c] = vfmaq_n_f32(a[m][c], value[c], weights[m * tile_rows + r]);
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < 4; ++c) vst1q_f32(sum + m * stride + lanes * c, a[m][c]);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4)
+        for (int64_t c = 0; c < head; c += 16)
+            accumulate_block<4>(v + c, count, head, weights + m * tile_rows, state + m, sum + m * stride + c, stride);
+    for (; m < rows; ++m)
+        for (int64_t c = 0; c < head; c += 16)
+            accumulate_block<1>(v + c, count, head, weights + m * tile_rows, state + m, sum + m * stride + c, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += 4)
+        vst1q_f32(dst + i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
 
 } // namespace
 

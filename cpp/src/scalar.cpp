@@ -229,18 +229,7 @@ template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8
 
 template <int N>
 void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
-    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
-    for (int m = 0; m < rows; ++m, q += blocks)
-        for (int r = 0; r < tile_rows; ++r) {
-            float sum = 0;
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int8_t * k = level + (r * blocks + b) * N;
-                int32_t product = 0;
-                for (int i = 0; i < N; ++i) product += int32_t(k[i]) * q[b].q[i];
-                sum += float(product) * q[b].scale * scale[b * tile_rows + r];
-            }
-            s[m * tile_rows + r] = sum;
-        }
+    scores_tile<N>(level, scale, blocks, query, rows, s);
 }
 
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
@@ -249,31 +238,14 @@ void scores_float(const float * k, int64_t head, const float * q, int rows, floa
 
 void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
                 float * sum, int64_t stride) {
-    for (int m = 0; m < rows; ++m) {
-        float * out = sum + m * stride;
-        for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
-        for (int r = 0; r < count; ++r)
-            for (int64_t c = 0; c < head; ++c) out[c] += weights[m * tile_rows + r] * v[r * head + c];
-    }
+    accumulate_tile(v, count, head, weights, state, rows, sum, stride);
 }
 
 void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) dst[i] = half_to_float(load16(src + 2 * i));
 }
 
-void query_plain(const float * src, void * dst, int64_t blocks) {
-    auto * out = static_cast<tq_query32 *>(dst);
-    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
-        const float largest = bits_float(largest_bits<32>(src));
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        out->scale = largest < INFINITY ? largest / 127.0f : NAN;
-        out->sum = 0;
-        for (int i = 0; i < 32; ++i) {
-            out->q[i] = largest < INFINITY ? int8_t(std::nearbyint(src[i] * inverse)) : int8_t(0);
-            out->sum += out->q[i];
-        }
-    }
-}
+void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
 
 } // namespace
 
