@@ -164,7 +164,7 @@ inline bool turbo_resolve(ggml_type & type, const std::vector<uint32_t> & heads,
         while (why + 1 < heads.size() && heads[why] % (2 * block) == 0) {
             ++why;
         }
-        LLAMA_LOG_INFO("turboquant: %s type %s -> %s, because the head size is %u: "
+        LLAMA_LOG_WARN("turboquant: %s type %s -> %s, because the head size is %u: "
                 "%.4g instead of %.4g bits per value\n", what, ggml_type_name(type), ggml_type_name(result), heads[why],
                 turbo_bits_per_value(result), turbo_bits_per_value(type));
         type = result;
@@ -242,8 +242,8 @@ inline bool turbo_check_devices(const llama_model & model, const llama_context_p
             if (!ggml_backend_dev_supports_op(dev, op)) {
                 LLAMA_LOG_ERROR("turboquant: %s (%s) holds the KV cache of layer %u and cannot run %s on %s: keep the "
                         "cache in the CPU's memory with -nkvo, keep the layers there with -ngl 0, or build this "
-                        "backend with TurboQuant's kernels\n", ggml_backend_dev_name(dev), ggml_backend_dev_description(dev),
-                        il, ggml_op_name(op->op), ggml_type_name(type));
+                        "backend with TurboQuant's kernels\n", ggml_backend_dev_name(dev),
+                        ggml_backend_dev_description(dev), il, ggml_op_name(op->op), ggml_type_name(type));
                 return false;
             }
         }

@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         "--types", metavar="LIST", help="cache types, TYPE or TYPE_K/TYPE_V, comma-separated; f16 always comes first"
     )
     measured.add_argument("--ctx", metavar="N", type=int, help="tokens in a chunk of text (2048)")
-    measured.add_argument("--chunks", metavar="N", type=int, help="chunks of text; more of them, smaller error bars (6)")
+    measured.add_argument("--chunks", metavar="N", type=int, help="chunks of text: more, smaller error bars (6)")
     measured.add_argument("--needles", metavar="N", type=int, help="hidden numbers asked for per cache type (4)")
     measured.add_argument("--threads", metavar="N", type=int, help="threads of llama.cpp (all CPUs)")
     measured.add_argument("--no-story", action="store_true", help="the table only")
@@ -266,11 +266,10 @@ def build(python: Path, options: argparse.Namespace) -> Path:
         command += ["--source", str(options.source.expanduser().resolve())]
     if options.version:
         command += ["--version", options.version]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
-        with ended(child):
-            lines = child.stdout.read().split("\n")
-            if child.wait():
-                raise Problem("llama.cpp was not built; the reason is above")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child, ended(child):
+        lines = child.stdout.read().split("\n")
+        if child.wait():
+            raise Problem("llama.cpp was not built; the reason is above")
     printed = [line for line in lines if line.strip()]
     if not printed or not Path(printed[-1]).is_dir():
         raise Problem(f"`turboquant build` should have printed a folder, and printed {printed[-1:]}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
+import select
 import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,8 +25,8 @@ MODEL = ROOT / "models" / "prose-8m-q8_0.gguf"
 #: The types that a user names, and every explicit block size.
 TURBO = ("turbo4", "turbo3", "turbo2")
 TURBO_ALL = tuple(f"{name}{block}" for name in TURBO for block in ("", "_64", "_32"))
-#: Types of llama.cpp itself that pair with ours in the mixed tests.
-STOCK = ("f16", "bf16", "q8_0", "q4_0")
+#: Threads that wait in a barrier sleep instead of spinning: on a busy machine spinning makes small models crawl.
+QUIET = {"OMP_WAIT_POLICY": "passive"}
 
 
 class ProbeError(Exception):
@@ -58,7 +57,7 @@ class Build:
         """Run a program to its end. With `check`, a non-zero status is an AssertionError that shows the output."""
         command = [str(self.program(name)), *map(str, args)]
         done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout, env={**os.environ, **(env or {})}
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout, env={**os.environ, **QUIET, **(env or {})}
         )
         result = Result(
             command, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
@@ -92,61 +91,60 @@ class Probe:
     """One process of probe.cpp with one model. Use it as a context manager."""
 
     def __init__(self, build: Build, model: Path, scratch: Path, env: dict[str, str] | None = None) -> None:
-        self._out = scratch / f"logits-{os.getpid()}-{id(self)}.bin"
-        self._process = subprocess.Popen(
-            [str(build.probe)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
-        )
-        self._log: list[bytes] = []
-        self._replies: queue.Queue[bytes] = queue.Queue()
-        for stream, sink in ((self._process.stderr, self._log.append), (self._process.stdout, self._replies.put)):
-            threading.Thread(target=self._pump, args=(stream, sink), daemon=True).start()
+        self._out = scratch / f"probe-{os.getpid()}-{id(self)}.logits"
+        self._log_path = self._out.with_suffix(".log")  # a file, so that it is complete when a reply is there
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [str(build.probe)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **QUIET, **(env or {})},
+            )
         self.command(f"model {model}")
-
-    @staticmethod
-    def _pump(stream, sink) -> None:  # type: ignore[no-untyped-def]
-        for line in stream:
-            sink(line)
-        sink(b"")
 
     def __enter__(self) -> Probe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.stdin:
-            try:
-                self._process.stdin.close()
-            except BrokenPipeError:
-                pass
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
         self._out.unlink(missing_ok=True)
 
     @property
     def log(self) -> str:
-        return b"".join(self._log).decode(errors="replace")
+        """What llama.cpp has printed so far."""
+        return self._log_path.read_text(errors="replace")
 
     def command(self, line: str, timeout: float = 300) -> str:
         """Send a command and return what follows "ok". Raises ProbeError on "error" or when the process ends."""
-        assert self._process.stdin
+        assert self._process.stdin and self._process.stdout
+        reply = b""
         try:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
-            reply = self._replies.get(timeout=timeout).decode(errors="replace").strip()
-        except (BrokenPipeError, queue.Empty):
-            reply = ""
+            if select.select([self._process.stdout], [], [], timeout)[0]:
+                reply = self._process.stdout.readline()
+            else:
+                self._process.kill()
+        except BrokenPipeError:
+            pass
         if not reply:
             status = self._process.wait(timeout=30)
             raise ProbeError(f"the probe ended with status {status} at: {line[:80]}", self.log)
-        if reply == "ok" or reply.startswith("ok "):
-            return reply[3:]
-        raise ProbeError(reply, self.log)
+        text = reply.decode(errors="replace").strip()
+        if text == "ok" or text.startswith("ok "):
+            return text[3:]
+        raise ProbeError(text, self.log)
 
     @property
     def alive(self) -> bool:
@@ -258,7 +256,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **QUIET, **(env or {})},
         )
 
     def __enter__(self) -> Server:

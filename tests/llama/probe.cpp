@@ -91,8 +91,8 @@ void new_context(std::istringstream & in) {
     params.kv_unified      = number("unified", 0) != 0;
     params.offload_kqv     = number("offload", 1) != 0;
     params.swa_full        = number("swa_full", 0) != 0;
-    params.n_threads       = number("threads", 2);
-    params.n_threads_batch = number("threads", 2);
+    params.n_threads       = number("threads", 1);
+    params.n_threads_batch = number("threads", 1);
     params.flash_attn_type = number("fa", 1) ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     for (const auto & [key, type] : { std::pair{ "ctk", &params.type_k }, std::pair{ "ctv", &params.type_v } }) {
         if (given.count(key) && !type_from_name(given[key], *type)) {

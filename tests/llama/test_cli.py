@@ -38,8 +38,8 @@ def test_unknown_type_is_still_refused(build, prose_model) -> None:
 
 @pytest.mark.parametrize("name", TURBO_ALL)
 def test_bench_accepts(build, prose_model, name: str) -> None:
-    result = build.run("llama-bench", "-m", prose_model, "-ctk", name, "-ctv", name, "-fa", 1, "-p", 16, "-n", 2, "-r", 1,
-                       "-o", "json")
+    args = ("-fa", 1, "-p", 16, "-n", 2, "-r", 1, "-o", "json")
+    result = build.run("llama-bench", "-m", prose_model, "-ctk", name, "-ctv", name, *args)
     rows = json.loads(result.out)
     assert rows and all((row["type_k"], row["type_v"]) == (name, name) for row in rows)
 
@@ -72,13 +72,6 @@ def test_draft_model(build, prose_model, tmp_path, draft: tuple[str, str]) -> No
     assert texts[0][:20] == texts[1][:20]
 
 
-def kernels(build, model) -> list[str]:
-    """The kernels that this CPU can run, as the error about an unknown one lists them."""
-    import turboquant
-
-    return [kernel.name for kernel in turboquant.kernels() if kernel.supported]
-
-
 @pytest.mark.parametrize("program", ["llama-completion", "llama-perplexity", "llama-bench"])
 def test_unknown_kernels_fail_loudly(build, prose_model, heldout, tmp_path, program: str) -> None:
     env = {"TURBOQUANT_KERNELS": "nonsense"}
@@ -89,13 +82,16 @@ def test_unknown_kernels_fail_loudly(build, prose_model, heldout, tmp_path, prog
         "llama-perplexity": ["-f", text, "-c", 128, "--chunks", 1],
         "llama-bench": ["-p", 8, "-n", 0, "-r", 1],
     }[program]
-    result = build.run(program, "-m", prose_model, "-ctk", "turbo4", "-ctv", "turbo4", "-fa", 1 if "bench" in program else "on", *args, env=env, check=False)
+    types = ("-ctk", "turbo4", "-ctv", "turbo4", "-fa", 1 if program == "llama-bench" else "on")
+    result = build.run(program, "-m", prose_model, *types, *args, env=env, check=False)
     assert result.status != 0, result.describe()
     assert "TURBOQUANT_KERNELS" in result.text and "nonsense" in result.text, result.describe()
 
 
 def test_every_kernel_writes_the_same_text(build, prose_model) -> None:
-    names = kernels(build, prose_model)
+    import turboquant
+
+    names = [kernels.name for kernels in turboquant.kernels() if kernels.supported]
     assert "scalar" in names
     for pair in (("turbo4", "turbo3"), ("turbo2", "turbo4_64")):
         texts = {
@@ -114,3 +110,8 @@ def test_no_flash_attention(build, prose_model, name: str) -> None:
     on = generate(build, prose_model, "-ctk", name, "-ctv", "f16", "-fa", "on")
     off = generate(build, prose_model, "-ctk", name, "-ctv", "f16", "-fa", "off")
     assert on.out.strip()[:24] == off.out.strip()[:24]
+
+
+def test_cache_in_host_memory(build, prose_model) -> None:
+    types = ("-ctk", "turbo4", "-ctv", "turbo3")
+    assert generate(build, prose_model, *types).out == generate(build, prose_model, *types, "-nkvo").out

@@ -8,6 +8,27 @@ import numpy as np
 import pytest
 from harness import Probe, kld, same_top
 
+#: Bounds of the KLD, 1.15 times what was measured (test_divergence).
+KLD = {
+    ("turbo4", "turbo4"): 0.015,
+    ("turbo4_64", "turbo4_64"): 0.012,
+    ("turbo4_32", "turbo4_32"): 0.0133,
+    ("turbo3", "turbo3"): 0.06,
+    ("turbo3_64", "turbo3_64"): 0.05,
+    ("turbo3_32", "turbo3_32"): 0.0575,
+    ("turbo2", "turbo2"): 0.252,
+    ("turbo2_64", "turbo2_64"): 0.204,
+    ("turbo2_32", "turbo2_32"): 0.234,
+    ("turbo4", "turbo3"): 0.0258,
+    ("turbo4", "f16"): 0.0121,
+    ("q8_0", "turbo3"): 0.0147,
+    ("q8_0", "turbo2"): 0.0588,
+    ("f16", "turbo2"): 0.0572,
+    ("q4_0", "turbo4"): 0.0153,
+}
+#: How much less likely than its own the f16 model may find greedy text of another cache, in nats per token.
+GREEDY = 0.25
+
 CHUNK, CHUNKS = 1024, 2
 
 
@@ -24,14 +45,15 @@ def prose(build, prose_model, heldout: str, tmp_path_factory):
 def measure(probe: Probe, chunks: list[list[int]], ctk: str, ctv: str) -> np.ndarray:
     rows = []
     for chunk in chunks:
-        probe.context(ctk, ctv, n_ctx=CHUNK)
+        probe.context(ctk, ctv, n_ctx=CHUNK, threads=2)
         rows.append(probe.logits(chunk, step=512)[CHUNK // 2 :])
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize(("pair", "bound"), KLD.items(), ids="/".join)
-def test_divergence(prose, pair: tuple[str, str], bound: float) -> None:
+@pytest.mark.parametrize("pair", KLD, ids="/".join)
+def test_divergence(prose, pair: tuple[str, str]) -> None:
     probe, chunks, base = prose
+    bound = KLD[pair]
     logits = measure(probe, chunks, *pair)
     assert kld(base, logits) <= bound
     assert same_top(base, logits) >= 1 - 2.5 * np.sqrt(bound)
@@ -66,7 +88,10 @@ def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
 SECRET = "48213"
 
 
-@pytest.mark.parametrize("pair", [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2")], ids="/".join)
+FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2")]
+
+
+@pytest.mark.parametrize("pair", FINDERS, ids="/".join)
 def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str, str]) -> None:
     """A number hidden 6,000 characters earlier; the model was trained to answer."""
     hay = heldout[20000:27000]

@@ -36,15 +36,14 @@ def test_slot_save_and_restore(serve, ctk: str, ctv: str) -> None:
     first = server.complete(prompt, 24, slot=0)
     status, saved = server.request("POST", "/slots/0?action=save", {"filename": "slot"})
     assert status == 200 and saved["n_saved"] > 0, saved
+    more = prompt + first["content"]
+    live = server.complete(more, 24, slot=0)
     assert server.request("POST", "/slots/0?action=erase")[0] == 200
     status, restored = server.request("POST", "/slots/0?action=restore", {"filename": "slot"})
     assert status == 200 and restored["n_restored"] == saved["n_saved"], restored
-    again = server.complete(prompt + first["content"], 24, slot=0)
-    assert again["timings"]["cache_n"] > 0, "the restored slot was not used"
-    server.request("POST", "/slots/0?action=erase")
-    fresh = server.complete(prompt + first["content"], 24, slot=0)
-    assert fresh["timings"]["cache_n"] == 0
-    assert again["tokens"][:8] == fresh["tokens"][:8]
+    restored_then = server.complete(more, 24, slot=0)
+    assert restored_then["timings"]["cache_n"] == live["timings"]["cache_n"] > 0, "the restored slot was not used"
+    assert restored_then["tokens"] == live["tokens"]
 
     # A server with another type refuses the file, says so, and goes on.
     other = serve("turbo3", "turbo3", "-c", 1024, "-np", 1)
@@ -78,8 +77,7 @@ def test_context_shift(serve) -> None:
 def test_context_shift_refused_with_a_reason(serve, tiny) -> None:
     server = serve("turbo4", "turbo4", "-c", 256, "-np", 1, "--context-shift", model=tiny("partial"))
     assert server.alive
-    said = [line for line in server.log.splitlines() if "shift" in line.lower() and "rope" in line.lower()]
-    assert said, server.log[-3000:]
+    assert "no context shift: the model rotates 32 of 128 values" in server.log, server.log[-3000:]
     reply = server.complete("hello", 400, ignore_eos=True)
     assert reply["truncated"] or len(reply["tokens"]) < 400
     assert server.alive

@@ -41,5 +41,6 @@ def test_backend_ops(build, operation: str) -> None:
     assert passed and passed[1] == passed[2], result.describe()
     assert int(passed[2]) > 0, "no test case has our types"
     ran = [line for line in text.splitlines() if re.search(r"turbo\d", line) and line.rstrip().endswith("OK")]
-    for name in TURBO:
+    # llama.cpp's list of attention cases has heads of 64 alone for types other than f16
+    for name in [f"{name}_64" for name in TURBO] if operation == "FLASH_ATTN_EXT" else TURBO:
         assert any(re.search(rf"\b{name}\b", line) for line in ran), f"{operation} was not tested with {name}"

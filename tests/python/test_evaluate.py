@@ -284,7 +284,7 @@ with open(here / "runs.txt", "a") as file:
     file.write(f"{{Path(__file__).name}} {{k}}/{{v}}\\n")
 runs = (here / "runs.txt").read_text().count("\\n")
 log = lambda text: print(text, file=sys.stderr)
-mib = {{"f16": 6.0, "q8_0": 3.19, "q4_0": 1.69}}
+mib = {{"f16": 6.0, "q8_0": 3.19, "q4_0": 1.69, "turbo4": 1.55, "turbo3": 1.17}}
 log(f"size = {{mib[k] + mib[v]:7.2f}} MiB (  2048 cells,   6 layers,  1/1 seqs), "
     f"K ({{k}}): {{mib[k]:7.2f}} MiB, V ({{v}}): {{mib[v]:7.2f}} MiB")
 {body}
@@ -302,6 +302,9 @@ else:
     print(BASE)
 """
 COMPLETION = """\
+if "-p" in args:
+    print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
+    sys.exit()
 prompt = Path(args[args.index("-f") + 1]).read_text()
 number = re.search(r"is (\\d+)", prompt)[1]
 print(f" {number}.")

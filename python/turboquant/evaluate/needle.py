@@ -15,8 +15,8 @@ from .programs import Programs, Result
 __all__ = ["NAMES", "Needle", "answer", "ask", "generated_all", "make_needles"]
 
 NAMES = (
-    "Arthur Beatrice Cedric Dorothea Edmund Florence Gilbert Harriet Isaac Josephine Kenneth Lavinia Martin Nora Oswald "
-    "Phoebe Quentin Rosalind Silas Theodora Ulric Violet Walter Yolanda Ambrose Bertha Clement Daphne Ernest Felicity"
+    "Arthur Beatrice Cedric Dorothea Edmund Florence Gilbert Harriet Isaac Josephine Kenneth Lavinia Martin Nora "
+    "Oswald Phoebe Quentin Rosalind Silas Theodora Ulric Violet Walter Yolanda Ambrose Bertha Clement Daphne Ernest Felicity"
 ).split()
 """The names that the bundled model was trained to look up."""
 

@@ -88,7 +88,7 @@ class Programs:
         """
         command = [str(self.path("llama-perplexity")), "--help"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+            done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
         except OSError as error:
             raise ProgramError(f"cannot start {command[0]}: {error}") from error
         return parse_cache_types(done.stdout + done.stderr)

@@ -1,0 +1,231 @@
+"""tools/quickstart.py: what it makes, what it leaves alone, and that an interruption at any point is repaired."""
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_evaluate import command_line, environment, fake, needs_posix  # noqa: F401 (fake is a fixture)
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "quickstart.py"
+
+
+@pytest.fixture
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def machine(quickstart, monkeypatch, tmp_path):
+    """The script with commands that only leave traces: `machine.ran` lists them, `machine.fail_at` interrupts one."""
+
+    class Machine:
+        ran: list[str] = []
+        fail_at = ""
+        venv = tmp_path / "checkout" / ".venv"
+        python = venv / "bin" / "python"
+
+        def run(self, command, log, what):
+            kind = "venv" if "venv" in command[1:3] else "install"
+            kind += " repair" if "--force-reinstall" in command else ""
+            self.ran.append(kind)
+            if kind == "venv":
+                self.python.parent.mkdir()
+            if kind == self.fail_at:
+                raise KeyboardInterrupt
+            if kind == "venv":
+                self.python.write_text("works")
+
+        def make(self):
+            """Make the environment; return what was run for it."""
+            self.ran = []
+            try:
+                assert quickstart.make_environment(self.venv) == self.python
+            except KeyboardInterrupt:
+                self.ran.append("interrupted")
+            return self.ran
+
+    machine = Machine()
+    root = tmp_path / "checkout"
+    (root / "python").mkdir(parents=True)
+    for name in ("pyproject.toml", "CMakeLists.txt", "LICENSE", "python/module.py"):
+        (root / name).write_text(name)
+    monkeypatch.setattr(quickstart, "ROOT", root)
+    monkeypatch.setattr(quickstart, "run_logged", machine.run)
+    monkeypatch.setattr(quickstart, "works", lambda python: python.read_text() == "works")
+    return machine
+
+
+def test_environment(machine):
+    assert machine.make() == ["venv", "install"]
+    assert machine.make() == []
+    (machine.venv.parent / "python" / "module.py").write_text("changed")
+    assert machine.make() == ["install"]
+    (machine.venv.parent / "python" / "new.py").write_text("")
+    assert machine.make() == ["install"]
+    (machine.venv.parent / "README.md").write_text("")
+    assert machine.make() == []
+
+
+def test_environment_broken(machine):
+    """A Python that does not run any more, as after an upgrade of the system's."""
+    machine.make()
+    machine.python.write_text("broken")
+    (machine.venv / "leftover").touch()
+    assert machine.make() == ["venv", "install"]
+    assert not (machine.venv / "leftover").exists()
+
+
+@pytest.mark.parametrize("step", ["venv", "install"])
+def test_environment_interrupted(machine, step):
+    machine.fail_at = step
+    assert machine.make()[-2:] == [step, "interrupted"]
+    (machine.venv / "leftover").touch()
+    assert machine.make()[-1] == "interrupted"
+    machine.fail_at = ""
+    # A package may be half installed and look whole to pip: start over.
+    assert machine.make() == ["venv", "install"]
+    assert not (machine.venv / "leftover").exists()
+    assert machine.make() == []
+
+
+def test_environment_of_the_user(machine):
+    machine.python.parent.mkdir(parents=True)
+    machine.python.write_text("works")
+    (machine.venv / "precious").touch()
+    machine.fail_at = "install"
+    assert machine.make() == ["install", "interrupted"]
+    machine.fail_at = ""
+    assert machine.make() == ["install repair"]
+    assert machine.make() == []
+    machine.python.write_text("broken")
+    with pytest.raises(Exception, match="not made by this script"):
+        machine.make()
+    assert (machine.venv / "precious").exists()
+
+
+def test_folder_of_the_user(machine):
+    machine.venv.mkdir()
+    (machine.venv / "precious").touch()
+    with pytest.raises(Exception, match="name another folder with --venv"):
+        machine.make()
+    assert [path.name for path in machine.venv.iterdir()] == ["precious"] and machine.ran == []
+
+
+@needs_posix
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"CXX": "no-such-compiler"}, "CXX=no-such-compiler is not a program"),
+        ({"PATH": "/nowhere"}, r"no compiler found \(cc gcc clang\)"),
+    ],
+)
+def test_machine_without_compiler(quickstart, monkeypatch, change, reason):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(quickstart.Problem, match=reason):
+        quickstart.check_machine()
+
+
+def test_machine_without_headers(quickstart, monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart.shutil, "which", lambda name: name)
+    monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(quickstart.Problem, match=r"has no Python.h.*apt-get install python3-dev"):
+        quickstart.check_machine()
+
+
+def test_machine_with_old_python(quickstart, monkeypatch):
+    monkeypatch.setattr(quickstart, "OLDEST", (99, 0))
+    with pytest.raises(quickstart.Problem, match="Python 99.0 or newer is needed"):
+        quickstart.check_machine()
+
+
+def test_failing_command(quickstart, tmp_path, capsys):
+    command = [sys.executable, "-c", "print('reason 1\\nNo matching distribution'); raise SystemExit(3)"]
+    with pytest.raises(quickstart.Problem, match="status 3") as info:
+        quickstart.run_logged(command, tmp_path / "log", "trying")
+    assert "  | reason 1\n" in str(info.value) and str(tmp_path / "log") in str(info.value)
+    assert "is there a network" in str(info.value)
+    assert capsys.readouterr().out == "trying ...\n"
+
+
+@needs_posix
+def test_interruption_ends_what_was_started(tmp_path):
+    """The compilers that pip started must not go on compiling."""
+    started = tmp_path / "started"
+    code = f"""
+import importlib.util, subprocess, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("quickstart", {str(SCRIPT)!r})
+quickstart = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quickstart)
+quickstart.signal.signal(quickstart.signal.SIGTERM, quickstart.interrupt)
+grandchild = "import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {{grandchild!r}}])"
+quickstart.run_logged([sys.executable, "-c", child], Path({str(tmp_path / "log")!r}), "sleeping")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (started.exists() and started.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    pid = int(started.read_text())
+    # Init may take a moment to collect it: a zombie runs no more.
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.05)
+    if not Path("/proc").is_dir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_help():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("what it does", "examples", "where things are kept", "--chunks", "--source"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--model", "none.gguf"], "none.gguf: no such file"),
+        (["--installed"], "--installed needs --bin"),
+        (["--bin", ".", "--version", "0.3.36"], "--bin takes programs that are built"),
+    ],
+)
+def test_usage_errors(arguments, reason):
+    done = run(*arguments)
+    assert done.returncode == 2 and reason in done.stderr
+
+
+@needs_posix
+def test_story_question_and_table(fake):  # noqa: F811
+    arguments = command_line(fake, "--types", "q8_0")[3:]
+    done = run(*arguments, "--installed", env=environment(fake))
+    assert done.returncode == 0, done.stderr
+    parts = ["A story, written with K in turbo4 and V in turbo3", "he [31msaw[0m a light. …", "Hidden 6,"]
+    parts += ["Question: What is the secret number of ", "(right)", "[4/4] the table", "  q8_0 ", "Use it:"]
+    places = [done.stdout.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places), done.stdout
+    # What the model says cannot put control characters into a file or a terminal.
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
+
+    again = run(*arguments, "--installed", env=environment(fake))
+    assert "(remembered)" in again.stdout and "all remembered" in again.stdout and "measuring" not in again.stdout
