@@ -31,9 +31,9 @@ const char * const usage =
     "  --help              this text\n"
     "\n"
     "GB/s count float32 bytes: read by encode and rotate, written by decode, copied by memcpy. The l2 set is 256 KiB\n"
-    "of float32 that is used again and again; the dram set walks through 256 MiB. Dot products are of rows of 128\n"
-    "values. Every kernel is checked against scalar before it is timed. A busy machine lowers the numbers: raise\n"
-    "--rounds.\n";
+    "of float32 that is used again and again; the dram set walks through 256 MiB (17 to 36 MiB when encoded, so that\n"
+    "decode and dot may read from the last-level cache). Dot products are of rows of 128 values. Every kernel is\n"
+    "checked against scalar before it is timed. A busy machine lowers the numbers: raise --rounds.\n";
 
 constexpr int64_t slice_floats = 64 * 1024;         // one timed call: 256 KiB of float32
 constexpr int64_t dram_floats = 64 * 1024 * 1024;   // 256 MiB, far beyond any cache
