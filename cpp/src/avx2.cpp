@@ -269,94 +269,111 @@ __m256i reduce_add8(const __m256i * v) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 16; // registers of 16 int16
+    static constexpr int bytes = N / 32; // registers of 32 int8
+    __m256i z[words], magnitude[words], coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    __m256 y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const __m256 unit = _mm256_set1_ps(rms_unit / work.rms);
+    __m256i energy = _mm256_setzero_si256(), rounded[work.words];
+    static_assert(coarse_unit == 1 << 6, "the shift below");
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
+        const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
+        work.z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+        work.magnitude[r] = _mm256_abs_epi16(work.z[r]);
+        energy = _mm256_add_epi32(energy, _mm256_madd_epi16(work.z[r], work.z[r]));
+        rounded[r] = _mm256_srli_epi16(_mm256_add_epi16(work.magnitude[r], _mm256_set1_epi16(coarse_unit / 2)), 6);
+    }
+    work.energy = reduce_add(energy);
+    for (int r = 0; r < work.bytes; ++r) // saturates at 127; the search does not mind the order
+        work.coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
     using F = Format<Bits, N>;
-    constexpr int M = F::half_levels;
-    constexpr int words = N / 16; // registers of 16 int16
-    constexpr int bytes = N / 32; // registers of 32 int8
+    if (!work.codable()) return;
+    static_assert(search_steps == 8, "one lane for each step");
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        __m256 y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
+    __m256i as[search_steps], bs[search_steps];
+    for (int s = 0; s < search_steps; ++s) {
+        as[s] = bs[s] = _mm256_setzero_si256();
+        for (int r = 0; r < work.bytes; ++r) {
+            __m256i m = _mm256_setzero_si256();
+            for (int t = 0; t < F::half_levels - 1; ++t)
+                m = _mm256_sub_epi8(
+                    m, _mm256_cmpgt_epi8(work.coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
+            const __m256i c = _mm256_shuffle_epi8(table, m);
+            as[s] = multiply_add8(as[s], work.coarse[r], c);
+            bs[s] = multiply_add8(bs[s], c, c);
         }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const __m256 unit = _mm256_set1_ps(rms_unit / rms);
+    }
+    alignas(32) int32_t a8[8], b8[8];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
+    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
+    double best = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        const double e = explained(a8[s], b8[s]);
+        work.a = e > best ? a8[s] : work.a;
+        work.b = e > best ? b8[s] : work.b;
+        best = e > best ? e : best;
+    }
+}
 
-        __m256i z[words], magnitude[words], energies = _mm256_setzero_si256();
-        __m256i rounded[words], coarse[bytes];
-        for (int r = 0; r < words; ++r) {
-            const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
-            const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
-            z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
-            magnitude[r] = _mm256_abs_epi16(z[r]);
-            energies = _mm256_add_epi32(energies, _mm256_madd_epi16(z[r], z[r]));
-            rounded[r] = _mm256_srli_epi16(_mm256_add_epi16(magnitude[r], _mm256_set1_epi16(coarse_unit / 2)), 6);
-        }
-        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
-        for (int r = 0; r < bytes; ++r) // saturates at 127; the sums below do not mind the order
-            coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    refined_thresholds<Bits>(work.a, work.b, thresholds);
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
+    __m256i a = _mm256_setzero_si256(), m[work.words];
+    for (int r = 0; r < work.words; ++r) {
+        // the count sits in the low byte; 0x80 in the high byte makes pshufb write a zero there
+        __m256i count = _mm256_set1_epi16(int16_t(0x8000));
+        for (int t = 0; t < M - 1; ++t)
+            count = _mm256_sub_epi16(count, _mm256_cmpgt_epi16(work.magnitude[r], _mm256_set1_epi16(thresholds[t])));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], _mm256_shuffle_epi8(table, count)));
+        const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)), _mm256_set1_epi16(M));
+        // M - 1 - m is M + m with all its bits flipped
+        m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(work.z[r], 15),
+                                                        _mm256_set1_epi16(2 * M - 1)));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, reduce_add(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    alignas(32) uint8_t index[N];
+    for (int r = 0; r < work.words; r += 2)
+        _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
+                           _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
 
-        __m256i as[search_steps], bs[search_steps];
-        for (int s = 0; s < search_steps; ++s) {
-            as[s] = bs[s] = _mm256_setzero_si256();
-            for (int r = 0; r < bytes; ++r) {
-                __m256i m = _mm256_setzero_si256();
-                for (int t = 0; t < M - 1; ++t)
-                    m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
-                const __m256i c = _mm256_shuffle_epi8(table, m);
-                as[s] = multiply_add8(as[s], coarse[r], c);
-                bs[s] = multiply_add8(bs[s], c, c);
-            }
-        }
-        alignas(32) int32_t a8[8], b8[8];
-        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
-        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
-        int best = 0;
-        double best_explained = -1.0;
-        for (int s = 0; s < search_steps; ++s) {
-            const double e = explained(a8[s], b8[s]);
-            best = e > best_explained ? s : best;
-            best_explained = e > best_explained ? e : best_explained;
-        }
-
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
-        __m256i products = _mm256_setzero_si256(), squares = _mm256_setzero_si256(), m[words];
-        for (int r = 0; r < words; ++r) {
-            // the count sits in the low byte; 0x80 in the high byte makes pshufb write a zero there
-            __m256i count = _mm256_set1_epi16(int16_t(0x8000));
-            for (int t = 0; t < M - 1; ++t)
-                count = _mm256_sub_epi16(count, _mm256_cmpgt_epi16(magnitude[r], _mm256_set1_epi16(thresholds[t])));
-            const __m256i c = _mm256_shuffle_epi8(table, count);
-            products = _mm256_add_epi32(products, _mm256_madd_epi16(magnitude[r], c));
-            squares = _mm256_add_epi32(squares, _mm256_madd_epi16(c, c));
-            const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)),
-                                                   _mm256_set1_epi16(M));
-            // M - 1 - m is M + m with all its bits flipped
-            m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(z[r], 15),
-                                                            _mm256_set1_epi16(2 * M - 1)));
-        }
-
-        const uint16_t d = block_scale<Bits, N>(reduce_add(energies), reduce_add(products), reduce_add(squares), rms, k,
-                                                &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        alignas(32) uint8_t index[N];
-        for (int r = 0; r < words; r += 2)
-            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
-                               _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 

@@ -264,100 +264,114 @@ __m256i reduce_add8(const __m512i * v) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 32;               // registers of 32 int16
+    static constexpr int bytes = Levels<N>::registers; // registers of 64 int8
+    __m512i z[words], magnitude[words], coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    __m512 y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const __m512 unit = _mm512_set1_ps(rms_unit / work.rms);
+    __m512i energy = _mm512_setzero_si512();
+    __m256i coarse[work.words];
+    static_assert(coarse_unit == 1 << 6, "the shift below");
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
+        const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
+        work.z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+        work.magnitude[r] = _mm512_abs_epi16(work.z[r]);
+        energy = multiply_add16(energy, work.z[r], work.z[r]);
+        const __m512i rounded = _mm512_add_epi16(work.magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
+        coarse[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
+    }
+    work.energy = _mm512_reduce_add_epi32(energy);
+    if constexpr (N == 32) // the unused half stays zero in every sum
+        work.coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse[0], 0);
+    else
+        for (int r = 0; r < work.bytes; ++r)
+            work.coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse[2 * r]), coarse[2 * r + 1], 1);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
+    using F = Format<Bits, N>;
+    if (!work.codable()) return;
+    static_assert(search_steps == 8, "one lane for each step");
+    __m512i as[search_steps], bs[search_steps];
+    for (int s = 0; s < search_steps; ++s) {
+        __m512i c[work.bytes];
+        for (int r = 0; r < work.bytes; ++r)
+            c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
+        for (int t = 0; t < F::half_levels - 1; ++t) { // thresholds ascend, so the last one exceeded decides
+            const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
+            const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
+            for (int r = 0; r < work.bytes; ++r)
+                c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(work.coarse[r], threshold), level);
+        }
+        as[s] = bs[s] = _mm512_setzero_si512();
+        for (int r = 0; r < work.bytes; ++r) {
+            as[s] = multiply_add8(as[s], work.coarse[r], c[r]);
+            bs[s] = multiply_add8(bs[s], c[r], c[r]);
+        }
+    }
+    alignas(32) int32_t a8[8], b8[8];
+    const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
+    const __m512d a64 = _mm512_cvtepi32_pd(a32);
+    const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
+    const int best = __builtin_ctz(_mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e))));
+    work.a = a8[best];
+    work.b = b8[best];
+}
+
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
-    constexpr int words = N / 32;                 // registers of 32 int16
-    constexpr int bytes = Levels<N>::registers;   // registers of 64 int8
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        __m512 y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
-        }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const __m512 unit = _mm512_set1_ps(rms_unit / rms);
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    refined_thresholds<Bits>(work.a, work.b, thresholds);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
+    __m512i a = _mm512_setzero_si512();
+    alignas(64) uint8_t index[N];
+    for (int r = 0; r < work.words; ++r) {
+        __m512i m = _mm512_setzero_si512();
+        for (int t = 0; t < M - 1; ++t)
+            m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(work.magnitude[r], _mm512_set1_epi16(thresholds[t])),
+                                      m, _mm512_set1_epi16(1));
+        const __m512i c = _mm512_maskz_shuffle_epi8(0x5555555555555555, table, m); // low byte of each word
+        a = multiply_add16(a, work.magnitude[r], c);
+        // M - 1 - m is M + m with all its bits flipped
+        m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
+                             _mm512_and_si512(_mm512_srai_epi16(work.z[r], 15), _mm512_set1_epi16(2 * M - 1)));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, _mm512_reduce_add_epi32(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
 
-        __m512i z[words], magnitude[words], energies = _mm512_setzero_si512();
-        __m256i coarse_half[words];
-        for (int r = 0; r < words; ++r) {
-            const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
-            const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
-            z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-            magnitude[r] = _mm512_abs_epi16(z[r]);
-            energies = multiply_add16(energies, z[r], z[r]);
-            const __m512i rounded = _mm512_add_epi16(magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
-            coarse_half[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
-        }
-        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
-        __m512i coarse[bytes];
-        if constexpr (N == 32) // the unused half stays zero in every sum
-            coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse_half[0], 0);
-        else
-            for (int r = 0; r < bytes; ++r)
-                coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse_half[2 * r]), coarse_half[2 * r + 1], 1);
-
-        __m512i as[search_steps], bs[search_steps];
-        for (int s = 0; s < search_steps; ++s) {
-            __m512i c[bytes];
-            for (int r = 0; r < bytes; ++r)
-                c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
-            for (int t = 0; t < M - 1; ++t) { // thresholds ascend, so the last one exceeded decides
-                const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
-                const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
-                for (int r = 0; r < bytes; ++r)
-                    c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(coarse[r], threshold), level);
-            }
-            as[s] = bs[s] = _mm512_setzero_si512();
-            for (int r = 0; r < bytes; ++r) {
-                as[s] = multiply_add8(as[s], coarse[r], c[r]);
-                bs[s] = multiply_add8(bs[s], c[r], c[r]);
-            }
-        }
-        alignas(32) int32_t a8[8], b8[8];
-        const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
-        const __m512d a64 = _mm512_cvtepi32_pd(a32);
-        const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
-        const __mmask8 greatest = _mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e)));
-        const int best = __builtin_ctz(greatest);
-
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
-        const __m512i table =
-            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
-        __m512i products = _mm512_setzero_si512(), squares = _mm512_setzero_si512();
-        alignas(64) uint8_t index[N];
-        for (int r = 0; r < words; ++r) {
-            __m512i m = _mm512_setzero_si512();
-            for (int t = 0; t < M - 1; ++t) {
-                const __m512i threshold = _mm512_set1_epi16(thresholds[t]);
-                m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude[r], threshold), m,
-                                          _mm512_set1_epi16(1));
-            }
-            const __m512i c = _mm512_maskz_shuffle_epi8(0x5555555555555555, table, m); // low byte of each word
-            products = multiply_add16(products, magnitude[r], c);
-            squares = multiply_add16(squares, c, c);
-            // M - 1 - m is M + m with all its bits flipped
-            m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
-                                 _mm512_and_si512(_mm512_srai_epi16(z[r], 15), _mm512_set1_epi16(2 * M - 1)));
-            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
-        }
-
-        const uint16_t d = block_scale<Bits, N>(_mm512_reduce_add_epi32(energies), _mm512_reduce_add_epi32(products),
-                                                _mm512_reduce_add_epi32(squares), rms, k, &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 

@@ -272,89 +272,104 @@ int32x4_t multiply_add(int32x4_t sum, int16x8_t a, int16x8_t b) {
     return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 8;  // registers of 8 int16
+    static constexpr int bytes = N / 16; // registers of 16 int8
+    int16x8_t z[words], magnitude[words];
+    int8x16_t coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    float32x4_t y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const float unit = rms_unit / work.rms;
+    int32x4_t energy = vdupq_n_s32(0);
+    for (int r = 0; r < work.words; ++r) {
+        work.z[r] = round_to_words(y[2 * r], y[2 * r + 1], unit);
+        work.magnitude[r] = vabsq_s16(work.z[r]);
+        energy = multiply_add(energy, work.z[r], work.z[r]);
+    }
+    work.energy = vaddvq_s32(energy);
+    static_assert(coarse_unit == 1 << 6, "the shift below, which rounds and saturates at 127");
+    for (int r = 0; r < work.bytes; ++r)
+        work.coarse[r] = vqrshrn_high_n_s16(vqrshrn_n_s16(work.magnitude[2 * r], 6), work.magnitude[2 * r + 1], 6);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
+    using F = Format<Bits, N>;
+    if (!work.codable()) return;
+    const int8x16_t table = vld1q_s8(F::magnitudes);
+    double best = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        int32x4_t a = vdupq_n_s32(0), b = a;
+        for (int r = 0; r < work.bytes; ++r) {
+            uint8x16_t m = vdupq_n_u8(0);
+            for (int t = 0; t < F::half_levels - 1; ++t)
+                m = vsubq_u8(m, vcgtq_s8(work.coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
+            const int8x16_t c = vqtbl1q_s8(table, m);
+            a = multiply_add(a, work.coarse[r], c);
+            b = multiply_add(b, c, c);
+        }
+        const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
+        const double e = explained(sum_a, sum_b);
+        if (e > best) {
+            work.a = sum_a;
+            work.b = sum_b;
+            best = e;
+        }
+    }
+}
+
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
-    constexpr int words = N / 8;  // registers of 8 int16
-    constexpr int bytes = N / 16; // registers of 16 int8
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    refined_thresholds<Bits>(work.a, work.b, thresholds);
     const int8x16_t table = vld1q_s8(F::magnitudes);
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        float32x4_t y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
+    uint8x16_t index[work.bytes];
+    int32x4_t a = vdupq_n_s32(0);
+    for (int r = 0; r < work.bytes; ++r) {
+        uint16x8_t count[2], negative[2];
+        for (int h = 0; h < 2; ++h) {
+            count[h] = vdupq_n_u16(0);
+            for (int t = 0; t < M - 1; ++t)
+                count[h] = vsubq_u16(count[h], vcgtq_s16(work.magnitude[2 * r + h], vdupq_n_s16(thresholds[t])));
+            negative[h] = vcltzq_s16(work.z[2 * r + h]);
         }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const float unit = rms_unit / rms;
+        const uint8x16_t m = vmovn_high_u16(vmovn_u16(count[0]), count[1]);
+        const int8x16_t c = vqtbl1q_s8(table, m);
+        a = multiply_add(a, work.magnitude[2 * r], vmovl_s8(vget_low_s8(c)));
+        a = multiply_add(a, work.magnitude[2 * r + 1], vmovl_high_s8(c));
+        // M - 1 - m is M + m with all its bits flipped.
+        const uint8x16_t flips = vmovn_high_u16(vmovn_u16(negative[0]), negative[1]);
+        index[r] = veorq_u8(vaddq_u8(m, vdupq_n_u8(M)), vandq_u8(flips, vdupq_n_u8(2 * M - 1)));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, vaddvq_s32(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
 
-        int16x8_t z[words], magnitude[words];
-        int8x16_t coarse[bytes];
-        int32x4_t energies = vdupq_n_s32(0);
-        for (int r = 0; r < words; ++r) {
-            z[r] = round_to_words(y[2 * r], y[2 * r + 1], unit);
-            magnitude[r] = vabsq_s16(z[r]);
-            energies = multiply_add(energies, z[r], z[r]);
-        }
-        static_assert(coarse_unit == 1 << 6, "the shift below, which rounds and saturates at 127");
-        for (int r = 0; r < bytes; ++r)
-            coarse[r] = vqrshrn_high_n_s16(vqrshrn_n_s16(magnitude[2 * r], 6), magnitude[2 * r + 1], 6);
-
-        int32_t best_a = 0, best_b = 1;
-        double best_explained = -1.0;
-        for (int s = 0; s < search_steps; ++s) {
-            int32x4_t a = vdupq_n_s32(0), b = a;
-            for (int r = 0; r < bytes; ++r) {
-                uint8x16_t m = vdupq_n_u8(0);
-                for (int t = 0; t < M - 1; ++t)
-                    m = vsubq_u8(m, vcgtq_s8(coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
-                const int8x16_t c = vqtbl1q_s8(table, m);
-                a = multiply_add(a, coarse[r], c);
-                b = multiply_add(b, c, c);
-            }
-            const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
-            const double e = explained(sum_a, sum_b);
-            if (e > best_explained) {
-                best_a = sum_a;
-                best_b = sum_b;
-                best_explained = e;
-            }
-        }
-
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(best_a, best_b, thresholds);
-        uint8x16_t index[bytes];
-        int32x4_t a = vdupq_n_s32(0), b = a;
-        for (int r = 0; r < bytes; ++r) {
-            uint16x8_t count[2], negative[2];
-            for (int h = 0; h < 2; ++h) {
-                count[h] = vdupq_n_u16(0);
-                for (int t = 0; t < M - 1; ++t)
-                    count[h] = vsubq_u16(count[h], vcgtq_s16(magnitude[2 * r + h], vdupq_n_s16(thresholds[t])));
-                negative[h] = vcltzq_s16(z[2 * r + h]);
-            }
-            const uint8x16_t m = vmovn_high_u16(vmovn_u16(count[0]), count[1]);
-            const int8x16_t c = vqtbl1q_s8(table, m);
-            a = multiply_add(a, magnitude[2 * r], vmovl_s8(vget_low_s8(c)));
-            a = multiply_add(a, magnitude[2 * r + 1], vmovl_high_s8(c));
-            b = multiply_add(b, c, c);
-            // M - 1 - m is M + m with all its bits flipped.
-            const uint8x16_t flips = vmovn_high_u16(vmovn_u16(negative[0]), negative[1]);
-            index[r] = veorq_u8(vaddq_u8(m, vdupq_n_u8(M)), vandq_u8(flips, vdupq_n_u8(2 * M - 1)));
-        }
-
-        const uint16_t d =
-            block_scale<Bits, N>(vaddvq_s32(energies), vaddvq_s32(a), vaddvq_s32(b), rms, k, &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 
