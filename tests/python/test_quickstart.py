@@ -221,7 +221,7 @@ def test_story_question_and_table(fake):  # noqa: F811
     done = run(*arguments, "--installed", env=environment(fake))
     assert done.returncode == 0, done.stderr
     parts = ["A story, written with K in turbo4 and V in turbo3", "he [31msaw[0m a light. …", "Hidden 6,"]
-    parts += ["Question: What is the secret number of ", "(right)", "[4/4] the table", "  q8_0 ", "Use it:"]
+    parts += ["Question: What is the secret number of ", "(right)", "[4/4] the table", "\nq8_0 ", "Use it:"]
     places = [done.stdout.find(part) for part in parts]
     assert -1 not in places and places == sorted(places), done.stdout
     # What the model says cannot put control characters into a file or a terminal.
