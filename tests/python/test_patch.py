@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -359,41 +358,3 @@ def test_real_tree_patches_and_unpatches(version, tmp_path):
             assert b"".join(stripped.split()) == b"".join(before[name].split()), name
     engine.unpatch(tree)
     assert snapshot(tree) == before
-
-
-@pytest.mark.llama
-@pytest.mark.parametrize("version", [min(source.PROVEN), max(source.PROVEN)])
-def test_real_tree_compiles(version, tmp_path):
-    """ggml and libllama, and common's arg.cpp and llama-bench where the options are; without optimization."""
-    for tool in ("cmake", "ninja"):
-        if not shutil.which(tool):
-            pytest.skip(f"needs {tool}")
-    tree = real_tree(version, tmp_path / "llama.cpp")
-    engine.patch(tree)
-    build = tmp_path / "build"
-    configure = ["cmake", "-G", "Ninja", "-S", tree, "-B", build, *engine.cmake_args()]
-    configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_C_FLAGS_DEBUG=-O0", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
-    configure += ["-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_CURL=OFF"]
-    launcher = shutil.which("ccache")
-    if launcher:
-        configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher}" for language in ("C", "CXX")]
-    # ccache finds the objects of an earlier run although the folder has another name now.
-    env = dict(os.environ, CCACHE_BASEDIR=str(tmp_path), CCACHE_NOHASHDIR="1")
-    run(configure, env)
-    # The object files of the other hooked places; their libraries' names changed between the releases.
-    listed = run(["ninja", "-C", build, "-t", "targets", "all"], env)
-    patterns = [r"common/\S*/arg\.cpp\.o", r"\S*/llama-bench\.cpp\.o", r"tests/\S*/test-quantize-fns\.cpp\.o"]
-    objects = [re.search(rf"^({pattern}): ", listed, re.MULTILINE) for pattern in patterns]
-    assert all(objects), patterns
-    run(["nice", "ninja", "-C", build, "-j", "2", "ggml", "llama", *(match[1] for match in objects if match)], env)
-    nm = shutil.which("nm")
-    if nm:
-        (library,) = {path.resolve() for path in build.rglob("libggml-base.so")}
-        exported = run([nm, "-D", "--defined-only", library], env)
-        assert " T turbo_dot_turbo4\n" in exported and " T tq_encode_row\n" in exported
-
-
-def run(command: list[str | Path], env: dict[str, str]) -> str:
-    done = subprocess.run(command, check=False, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
