@@ -140,7 +140,10 @@ def remove_tree(path: Path) -> None:
         function(name)
 
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=writable)
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(path, onexc=writable)
+        else:
+            shutil.rmtree(path, onerror=writable)
 
 
 # ---- locks -----------------------------------------------------------------------------------------------------------
