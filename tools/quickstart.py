@@ -37,9 +37,9 @@ what it does
   4  prints a table: for each cache type bits per value, MiB, perplexity, KL divergence from the f16 cache, how often
      the likeliest token stays the same, and how many hidden numbers were found
 
-The first run takes about ten minutes on two cores, nearly all of it compiling. A rerun takes seconds: environment,
-build and measurements are kept, and made again only when something they depend on changed. Ctrl-C is safe at any time;
-the same command goes on from there.
+The first run takes minutes, most of them compiling. A rerun takes seconds: environment, build and measurements are
+kept, and made again only when something they depend on changed. Ctrl-C is safe at any time; the same command goes on
+from there.
 
 examples
   python3 tools/quickstart.py

@@ -260,20 +260,25 @@ class Server:
         )
 
     def __enter__(self) -> Server:
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + 120
-        while True:
+        while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise AssertionError(f"llama-server ended with status {self._process.returncode}\n{self.log[-4000:]}")
             try:
-                status, body = self.request("GET", "/health")
-                if status == 200:
-                    return self
+                if self.request("GET", "/health")[0] == 200:
+                    return
             except OSError:
                 pass
-            if time.monotonic() > deadline:
-                self.__exit__()
-                raise AssertionError(f"llama-server is not ready\n{self.log[-4000:]}")
             time.sleep(0.05)
+        raise AssertionError(f"llama-server is not ready\n{self.log[-4000:]}")
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()

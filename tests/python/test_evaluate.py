@@ -222,10 +222,12 @@ def test_cells():
 
 def test_table():
     stream = io.StringIO()
-    Console(file=stream, width=110).print(report.table(ROWS))
-    lines = [line.split() for line in stream.getvalue().splitlines() if line.strip(" ─")]
-    assert lines[0][:2] == ["cache", "(K/V)"]
-    assert lines[2] == "q8_0/turbo3 5.8125 4.36 37.506 0.01071 ± 0.00027 92.94 ± 0.40 % 1/2".split()
+    Console(file=stream, width=80).print(report.table(ROWS))
+    lines = [line for line in stream.getvalue().splitlines() if line.strip(" ─")]
+    assert lines[0].split() == ["bits/", "same", "top", "needles"]
+    assert lines[1].split() == ["cache", "K/V", "value", "KV", "MiB", "perplexity", "KLD", "token", "found"]
+    assert lines[3].split() == ["q8_0/turbo3", "5.8125", "4.36", "37.506", "0.01071±0.00027", "92.94±0.40%", "1/2"]
+    assert max(map(len, lines)) <= 80 and "…" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 
 
@@ -432,7 +434,7 @@ def test_command_line(fake):
     arguments = ("--types", "q8_0", "--markdown", fake / "table.md", "--json", fake / "table.json")
     done = subprocess.run(command_line(fake, *arguments), env=environment(fake), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^ +q8_0 +8\.5 +6\.38 +37\.506 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^q8_0 +8\.5 +6\.38 +37\.506 ", done.stdout, re.MULTILINE)
     # Not a terminal: no escape sequences and nothing overwritten, FORCE_COLOR or not.
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
     assert (fake / "table.md").read_text(encoding="utf-8").splitlines()[3].startswith("| q8_0 | 8.5 | 6.38 |")

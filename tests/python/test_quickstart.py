@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_evaluate import command_line, environment, fake, needs_posix  # noqa: F401 (fake is a fixture)
@@ -166,6 +167,7 @@ def test_interruption_ends_what_was_started(tmp_path):
     code = f"""
 import importlib.util, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 spec = importlib.util.spec_from_file_location("quickstart", {str(SCRIPT)!r})
 quickstart = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(quickstart)
@@ -221,7 +223,7 @@ def test_story_question_and_table(fake):  # noqa: F811
     done = run(*arguments, "--installed", env=environment(fake))
     assert done.returncode == 0, done.stderr
     parts = ["A story, written with K in turbo4 and V in turbo3", "he [31msaw[0m a light. …", "Hidden 6,"]
-    parts += ["Question: What is the secret number of ", "(right)", "[4/4] the table", "  q8_0 ", "Use it:"]
+    parts += ["Question: What is the secret number of ", "(right)", "[4/4] the table", "\nq8_0 ", "Use it:"]
     places = [done.stdout.find(part) for part in parts]
     assert -1 not in places and places == sorted(places), done.stdout
     # What the model says cannot put control characters into a file or a terminal.
@@ -229,3 +231,24 @@ def test_story_question_and_table(fake):  # noqa: F811
 
     again = run(*arguments, "--installed", env=environment(fake))
     assert "(remembered)" in again.stdout and "all remembered" in again.stdout and "measuring" not in again.stdout
+
+
+@needs_posix
+def test_build(quickstart, tmp_path, capfd, monkeypatch):
+    """`turboquant build` prints the folder last; what it says on the way is for the terminal."""
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(f'#!/bin/sh\necho "$@" > {told}\necho compiling >&2\necho hello\necho {tmp_path}\nexit $STATUS\n')
+    python.chmod(0o755)
+    options = SimpleNamespace(source=tmp_path, version="0.3.36")
+    monkeypatch.setenv("STATUS", "0")
+    assert quickstart.build(python, options) == tmp_path
+    assert told.read_text().split() == [
+        *("-I", "-m", "turboquant.cli", "build", "--source", str(tmp_path), "--version", "0.3.36")
+    ]
+    assert capfd.readouterr().err == "compiling\n"
+    monkeypatch.setenv("STATUS", "1")
+    with pytest.raises(quickstart.Problem, match="llama.cpp was not built"):
+        quickstart.build(python, options)
+    python.write_text("#!/bin/sh\necho /no/such/folder\n")
+    with pytest.raises(quickstart.Problem, match="should have printed a folder"):
+        quickstart.build(python, options)

@@ -122,17 +122,16 @@ def _show(
 ) -> None:
     took = "all remembered" if runs == 0 else f"{time.monotonic() - started:.0f} s"
     title = (
-        f"{options.model.name}, {options.text.name}: {options.chunks} chunks of {options.ctx} tokens, "
+        f"{options.model.name}, {options.text.name}: {options.chunks} x {options.ctx} tokens, "
         f"{programs.threads} threads ({took})"
     )
     caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
     caption += "\nKLD (nats per token) and same top token: against the model's own f16 cache."
     if options.needles:
         caption += f"\nNeedle: a number {options.distance:,} characters before the question, greedy decoding."
-    # Titles and captions are no wider than the table itself.
-    console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{title}\n", highlight=False, markup=False, soft_wrap=True)
     console.print(table(rows), highlight=False)
-    console.print(caption, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{caption}", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Display:

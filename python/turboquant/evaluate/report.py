@@ -12,7 +12,8 @@ from .measure import Row
 
 __all__ = ["COLUMNS", "cells", "table", "to_json", "to_markdown"]
 
-COLUMNS = ("cache (K/V)", "bits/value", "KV MiB", "perplexity", "KLD", "same top token", "needles found")
+COLUMNS = ("cache K/V", "bits/value", "KV MiB", "perplexity", "KLD", "same top token", "needles found")
+_NARROW = ("cache K/V", "bits/\nvalue", "KV MiB", "perplexity", "KLD", "same top\ntoken", "needles\nfound")
 
 
 def cells(row: Row) -> list[str]:
@@ -23,13 +24,13 @@ def cells(row: Row) -> list[str]:
     return [row.label, f"{row.bits:g}", f"{row.mib:.2f}", f"{row.ppl:.3f}", kld, top, found]
 
 
-def table(rows: list[Row], title: str | None = None, caption: str | None = None) -> Table:
-    """The rows as a rich table."""
-    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, caption_justify="left", title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=index != len(COLUMNS) - 1)
+def table(rows: list[Row]) -> Table:
+    """The rows as a rich table that fits into 80 columns."""
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for index, column in enumerate(_NARROW):
+        result.add_column(column, justify="right" if index else "left", no_wrap=True, vertical="bottom")
     for row in rows:
-        result.add_row(*cells(row))
+        result.add_row(*(cell.replace(" ± ", "±").replace(" %", "%") for cell in cells(row)))
     return result
 
 

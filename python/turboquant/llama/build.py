@@ -271,7 +271,7 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
     _copy(plan)
     environment = _environment(plan, tools)
     log_file = folder / "build.log"
-    with log_file.open("w", encoding="utf-8", errors="replace") as log:
+    with log_file.open("w", buffering=1, encoding="utf-8", errors="replace") as log:  # for `tail -f`
         with reporter.busy("configuring"):
             _configure(plan, tools, environment, log)
         available = _targets(plan, tools)

@@ -42,6 +42,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut other users of a shared cache out
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -139,7 +140,10 @@ def remove_tree(path: Path) -> None:
         function(name)
 
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=writable)
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(path, onexc=writable)
+        else:
+            shutil.rmtree(path, onerror=writable)
 
 
 # ---- locks -----------------------------------------------------------------------------------------------------------

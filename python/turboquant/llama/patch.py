@@ -14,15 +14,16 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+else:
     import tomli as tomllib
 
 from .paths import native_dir
@@ -48,16 +49,14 @@ State = Literal["applied", "missing", "outdated", "skipped", "broken"]
 _ID = r"[a-z0-9][a-z0-9-]*"
 _BEGIN = "/* turboquant:begin {} */"
 _END = "/* turboquant:end {} */"
-_INSERTED = re.compile(
-    rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL
-)
+_INSERTED = re.compile(rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL)
 _MARKER = "turboquant:begin "
 _FOLDERS = ("ggml", "src", "common", "include", "tools", "tests", "examples")
 _SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".m", ".metal"}
 
 
 class PatchError(Exception):
-    """A llama.cpp tree could not be patched, checked or unpatched. Nothing was written."""
+    """A llama.cpp tree could not be patched, checked or unpatched."""
 
 
 class HooksFileError(PatchError):
@@ -179,7 +178,7 @@ def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
         raise HooksFileError(f"{path}: hook id {name!r} must match {_ID}")
     unknown = set(row) - {"id", "why", "file", "anchor", "where", "text", "include", "optional", "tests", "alternative"}
     if unknown:
-        raise HooksFileError(f"{path}: hook {name!r}: unknown field {sorted(unknown)[0]!r}")
+        raise HooksFileError(f"{path}: hook {name!r}: unknown field {min(unknown)!r}")
     sites = []
     for source in (row, *row.get("alternative", [])):
         merged = {**row, **source}  # an alternative gives only what differs
@@ -273,11 +272,23 @@ def _root(directory: str | os.PathLike[str]) -> Path:
 
 def _read(path: Path) -> str:
     # Bytes in, bytes out: no newline translation, and bytes that are no UTF-8 survive.
-    return path.read_bytes().decode("utf-8", "surrogateescape")
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _write(path: Path, text: str) -> None:
-    data = text.encode("utf-8", "surrogateescape")
+    try:
+        _replace(path.resolve(), text.encode("utf-8", "surrogateescape"))  # a link stays a link
+    except OSError as error:
+        raise PatchError(
+            f"{path}: cannot be written: {error.strerror}; run the same command again when it can, it goes on where "
+            f"it stopped"
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -366,8 +377,8 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
 def _broken(root: Path, hook: Hook, detail: str) -> str:
     return (
         f"{root}: hook {hook.id!r} does not fit this llama.cpp: {detail}. It is needed because: {hook.why} Use a "
-        f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook another "
-        f"anchor in {native_dir() / 'ggml_types' / 'hooks.toml'}"
+        f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook "
+        f"another anchor in {native_dir() / 'ggml_types' / 'hooks.toml'}"
     )
 
 

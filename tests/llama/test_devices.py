@@ -1,0 +1,71 @@
+"""A device that holds the cache but lacks an op on the types: refused with a sentence, not aborted in the scheduler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import HERE, QUIET, Build
+
+
+@pytest.fixture(scope="module")
+def fake_device(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fake_device.cpp, compiled against the build."""
+    program = tmp_path_factory.mktemp("fake") / "fake_device"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", str(HERE / "fake_device.cpp")]
+    command += [f"-I{build.source / folder}" for folder in ("include", "ggml/include", "ggml/src")]
+    command += [f"-L{build.bin}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu"]
+    command += [f"-Wl,-rpath,{build.bin}", f"-Wl,-rpath-link,{build.bin}", "-o", str(program)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def run(program: Path, model: Path, *args: object, **env: str) -> tuple[int, str]:
+    command = [str(program), str(model), *map(str, args)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, timeout=300, env={**os.environ, **QUIET, **env}, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "type_k", "type_v", "flash", "named"),
+    [
+        ("SET_ROWS", "turbo4", "turbo3", -1, "turbo4"),
+        ("SET_ROWS", "f16", "turbo3", 1, "turbo3"),
+        ("FLASH_ATTN_EXT", "turbo4", "turbo4", 1, "turbo4"),
+        ("FLASH_ATTN_EXT", "q8_0", "turbo2", -1, "turbo2"),
+        ("MUL_MAT", "turbo3", "f16", 0, "turbo3"),
+    ],
+)
+def test_missing_op_is_refused(fake_device, prose_model, op, type_k, type_v, flash, named):
+    status, text = run(fake_device, prose_model, op, type_k, type_v, flash, 1, "FAKE")
+    assert (status, "refused" in text) == (2, True), text
+    sentence = next(line for line in text.splitlines() if "turboquant:" in line)
+    for part in ("FAKE0 (the CPU in disguise)", f"cannot run {op} on {named}", "-nkvo", "-ngl 0"):
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("op", "type_k", "type_v", "flash", "offload"),
+    [
+        pytest.param("none", "turbo4", "turbo3", -1, 1, id="supported"),
+        pytest.param("SET_ROWS", "turbo4", "turbo3", -1, 0, id="the way out: -nkvo"),
+        pytest.param("SET_ROWS", "q8_0", "q8_0", -1, 1, id="stock types"),
+        pytest.param("MUL_MAT", "turbo4", "turbo3", 1, 1, id="an op that is not needed"),
+    ],
+)
+def test_otherwise_it_runs(fake_device, prose_model, op, type_k, type_v, flash, offload):
+    status, text = run(fake_device, prose_model, op, type_k, type_v, flash, offload, "FAKE")
+    assert (status, "decoded" in text) == (0, True), text
+
+
+def test_a_remote_device_is_refused_unless_told_that_its_server_is_patched(fake_device, prose_model):
+    args = (fake_device, prose_model, "none", "turbo4", "turbo4", -1, 1, "RPC")
+    status, text = run(*args)
+    assert status == 2 and "TURBOQUANT_RPC=1" in text and "-nkvo" in text, text
+    assert run(*args, TURBOQUANT_RPC="1")[0] == 0
+    assert run(fake_device, prose_model, "none", "q8_0", "q8_0", -1, 1, "RPC")[0] == 0
