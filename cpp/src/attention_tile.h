@@ -39,10 +39,8 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
         }
         scale = 1.0f;
     }
-    if (bias)
-        for (int r = 0; r < tile_rows; ++r) s[r] = s[r] * scale + bias[r];
-    else
-        for (int r = 0; r < tile_rows; ++r) s[r] = s[r] * scale;
+    for (int r = 0; r < tile_rows; ++r) // what is masked does not matter, not even a NaN
+        s[r] = bias[r] == -INFINITY ? -INFINITY : s[r] * scale + bias[r];
 
     float lane[16];
     for (int l = 0; l < 16; ++l) lane[l] = s[l];

@@ -321,13 +321,42 @@ template <int Bits, int N> void search(Encoding<N> & work) {
     alignas(32) int32_t a8[8], b8[8];
     _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
     _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
-    double best = -1.0;
+    int best = 0;
+    double best_explained = -1.0;
     for (int s = 0; s < search_steps; ++s) {
         const double e = explained(a8[s], b8[s]);
-        work.a = e > best ? a8[s] : work.a;
-        work.b = e > best ? b8[s] : work.b;
-        best = e > best ? e : best;
+        best = e > best_explained ? s : best;
+        best_explained = e > best_explained ? e : best_explained;
     }
+    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
+}
+
+// How many thresholds each magnitude exceeds, in the low byte of each word; the high byte is 0x80, which tells pshufb to
+// write a zero there.
+template <int Thresholds> __m256i count_exceeded(__m256i magnitude, const int16_t * thresholds) {
+    __m256i m = _mm256_set1_epi16(int16_t(0x8000));
+    for (int t = 0; t < Thresholds; ++t)
+        m = _mm256_sub_epi16(m, _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(thresholds[t])));
+    return m;
+}
+
+template <int Bits> __m256i look_up(__m256i count) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), count);
+}
+
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], c));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(c, c));
+    }
+    work.scale = least_squares_scale(reduce_add(a), reduce_add(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -339,16 +368,11 @@ template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, 
         return;
     }
     int16_t thresholds[M];
-    refined_thresholds<Bits>(work.a, work.b, thresholds);
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
+    thresholds_under<Bits>(work.scale, thresholds);
     __m256i a = _mm256_setzero_si256(), m[work.words];
     for (int r = 0; r < work.words; ++r) {
-        // the count sits in the low byte; 0x80 in the high byte makes pshufb write a zero there
-        __m256i count = _mm256_set1_epi16(int16_t(0x8000));
-        for (int t = 0; t < M - 1; ++t)
-            count = _mm256_sub_epi16(count, _mm256_cmpgt_epi16(work.magnitude[r], _mm256_set1_epi16(thresholds[t])));
-        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], _mm256_shuffle_epi8(table, count)));
+        const __m256i count = count_exceeded<M - 1>(work.magnitude[r], thresholds);
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], look_up<Bits>(count)));
         const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)), _mm256_set1_epi16(M));
         // M - 1 - m is M + m with all its bits flipped
         m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(work.z[r], 15),
@@ -373,6 +397,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
         for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }

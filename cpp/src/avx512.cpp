@@ -327,8 +327,36 @@ template <int Bits, int N> void search(Encoding<N> & work) {
     const __m512d a64 = _mm512_cvtepi32_pd(a32);
     const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
     const int best = __builtin_ctz(_mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e))));
-    work.a = a8[best];
-    work.b = b8[best];
+    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
+}
+
+// How many thresholds each magnitude exceeds.
+template <int Thresholds> __m512i count_exceeded(__m512i magnitude, const int16_t * thresholds) {
+    __m512i m = _mm512_setzero_si512();
+    for (int t = 0; t < Thresholds; ++t)
+        m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(thresholds[t])), m,
+                                  _mm512_set1_epi16(1));
+    return m;
+}
+
+// Centroids by count: into the low byte of each word.
+template <int Bits> __m512i look_up(__m512i m) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
+    return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), m);
+}
+
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
+    for (int r = 0; r < work.words; ++r) {
+        const __m512i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
+        a = multiply_add16(a, work.magnitude[r], c);
+        b = multiply_add16(b, c, c);
+    }
+    work.scale = least_squares_scale(_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -340,17 +368,12 @@ template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, 
         return;
     }
     int16_t thresholds[M];
-    refined_thresholds<Bits>(work.a, work.b, thresholds);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
+    thresholds_under<Bits>(work.scale, thresholds);
     __m512i a = _mm512_setzero_si512();
     alignas(64) uint8_t index[N];
     for (int r = 0; r < work.words; ++r) {
-        __m512i m = _mm512_setzero_si512();
-        for (int t = 0; t < M - 1; ++t)
-            m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(work.magnitude[r], _mm512_set1_epi16(thresholds[t])),
-                                      m, _mm512_set1_epi16(1));
-        const __m512i c = _mm512_maskz_shuffle_epi8(0x5555555555555555, table, m); // low byte of each word
-        a = multiply_add16(a, work.magnitude[r], c);
+        __m512i m = count_exceeded<M - 1>(work.magnitude[r], thresholds);
+        a = multiply_add16(a, work.magnitude[r], look_up<Bits>(m));
         // M - 1 - m is M + m with all its bits flipped
         m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
                              _mm512_and_si512(_mm512_srai_epi16(work.z[r], 15), _mm512_set1_epi16(2 * M - 1)));
@@ -371,6 +394,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
         for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }

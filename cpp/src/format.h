@@ -108,9 +108,13 @@ inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); }
 // squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// Thresholds of the final assignment, in units of the encoder: midpoints under the winner's least-squares scale.
-template <int Bits> inline void refined_thresholds(int32_t a, int32_t b, int16_t * thresholds) {
-    const float scale = float(double(coarse_unit) * double(a) / double(b));
+// The scale A/B of a block's centroids, in the encoder's units. unit: how many of them one of the magnitudes in A is.
+inline float least_squares_scale(int32_t a, int32_t b, int unit) {
+    return float(double(unit) * double(a) / double(b));
+}
+
+// The midpoints of neighbouring centroids under a scale.
+template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {
     for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
         thresholds[t] = int16_t(std::nearbyint(Codebook<Bits>::midpoints[t] * scale));
 }
@@ -121,7 +125,7 @@ struct EncodingBase {
     int k;            // x was scaled by 2^-k
     float rms;        // of the unnormalised transform
     int32_t energy;   // sum z^2
-    int32_t a, b;     // of the best search step
+    float scale;      // of the centroids, so far
     bool codable() const { return largest != 0 && largest < 0x7f800000; }
 };
 constexpr int encode_group = 4; // blocks that go through the steps together

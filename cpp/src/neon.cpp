@@ -318,11 +318,41 @@ template <int Bits, int N> void search(Encoding<N> & work) {
         const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
         const double e = explained(sum_a, sum_b);
         if (e > best) {
-            work.a = sum_a;
-            work.b = sum_b;
+            work.scale = least_squares_scale(sum_a, sum_b, coarse_unit);
             best = e;
         }
     }
+}
+
+// How many thresholds each of 16 magnitudes exceeds.
+template <int Thresholds> uint8x16_t count_exceeded(const int16x8_t * magnitude, const int16_t * thresholds) {
+    uint16x8_t count[2];
+    for (int h = 0; h < 2; ++h) {
+        count[h] = vdupq_n_u16(0);
+        for (int t = 0; t < Thresholds; ++t)
+            count[h] = vsubq_u16(count[h], vcgtq_s16(magnitude[h], vdupq_n_s16(thresholds[t])));
+    }
+    return vmovn_high_u16(vmovn_u16(count[0]), count[1]);
+}
+
+int32x4_t multiply_add(int32x4_t sum, const int16x8_t * magnitude, int8x16_t c) {
+    sum = multiply_add(sum, magnitude[0], vmovl_s8(vget_low_s8(c)));
+    return multiply_add(sum, magnitude[1], vmovl_high_s8(c));
+}
+
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    const int8x16_t table = vld1q_s8(Codebook<Bits>::magnitudes);
+    int32x4_t a = vdupq_n_s32(0), b = a;
+    for (int r = 0; r < work.bytes; ++r) {
+        const int8x16_t c = vqtbl1q_s8(table, count_exceeded<M - 1>(work.magnitude + 2 * r, thresholds));
+        a = multiply_add(a, work.magnitude + 2 * r, c);
+        b = multiply_add(b, c, c);
+    }
+    work.scale = least_squares_scale(vaddvq_s32(a), vaddvq_s32(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -334,22 +364,14 @@ template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, 
         return;
     }
     int16_t thresholds[M];
-    refined_thresholds<Bits>(work.a, work.b, thresholds);
+    thresholds_under<Bits>(work.scale, thresholds);
     const int8x16_t table = vld1q_s8(F::magnitudes);
     uint8x16_t index[work.bytes];
     int32x4_t a = vdupq_n_s32(0);
     for (int r = 0; r < work.bytes; ++r) {
-        uint16x8_t count[2], negative[2];
-        for (int h = 0; h < 2; ++h) {
-            count[h] = vdupq_n_u16(0);
-            for (int t = 0; t < M - 1; ++t)
-                count[h] = vsubq_u16(count[h], vcgtq_s16(work.magnitude[2 * r + h], vdupq_n_s16(thresholds[t])));
-            negative[h] = vcltzq_s16(work.z[2 * r + h]);
-        }
-        const uint8x16_t m = vmovn_high_u16(vmovn_u16(count[0]), count[1]);
-        const int8x16_t c = vqtbl1q_s8(table, m);
-        a = multiply_add(a, work.magnitude[2 * r], vmovl_s8(vget_low_s8(c)));
-        a = multiply_add(a, work.magnitude[2 * r + 1], vmovl_high_s8(c));
+        const uint8x16_t m = count_exceeded<M - 1>(work.magnitude + 2 * r, thresholds);
+        a = multiply_add(a, work.magnitude + 2 * r, vqtbl1q_s8(table, m));
+        const uint16x8_t negative[2] = {vcltzq_s16(work.z[2 * r]), vcltzq_s16(work.z[2 * r + 1])};
         // M - 1 - m is M + m with all its bits flipped.
         const uint8x16_t flips = vmovn_high_u16(vmovn_u16(negative[0]), negative[1]);
         index[r] = veorq_u8(vaddq_u8(m, vdupq_n_u8(M)), vandq_u8(flips, vdupq_n_u8(2 * M - 1)));
@@ -369,6 +391,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
         for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
