@@ -32,4 +32,7 @@ function(turboquant_attach)
     endif()
 endfunction()
 
+# Every variant of the CPU backend starts from this list.
+list(APPEND GGML_CPU_SOURCES "${TURBOQUANT_GLUE_DIR}/turbo-cpu.cpp")
+
 cmake_language(DEFER CALL turboquant_attach)

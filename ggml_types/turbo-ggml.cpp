@@ -230,6 +230,14 @@ const char * turbo_kernels_name(void) {
     return name ? name : "scalar";
 }
 
+float turbo_sparse_v(void) {
+    static const float threshold = []() {
+        const char * text = getenv(TURBO_SPARSE_V_ENV);
+        return text && *text ? strtof(text, nullptr) : 1e-6f;
+    }();
+    return threshold;
+}
+
 // ---- llama.cpp's own tests -----------------------------------------------------------------------------------------
 
 // test-quantize-fns encodes 0.1 + 2 cos(i), 4096 values, and divides the RMSE by sqrt(4096) once more. With the

@@ -155,6 +155,19 @@ GGML_API const char * turbo_kernels_error(void);
 /* The name of the kernels in use. */
 GGML_API const char * turbo_kernels_name(void);
 
+/* ---- attention on the CPU -------------------------------------------------------------------------------------- */
+
+struct ggml_compute_params;
+
+/* GGML_OP_FLASH_ATTN_EXT with a turbo K or V: true if the fused engine computed it. Defined in ggml-cpu. */
+bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op);
+/* Raise *size to the scratch bytes that it needs. */
+void turbo_cpu_work_size(int n_threads, const struct ggml_tensor * op, size_t * size);
+
+/* Rows of V whose weight relative to the row's largest is at most this are left out; from the environment variable. */
+#define TURBO_SPARSE_V_ENV "LLAMA_ARG_CACHE_SPARSE_V"
+GGML_API float turbo_sparse_v(void);
+
 /* ---- llama.cpp's own tests ------------------------------------------------------------------------------------- */
 
 /* Limits for test-quantize-fns (its own are for blocks of 32 and other codebooks). */

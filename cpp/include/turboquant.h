@@ -123,6 +123,9 @@ TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_strid
 
 /* ---- attention --------------------------------------------------------------------------------------------- */
 
+/* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
+enum { TQ_ROW_F16 = 64, TQ_ROW_BF16, TQ_ROW_Q8_0, TQ_ROW_Q4_0 };
+
 /* out = softmax(scale * Q K^T [soft cap] + mask) V over encoded K and V, in float32.
  *   q    [n_head][n_query][head_k] floats                   mask [n_query][n_kv] floats or null, added to the scores
  *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
@@ -135,13 +138,52 @@ typedef struct tq_attention_args {
     const void *  v;
     const float * mask;
     float *       out;
-    tq_type       type_k, type_v;
+    int           type_k, type_v; /* tq_type or TQ_ROW_... */
     int64_t       n_head, n_kv_head, n_query, n_kv, head_k, head_v;
     float         scale, soft_cap;
+    float         sparse_v;       /* see tq_attention_kv */
     int           threads;
 } tq_attention_args;
 
 TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);
+
+/* The same engine for hosts that have their own threads and memory. A host gathers the query rows that share a KV head
+ * (a GQA group, times some tokens), calls tq_attention_partial for ranges of KV rows, merges the partial results of a
+ * query row, and finishes it. Unchecked, like the hot path below; nothing is allocated. */
+
+typedef struct tq_attention_kv {
+    int          type_k, type_v;     /* tq_type or TQ_ROW_... */
+    int64_t      head_k, head_v;     /* values in a row */
+    const void * k;                  /* the KV head's rows */
+    const void * v;
+    size_t       stride_k, stride_v; /* bytes between rows */
+    float        scale, soft_cap;    /* as in tq_attention_args */
+    float        sparse_v;           /* rows of V whose weight, relative to the largest so far, is at most this are left
+                                        out of the sum (but count in the softmax); 0 = only weights of 0 */
+} tq_attention_kv;
+
+typedef struct tq_attention_queries {
+    int64_t                  rows;
+    const float * const *    q;      /* [rows] */
+    const void * const *     mask;   /* [rows] of n_kv each, added to the scores; the array or a row may be null */
+    int                      mask_f32; /* masks are float32, else fp16 */
+    const float *            slope;  /* [rows] factors of the masks (ALiBi), or null */
+} tq_attention_queries;
+
+/* 1 if the engine covers this pair of row types and head sizes. */
+TURBOQUANT_API int    tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v);
+/* Bytes of scratch that tq_attention_partial needs. */
+TURBOQUANT_API size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows);
+/* Attention over KV rows first ... last-1. partial: [rows][head_v + 2] floats: unnormalised sum of V (in the rotated
+ * domain if V is turbo), then the largest score (-inf if all are masked), then the sum of weights. Returns how many rows
+ * of V were left out. */
+TURBOQUANT_API int64_t tq_attention_partial(const tq_attention_kv * kv, const tq_attention_queries * queries,
+                                            int64_t first, int64_t last, float * partial, void * scratch);
+/* Merge one query row's partial result `from` into `into`. */
+TURBOQUANT_API void   tq_attention_merge(float * into, const float * from, int64_t head_v);
+/* Normalise one query row's result into out [head_v]. sink: a score that takes part in the softmax without a value, or
+ * null. Overwrites partial. */
+TURBOQUANT_API void   tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out);
 
 /* ---- kernels ----------------------------------------------------------------------------------------------- */
 

@@ -1,4 +1,5 @@
 // AVX2, FMA, F16C. The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -268,94 +269,136 @@ __m256i reduce_add8(const __m256i * v) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 16; // registers of 16 int16
+    static constexpr int bytes = N / 32; // registers of 32 int8
+    __m256i z[words], magnitude[words], coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    __m256 y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const __m256 unit = _mm256_set1_ps(rms_unit / work.rms);
+    __m256i energy = _mm256_setzero_si256(), rounded[work.words];
+    static_assert(coarse_unit == 1 << 6, "the shift below");
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
+        const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
+        work.z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+        work.magnitude[r] = _mm256_abs_epi16(work.z[r]);
+        energy = _mm256_add_epi32(energy, _mm256_madd_epi16(work.z[r], work.z[r]));
+        rounded[r] = _mm256_srli_epi16(_mm256_add_epi16(work.magnitude[r], _mm256_set1_epi16(coarse_unit / 2)), 6);
+    }
+    work.energy = reduce_add(energy);
+    for (int r = 0; r < work.bytes; ++r) // saturates at 127; the search does not mind the order
+        work.coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
     using F = Format<Bits, N>;
-    constexpr int M = F::half_levels;
-    constexpr int words = N / 16; // registers of 16 int16
-    constexpr int bytes = N / 32; // registers of 32 int8
+    if (!work.codable()) return;
+    static_assert(search_steps == 8, "one lane for each step");
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        __m256 y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
+    __m256i as[search_steps], bs[search_steps];
+    for (int s = 0; s < search_steps; ++s) {
+        as[s] = bs[s] = _mm256_setzero_si256();
+        for (int r = 0; r < work.bytes; ++r) {
+            __m256i m = _mm256_setzero_si256();
+            for (int t = 0; t < F::half_levels - 1; ++t)
+                m = _mm256_sub_epi8(
+                    m, _mm256_cmpgt_epi8(work.coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
+            const __m256i c = _mm256_shuffle_epi8(table, m);
+            as[s] = multiply_add8(as[s], work.coarse[r], c);
+            bs[s] = multiply_add8(bs[s], c, c);
         }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const __m256 unit = _mm256_set1_ps(rms_unit / rms);
+    }
+    alignas(32) int32_t a8[8], b8[8];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
+    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
+    int best = 0;
+    double best_explained = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        const double e = explained(a8[s], b8[s]);
+        best = e > best_explained ? s : best;
+        best_explained = e > best_explained ? e : best_explained;
+    }
+    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
+}
 
-        __m256i z[words], magnitude[words], energies = _mm256_setzero_si256();
-        __m256i rounded[words], coarse[bytes];
-        for (int r = 0; r < words; ++r) {
-            const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r], unit));
-            const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(y[2 * r + 1], unit));
-            z[r] = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
-            magnitude[r] = _mm256_abs_epi16(z[r]);
-            energies = _mm256_add_epi32(energies, _mm256_madd_epi16(z[r], z[r]));
-            rounded[r] = _mm256_srli_epi16(_mm256_add_epi16(magnitude[r], _mm256_set1_epi16(coarse_unit / 2)), 6);
-        }
-        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
-        for (int r = 0; r < bytes; ++r) // saturates at 127; the sums below do not mind the order
-            coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
+// How many thresholds each magnitude exceeds, in the low byte of each word; the high byte is 0x80, which tells pshufb to
+// write a zero there.
+template <int Thresholds> __m256i count_exceeded(__m256i magnitude, const int16_t * thresholds) {
+    __m256i m = _mm256_set1_epi16(int16_t(0x8000));
+    for (int t = 0; t < Thresholds; ++t)
+        m = _mm256_sub_epi16(m, _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(thresholds[t])));
+    return m;
+}
 
-        __m256i as[search_steps], bs[search_steps];
-        for (int s = 0; s < search_steps; ++s) {
-            as[s] = bs[s] = _mm256_setzero_si256();
-            for (int r = 0; r < bytes; ++r) {
-                __m256i m = _mm256_setzero_si256();
-                for (int t = 0; t < M - 1; ++t)
-                    m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
-                const __m256i c = _mm256_shuffle_epi8(table, m);
-                as[s] = multiply_add8(as[s], coarse[r], c);
-                bs[s] = multiply_add8(bs[s], c, c);
-            }
-        }
-        alignas(32) int32_t a8[8], b8[8];
-        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
-        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
-        int best = 0;
-        double best_explained = -1.0;
-        for (int s = 0; s < search_steps; ++s) {
-            const double e = explained(a8[s], b8[s]);
-            best = e > best_explained ? s : best;
-            best_explained = e > best_explained ? e : best_explained;
-        }
+template <int Bits> __m256i look_up(__m256i count) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), count);
+}
 
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
-        __m256i products = _mm256_setzero_si256(), squares = _mm256_setzero_si256(), m[words];
-        for (int r = 0; r < words; ++r) {
-            // the count sits in the low byte; 0x80 in the high byte makes pshufb write a zero there
-            __m256i count = _mm256_set1_epi16(int16_t(0x8000));
-            for (int t = 0; t < M - 1; ++t)
-                count = _mm256_sub_epi16(count, _mm256_cmpgt_epi16(magnitude[r], _mm256_set1_epi16(thresholds[t])));
-            const __m256i c = _mm256_shuffle_epi8(table, count);
-            products = _mm256_add_epi32(products, _mm256_madd_epi16(magnitude[r], c));
-            squares = _mm256_add_epi32(squares, _mm256_madd_epi16(c, c));
-            const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)),
-                                                   _mm256_set1_epi16(M));
-            // M - 1 - m is M + m with all its bits flipped
-            m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(z[r], 15),
-                                                            _mm256_set1_epi16(2 * M - 1)));
-        }
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], c));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(c, c));
+    }
+    work.scale = least_squares_scale(reduce_add(a), reduce_add(b), 1);
+}
 
-        const uint16_t d = block_scale<Bits, N>(reduce_add(energies), reduce_add(products), reduce_add(squares), rms, k,
-                                                &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        alignas(32) uint8_t index[N];
-        for (int r = 0; r < words; r += 2)
-            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
-                               _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m256i a = _mm256_setzero_si256(), m[work.words];
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i count = count_exceeded<M - 1>(work.magnitude[r], thresholds);
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], look_up<Bits>(count)));
+        const __m256i upper = _mm256_add_epi16(_mm256_and_si256(count, _mm256_set1_epi16(15)), _mm256_set1_epi16(M));
+        // M - 1 - m is M + m with all its bits flipped
+        m[r] = _mm256_xor_si256(upper, _mm256_and_si256(_mm256_srai_epi16(work.z[r], 15),
+                                                        _mm256_set1_epi16(2 * M - 1)));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, reduce_add(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    alignas(32) uint8_t index[N];
+    for (int r = 0; r < work.words; r += 2)
+        _mm256_store_si256(reinterpret_cast<__m256i *>(index + 16 * r),
+                           _mm256_permute4x64_epi64(_mm256_packus_epi16(m[r], m[r + 1]), 0xD8));
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 
@@ -420,6 +463,115 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
         sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
+}
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = block_d(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        for (int r = 0; r < Levels<N>::registers; ++r)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level + 32 * r), expanded.v[r]);
+    }
+}
+
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int r0 = 0; r0 < tile_rows; r0 += 8)
+        for (int m = 0; m < rows; ++m) {
+            __m256 total = _mm256_setzero_ps();
+            for (int64_t b = 0; b < blocks; ++b) {
+                const typename QueryBlock<N>::type & block = q[m * blocks + b];
+                __m256i values[Levels<N>::registers], magnitudes[Levels<N>::registers], sums[8];
+                for (int r = 0; r < Levels<N>::registers; ++r) {
+                    values[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(block.q + 32 * r));
+                    magnitudes[r] = _mm256_abs_epi8(values[r]);
+                }
+                for (int i = 0; i < 8; ++i) {
+                    const int8_t * k = level + ((r0 + i) * blocks + b) * N;
+                    sums[i] = _mm256_setzero_si256();
+                    for (int r = 0; r < Levels<N>::registers; ++r) {
+                        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(k + 32 * r));
+                        const __m256i pairs = _mm256_maddubs_epi16(magnitudes[r], _mm256_sign_epi8(v, values[r]));
+                        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                    }
+                }
+                const __m256 scales = _mm256_mul_ps(_mm256_loadu_ps(scale + b * tile_rows + r0),
+                                                    _mm256_set1_ps(block.scale));
+                total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(reduce_add8(sums)), scales, total);
+            }
+            _mm256_storeu_ps(s + m * tile_rows + r0, total);
+        }
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Rows x 8 * Registers outputs stay in registers while all rows of V pass by.
+template <int Rows, int Registers>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    __m256 a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c)
+            a[m][c] = _mm256_mul_ps(_mm256_set1_ps(state[m].correction), _mm256_loadu_ps(sum + m * stride + lanes * c));
+    for (int r = 0; r < count; ++r, v += head) {
+        __m256 value[Registers];
+        for (int c = 0; c < Registers; ++c) value[c] = _mm256_loadu_ps(v + lanes * c);
+        for (int m = 0; m < Rows; ++m) {
+            const __m256 weight = _mm256_set1_ps(weights[m * tile_rows + r]);
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm256_fmadd_ps(weight, value[c], a[m][c]);
+        }
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) _mm256_storeu_ps(sum + m * stride + lanes * c, a[m][c]);
+}
+
+template <int Rows, int Registers>
+void accumulate_rows(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                     float * sum, int64_t stride) {
+    for (int64_t c = 0; c < head; c += Registers * lanes)
+        accumulate_block<Rows, Registers>(v + c, count, head, weights, state, sum + c, stride);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 6 <= rows; m += 6)
+        accumulate_rows<6, 2>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m + 4 <= rows; m += 4)
+        accumulate_rows<4, 2>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m < rows; ++m)
+        accumulate_rows<1, 4>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        __m256 x[4];
+        load<32>(src, x);
+        const float largest = bits_float(largest_bits<32>(x));
+        if (!(largest < INFINITY) || largest == 0) {
+            std::memset(out, 0, sizeof(*out));
+            out->scale = largest == 0 ? 0.0f : NAN;
+            continue;
+        }
+        const __m256 inverse = _mm256_set1_ps(127.0f / largest);
+        __m256i q[4];
+        for (int r = 0; r < 4; ++r) q[r] = _mm256_cvtps_epi32(_mm256_mul_ps(x[r], inverse));
+        const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out->q),
+                            _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+        out->sum = reduce_add(_mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3])));
+        out->scale = largest / 127.0f;
+    }
 }
 
 } // namespace

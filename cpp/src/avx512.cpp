@@ -1,5 +1,6 @@
 // AVX-512 (F, BW, DQ, VL). avx512vnni.cpp compiles this file once more with VNNI dot products.
 // The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -263,100 +264,138 @@ __m256i reduce_add8(const __m512i * v) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 32;               // registers of 32 int16
+    static constexpr int bytes = Levels<N>::registers; // registers of 64 int8
+    __m512i z[words], magnitude[words], coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    __m512 y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const __m512 unit = _mm512_set1_ps(rms_unit / work.rms);
+    __m512i energy = _mm512_setzero_si512();
+    __m256i coarse[work.words];
+    static_assert(coarse_unit == 1 << 6, "the shift below");
+    for (int r = 0; r < work.words; ++r) {
+        const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
+        const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
+        work.z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+        work.magnitude[r] = _mm512_abs_epi16(work.z[r]);
+        energy = multiply_add16(energy, work.z[r], work.z[r]);
+        const __m512i rounded = _mm512_add_epi16(work.magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
+        coarse[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
+    }
+    work.energy = _mm512_reduce_add_epi32(energy);
+    if constexpr (N == 32) // the unused half stays zero in every sum
+        work.coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse[0], 0);
+    else
+        for (int r = 0; r < work.bytes; ++r)
+            work.coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse[2 * r]), coarse[2 * r + 1], 1);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
+    using F = Format<Bits, N>;
+    if (!work.codable()) return;
+    static_assert(search_steps == 8, "one lane for each step");
+    __m512i as[search_steps], bs[search_steps];
+    for (int s = 0; s < search_steps; ++s) {
+        __m512i c[work.bytes];
+        for (int r = 0; r < work.bytes; ++r)
+            c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
+        for (int t = 0; t < F::half_levels - 1; ++t) { // thresholds ascend, so the last one exceeded decides
+            const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
+            const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
+            for (int r = 0; r < work.bytes; ++r)
+                c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(work.coarse[r], threshold), level);
+        }
+        as[s] = bs[s] = _mm512_setzero_si512();
+        for (int r = 0; r < work.bytes; ++r) {
+            as[s] = multiply_add8(as[s], work.coarse[r], c[r]);
+            bs[s] = multiply_add8(bs[s], c[r], c[r]);
+        }
+    }
+    alignas(32) int32_t a8[8], b8[8];
+    const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
+    const __m512d a64 = _mm512_cvtepi32_pd(a32);
+    const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
+    const int best = __builtin_ctz(_mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e))));
+    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
+}
+
+// How many thresholds each magnitude exceeds.
+template <int Thresholds> __m512i count_exceeded(__m512i magnitude, const int16_t * thresholds) {
+    __m512i m = _mm512_setzero_si512();
+    for (int t = 0; t < Thresholds; ++t)
+        m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(thresholds[t])), m,
+                                  _mm512_set1_epi16(1));
+    return m;
+}
+
+// Centroids by count: into the low byte of each word.
+template <int Bits> __m512i look_up(__m512i m) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
+    return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), m);
+}
+
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
+    for (int r = 0; r < work.words; ++r) {
+        const __m512i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
+        a = multiply_add16(a, work.magnitude[r], c);
+        b = multiply_add16(b, c, c);
+    }
+    work.scale = least_squares_scale(_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b), 1);
+}
+
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
-    constexpr int words = N / 32;                 // registers of 32 int16
-    constexpr int bytes = Levels<N>::registers;   // registers of 64 int8
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        __m512 y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
-        }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const __m512 unit = _mm512_set1_ps(rms_unit / rms);
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    __m512i a = _mm512_setzero_si512();
+    alignas(64) uint8_t index[N];
+    for (int r = 0; r < work.words; ++r) {
+        __m512i m = count_exceeded<M - 1>(work.magnitude[r], thresholds);
+        a = multiply_add16(a, work.magnitude[r], look_up<Bits>(m));
+        // M - 1 - m is M + m with all its bits flipped
+        m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
+                             _mm512_and_si512(_mm512_srai_epi16(work.z[r], 15), _mm512_set1_epi16(2 * M - 1)));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, _mm512_reduce_add_epi32(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
 
-        __m512i z[words], magnitude[words], energies = _mm512_setzero_si512();
-        __m256i coarse_half[words];
-        for (int r = 0; r < words; ++r) {
-            const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
-            const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r + 1], unit)));
-            z[r] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-            magnitude[r] = _mm512_abs_epi16(z[r]);
-            energies = multiply_add16(energies, z[r], z[r]);
-            const __m512i rounded = _mm512_add_epi16(magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
-            coarse_half[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
-        }
-        static_assert(coarse_unit == 64 && search_steps == 8, "the shift above and the eight lanes below");
-        __m512i coarse[bytes];
-        if constexpr (N == 32) // the unused half stays zero in every sum
-            coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse_half[0], 0);
-        else
-            for (int r = 0; r < bytes; ++r)
-                coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse_half[2 * r]), coarse_half[2 * r + 1], 1);
-
-        __m512i as[search_steps], bs[search_steps];
-        for (int s = 0; s < search_steps; ++s) {
-            __m512i c[bytes];
-            for (int r = 0; r < bytes; ++r)
-                c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
-            for (int t = 0; t < M - 1; ++t) { // thresholds ascend, so the last one exceeded decides
-                const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
-                const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
-                for (int r = 0; r < bytes; ++r)
-                    c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(coarse[r], threshold), level);
-            }
-            as[s] = bs[s] = _mm512_setzero_si512();
-            for (int r = 0; r < bytes; ++r) {
-                as[s] = multiply_add8(as[s], coarse[r], c[r]);
-                bs[s] = multiply_add8(bs[s], c[r], c[r]);
-            }
-        }
-        alignas(32) int32_t a8[8], b8[8];
-        const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
-        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
-        const __m512d a64 = _mm512_cvtepi32_pd(a32);
-        const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
-        const __mmask8 greatest = _mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e)));
-        const int best = __builtin_ctz(greatest);
-
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(a8[best], b8[best], thresholds);
-        const __m512i table =
-            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
-        __m512i products = _mm512_setzero_si512(), squares = _mm512_setzero_si512();
-        alignas(64) uint8_t index[N];
-        for (int r = 0; r < words; ++r) {
-            __m512i m = _mm512_setzero_si512();
-            for (int t = 0; t < M - 1; ++t) {
-                const __m512i threshold = _mm512_set1_epi16(thresholds[t]);
-                m = _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(magnitude[r], threshold), m,
-                                          _mm512_set1_epi16(1));
-            }
-            const __m512i c = _mm512_maskz_shuffle_epi8(0x5555555555555555, table, m); // low byte of each word
-            products = multiply_add16(products, magnitude[r], c);
-            squares = multiply_add16(squares, c, c);
-            // M - 1 - m is M + m with all its bits flipped
-            m = _mm512_xor_si512(_mm512_add_epi16(m, _mm512_set1_epi16(M)),
-                                 _mm512_and_si512(_mm512_srai_epi16(z[r], 15), _mm512_set1_epi16(2 * M - 1)));
-            _mm256_store_si256(reinterpret_cast<__m256i *>(index + 32 * r), _mm512_cvtepi16_epi8(m));
-        }
-
-        const uint16_t d = block_scale<Bits, N>(_mm512_reduce_add_epi32(energies), _mm512_reduce_add_epi32(products),
-                                                _mm512_reduce_add_epi32(squares), rms, k, &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 
@@ -426,6 +465,143 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
         sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
+}
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = block_d(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        if constexpr (N == 32)
+            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level), _mm512_castsi512_si256(expanded.v[0]));
+        else
+            for (int r = 0; r < Levels<N>::registers; ++r) _mm512_storeu_si512(level + 64 * r, expanded.v[r]);
+    }
+}
+
+// The sums of sixteen registers, one in each lane of the result: three rounds of adding neighbours' halves.
+__m512i reduce_add16(const __m512i * a) {
+    __m512i t[8], u[4];
+    for (int i = 0; i < 8; ++i)
+        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                                _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+        u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
+                                _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+    const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xDD));
+    const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD));
+}
+
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int r0 = 0; r0 < tile_rows; r0 += 16)
+        for (int m = 0; m < rows; ++m) {
+            __m512 total = _mm512_setzero_ps();
+            for (int64_t b = 0; b < blocks; ++b) {
+                const typename QueryBlock<N>::type & block = q[m * blocks + b];
+                __m512i values[Levels<N>::registers], sums[16];
+                for (int r = 0; r < Levels<N>::registers; ++r)
+                    values[r] = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, block.q)
+                                        : _mm512_loadu_si512(block.q + 64 * r);
+                for (int i = 0; i < 16; ++i) {
+                    const int8_t * k = level + ((r0 + i) * blocks + b) * N;
+                    sums[i] = _mm512_setzero_si512();
+                    for (int r = 0; r < Levels<N>::registers; ++r) {
+                        const __m512i v = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, k)
+                                                  : _mm512_loadu_si512(k + 64 * r);
+#ifdef TURBOQUANT_VNNI
+                        sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_xor_si512(v, _mm512_set1_epi8(-128)), values[r]);
+#else
+                        const __m512i moved = _mm512_mask_sub_epi8(values[r], _mm512_movepi8_mask(v),
+                                                                   _mm512_setzero_si512(), values[r]);
+                        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(v), moved);
+                        sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+                    }
+                }
+                __m512i product = reduce_add16(sums);
+#ifdef TURBOQUANT_VNNI
+                product = _mm512_sub_epi32(product, _mm512_set1_epi32(128 * block.sum));
+#endif
+                const __m512 scales = _mm512_mul_ps(_mm512_loadu_ps(scale + b * tile_rows + r0),
+                                                    _mm512_set1_ps(block.scale));
+                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scales, total);
+            }
+            _mm512_storeu_ps(s + m * tile_rows + r0, total);
+        }
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Rows x 16 * Registers outputs stay in registers while all rows of V pass by.
+template <int Rows, int Registers>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    __m512 a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c)
+            a[m][c] = _mm512_mul_ps(_mm512_set1_ps(state[m].correction), _mm512_loadu_ps(sum + m * stride + lanes * c));
+    for (int r = 0; r < count; ++r, v += head) {
+        __m512 value[Registers];
+        for (int c = 0; c < Registers; ++c) value[c] = _mm512_loadu_ps(v + lanes * c);
+        for (int m = 0; m < Rows; ++m) {
+            const __m512 weight = _mm512_set1_ps(weights[m * tile_rows + r]);
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm512_fmadd_ps(weight, value[c], a[m][c]);
+        }
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) _mm512_storeu_ps(sum + m * stride + lanes * c, a[m][c]);
+}
+
+template <int Rows>
+void accumulate_rows(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                     float * sum, int64_t stride) {
+    int64_t c = 0;
+    for (; c + 4 * lanes <= head; c += 4 * lanes)
+        accumulate_block<Rows, 4>(v + c, count, head, weights, state, sum + c, stride);
+    for (; c < head; c += 2 * lanes)
+        accumulate_block<Rows, 2>(v + c, count, head, weights, state, sum + c, stride);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 6 <= rows; m += 6)
+        accumulate_rows<6>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m + 4 <= rows; m += 4)
+        accumulate_rows<4>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+    for (; m < rows; ++m)
+        accumulate_rows<1>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += lanes)
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        __m512 x[2];
+        load<32>(src, x);
+        const float largest = bits_float(largest_bits<32>(x));
+        if (!(largest < INFINITY) || largest == 0) {
+            std::memset(out, 0, sizeof(*out));
+            out->scale = largest == 0 ? 0.0f : NAN;
+            continue;
+        }
+        const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+        const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(x[0], inverse));
+        const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(x[1], inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out->q), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(out->q + 16), _mm512_cvtepi32_epi8(high));
+        out->sum = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+        out->scale = largest / 127.0f;
+    }
 }
 
 } // namespace

@@ -108,23 +108,33 @@ inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); }
 // squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// Thresholds of the final assignment, in units of the encoder: midpoints under the winner's least-squares scale.
-template <int Bits> inline void refined_thresholds(int32_t a, int32_t b, int16_t * thresholds) {
-    const float scale = float(double(coarse_unit) * double(a) / double(b));
+// The scale A/B of a block's centroids, in the encoder's units. unit: how many of them one of the magnitudes in A is.
+inline float least_squares_scale(int32_t a, int32_t b, int unit) {
+    return float(double(unit) * double(a) / double(b));
+}
+
+// The midpoints of neighbouring centroids under a scale.
+template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {
     for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
         thresholds[t] = int16_t(std::nearbyint(Codebook<Bits>::midpoints[t] * scale));
 }
 
-// The stored scale of a block. energy = sum z^2, a = sum |z| c of the final assignment; rms of the unnormalised
-// transform. energy / a preserves inner products: <x, decoded x> = <x, x>.
-template <int Bits, int N>
-inline uint16_t block_scale(int32_t energy, int32_t a, int32_t b, float rms, int k, int64_t * saturated) {
-#ifdef TQ_LSQ
-    const double gain = double(a) / double(b); (void) energy;
-#else
-    const double gain = double(energy) / double(a); (void) b;
-#endif
-    const double d = gain * double(rms) * Format<Bits, N>::scale_unit * double(power_of_two(k));
+// What the encoder keeps of a block between its steps, besides each ISA file's vectors.
+struct EncodingBase {
+    uint32_t largest; // bits of max |x|: 0 = a zero block, 0x7f800000 and above = not finite
+    int k;            // x was scaled by 2^-k
+    float rms;        // of the unnormalised transform
+    int32_t energy;   // sum z^2
+    float scale;      // of the centroids, so far
+    bool codable() const { return largest != 0 && largest < 0x7f800000; }
+};
+constexpr int encode_group = 4; // blocks that go through the steps together
+
+// The stored scale of a block. a = sum |z| c of the final assignment. energy / a preserves inner products:
+// <x, decoded x> = <x, x>.
+template <int Bits, int N> inline uint16_t block_scale(const EncodingBase & work, int32_t a, int64_t * saturated) {
+    const double d = double(work.energy) / double(a) * double(work.rms) * Format<Bits, N>::scale_unit *
+                     double(power_of_two(work.k));
     if (d >= 65520.0) { // rounds above fp16's largest finite value
         ++*saturated;
         return 0x7bff;

@@ -7,6 +7,16 @@
 
 namespace turboquant {
 
+// ---- the tile engine of attention.cpp
+
+constexpr int tile_rows = 64; // KV rows that are decoded at a time
+
+struct SoftmaxState {
+    float largest;    // of the scores so far
+    float sum;        // of the weights so far, relative to it
+    float correction; // factor of what was accumulated before the last tile
+};
+
 // All functions work on whole blocks that follow each other without gaps. Arrays over types are indexed by tq_type,
 // arrays over blocks by 0 = 128, 1 = 64, 2 = 32.
 struct Kernels {
@@ -18,6 +28,21 @@ struct Kernels {
     void  (*decode[TQ_TYPE_COUNT])(const uint8_t * src, float * dst, int64_t blocks);
     void  (*decode_rotated[TQ_TYPE_COUNT])(const uint8_t * src, float * dst, int64_t blocks);
     float (*dot[TQ_TYPE_COUNT])(const uint8_t * src, const void * query, int64_t blocks);
+
+    // Attention. Rows beyond the KV range hold zeros; s and weights are [query row][tile_rows].
+    // levels: a row's int8 levels, and scale[block * tile_rows] = d * step of each block.
+    void (*levels[TQ_TYPE_COUNT])(const uint8_t * src, int64_t blocks, int8_t * level, float * scale);
+    // s = sum over blocks of q.scale * scale * <q, level>; level [tile_rows][blocks * N], q [rows][blocks] prepared.
+    void (*scores[3])(const int8_t * level, const float * scale, int64_t blocks, const void * q, int rows, float * s);
+    void (*scores_float)(const float * k, int64_t head, const float * q, int rows, float * s);
+    void (*softmax)(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state);
+    // sum[m] = correction[m] * sum[m] + weights[m] . v; v [count][head], sum rows are `stride` floats apart.
+    void (*accumulate)(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                       int rows, float * sum, int64_t stride);
+    void (*load_f16)(const uint8_t * src, float * dst, int64_t n);
+    void (*load_bf16)(const uint8_t * src, float * dst, int64_t n);
+    // The plain int8 rounding of a query for K types that are not rotated, in blocks of 32.
+    void (*query_plain)(const float * src, void * dst, int64_t blocks);
 };
 
 // Fills a Kernels from an ISA file's function templates, so that the nine rows are written once.
@@ -34,7 +59,11 @@ struct Kernels {
       decode_rotated<3, 64>, decode_rotated<3, 32>, decode_rotated<2, 128>, decode_rotated<2, 64>,              \
       decode_rotated<2, 32>},                                                                                   \
      {dot<4, 128>, dot<4, 64>, dot<4, 32>, dot<3, 128>, dot<3, 64>, dot<3, 32>, dot<2, 128>, dot<2, 64>,        \
-      dot<2, 32>}}
+      dot<2, 32>},                                                                                              \
+     {levels<4, 128>, levels<4, 64>, levels<4, 32>, levels<3, 128>, levels<3, 64>, levels<3, 32>,               \
+      levels<2, 128>, levels<2, 64>, levels<2, 32>},                                                            \
+     {scores<128>, scores<64>, scores<32>},                                                                     \
+     scores_float, softmax_tile, accumulate, load_f16, load_bf16_row, query_plain}
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;

@@ -1,5 +1,6 @@
 // NEON for AArch64; neon_dotprod.cpp compiles this file again with sdot. The functions and their order are
 // scalar.cpp's; comments here only explain the vector tricks.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -271,89 +272,127 @@ int32x4_t multiply_add(int32x4_t sum, int16x8_t a, int16x8_t b) {
     return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int words = N / 8;  // registers of 8 int16
+    static constexpr int bytes = N / 16; // registers of 16 int8
+    int16x8_t z[words], magnitude[words];
+    int8x16_t coarse[bytes];
+};
+
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    float32x4_t y[N / lanes];
+    load<N>(x, y);
+    work.largest = largest_bits<N>(y);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    forward<N>(y, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const float unit = rms_unit / work.rms;
+    int32x4_t energy = vdupq_n_s32(0);
+    for (int r = 0; r < work.words; ++r) {
+        work.z[r] = round_to_words(y[2 * r], y[2 * r + 1], unit);
+        work.magnitude[r] = vabsq_s16(work.z[r]);
+        energy = multiply_add(energy, work.z[r], work.z[r]);
+    }
+    work.energy = vaddvq_s32(energy);
+    static_assert(coarse_unit == 1 << 6, "the shift below, which rounds and saturates at 127");
+    for (int r = 0; r < work.bytes; ++r)
+        work.coarse[r] = vqrshrn_high_n_s16(vqrshrn_n_s16(work.magnitude[2 * r], 6), work.magnitude[2 * r + 1], 6);
+}
+
+template <int Bits, int N> void search(Encoding<N> & work) {
+    using F = Format<Bits, N>;
+    if (!work.codable()) return;
+    const int8x16_t table = vld1q_s8(F::magnitudes);
+    double best = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        int32x4_t a = vdupq_n_s32(0), b = a;
+        for (int r = 0; r < work.bytes; ++r) {
+            uint8x16_t m = vdupq_n_u8(0);
+            for (int t = 0; t < F::half_levels - 1; ++t)
+                m = vsubq_u8(m, vcgtq_s8(work.coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
+            const int8x16_t c = vqtbl1q_s8(table, m);
+            a = multiply_add(a, work.coarse[r], c);
+            b = multiply_add(b, c, c);
+        }
+        const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
+        const double e = explained(sum_a, sum_b);
+        if (e > best) {
+            work.scale = least_squares_scale(sum_a, sum_b, coarse_unit);
+            best = e;
+        }
+    }
+}
+
+// How many thresholds each of 16 magnitudes exceeds.
+template <int Thresholds> uint8x16_t count_exceeded(const int16x8_t * magnitude, const int16_t * thresholds) {
+    uint16x8_t count[2];
+    for (int h = 0; h < 2; ++h) {
+        count[h] = vdupq_n_u16(0);
+        for (int t = 0; t < Thresholds; ++t)
+            count[h] = vsubq_u16(count[h], vcgtq_s16(magnitude[h], vdupq_n_s16(thresholds[t])));
+    }
+    return vmovn_high_u16(vmovn_u16(count[0]), count[1]);
+}
+
+int32x4_t multiply_add(int32x4_t sum, const int16x8_t * magnitude, int8x16_t c) {
+    sum = multiply_add(sum, magnitude[0], vmovl_s8(vget_low_s8(c)));
+    return multiply_add(sum, magnitude[1], vmovl_high_s8(c));
+}
+
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    constexpr int M = Format<Bits, N>::half_levels;
+    if (!work.codable()) return;
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    const int8x16_t table = vld1q_s8(Codebook<Bits>::magnitudes);
+    int32x4_t a = vdupq_n_s32(0), b = a;
+    for (int r = 0; r < work.bytes; ++r) {
+        const int8x16_t c = vqtbl1q_s8(table, count_exceeded<M - 1>(work.magnitude + 2 * r, thresholds));
+        a = multiply_add(a, work.magnitude + 2 * r, c);
+        b = multiply_add(b, c, c);
+    }
+    work.scale = least_squares_scale(vaddvq_s32(a), vaddvq_s32(b), 1);
+}
+
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
-    constexpr int words = N / 8;  // registers of 8 int16
-    constexpr int bytes = N / 16; // registers of 16 int8
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
     const int8x16_t table = vld1q_s8(F::magnitudes);
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        float32x4_t y[N / lanes];
-        load<N>(src, y);
-        const uint32_t bits = largest_bits<N>(y);
-        if (bits == 0 || bits >= 0x7f800000) {
-            std::memset(dst, 0, F::bytes);
-            report->nonfinite += bits != 0;
-            continue;
-        }
-        const int k = scale_exponent(bits);
-        forward<N>(y, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const float unit = rms_unit / rms;
+    uint8x16_t index[work.bytes];
+    int32x4_t a = vdupq_n_s32(0);
+    for (int r = 0; r < work.bytes; ++r) {
+        const uint8x16_t m = count_exceeded<M - 1>(work.magnitude + 2 * r, thresholds);
+        a = multiply_add(a, work.magnitude + 2 * r, vqtbl1q_s8(table, m));
+        const uint16x8_t negative[2] = {vcltzq_s16(work.z[2 * r]), vcltzq_s16(work.z[2 * r + 1])};
+        // M - 1 - m is M + m with all its bits flipped.
+        const uint8x16_t flips = vmovn_high_u16(vmovn_u16(negative[0]), negative[1]);
+        index[r] = veorq_u8(vaddq_u8(m, vdupq_n_u8(M)), vandq_u8(flips, vdupq_n_u8(2 * M - 1)));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, vaddvq_s32(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
 
-        int16x8_t z[words], magnitude[words];
-        int8x16_t coarse[bytes];
-        int32x4_t energies = vdupq_n_s32(0);
-        for (int r = 0; r < words; ++r) {
-            z[r] = round_to_words(y[2 * r], y[2 * r + 1], unit);
-            magnitude[r] = vabsq_s16(z[r]);
-            energies = multiply_add(energies, z[r], z[r]);
-        }
-        static_assert(coarse_unit == 1 << 6, "the shift below, which rounds and saturates at 127");
-        for (int r = 0; r < bytes; ++r)
-            coarse[r] = vqrshrn_high_n_s16(vqrshrn_n_s16(magnitude[2 * r], 6), magnitude[2 * r + 1], 6);
-
-        int32_t best_a = 0, best_b = 1;
-        double best_explained = -1.0;
-        for (int s = 0; s < search_steps; ++s) {
-            int32x4_t a = vdupq_n_s32(0), b = a;
-            for (int r = 0; r < bytes; ++r) {
-                uint8x16_t m = vdupq_n_u8(0);
-                for (int t = 0; t < M - 1; ++t)
-                    m = vsubq_u8(m, vcgtq_s8(coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
-                const int8x16_t c = vqtbl1q_s8(table, m);
-                a = multiply_add(a, coarse[r], c);
-                b = multiply_add(b, c, c);
-            }
-            const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
-            const double e = explained(sum_a, sum_b);
-            if (e > best_explained) {
-                best_a = sum_a;
-                best_b = sum_b;
-                best_explained = e;
-            }
-        }
-
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(best_a, best_b, thresholds);
-        uint8x16_t index[bytes];
-        int32x4_t a = vdupq_n_s32(0), b = a;
-        for (int r = 0; r < bytes; ++r) {
-            uint16x8_t count[2], negative[2];
-            for (int h = 0; h < 2; ++h) {
-                count[h] = vdupq_n_u16(0);
-                for (int t = 0; t < M - 1; ++t)
-                    count[h] = vsubq_u16(count[h], vcgtq_s16(magnitude[2 * r + h], vdupq_n_s16(thresholds[t])));
-                negative[h] = vcltzq_s16(z[2 * r + h]);
-            }
-            const uint8x16_t m = vmovn_high_u16(vmovn_u16(count[0]), count[1]);
-            const int8x16_t c = vqtbl1q_s8(table, m);
-            a = multiply_add(a, magnitude[2 * r], vmovl_s8(vget_low_s8(c)));
-            a = multiply_add(a, magnitude[2 * r + 1], vmovl_high_s8(c));
-            b = multiply_add(b, c, c);
-            // M - 1 - m is M + m with all its bits flipped.
-            const uint8x16_t flips = vmovn_high_u16(vmovn_u16(negative[0]), negative[1]);
-            index[r] = veorq_u8(vaddq_u8(m, vdupq_n_u8(M)), vandq_u8(flips, vdupq_n_u8(2 * M - 1)));
-        }
-
-        const uint16_t d =
-            block_scale<Bits, N>(vaddvq_s32(energies), vaddvq_s32(a), vaddvq_s32(b), rms, k, &report->saturated);
-        if (d == 0) {
-            std::memset(dst, 0, F::bytes);
-            continue;
-        }
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 
@@ -418,6 +457,60 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     }
     return sum;
 }
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = load_scale(src) * F::step;
+        const Levels<N> expanded = expand<Bits, N>(src + 2);
+        for (int r = 0; r < Levels<N>::registers; ++r) vst1q_s8(level + 16 * r, expanded.v[r]);
+    }
+}
+
+// Compilers turn this loop into sdot or smlal.
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    scores_tile<N>(level, scale, blocks, query, rows, s);
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+// Four query rows x 16 outputs stay in registers while all rows of V pass by.
+template <int Rows>
+void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
+                      float * sum, int64_t stride) {
+    float32x4_t a[Rows][4];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < 4; ++c) a[m][c] = vmulq_n_f32(vld1q_f32(sum + m * stride + lanes * c), state[m].correction);
+    for (int r = 0; r < count; ++r, v += head) {
+        float32x4_t value[4];
+        for (int c = 0; c < 4; ++c) value[c] = vld1q_f32(v + lanes * c);
+        for (int m = 0; m < Rows; ++m)
+            for (int c = 0; c < 4; ++c) a[m][c] = vfmaq_n_f32(a[m][c], value[c], weights[m * tile_rows + r]);
+    }
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < 4; ++c) vst1q_f32(sum + m * stride + lanes * c, a[m][c]);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4)
+        for (int64_t c = 0; c < head; c += 16)
+            accumulate_block<4>(v + c, count, head, weights + m * tile_rows, state + m, sum + m * stride + c, stride);
+    for (; m < rows; ++m)
+        for (int64_t c = 0; c < head; c += 16)
+            accumulate_block<1>(v + c, count, head, weights + m * tile_rows, state + m, sum + m * stride + c, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i += 4)
+        vst1q_f32(dst + i, vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(src + 2 * i))));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
 
 } // namespace
 

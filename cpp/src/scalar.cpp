@@ -1,5 +1,6 @@
 // The specification in code: plain loops, no intrinsics. Every other kernel file has the same functions in the same
 // order and must give the same bytes and floats.
+#include "attention_tile.h"
 #include "format.h"
 #include "kernels.h"
 
@@ -113,70 +114,100 @@ template <int N> void query(const float * src, void * dst, int64_t blocks) {
     }
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <int N> struct Encoding : EncodingBase {
+    int16_t z[N], magnitude[N];
+    int coarse[N]; // plain int: GCC 12 miscompiles the two-level search on int8_t (vectorised select)
+};
+
+// Rotate, and round to integers in units of RMS / 2048.
+template <int N> void transform(const float * x, Encoding<N> & work) {
+    work.largest = largest_bits<N>(x);
+    if (!work.codable()) return;
+    work.k = scale_exponent(work.largest);
+    float y[N];
+    forward<N>(x, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const float unit = rms_unit / work.rms;
+    work.energy = 0;
+    for (int i = 0; i < N; ++i) {
+        work.z[i] = int16_t(std::nearbyint(y[i] * unit));
+        work.magnitude[i] = int16_t(work.z[i] < 0 ? -work.z[i] : work.z[i]);
+        work.energy += int32_t(work.z[i]) * work.z[i];
+        const int r = (work.magnitude[i] + coarse_unit / 2) / coarse_unit;
+        work.coarse[i] = r > 127 ? 127 : r;
+    }
+}
+
+// A coarse search for the scale: which thresholds leave the least squared error?
+template <int Bits, int N> void search(Encoding<N> & work) {
     using F = Format<Bits, N>;
-    constexpr int M = F::half_levels;
-    for (int64_t block = 0; block < blocks; ++block, src += N, dst += F::bytes) {
-        std::memset(dst, 0, F::bytes);
-        const uint32_t bits = largest_bits<N>(src);
-        if (bits == 0) continue;
-        if (bits >= 0x7f800000) {
-            ++report->nonfinite;
-            continue;
-        }
-        const int k = scale_exponent(bits);
-        float y[N];
-        forward<N>(src, power_of_two(-k), y);
-        const float rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
-        const float unit = rms_unit / rms;
-
-        int16_t z[N], magnitude[N];
-        int coarse[N]; // plain int: GCC 12 miscompiles the two-level search on int8_t (vectorised select)
-        int32_t energy = 0;
-        for (int i = 0; i < N; ++i) {
-            z[i] = int16_t(std::nearbyint(y[i] * unit));
-            magnitude[i] = int16_t(z[i] < 0 ? -z[i] : z[i]);
-            energy += int32_t(z[i]) * z[i];
-            const int r = (magnitude[i] + coarse_unit / 2) / coarse_unit;
-            coarse[i] = r > 127 ? 127 : r;
-        }
-
-        // A coarse search for the scale: which thresholds leave the least squared error?
-        int32_t best_a = 0, best_b = 1;
-        double best_explained = -1.0;
-        for (int s = 0; s < search_steps; ++s) {
-            int32_t a = 0, b = 0;
-            for (int i = 0; i < N; ++i) {
-                int m = 0;
-                for (int t = 0; t < M - 1; ++t) m += coarse[i] > F::coarse_thresholds[s][t];
-                a += coarse[i] * F::magnitudes[m];
-                b += F::magnitudes[m] * F::magnitudes[m];
-            }
-            const double e = explained(a, b);
-            if (e > best_explained) {
-                best_a = a;
-                best_b = b;
-                best_explained = e;
-            }
-        }
-
-        // The nearest centroids under that scale, at full precision.
-        int16_t thresholds[M];
-        refined_thresholds<Bits>(best_a, best_b, thresholds);
-        uint8_t index[N];
+    if (!work.codable()) return;
+    double best = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
         int32_t a = 0, b = 0;
         for (int i = 0; i < N; ++i) {
             int m = 0;
-            for (int t = 0; t < M - 1; ++t) m += magnitude[i] > thresholds[t];
-            a += magnitude[i] * F::magnitudes[m];
+            for (int t = 0; t < F::half_levels - 1; ++t) m += work.coarse[i] > F::coarse_thresholds[s][t];
+            a += work.coarse[i] * F::magnitudes[m];
             b += F::magnitudes[m] * F::magnitudes[m];
-            index[i] = uint8_t(z[i] < 0 ? M - 1 - m : M + m);
         }
+        const double e = explained(a, b);
+        if (e > best) {
+            work.scale = least_squares_scale(a, b, coarse_unit);
+            best = e;
+        }
+    }
+}
 
-        const uint16_t d = block_scale<Bits, N>(energy, a, b, rms, k, &report->saturated);
-        if (d == 0) continue; // below fp16: a zero block
-        store16(dst, d);
-        pack<Bits, N>(index, dst + 2);
+// The nearest centroids under that scale at full precision, and the scale that suits them better.
+template <int Bits, int N> void refine(Encoding<N> & work) {
+    using F = Format<Bits, N>;
+    if (!work.codable()) return;
+    int16_t thresholds[F::half_levels];
+    thresholds_under<Bits>(work.scale, thresholds);
+    int32_t a = 0, b = 0;
+    for (int i = 0; i < N; ++i) {
+        int m = 0;
+        for (int t = 0; t < F::half_levels - 1; ++t) m += work.magnitude[i] > thresholds[t];
+        a += work.magnitude[i] * F::magnitudes[m];
+        b += F::magnitudes[m] * F::magnitudes[m];
+    }
+    work.scale = least_squares_scale(a, b, 1);
+}
+
+// The nearest centroids once more; then the scale to store.
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    std::memset(dst, 0, F::bytes);
+    if (!work.codable()) {
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    uint8_t index[N];
+    int32_t a = 0;
+    for (int i = 0; i < N; ++i) {
+        int m = 0;
+        for (int t = 0; t < M - 1; ++t) m += work.magnitude[i] > thresholds[t];
+        a += work.magnitude[i] * F::magnitudes[m];
+        index[i] = uint8_t(work.z[i] < 0 ? M - 1 - m : M + m);
+    }
+    const uint16_t d = block_scale<Bits, N>(work, a, &report->saturated);
+    if (d == 0) return; // below fp16: a zero block
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
+        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
 
@@ -217,6 +248,34 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     }
     return sum;
 }
+
+template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+        scale[b * tile_rows] = load_scale(src) * F::step;
+        expand<Bits, N>(src + 2, level);
+    }
+}
+
+template <int N>
+void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    scores_tile<N>(level, scale, blocks, query, rows, s);
+}
+
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
+    scores_float_tile(k, head, q, rows, s);
+}
+
+void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                float * sum, int64_t stride) {
+    accumulate_tile(v, count, head, weights, state, rows, sum, stride);
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = half_to_float(load16(src + 2 * i));
+}
+
+void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
 
 } // namespace
 

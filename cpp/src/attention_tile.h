@@ -1,0 +1,137 @@
+// The parts of the fused attention that compilers vectorise well by themselves: included by every ISA file, compiled
+// with its flags. Fixed trip counts and independent lanes are what makes that work without fast math.
+#ifndef TURBOQUANT_ATTENTION_TILE_H
+#define TURBOQUANT_ATTENTION_TILE_H
+
+#include "format.h"
+#include "kernels.h"
+
+namespace turboquant {
+namespace {
+
+// e^x for x <= 0, relative error below 2e-7; 0 from -87 down; NaN stays NaN. Cody-Waite reduction and the polynomial of Cephes' expf.
+inline float exp_negative(float x) {
+    const float bounded = x <= -87.0f ? -87.0f : x;
+    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const float shifted = bounded * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float y = p * r * r + r + 1.0f;
+    const float scaled = bits_float(float_bits(y) + (float_bits(shifted) << 23)); // * 2^n
+    return x <= -87.0f ? 0.0f : x == x ? scaled : x;
+}
+
+inline float greater(float a, float b) { return a > b ? a : b; }
+
+// One query row's tile of scores -> weights relative to the row's running maximum. NaN scores make the sum NaN.
+void softmax_tile(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state) {
+    if (soft_cap != 0.0f) {
+        for (int r = 0; r < tile_rows; ++r) {
+            const float x = s[r] * scale / soft_cap, t = exp_negative(x > 0 ? -2 * x : 2 * x);
+            const float tanh = (1.0f - t) / (1.0f + t);
+            s[r] = soft_cap * (x > 0 ? tanh : -tanh);
+        }
+        scale = 1.0f;
+    }
+    for (int r = 0; r < tile_rows; ++r) // what is masked does not matter, not even a NaN
+        s[r] = bias[r] == -INFINITY ? -INFINITY : s[r] * scale + bias[r];
+
+    float lane[16];
+    for (int l = 0; l < 16; ++l) lane[l] = s[l];
+    for (int r = 16; r < tile_rows; r += 16)
+        for (int l = 0; l < 16; ++l) lane[l] = greater(s[r + l], lane[l]);
+    for (int h = 8; h > 0; h /= 2)
+        for (int l = 0; l < h; ++l) lane[l] = greater(lane[l], lane[l + h]);
+    const float largest = greater(lane[0], state->largest);
+    if (largest == -INFINITY) { // masked so far
+        for (int r = 0; r < tile_rows; ++r) s[r] = s[r] == s[r] ? 0.0f : s[r];
+        state->correction = 1.0f;
+        return;
+    }
+    for (int r = 0; r < tile_rows; ++r) s[r] = exp_negative(s[r] - largest);
+    for (int l = 0; l < 16; ++l) lane[l] = s[l];
+    for (int r = 16; r < tile_rows; r += 16)
+        for (int l = 0; l < 16; ++l) lane[l] += s[r + l];
+    for (int h = 8; h > 0; h /= 2)
+        for (int l = 0; l < h; ++l) lane[l] += lane[l + h];
+    state->correction = state->largest == -INFINITY ? 0.0f : exp_negative(state->largest - largest);
+    state->sum = state->sum * state->correction + lane[0];
+    state->largest = largest;
+}
+
+// K as floats: plain dot products.
+void scores_float_tile(const float * k, int64_t head, const float * q, int rows, float * s) {
+    for (int m = 0; m < rows; ++m)
+        for (int r = 0; r < tile_rows; ++r) {
+            const float * a = q + m * head;
+            const float * b = k + r * head;
+            float lane[16] = {};
+            for (int64_t c = 0; c < head; c += 16)
+                for (int l = 0; l < 16; ++l) lane[l] += a[c + l] * b[c + l];
+            for (int h = 8; h > 0; h /= 2)
+                for (int l = 0; l < h; ++l) lane[l] += lane[l + h];
+            s[m * tile_rows + r] = lane[0];
+        }
+}
+
+// Where an ISA file has nothing better.
+template <int N>
+[[maybe_unused]] void scores_tile(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int m = 0; m < rows; ++m, q += blocks)
+        for (int r = 0; r < tile_rows; ++r) {
+            float sum = 0;
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int8_t * k = level + (r * blocks + b) * N;
+                int32_t product = 0;
+                for (int i = 0; i < N; ++i) product += int32_t(k[i]) * q[b].q[i];
+                sum += float(product) * q[b].scale * scale[b * tile_rows + r];
+            }
+            s[m * tile_rows + r] = sum;
+        }
+}
+
+[[maybe_unused]] void accumulate_tile(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
+                                      float * sum, int64_t stride) {
+    for (int m = 0; m < rows; ++m) {
+        float * out = sum + m * stride;
+        for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
+        for (int r = 0; r < count; ++r)
+            for (int64_t c = 0; c < head; ++c) out[c] += weights[m * tile_rows + r] * v[r * head + c];
+    }
+}
+
+[[maybe_unused]] void query_plain_tile(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        float largest = 0;
+        bool finite = true;
+        for (int i = 0; i < 32; ++i) {
+            const float a = std::fabs(src[i]);
+            finite = finite && a < INFINITY;
+            largest = a > largest ? a : largest;
+        }
+        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+        out->scale = finite ? largest / 127.0f : NAN;
+        out->sum = 0;
+        for (int i = 0; i < 32; ++i) {
+            out->q[i] = finite ? int8_t(std::nearbyint(src[i] * inverse)) : int8_t(0);
+            out->sum += out->q[i];
+        }
+    }
+}
+
+void load_bf16_row(const uint8_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = bits_float(uint32_t(load16(src + 2 * i)) << 16);
+}
+
+} // namespace
+} // namespace turboquant
+
+#endif

@@ -1,0 +1,215 @@
+// turbo-cpu.cpp: GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the codec's tile engine. Part of ggml-cpu.
+//
+// One unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded
+// tile. With fewer units than threads can share, the KV range is cut into chunks whose partial results are merged.
+
+#include "turbo-ggml.h"
+
+#include "turboquant.h"
+
+#include "ggml-cpu-impl.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t rows_per_unit  = 64;  // query rows that share a decoded tile
+constexpr int64_t least_kv_chunk = 256; // KV rows; less is not worth a merge
+
+int row_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F16:  return TQ_ROW_F16;
+        case GGML_TYPE_BF16: return TQ_ROW_BF16;
+        case GGML_TYPE_Q8_0: return TQ_ROW_Q8_0;
+        case GGML_TYPE_Q4_0: return TQ_ROW_Q4_0;
+        default:             return turbo_is_type(type) ? (int) type - (int) TURBO_TYPE_FIRST : -1;
+    }
+}
+
+struct Plan {
+    tq_attention_kv kv;
+    int64_t group;        // query heads of a KV head
+    int64_t tokens;       // of a unit
+    int64_t token_runs;   // units of a KV head
+    int64_t units;
+    int64_t chunks;       // of the KV range
+    int64_t chunk_rows;   // KV rows
+    int64_t unit_rows;    // most query rows of a unit
+    size_t  scratch;      // bytes of a thread
+    size_t  partial;      // bytes of the partial results of a unit's chunk
+    size_t  total;        // bytes
+    float   max_bias;
+};
+
+size_t align(size_t n) {
+    return (n + 63) & ~(size_t) 63;
+}
+
+// False if the engine does not cover op: then ggml's generic path computes it.
+bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT) {
+        return false;
+    }
+    const ggml_tensor * q    = op->src[0];
+    const ggml_tensor * k    = op->src[1];
+    const ggml_tensor * v    = op->src[2];
+    const ggml_tensor * mask = op->src[3];
+    if (!turbo_is_type(k->type) && !turbo_is_type(v->type)) {
+        return false;
+    }
+    const int type_k = row_type(k->type);
+    const int type_v = row_type(v->type);
+    if (type_k < 0 || type_v < 0 || !tq_attention_supports(type_k, type_v, k->ne[0], v->ne[0])) {
+        return false;
+    }
+    if (q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) ||
+        k->nb[0] != ggml_type_size(k->type) || v->nb[0] != ggml_type_size(v->type) ||
+        k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || q->ne[3] % k->ne[3] != 0 ||
+        (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(uint16_t)))) {
+        return false;
+    }
+
+    float params[3];
+    memcpy(params, op->op_params, sizeof(params));
+    plan.max_bias = params[1];
+    plan.kv = { type_k, type_v, k->ne[0], v->ne[0], nullptr, nullptr, k->nb[1], v->nb[1], params[0], params[2],
+                turbo_sparse_v() };
+
+    const int64_t n_kv = k->ne[1];
+    plan.group      = q->ne[2] / k->ne[2];
+    plan.tokens     = std::max<int64_t>(1, std::min(q->ne[1], rows_per_unit / plan.group));
+    plan.token_runs = (q->ne[1] + plan.tokens - 1) / plan.tokens;
+    plan.units      = q->ne[3] * k->ne[2] * plan.token_runs;
+    plan.unit_rows  = plan.tokens * plan.group;
+    // Two units for each thread let the threads finish together.
+    const int64_t wanted = (2 * n_threads + plan.units - 1) / plan.units;
+    plan.chunks     = std::max<int64_t>(1, std::min(plan.units >= n_threads && plan.units % n_threads == 0 ? 1 : wanted,
+                                                    n_kv / least_kv_chunk));
+    plan.chunk_rows = ((n_kv + plan.chunks - 1) / plan.chunks + 63) / 64 * 64;
+
+    plan.scratch = align(tq_attention_scratch(&plan.kv, plan.unit_rows)) +
+                   align(plan.unit_rows * (sizeof(float *) + sizeof(void *) + sizeof(float)));
+    plan.partial = align(plan.unit_rows * (plan.kv.head_v + 2) * sizeof(float));
+    plan.total   = 64 + n_threads * plan.scratch +
+                   (plan.chunks == 1 ? (int64_t) n_threads : plan.units * plan.chunks) * plan.partial;
+    return true;
+}
+
+float alibi_slope(const Plan & plan, int64_t head, int64_t n_head) {
+    if (plan.max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int64_t n_head_log2 = 1ll << (int64_t) floor(log2((double) n_head));
+    const float   m0 = powf(2.0f, -plan.max_bias / n_head_log2);
+    const float   m1 = powf(2.0f, -(plan.max_bias / 2.0f) / n_head_log2);
+    return head < n_head_log2 ? powf(m0, head + 1) : powf(m1, 2 * (head - n_head_log2) + 1);
+}
+
+// A unit's place in the tensors.
+struct Unit {
+    int64_t stream, head, token, tokens;
+};
+
+Unit unit_at(const Plan & plan, const ggml_tensor * op, int64_t index) {
+    const int64_t run  = index % plan.token_runs;
+    const int64_t head = index / plan.token_runs % op->src[1]->ne[2];
+    Unit unit = { index / plan.token_runs / op->src[1]->ne[2], head, run * plan.tokens, 0 };
+    unit.tokens = std::min(plan.tokens, op->src[0]->ne[1] - unit.token);
+    return unit;
+}
+
+void compute_chunk(const Plan & plan, const ggml_tensor * op, const Unit & unit, int64_t first, int64_t last,
+                   float * partial, char * memory) {
+    const ggml_tensor * q    = op->src[0];
+    const ggml_tensor * k    = op->src[1];
+    const ggml_tensor * v    = op->src[2];
+    const ggml_tensor * mask = op->src[3];
+
+    char *         arrays  = memory + align(tq_attention_scratch(&plan.kv, plan.unit_rows));
+    const float ** q_rows  = (const float **) arrays;
+    const void **  masks   = (const void **) (arrays + plan.unit_rows * sizeof(float *));
+    float *        slopes  = (float *) (arrays + plan.unit_rows * (sizeof(float *) + sizeof(void *)));
+    int64_t        rows    = 0;
+    for (int64_t t = unit.token; t < unit.token + unit.tokens; ++t) {
+        for (int64_t h = unit.head * plan.group; h < (unit.head + 1) * plan.group; ++h, ++rows) {
+            q_rows[rows] = (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + unit.stream * q->nb[3]);
+            masks[rows]  = mask ? (const char *) mask->data + t * mask->nb[1] + h % mask->ne[2] * mask->nb[2] +
+                                      unit.stream % mask->ne[3] * mask->nb[3] : nullptr;
+            slopes[rows] = alibi_slope(plan, h, q->ne[2]);
+        }
+    }
+    tq_attention_kv kv     = plan.kv;
+    const int64_t   stream = unit.stream / (q->ne[3] / k->ne[3]);
+    kv.k = (const char *) k->data + unit.head * k->nb[2] + stream * k->nb[3];
+    kv.v = (const char *) v->data + unit.head * v->nb[2] + stream * v->nb[3];
+    const tq_attention_queries queries = { rows, q_rows, masks, 0, slopes };
+    tq_attention_partial(&kv, &queries, first, last, partial, memory);
+}
+
+void finish_row(const Plan & plan, ggml_tensor * op, const Unit & unit, int64_t row, float * partial) {
+    const int64_t       head  = unit.head * plan.group + row % plan.group;
+    const int64_t       token = unit.token + row / plan.group;
+    const ggml_tensor * sinks = op->src[4];
+    float * out = (float *) ((char *) op->data +
+                             (unit.stream * op->ne[2] * op->ne[1] + head + token * op->ne[1]) * op->nb[1]);
+    tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, sinks ? (const float *) sinks->data + head : nullptr, out);
+}
+
+} // namespace
+
+bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op) {
+    Plan plan;
+    if (params->use_ref || !plan_attention(op, params->nth, plan) || params->wsize < plan.total) {
+        return false;
+    }
+    char *        base    = (char *) align((size_t) params->wdata);
+    char *        scratch = base + params->ith * plan.scratch;
+    char *        results = base + params->nth * plan.scratch;
+    const int64_t n_kv    = op->src[1]->ne[1];
+    const int64_t stride  = plan.kv.head_v + 2;
+
+    if (plan.chunks == 1) {
+        float * partial = (float *) (results + params->ith * plan.partial);
+        for (int64_t u = params->ith; u < plan.units; u += params->nth) {
+            const Unit unit = unit_at(plan, op, u);
+            compute_chunk(plan, op, unit, 0, n_kv, partial, scratch);
+            for (int64_t row = 0; row < unit.tokens * plan.group; ++row) {
+                finish_row(plan, op, unit, row, partial + row * stride);
+            }
+        }
+        return true;
+    }
+    for (int64_t item = params->ith; item < plan.units * plan.chunks; item += params->nth) {
+        const int64_t chunk = item % plan.chunks;
+        const int64_t first = std::min(chunk * plan.chunk_rows, n_kv);
+        const int64_t last  = std::min(first + plan.chunk_rows, n_kv);
+        compute_chunk(plan, op, unit_at(plan, op, item / plan.chunks), first, last,
+                      (float *) (results + item * plan.partial), scratch);
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t item = params->ith; item < plan.units * plan.unit_rows; item += params->nth) {
+        const int64_t u    = item / plan.unit_rows;
+        const int64_t row  = item % plan.unit_rows;
+        const Unit    unit = unit_at(plan, op, u);
+        if (row >= unit.tokens * plan.group) {
+            continue;
+        }
+        char *  first = results + u * plan.chunks * plan.partial;
+        float * into  = (float *) first + row * stride;
+        for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+            tq_attention_merge(into, (const float *) (first + chunk * plan.partial) + row * stride, plan.kv.head_v);
+        }
+        finish_row(plan, op, unit, row, into);
+    }
+    return true;
+}
+
+void turbo_cpu_work_size(int n_threads, const struct ggml_tensor * op, size_t * size) {
+    Plan plan;
+    if (plan_attention(op, n_threads, plan)) {
+        *size = std::max(*size, plan.total);
+    }
+}
