@@ -56,8 +56,9 @@ class Build:
     ) -> Result:
         """Run a program to its end. With `check`, a non-zero status is an AssertionError that shows the output."""
         command = [str(self.program(name)), *map(str, args)]
+        environment = {**os.environ, **QUIET, **(env or {})}
         done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout, env={**os.environ, **QUIET, **(env or {})}
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout, env=environment
         )
         result = Result(
             command, done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")

@@ -9,8 +9,8 @@ import pytest
 from harness import TURBO_ALL, Build, Probe, kld
 
 #: Bound of KLD(batched, one token at a time) relative to the type's own KLD. The generic path gives exactly 0, as it
-#: works row by row. (Another order of summation costs far more than one expects: it moves activations across the borders
-#: of int8 and of centroids. Flash attention on and off, which do the same in another order, differ by 0.4 to 0.7.)
+#: works row by row. (Another order of sums costs far more than one expects: it moves activations across the borders of
+#: int8 and of centroids. Flash attention on and off, which do the same in another order, differ by 0.4 to 0.7.)
 DISAGREEMENT = 0.02
 
 MIXED = [

@@ -9,7 +9,7 @@ from harness import TURBO, ProbeError, kld, kv_sizes, random_tokens
 #: Head size -> suffix of the type that `-ctk turboN` resolves to.
 RESOLVED = {64: "_64", 96: "_32", 128: "", 192: "_64", 256: "", 512: ""}
 
-#: KLD on the random models: the largest that was measured over all shapes below is 0.052, 0.214 and 0.728 (q4_0: 0.050).
+#: KLD on the random models. The largest measured over all shapes is 0.052, 0.214 and 0.728 (q4_0: 0.050).
 BOUND = {"turbo4": 0.065, "turbo3": 0.26, "turbo2": 0.88}
 #: A sequence among others in a batch: exactly the same with turbo types, but float sums may be ordered otherwise.
 SAME = 1e-4
