@@ -1,0 +1,113 @@
+"""One-layer models: keys and values do not depend on attention there, so nothing amplifies a rounding error.
+
+What differs by 1e-2 in a deep model (see test_paths.py) differs by 1e-8 here, and the whole model is few enough lines of
+NumPy that its logits can be computed from the formulas: with the keys and values that the Python package quantizes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Probe, kld, random_tokens
+from make_model import Shape, write_model
+
+gguf = pytest.importorskip("gguf")
+turboquant = pytest.importorskip("turboquant")
+
+#: KLD between two ways of summing the same numbers (measured: 2e-13 between kernels, 2e-8 between the paths).
+ROUNDING = 1e-6
+#: KLD to the oracle, whose queries are not rounded to int8 (measured: 5e-5 to 8e-5, and 2e-9 with K in f16).
+ORACLE = 1.5e-4
+HEADS = (64, 96, 128, 192, 256, 512)
+PAIRS = [("turbo4", "turbo3"), ("turbo2", "turbo4"), ("q8_0", "turbo3"), ("turbo4", "f16"), ("turbo3_32", "turbo2_32")]
+TOKENS = random_tokens(600, seed=11)
+NAMES = [kernels.name for kernels in turboquant.kernels() if kernels.supported]
+
+
+def shape(head: int) -> Shape:
+    return Shape(head=head, layers=1, heads=8, kv_heads=2)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pytest.mark.parametrize("head", HEADS)
+def test_kernels_and_paths(build, tmp_path: Path, head: int, pair: tuple[str, str]) -> None:
+    """Every kernel; the whole text as one batch, in pieces, token by token; one thread and three."""
+    model = write_model(tmp_path / "model.gguf", shape(head))
+    expected = None
+    for name in NAMES:
+        with Probe(build, model, tmp_path, {"TURBOQUANT_KERNELS": name}) as probe:
+            ways = ((600, 1), (7, 1), (1, 1), (600, 3)) if name in (NAMES[0], "scalar") else ((600, 2), (1, 1))
+            for step, threads in ways:
+                probe.context(*pair, n_ctx=1024, n_batch=600, n_ubatch=600, threads=threads)
+                logits = probe.logits(TOKENS, step=step)
+                if expected is None:
+                    expected = logits
+                    probe.context(n_ctx=1024, n_batch=600, n_ubatch=600)
+                    assert kld(probe.logits(TOKENS), logits) > 1000 * ROUNDING
+                assert kld(expected, logits) <= ROUNDING, (name, step, threads)
+
+
+def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.ndarray:
+    """Logits of the one-layer model in float64, with K and V quantized as a cache of the types would hold them."""
+    w = {t.name: np.array(t.data, np.float64) for t in gguf.GGUFReader(path).tensors}
+
+    def norm(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    def rope(x: np.ndarray) -> np.ndarray:
+        """Pairs (0, 1), (2, 3), ... of a head turn by position * 10000^(-2i/head)."""
+        angle = np.arange(len(tokens))[:, None] * 10000.0 ** (-np.arange(0, s.head, 2) / s.head)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+    def stored(x: np.ndarray, name: str) -> np.ndarray:
+        rows = x.astype(np.float32)
+        if name == "f16":
+            return rows.astype(np.float16).astype(np.float64)
+        return turboquant.dequantize(turboquant.quantize(rows, name), name).astype(np.float64)
+
+    x = w["token_embd.weight"][tokens]
+    h = norm(x)
+    q = rope((h @ w["blk.0.attn_q.weight"].T).reshape(-1, s.heads, s.head))
+    k = rope((h @ w["blk.0.attn_k.weight"].T).reshape(-1, s.kv_heads, s.head))
+    v = (h @ w["blk.0.attn_v.weight"].T).reshape(-1, s.kv_heads, s.head)
+    k, v = (np.repeat(stored(t, name), s.heads // s.kv_heads, axis=1) for t, name in ((k, ctk), (v, ctv)))
+    scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(s.head)
+    scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("hij,jhd->ihd", weights, v).reshape(len(tokens), -1)
+    x = x + out @ w["blk.0.attn_output.weight"].T
+    h = norm(x)
+    gate = h @ w["blk.0.ffn_gate.weight"].T
+    x = x + (gate / (1 + np.exp(-gate)) * (h @ w["blk.0.ffn_up.weight"].T)) @ w["blk.0.ffn_down.weight"].T
+    return norm(x) @ w["output.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("head", "ctk", "ctv"),
+    [
+        (128, "turbo4", "turbo4"),
+        (128, "turbo3", "turbo2"),
+        (128, "turbo2", "f16"),
+        (256, "turbo3", "turbo3"),
+        (64, "turbo4_64", "turbo2_64"),
+        (192, "turbo3_64", "turbo4_64"),
+        (96, "turbo4_32", "turbo3_32"),
+        (128, "f16", "turbo3_32"),
+    ],
+)
+@pytest.mark.parametrize("step", [None, 1], ids=["batched", "single"])
+def test_logits_are_those_of_the_formulas(build, tmp_path: Path, head: int, ctk: str, ctv: str, step: int | None) -> None:
+    s = shape(head)
+    model = write_model(tmp_path / "model.gguf", s)
+    tokens = TOKENS[:200]
+    expected = forward(model, s, tokens, ctk, ctv)
+    with Probe(build, model, tmp_path) as probe:
+        probe.context(ctk, ctv)
+        assert kld(expected, probe.logits(tokens, step=step)) <= ORACLE
+        probe.context("f16", "f16")
+        assert kld(expected, probe.logits(tokens, step=step)) > 10 * ORACLE, "the test cannot tell the types from f16"
