@@ -1,7 +1,7 @@
 """One-layer models: keys and values do not depend on attention there, so nothing amplifies a rounding error.
 
-What differs by 1e-2 in a deep model (see test_paths.py) differs by 1e-8 here, and the whole model is few enough lines of
-NumPy that its logits can be computed from the formulas: with the keys and values that the Python package quantizes.
+What differs by 1e-2 in a deep model (see test_paths.py) differs by 1e-8 here, and the whole model is few enough lines
+of NumPy that its logits can be computed from the formulas: with the keys and values that the Python package quantizes.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.n
     ],
 )
 @pytest.mark.parametrize("step", [None, 1], ids=["batched", "single"])
-def test_logits_are_those_of_the_formulas(build, tmp_path: Path, head: int, ctk: str, ctv: str, step: int | None) -> None:
+def test_logits_are_those_of_the_formulas(build, tmp_path: Path, head: int, ctk: str, ctv: str, step) -> None:
     s = shape(head)
     model = write_model(tmp_path / "model.gguf", s)
     tokens = TOKENS[:200]
