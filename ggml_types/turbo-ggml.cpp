@@ -192,11 +192,11 @@ bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_si
     return turbo_boundary_parse(getenv(TURBO_BOUNDARY_ENV), out, error, error_size);
 }
 
-void turbo_boundary_to_env(const char * text) {
+void turbo_option_to_env(const char * name, const char * text) {
 #ifdef _WIN32
-    _putenv_s(TURBO_BOUNDARY_ENV, text);
+    _putenv_s(name, text);
 #else
-    setenv(TURBO_BOUNDARY_ENV, text, 1);
+    setenv(name, text, 1);
 #endif
 }
 
@@ -230,10 +230,27 @@ const char * turbo_kernels_name(void) {
     return name ? name : "scalar";
 }
 
+bool turbo_sparse_v_parse(const char * text, float * out, char * error, size_t error_size) {
+    *out = TURBO_SPARSE_V_DEFAULT;
+    if (!text || !*text) {
+        return true;
+    }
+    char *      end   = nullptr;
+    const float value = strtof(text, &end);
+    if (*end || !(value >= 0.0f && value < 1.0f)) {
+        return fail(error, error_size, std::string("cache-sparse-v '") + text +
+                    "': must be a number from 0 (off) to below 1, as in 1e-6");
+    }
+    *out = value;
+    return true;
+}
+
 float turbo_sparse_v(void) {
     static const float threshold = []() {
-        const char * text = getenv(TURBO_SPARSE_V_ENV);
-        return text && *text ? strtof(text, nullptr) : 1e-6f;
+        float value;
+        char  error[512];
+        turbo_sparse_v_parse(getenv(TURBO_SPARSE_V_ENV), &value, error, sizeof(error));
+        return value;
     }();
     return threshold;
 }

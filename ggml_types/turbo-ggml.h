@@ -146,8 +146,8 @@ GGML_API bool turbo_boundary_parse(const char * text, turbo_boundary * out, char
 /* Parse the environment variable. */
 GGML_API bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size);
 
-/* Hand a value that was checked to libllama, which reads the environment variable. */
-GGML_API void turbo_boundary_to_env(const char * text);
+/* Hand an option's value that was checked to libllama and ggml, which read the environment variable. */
+GGML_API void turbo_option_to_env(const char * name, const char * text);
 
 /* Null if the codec's kernels are usable, else one sentence (TURBOQUANT_KERNELS is wrong); in a static buffer. */
 GGML_API const char * turbo_kernels_error(void);
@@ -164,8 +164,14 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
 /* Raise *size to the scratch bytes that it needs. */
 void turbo_cpu_work_size(int n_threads, const struct ggml_tensor * op, size_t * size);
 
-/* Rows of V whose weight relative to the row's largest is at most this are left out; from the environment variable. */
+/* Sparse V: rows of V whose softmax weight, relative to the row's largest, is at most this are not read. */
 #define TURBO_SPARSE_V_ENV "LLAMA_ARG_CACHE_SPARSE_V"
+#define TURBO_SPARSE_V_DEFAULT 1e-6f
+
+/* Parse `text` (null or empty: the default): a number from 0 to below 1. On failure returns false and writes one
+ * sentence into error. */
+GGML_API bool turbo_sparse_v_parse(const char * text, float * out, char * error, size_t error_size);
+/* The environment variable's value, read once; the default if it is wrong (context creation has refused it before). */
 GGML_API float turbo_sparse_v(void);
 
 /* ---- llama.cpp's own tests ------------------------------------------------------------------------------------- */

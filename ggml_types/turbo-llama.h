@@ -264,6 +264,11 @@ inline bool turbo_init_context(const llama_model & model, llama_context_params &
         LLAMA_LOG_ERROR("turboquant: %s\n", error);
         return false;
     }
+    float sparse_v;
+    if (!turbo_sparse_v_parse(getenv(TURBO_SPARSE_V_ENV), &sparse_v, error, sizeof(error))) {
+        LLAMA_LOG_ERROR("turboquant: %s\n", error);
+        return false;
+    }
     const bool turbo = turbo_is_type(params.type_k) || turbo_is_type(params.type_v);
     if (!turbo && boundary.layers == 0) {
         return true;
