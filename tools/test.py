@@ -417,6 +417,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context = Context(cache_folder(), not given.no_packages, given.pytest)
     context.cache.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)  # how CI ends a job
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     start = time.monotonic()
     total, lines, bad = Count(), [], set()
