@@ -211,8 +211,10 @@ endif()
 add_custom_target(slow DEPENDS slow.txt)
 """
 START = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits an ignored SIGINT
 from turboquant.llama import build, patch
 from turboquant import cli
 root = Path(sys.argv[1])
@@ -262,7 +264,7 @@ def test_interrupted_build_goes_on(native, tree, build, number):
     process, folder, compiler = start_slow(native, tree)
     assert alive(compiler)
     process.send_signal(number)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=60)  # a limit for a test that hangs, not a bound on speed
     assert process.returncode == 130
     assert out == "" and "goes on from here" in err
     assert not alive(compiler)
