@@ -40,6 +40,11 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     _tq_isa(TURBOQUANT_ARM64 SOURCES neon_dotprod.cpp FLAGS -march=armv8.2-a+dotprod)
 endif()
 
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # GCC 12 vectorises the encoder's choice between two centroids wrongly (turbo2, on x86-64 and on AArch64).
+    set_source_files_properties(${_tq_src}/scalar.cpp PROPERTIES COMPILE_OPTIONS -fno-tree-vectorize)
+endif()
+
 if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
     # Identical results in every kernel: no fused multiply-adds that the source does not ask for, no fast math. -O3 even
     # in debug builds of the host: this is the inner loop of a token.

@@ -116,7 +116,7 @@ template <int N> void query(const float * src, void * dst, int64_t blocks) {
 
 template <int N> struct Encoding : EncodingBase {
     int16_t z[N], magnitude[N];
-    int coarse[N]; // plain int: GCC 12 miscompiles the two-level search on int8_t (vectorised select)
+    int coarse[N];
 };
 
 // Rotate, and round to integers in units of RMS / 2048.
