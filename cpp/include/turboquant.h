@@ -9,7 +9,8 @@
  *  - Every function is thread-safe, allocates nothing unless it says so, never prints, never aborts, throws nothing.
  *  - Rows are contiguous; `n` counts values and must be a multiple of the type's block. Pointers need no alignment
  *    beyond their element type (encoded rows: none). Source and destination must not overlap unless said otherwise.
- *  - All kernels (scalar, avx2, avx512, ...) give the same bytes and the same floats; only tq_dot differs, by rounding.
+ *  - All kernels (scalar, avx2, avx512, ...) give the same bytes and the same floats; only tq_dot and attention
+ *    differ, by rounding.
  *  - The functions named *_row are the hot path of a host that has checked its arguments: they check nothing.
  */
 #ifndef TURBOQUANT_H
@@ -108,7 +109,8 @@ TURBOQUANT_API tq_status tq_unrotate(int block, const float * src, float * dst, 
 
 /* ---- dot products ------------------------------------------------------------------------------------------ */
 
-/* A prepared query row: each block rotated and rounded to int8 with one float scale. In-memory only, never stored. */
+/* A prepared query row: each block rotated and rounded to int8 with one float scale. In-memory only, never stored.
+ * q lies in -127 ... 127; tq_dot may be wrong if it holds -128, which tq_query never writes. */
 typedef struct tq_query128 { float scale; int32_t sum; int8_t q[128]; } tq_query128; /* sum: of q */
 typedef struct tq_query64  { float scale; int32_t sum; int8_t q[64];  } tq_query64;
 typedef struct tq_query32  { float scale; int32_t sum; int8_t q[32];  } tq_query32;
