@@ -9,7 +9,7 @@ from . import _core
 
 
 class Kernels(NamedTuple):
-    """One set of kernels. All give the same bytes and the same floats; only `dot` and `attention` differ, by rounding."""
+    """One set of kernels. All give the same bytes and the same floats; only `dot` and `attention` round differently."""
 
     name: str  #: "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon" or "scalar"
     supported: bool  #: this CPU can run them
