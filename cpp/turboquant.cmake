@@ -35,6 +35,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_
     _tq_isa(TURBOQUANT_X86 SOURCES avx2.cpp FLAGS ${_tq_avx2})
     _tq_isa(TURBOQUANT_X86 SOURCES avx512.cpp FLAGS ${_tq_avx512})
     _tq_isa(TURBOQUANT_X86 SOURCES avx512vnni.cpp FLAGS ${_tq_avx512} -mavx512vnni)
+    _tq_isa(TURBOQUANT_X86 SOURCES avx512vbmi.cpp FLAGS ${_tq_avx512} -mavx512vnni -mavx512vbmi)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     _tq_isa(TURBOQUANT_ARM64 SOURCES neon.cpp FLAGS -march=armv8-a)
     _tq_isa(TURBOQUANT_ARM64 SOURCES neon_dotprod.cpp FLAGS -march=armv8.2-a+dotprod)

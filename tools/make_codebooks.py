@@ -24,7 +24,7 @@ BLOCKS = (128, 64, 32)
 # The encoder's integers: one RMS is 2048 units, so a one-hot block of 128 (11.32 RMS) still fits int16.
 RMS_UNIT = 2048
 # Its search tries these threshold scales around the RMS on magnitudes in coarse units of RMS/32, which fit 7 bits up to
-# 4 RMS. A finer unit or more steps no longer lower the error once the winner's scale is refined (FORMAT.md, "Encoder").
+# 4 RMS.
 COARSE_UNIT = 64
 SEARCH = [0.76 + 0.06 * i for i in range(8)]
 

@@ -98,13 +98,10 @@ def encode(name: str, x: np.ndarray) -> np.ndarray:
         explained = float(a) * float(a) / float(b)
         if explained > best_explained:
             best_a, best_b, best_explained = a, b, explained
-    # The nearest centroids under it, twice, and the scale that preserves inner products.
+    # The nearest centroids under it, and the scale that preserves inner products.
     midpoints = ((magnitudes[1:] + magnitudes[:-1]) / 2).astype(F32)
     scale = F32(float(COARSE_UNIT) * float(best_a) / float(best_b))
-    for _ in range(2):
-        m = (np.abs(z)[:, None] > np.rint(midpoints * scale)).sum(axis=1)
-        levels = magnitudes[m]
-        scale = F32(float(np.abs(z) @ levels) / float(levels @ levels))
+    m = (np.abs(z)[:, None] > np.rint(midpoints * scale)).sum(axis=1)
     gain = float(z @ z) / float(np.abs(z) @ magnitudes[m])
     unit = 1.0 / (float(RMS_UNIT) * float(F32(reference.step(bits) / math.sqrt(n))) * n)
     d = gain * float(rms) * unit * 2.0**k

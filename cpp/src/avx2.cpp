@@ -299,36 +299,39 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
         work.coarse[r] = _mm256_packs_epi16(rounded[2 * r], rounded[2 * r + 1]);
 }
 
-template <int Bits, int N> void search(Encoding<N> & work) {
+template <int Bits, int N> void search(Encoding<N> * work, int count) {
     using F = Format<Bits, N>;
-    if (!work.codable()) return;
     static_assert(search_steps == 8, "one lane for each step");
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(F::magnitudes)));
-    __m256i as[search_steps], bs[search_steps];
-    for (int s = 0; s < search_steps; ++s) {
-        as[s] = bs[s] = _mm256_setzero_si256();
-        for (int r = 0; r < work.bytes; ++r) {
-            __m256i m = _mm256_setzero_si256();
-            for (int t = 0; t < F::half_levels - 1; ++t)
-                m = _mm256_sub_epi8(
-                    m, _mm256_cmpgt_epi8(work.coarse[r], _mm256_set1_epi8(F::coarse_thresholds[s][t])));
-            const __m256i c = _mm256_shuffle_epi8(table, m);
-            as[s] = multiply_add8(as[s], work.coarse[r], c);
-            bs[s] = multiply_add8(bs[s], c, c);
+    for (Encoding<N> * w = work; w < work + count; ++w) {
+        if (!w->codable()) continue;
+        __m256i as[search_steps], bs[search_steps];
+        for (int s = 0; s < search_steps; ++s) {
+            as[s] = bs[s] = _mm256_setzero_si256();
+            for (int r = 0; r < w->bytes; ++r) {
+                __m256i m = _mm256_setzero_si256();
+                for (int t = 0; t < F::half_levels - 1; ++t) {
+                    const __m256i threshold = _mm256_set1_epi8(F::coarse_thresholds[s][t]);
+                    m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(w->coarse[r], threshold));
+                }
+                const __m256i c = _mm256_shuffle_epi8(table, m);
+                as[s] = multiply_add8(as[s], w->coarse[r], c);
+                bs[s] = multiply_add8(bs[s], c, c);
+            }
         }
+        alignas(32) int32_t a8[8], b8[8];
+        _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
+        int best = 0;
+        double best_explained = -1.0;
+        for (int s = 0; s < search_steps; ++s) {
+            const double e = explained(a8[s], b8[s]);
+            best = e > best_explained ? s : best;
+            best_explained = e > best_explained ? e : best_explained;
+        }
+        w->scale = least_squares_scale(a8[best], b8[best]);
     }
-    alignas(32) int32_t a8[8], b8[8];
-    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), reduce_add8(as));
-    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), reduce_add8(bs));
-    int best = 0;
-    double best_explained = -1.0;
-    for (int s = 0; s < search_steps; ++s) {
-        const double e = explained(a8[s], b8[s]);
-        best = e > best_explained ? s : best;
-        best_explained = e > best_explained ? e : best_explained;
-    }
-    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
 }
 
 // How many thresholds each magnitude exceeds, in the low byte of each word; the high byte is 0x80, which tells pshufb to
@@ -343,20 +346,6 @@ template <int Thresholds> __m256i count_exceeded(__m256i magnitude, const int16_
 template <int Bits> __m256i look_up(__m256i count) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), count);
-}
-
-template <int Bits, int N> void refine(Encoding<N> & work) {
-    constexpr int M = Format<Bits, N>::half_levels;
-    if (!work.codable()) return;
-    int16_t thresholds[M];
-    thresholds_under<Bits>(work.scale, thresholds);
-    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
-    for (int r = 0; r < work.words; ++r) {
-        const __m256i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
-        a = _mm256_add_epi32(a, _mm256_madd_epi16(work.magnitude[r], c));
-        b = _mm256_add_epi32(b, _mm256_madd_epi16(c, c));
-    }
-    work.scale = least_squares_scale(reduce_add(a), reduce_add(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -396,8 +385,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
-        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        search<Bits>(work, count);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL). avx512vnni.cpp compiles this file once more with VNNI dot products.
+// AVX-512 (F, BW, DQ, VL). avx512vnni.cpp and avx512vbmi.cpp compile this file again with more instructions.
 // The functions and their order are scalar.cpp's; comments here only explain the vector tricks.
 #include "attention_tile.h"
 #include "format.h"
@@ -254,33 +254,56 @@ __m512i multiply_add8(__m512i sum, __m512i a, __m512i b) { // 0 <= a, b <= 127: 
 #endif
 }
 
-// The sums of eight registers, one in each lane of the result.
-__m256i reduce_add8(const __m512i * v) {
-    __m256i half[8];
-    for (int i = 0; i < 8; ++i)
-        half[i] = _mm256_add_epi32(_mm512_castsi512_si256(v[i]), _mm512_extracti64x4_epi64(v[i], 1));
-    const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
-    const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(half[4], half[5]), _mm256_hadd_epi32(half[6], half[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+// Each 128-bit lane: the four sums of that lane of v[0 ... 3].
+__m512i reduce_add4(const __m512i * v) {
+    const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
 }
 
+// The sums of the lower halves of eight registers, then those of the upper halves.
+__m512i reduce_add_halves(const __m512i * v) {
+    const __m512i low = reduce_add4(v), high = reduce_add4(v + 4);
+    const __m512i sum = _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD));
+    return _mm512_shuffle_i32x4(sum, sum, 0xD8);
+}
+
+#ifdef TURBOQUANT_VBMI
+// The centroid of every coarse magnitude, for each step of the search.
+template <int Bits> struct CoarseTable {
+    struct Rows {
+        alignas(64) int8_t row[search_steps][128];
+        constexpr Rows() : row() {
+            for (int s = 0; s < search_steps; ++s)
+                for (int r = 0, t = 0; r < 128; ++r) {
+                    while (t < (1 << (Bits - 1)) - 1 && r > Codebook<Bits>::coarse_thresholds[s][t]) ++t;
+                    row[s][r] = Codebook<Bits>::magnitudes[t];
+                }
+        }
+    };
+    static constexpr Rows rows{};
+};
+#endif
+
 template <int N> struct Encoding : EncodingBase {
-    static constexpr int words = N / 32;               // registers of 32 int16
-    static constexpr int bytes = Levels<N>::registers; // registers of 64 int8
-    __m512i z[words], magnitude[words], coarse[bytes];
+    static constexpr int words = N / 32; // registers of 32 int16
+    __m512i z[words], magnitude[words];
+    __m256i coarse[words];
 };
 
 template <int N> void transform(const float * x, Encoding<N> & work) {
     __m512 y[N / lanes];
     load<N>(x, y);
     work.largest = largest_bits<N>(y);
-    if (!work.codable()) return;
+    if (!work.codable()) {
+        for (int r = 0; r < work.words; ++r) work.coarse[r] = _mm256_setzero_si256(); // a neighbour is searched with it
+        return;
+    }
     work.k = scale_exponent(work.largest);
     forward<N>(y, power_of_two(-work.k), y);
     work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
     const __m512 unit = _mm512_set1_ps(rms_unit / work.rms);
     __m512i energy = _mm512_setzero_si512();
-    __m256i coarse[work.words];
     static_assert(coarse_unit == 1 << 6, "the shift below");
     for (int r = 0; r < work.words; ++r) {
         const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(y[2 * r], unit)));
@@ -289,45 +312,67 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
         work.magnitude[r] = _mm512_abs_epi16(work.z[r]);
         energy = multiply_add16(energy, work.z[r], work.z[r]);
         const __m512i rounded = _mm512_add_epi16(work.magnitude[r], _mm512_set1_epi16(coarse_unit / 2));
-        coarse[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
+        work.coarse[r] = _mm512_cvtsepi16_epi8(_mm512_srli_epi16(rounded, 6)); // saturates at 127
     }
     work.energy = _mm512_reduce_add_epi32(energy);
-    if constexpr (N == 32) // the unused half stays zero in every sum
-        work.coarse[0] = _mm512_inserti64x4(_mm512_setzero_si512(), coarse[0], 0);
-    else
-        for (int r = 0; r < work.bytes; ++r)
-            work.coarse[r] = _mm512_inserti64x4(_mm512_castsi256_si512(coarse[2 * r]), coarse[2 * r + 1], 1);
 }
 
-template <int Bits, int N> void search(Encoding<N> & work) {
-    using F = Format<Bits, N>;
-    if (!work.codable()) return;
-    static_assert(search_steps == 8, "one lane for each step");
-    __m512i as[search_steps], bs[search_steps];
-    for (int s = 0; s < search_steps; ++s) {
-        __m512i c[work.bytes];
-        for (int r = 0; r < work.bytes; ++r)
-            c[r] = _mm512_maskz_set1_epi8(N == 32 ? 0xFFFFFFFFu : ~uint64_t(0), F::magnitudes[0]);
-        for (int t = 0; t < F::half_levels - 1; ++t) { // thresholds ascend, so the last one exceeded decides
-            const __m512i threshold = _mm512_set1_epi8(F::coarse_thresholds[s][t]);
-            const __m512i level = _mm512_set1_epi8(F::magnitudes[t + 1]);
-            for (int r = 0; r < work.bytes; ++r)
-                c[r] = _mm512_mask_mov_epi8(c[r], _mm512_cmpgt_epi8_mask(work.coarse[r], threshold), level);
-        }
-        as[s] = bs[s] = _mm512_setzero_si512();
-        for (int r = 0; r < work.bytes; ++r) {
-            as[s] = multiply_add8(as[s], work.coarse[r], c[r]);
-            bs[s] = multiply_add8(bs[s], c[r], c[r]);
-        }
-    }
-    alignas(32) int32_t a8[8], b8[8];
-    const __m256i a32 = reduce_add8(as), b32 = reduce_add8(bs);
-    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a32);
-    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b32);
-    const __m512d a64 = _mm512_cvtepi32_pd(a32);
-    const __m512d e = _mm512_div_pd(_mm512_mul_pd(a64, a64), _mm512_cvtepi32_pd(b32));
+// The centroids of 64 coarse magnitudes under step s of the search.
+template <int Bits> __m512i centroids_under(int s, __m512i coarse) {
+#ifdef TURBOQUANT_VBMI
+    const int8_t * table = CoarseTable<Bits>::rows.row[s];
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), coarse, _mm512_load_si512(table + 64));
+#else
+    using C = Codebook<Bits>;
+    __m512i c = _mm512_set1_epi8(C::magnitudes[0]);
+    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t) // thresholds ascend, so the last one exceeded decides
+        c = _mm512_mask_mov_epi8(c, _mm512_cmpgt_epi8_mask(coarse, _mm512_set1_epi8(C::coarse_thresholds[s][t])),
+                                 _mm512_set1_epi8(C::magnitudes[t + 1]));
+    return c;
+#endif
+}
+
+// Keep the step that explains most. a, b: its sums, one lane for each step.
+void choose(EncodingBase & work, __m256i a, __m256i b) {
+    const __m512d wide = _mm512_cvtepi32_pd(a);
+    const __m512d e = _mm512_div_pd(_mm512_mul_pd(wide, wide), _mm512_cvtepi32_pd(b));
     const int best = __builtin_ctz(_mm512_cmpeq_pd_mask(e, _mm512_set1_pd(_mm512_reduce_max_pd(e))));
-    work.scale = least_squares_scale(a8[best], b8[best], coarse_unit);
+    alignas(32) int32_t a8[8], b8[8];
+    _mm256_store_si256(reinterpret_cast<__m256i *>(a8), a);
+    _mm256_store_si256(reinterpret_cast<__m256i *>(b8), b);
+    work.scale = least_squares_scale(a8[best], b8[best]);
+}
+
+template <int Bits, int N> void search(Encoding<N> * work, int count) {
+    static_assert(search_steps == 8, "one lane for each step");
+    constexpr int together = N == 32 ? 2 : 1; // blocks that fill a register of bytes
+    for (Encoding<N> * w = work; w < work + count; w += together) {
+        Levels<N> coarse;
+        if constexpr (N == 32) {
+            const bool second = w + 1 < work + count;
+            coarse.v[0] = _mm512_inserti64x4(_mm512_castsi256_si512(w->coarse[0]),
+                                             second ? w[1].coarse[0] : _mm256_setzero_si256(), 1);
+        } else
+            for (int r = 0; r < Levels<N>::registers; ++r)
+                coarse.v[r] = _mm512_inserti64x4(_mm512_castsi256_si512(w->coarse[2 * r]), w->coarse[2 * r + 1], 1);
+        __m512i as[search_steps], bs[search_steps];
+        for (int s = 0; s < search_steps; ++s) {
+            as[s] = bs[s] = _mm512_setzero_si512();
+            for (int r = 0; r < Levels<N>::registers; ++r) {
+                const __m512i c = centroids_under<Bits>(s, coarse.v[r]);
+                as[s] = multiply_add8(as[s], coarse.v[r], c);
+                bs[s] = multiply_add8(bs[s], c, c);
+            }
+        }
+        const __m512i a = reduce_add_halves(as), b = reduce_add_halves(bs);
+        const __m256i a0 = _mm512_castsi512_si256(a), a1 = _mm512_extracti64x4_epi64(a, 1);
+        const __m256i b0 = _mm512_castsi512_si256(b), b1 = _mm512_extracti64x4_epi64(b, 1);
+        if constexpr (N == 32) {
+            if (w->codable()) choose(*w, a0, b0);
+            if (w + 1 < work + count && w[1].codable()) choose(w[1], a1, b1);
+        } else if (w->codable())
+            choose(*w, _mm256_add_epi32(a0, a1), _mm256_add_epi32(b0, b1));
+    }
 }
 
 // How many thresholds each magnitude exceeds.
@@ -343,20 +388,6 @@ template <int Thresholds> __m512i count_exceeded(__m512i magnitude, const int16_
 template <int Bits> __m512i look_up(__m512i m) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i *>(Codebook<Bits>::magnitudes));
     return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), m);
-}
-
-template <int Bits, int N> void refine(Encoding<N> & work) {
-    constexpr int M = Format<Bits, N>::half_levels;
-    if (!work.codable()) return;
-    int16_t thresholds[M];
-    thresholds_under<Bits>(work.scale, thresholds);
-    __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
-    for (int r = 0; r < work.words; ++r) {
-        const __m512i c = look_up<Bits>(count_exceeded<M - 1>(work.magnitude[r], thresholds));
-        a = multiply_add16(a, work.magnitude[r], c);
-        b = multiply_add16(b, c, c);
-    }
-    work.scale = least_squares_scale(_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -393,8 +424,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
-        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        search<Bits>(work, count);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }
@@ -606,7 +636,9 @@ void query_plain(const float * src, void * dst, int64_t blocks) {
 
 } // namespace
 
-#ifdef TURBOQUANT_VNNI
+#if defined(TURBOQUANT_VBMI)
+const Kernels kernels_avx512vbmi = TURBOQUANT_KERNELS_TABLE("avx512vbmi");
+#elif defined(TURBOQUANT_VNNI)
 const Kernels kernels_avx512vnni = TURBOQUANT_KERNELS_TABLE("avx512vnni");
 #else
 const Kernels kernels_avx512 = TURBOQUANT_KERNELS_TABLE("avx512");

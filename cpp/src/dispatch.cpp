@@ -30,6 +30,9 @@ bool has_avx512() {
 bool has_avx512vnni() {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
+bool has_avx512vbmi() { // Ice Lake and Zen 4 on; the VNNI CPUs before lack it
+    return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi");
+}
 #elif defined(TURBOQUANT_ARM64)
 bool has_dotprod() {
 #if defined(__linux__)
@@ -51,6 +54,7 @@ struct Row {
 
 const Row rows[] = {
 #if defined(TURBOQUANT_X86)
+    {&kernels_avx512vbmi, has_avx512vbmi},
     {&kernels_avx512vnni, has_avx512vnni},
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
@@ -63,7 +67,7 @@ const Row rows[] = {
 constexpr int row_count = int(sizeof(rows) / sizeof(rows[0]));
 
 // Names of kernels for other CPUs: known, so that forcing one says "unsupported" rather than "unknown".
-const char * const all_names[] = {"avx512vnni", "avx512", "avx2", "neon_dotprod", "neon", "scalar"};
+const char * const all_names[] = {"avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon", "scalar"};
 
 struct Selection {
     const Kernels * kernels;

@@ -108,10 +108,8 @@ inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); }
 // squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// The scale A/B of a block's centroids, in the encoder's units. unit: how many of them one of the magnitudes in A is.
-inline float least_squares_scale(int32_t a, int32_t b, int unit) {
-    return float(double(unit) * double(a) / double(b));
-}
+// The scale A/B of a block's centroids, in the encoder's units; the magnitudes in A are coarse.
+inline float least_squares_scale(int32_t a, int32_t b) { return float(double(coarse_unit) * double(a) / double(b)); }
 
 // The midpoints of neighbouring centroids under a scale.
 template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {
@@ -125,7 +123,7 @@ struct EncodingBase {
     int k;            // x was scaled by 2^-k
     float rms;        // of the unnormalised transform
     int32_t energy;   // sum z^2
-    float scale;      // of the centroids, so far
+    float scale;      // of the centroids: the search's
     bool codable() const { return largest != 0 && largest < 0x7f800000; }
 };
 constexpr int encode_group = 4; // blocks that go through the steps together

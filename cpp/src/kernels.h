@@ -69,6 +69,7 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512vnni;
+extern const Kernels kernels_avx512vbmi;
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;
 

@@ -300,26 +300,28 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
         work.coarse[r] = vqrshrn_high_n_s16(vqrshrn_n_s16(work.magnitude[2 * r], 6), work.magnitude[2 * r + 1], 6);
 }
 
-template <int Bits, int N> void search(Encoding<N> & work) {
+template <int Bits, int N> void search(Encoding<N> * work, int count) {
     using F = Format<Bits, N>;
-    if (!work.codable()) return;
     const int8x16_t table = vld1q_s8(F::magnitudes);
-    double best = -1.0;
-    for (int s = 0; s < search_steps; ++s) {
-        int32x4_t a = vdupq_n_s32(0), b = a;
-        for (int r = 0; r < work.bytes; ++r) {
-            uint8x16_t m = vdupq_n_u8(0);
-            for (int t = 0; t < F::half_levels - 1; ++t)
-                m = vsubq_u8(m, vcgtq_s8(work.coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
-            const int8x16_t c = vqtbl1q_s8(table, m);
-            a = multiply_add(a, work.coarse[r], c);
-            b = multiply_add(b, c, c);
-        }
-        const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
-        const double e = explained(sum_a, sum_b);
-        if (e > best) {
-            work.scale = least_squares_scale(sum_a, sum_b, coarse_unit);
-            best = e;
+    for (Encoding<N> * w = work; w < work + count; ++w) {
+        if (!w->codable()) continue;
+        double best = -1.0;
+        for (int s = 0; s < search_steps; ++s) {
+            int32x4_t a = vdupq_n_s32(0), b = a;
+            for (int r = 0; r < w->bytes; ++r) {
+                uint8x16_t m = vdupq_n_u8(0);
+                for (int t = 0; t < F::half_levels - 1; ++t)
+                    m = vsubq_u8(m, vcgtq_s8(w->coarse[r], vdupq_n_s8(F::coarse_thresholds[s][t])));
+                const int8x16_t c = vqtbl1q_s8(table, m);
+                a = multiply_add(a, w->coarse[r], c);
+                b = multiply_add(b, c, c);
+            }
+            const int32_t sum_a = vaddvq_s32(a), sum_b = vaddvq_s32(b);
+            const double e = explained(sum_a, sum_b);
+            if (e > best) {
+                w->scale = least_squares_scale(sum_a, sum_b);
+                best = e;
+            }
         }
     }
 }
@@ -338,21 +340,6 @@ template <int Thresholds> uint8x16_t count_exceeded(const int16x8_t * magnitude,
 int32x4_t multiply_add(int32x4_t sum, const int16x8_t * magnitude, int8x16_t c) {
     sum = multiply_add(sum, magnitude[0], vmovl_s8(vget_low_s8(c)));
     return multiply_add(sum, magnitude[1], vmovl_high_s8(c));
-}
-
-template <int Bits, int N> void refine(Encoding<N> & work) {
-    constexpr int M = Format<Bits, N>::half_levels;
-    if (!work.codable()) return;
-    int16_t thresholds[M];
-    thresholds_under<Bits>(work.scale, thresholds);
-    const int8x16_t table = vld1q_s8(Codebook<Bits>::magnitudes);
-    int32x4_t a = vdupq_n_s32(0), b = a;
-    for (int r = 0; r < work.bytes; ++r) {
-        const int8x16_t c = vqtbl1q_s8(table, count_exceeded<M - 1>(work.magnitude + 2 * r, thresholds));
-        a = multiply_add(a, work.magnitude + 2 * r, c);
-        b = multiply_add(b, c, c);
-    }
-    work.scale = least_squares_scale(vaddvq_s32(a), vaddvq_s32(b), 1);
 }
 
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
@@ -390,8 +377,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
-        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        search<Bits>(work, count);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }

@@ -139,43 +139,29 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
 }
 
 // A coarse search for the scale: which thresholds leave the least squared error?
-template <int Bits, int N> void search(Encoding<N> & work) {
+template <int Bits, int N> void search(Encoding<N> * work, int count) {
     using F = Format<Bits, N>;
-    if (!work.codable()) return;
-    double best = -1.0;
-    for (int s = 0; s < search_steps; ++s) {
-        int32_t a = 0, b = 0;
-        for (int i = 0; i < N; ++i) {
-            int m = 0;
-            for (int t = 0; t < F::half_levels - 1; ++t) m += work.coarse[i] > F::coarse_thresholds[s][t];
-            a += work.coarse[i] * F::magnitudes[m];
-            b += F::magnitudes[m] * F::magnitudes[m];
-        }
-        const double e = explained(a, b);
-        if (e > best) {
-            work.scale = least_squares_scale(a, b, coarse_unit);
-            best = e;
+    for (Encoding<N> * w = work; w < work + count; ++w) {
+        if (!w->codable()) continue;
+        double best = -1.0;
+        for (int s = 0; s < search_steps; ++s) {
+            int32_t a = 0, b = 0;
+            for (int i = 0; i < N; ++i) {
+                int m = 0;
+                for (int t = 0; t < F::half_levels - 1; ++t) m += w->coarse[i] > F::coarse_thresholds[s][t];
+                a += w->coarse[i] * F::magnitudes[m];
+                b += F::magnitudes[m] * F::magnitudes[m];
+            }
+            const double e = explained(a, b);
+            if (e > best) {
+                w->scale = least_squares_scale(a, b);
+                best = e;
+            }
         }
     }
 }
 
-// The nearest centroids under that scale at full precision, and the scale that suits them better.
-template <int Bits, int N> void refine(Encoding<N> & work) {
-    using F = Format<Bits, N>;
-    if (!work.codable()) return;
-    int16_t thresholds[F::half_levels];
-    thresholds_under<Bits>(work.scale, thresholds);
-    int32_t a = 0, b = 0;
-    for (int i = 0; i < N; ++i) {
-        int m = 0;
-        for (int t = 0; t < F::half_levels - 1; ++t) m += work.magnitude[i] > thresholds[t];
-        a += work.magnitude[i] * F::magnitudes[m];
-        b += F::magnitudes[m] * F::magnitudes[m];
-    }
-    work.scale = least_squares_scale(a, b, 1);
-}
-
-// The nearest centroids once more; then the scale to store.
+// The nearest centroids under that scale at full precision; then the scale to store.
 template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
     using F = Format<Bits, N>;
     constexpr int M = F::half_levels;
@@ -205,8 +191,7 @@ template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        for (int g = 0; g < count; ++g) search<Bits>(work[g]);
-        for (int g = 0; g < count; ++g) refine<Bits>(work[g]);
+        search<Bits>(work, count);
         for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
     }
 }

@@ -236,8 +236,7 @@ def quantize(x: ArrayLike, type: str) -> NDArray[np.uint8]:
     2. Search the scale: for every factor f, cut |z|, in coarse units, at the codebook's boundaries times f. With levels
        c, A = <|z|, c> and B = <c, c>, the best scale of that assignment, A/B, leaves the squared error <z, z> - A^2/B;
        so the best factor has the greatest A^2/B.
-    3. Assign every |z| to its nearest level under the winner's scale A/B, at full precision; then once more under the
-       scale A/B of that assignment (a step of Lloyd's algorithm: the error can only fall).
+    3. Assign every |z| to its nearest level under the winner's scale A/B, at full precision.
     4. Norm correction: choose d so that the inner product of the block with its own reconstruction is right,
        d * step * <y, c> = <y, y>, and not the smaller one that rounding left.
     """
@@ -266,10 +265,7 @@ def quantize(x: ArrayLike, type: str) -> NDArray[np.uint8]:
         scale = np.where(a**2 / b > best, a / b * COARSE_UNIT, scale)
         best = np.maximum(a**2 / b, best)
 
-    for _ in range(2):
-        place = _assign(magnitude, np.rint(midpoints * scale[..., None]))
-        level = positive[place]
-        scale = (magnitude * level).sum(axis=-1) / np.square(level).sum(axis=-1)
+    place = _assign(magnitude, np.rint(midpoints * scale[..., None]))
     index = np.where(z < 0, len(positive) - 1 - place, len(positive) + place).astype(np.uint8)
     product, energy = (magnitude * positive[place]).sum(axis=-1), np.square(z).sum(axis=-1)
     gain = energy / np.where(encoded, product, 1) * rms / (RMS_UNIT * step(form.bits)) * unit
