@@ -128,6 +128,12 @@ TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_strid
 /* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
 enum { TQ_ROW_F16 = 64, TQ_ROW_BF16, TQ_ROW_Q8_0, TQ_ROW_Q4_0 };
 
+/* What sparse V did: rows of V, masked ones too, times tiles of queries; and how many of these were left out. */
+typedef struct tq_attention_report {
+    int64_t rows;
+    int64_t left_out;
+} tq_attention_report;
+
 /* out = softmax(scale * Q K^T [soft cap] + mask) V over encoded K and V, in float32.
  *   q    [n_head][n_query][head_k] floats                   mask [n_query][n_kv] floats or null, added to the scores
  *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
@@ -145,6 +151,7 @@ typedef struct tq_attention_args {
     float         scale, soft_cap;
     float         sparse_v;       /* see tq_attention_kv */
     int           threads;
+    tq_attention_report * report; /* added to, or null */
 } tq_attention_args;
 
 TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);

@@ -320,6 +320,7 @@ tq_status tq_attention(const tq_attention_args * args) {
     const int64_t tokens = group < query_tile ? query_tile / group : 1; // of one item of work
     const int64_t items_per_head = (a.n_query + tokens - 1) / tokens;
     std::atomic<bool> failed{false};
+    std::atomic<int64_t> seen{0}, left_out{0};
     parallel(a.n_kv_head * items_per_head, a.threads, [&](int64_t first, int64_t last, int) {
         tq_attention_kv kv = {a.type_k, a.type_v, a.head_k, a.head_v, nullptr, nullptr, row_bytes(a.type_k, a.head_k),
                               row_bytes(a.type_v, a.head_v), a.scale, a.soft_cap, a.sparse_v};
@@ -344,7 +345,8 @@ tq_status tq_attention(const tq_attention_args * args) {
                     mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv : nullptr;
                 }
             const tq_attention_queries queries = {rows, q.get(), mask.get(), 1, nullptr};
-            tq_attention_partial(&kv, &queries, 0, a.n_kv, partial.get(), scratch.get());
+            left_out += tq_attention_partial(&kv, &queries, 0, a.n_kv, partial.get(), scratch.get());
+            seen += a.n_kv;
             for (int64_t m = 0; m < rows; ++m) {
                 const int64_t h = head * group + m % group, t = token + m / group;
                 tq_attention_finish(a.type_v, partial.get() + m * stride, a.head_v, nullptr,
@@ -352,5 +354,9 @@ tq_status tq_attention(const tq_attention_args * args) {
             }
         }
     });
+    if (a.report) {
+        a.report->rows += seen;
+        a.report->left_out += left_out;
+    }
     return failed ? TQ_ERROR_MEMORY : TQ_OK;
 }

@@ -83,6 +83,17 @@ size_t row_bytes_of(int type, ptrdiff_t n) {
     return size;
 }
 
+// Of a row of K or V, which may also have one of ggml's own types.
+size_t cache_row_bytes(int type, ptrdiff_t n) {
+    switch (type) {
+    case TQ_ROW_F16:
+    case TQ_ROW_BF16: return static_cast<size_t>(n) * 2;
+    case TQ_ROW_Q8_0: return static_cast<size_t>(n) / 32 * 34;
+    case TQ_ROW_Q4_0: return static_cast<size_t>(n) / 32 * 18;
+    default: return row_bytes_of(type, n);
+    }
+}
+
 py::list type_table() {
     py::list table;
     for (int i = 0; i < TQ_TYPE_COUNT; i++) {
@@ -192,8 +203,9 @@ void dot(int type, const bytes & source, const bytes & queries, floats & target,
     check(status);
 }
 
-void attention(const floats & q, const bytes & k, const bytes & v, const py::object & mask, floats & out,
-               int type_k, int type_v, float scale, float soft_cap, int threads) {
+// Returns the rows of V that were come to, and those that were left out.
+py::tuple attention(const floats & q, const bytes & k, const bytes & v, const py::object & mask, floats & out,
+                    int type_k, int type_v, float scale, float soft_cap, float sparse_v, int threads) {
     require(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3 && out.ndim() == 3, "three-dimensional arrays");
     const auto contiguous = [](const py::array & a) { return (a.flags() & py::array::c_style) != 0; };
     require(contiguous(q) && contiguous(k) && contiguous(v) && contiguous(out) && out.writeable(), "contiguous arrays");
@@ -202,8 +214,8 @@ void attention(const floats & q, const bytes & k, const bytes & v, const py::obj
     args.k         = k.data();
     args.v         = v.data();
     args.out       = out.mutable_data();
-    args.type_k    = static_cast<tq_type>(type_k);
-    args.type_v    = static_cast<tq_type>(type_v);
+    args.type_k    = type_k;
+    args.type_v    = type_v;
     args.n_head    = q.shape(0);
     args.n_query   = q.shape(1);
     args.head_k    = q.shape(2);
@@ -212,9 +224,12 @@ void attention(const floats & q, const bytes & k, const bytes & v, const py::obj
     args.head_v    = out.shape(2);
     args.scale     = scale;
     args.soft_cap  = soft_cap;
+    args.sparse_v  = sparse_v;
     args.threads   = threads;
-    require(static_cast<size_t>(k.shape(2)) == row_bytes_of(type_k, args.head_k), "k row size");
-    require(static_cast<size_t>(v.shape(2)) == row_bytes_of(type_v, args.head_v), "v row size");
+    tq_attention_report report = {0, 0};
+    args.report = &report;
+    require(static_cast<size_t>(k.shape(2)) == cache_row_bytes(type_k, args.head_k), "k row size");
+    require(static_cast<size_t>(v.shape(2)) == cache_row_bytes(type_v, args.head_v), "v row size");
     require(v.shape(0) == args.n_kv_head && v.shape(1) == args.n_kv, "v shape");
     require(out.shape(0) == args.n_head && out.shape(1) == args.n_query, "out shape");
     floats mask_rows; // keeps the array alive during the call
@@ -231,6 +246,7 @@ void attention(const floats & q, const bytes & k, const bytes & v, const py::obj
         status = tq_attention(&args);
     }
     check(status);
+    return py::make_tuple(report.rows, report.left_out);
 }
 
 py::list kernels() {
@@ -275,7 +291,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           py::arg("target").noconvert(), py::arg("n"));
     m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
           py::arg("mask"), py::arg("out").noconvert(), py::arg("type_k"), py::arg("type_v"), py::arg("scale"),
-          py::arg("soft_cap"), py::arg("threads"));
+          py::arg("soft_cap"), py::arg("sparse_v"), py::arg("threads"));
+    m.attr("ROW_F16")  = int(TQ_ROW_F16);
+    m.attr("ROW_BF16") = int(TQ_ROW_BF16);
+    m.attr("ROW_Q8_0") = int(TQ_ROW_Q8_0);
+    m.attr("ROW_Q4_0") = int(TQ_ROW_Q4_0);
     m.def("kernels", &kernels);
     m.def("kernels_selected", &kernels_selected);
     m.def("kernels_select", &kernels_select, py::arg("name"));

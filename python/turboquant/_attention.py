@@ -2,13 +2,30 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._arrays import byte_array, finite_of, float_array, last_axis, threads_of
-from ._types import TypeInfo, resolve
+from ._types import CacheType, TypeInfo, resolve_cache
+
+
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str | TypeInfo, type_v: str | TypeInfo,
+    scale: float | None = None, mask: ArrayLike | None = None, causal: bool = False, soft_cap: float = 0.0,
+    sparse_v: float = 0.0, return_skip_rate: Literal[False] = False, threads: int = 1,
+) -> NDArray[np.float32]: ...
+
+
+@overload
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str | TypeInfo, type_v: str | TypeInfo,
+    scale: float | None = None, mask: ArrayLike | None = None, causal: bool = False, soft_cap: float = 0.0,
+    sparse_v: float = 0.0, return_skip_rate: Literal[True], threads: int = 1,
+) -> tuple[NDArray[np.float32], float]: ...
 
 
 def attention(
@@ -22,8 +39,10 @@ def attention(
     mask: ArrayLike | None = None,
     causal: bool = False,
     soft_cap: float = 0.0,
+    sparse_v: float = 0.0,
+    return_skip_rate: bool = False,
     threads: int = 1,
-) -> NDArray[np.float32]:
+) -> NDArray[np.float32] | tuple[NDArray[np.float32], float]:
     """softmax(scale * Q K^T + mask) V over encoded K and V, in float32.
 
     Args:
@@ -31,26 +50,34 @@ def attention(
         k: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_k values. n_head is a multiple of n_kv_head; head h
             reads KV head ``h // (n_head // n_kv_head)`` (grouped-query attention).
         v: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_v values.
-        type_k, type_v: the types of k and v; any pair.
+        type_k, type_v: the types of k and v, any pair: turbo types, or "q8_0", "q4_0" (rows in ggml's layout), "f16",
+            "bf16" (k or v may then be a float16 or bfloat16 array (..., n_kv_head, n_kv, head) instead of its bytes).
+            Rows of these four are multiples of 32 values.
         scale: factor of the scores; 1 / sqrt(head_k) if None.
         mask: added to the scores, float32 or float16, or bool (True: may be attended); broadcast to
             (..., n_query, n_kv). The same for all heads.
         causal: query i attends to KV rows 0 ... n_kv - n_query + i (the last query to all of them); together with
             `mask`, both hold. Needs n_query <= n_kv.
         soft_cap: if not 0, a score s becomes ``soft_cap * tanh(s / soft_cap)`` before the mask.
+        sparse_v: a row of V whose softmax weight, relative to the largest so far, is at most this for all queries
+            that share it is neither decoded nor added; 0 leaves out only weights of 0. llama.cpp's
+            ``--cache-sparse-v`` is 1e-6 unless told otherwise.
+        return_skip_rate: also return the share of the rows of V that were left out, 0 ... 1: per KV head and tile of
+            queries, masked rows included.
         threads: threads that share the heads and the queries.
 
     Leading axes (...) are batches; they are the same in q, k and v.
 
     Returns:
-        float32 (..., n_head, n_query, head_v). A query row that is masked everywhere gives zeros.
+        float32 (..., n_head, n_query, head_v). A query row that is masked everywhere gives zeros. With
+        return_skip_rate a tuple of that and a float.
 
     Raises:
         TypeError, ValueError: naming the argument, the shape or dtype it had and the one it needs.
     """
-    info_k, info_v = resolve(type_k, "type_k"), resolve(type_v, "type_v")
+    info_k, info_v = resolve_cache(type_k, "type_k"), resolve_cache(type_v, "type_v")
     threads = threads_of(threads)
-    queries, keys, values = float_array(q, "q"), byte_array(k, "k"), byte_array(v, "v")
+    queries, keys, values = float_array(q, "q"), _cache_rows(k, info_k, "k"), _cache_rows(v, info_v, "v")
     for name, array, layout in (("q", queries, "(..., n_head, n_query, head_k)"),
                                 ("k", keys, "(..., n_kv_head, n_kv, row_bytes)"),
                                 ("v", values, "(..., n_kv_head, n_kv, row_bytes)")):
@@ -77,17 +104,30 @@ def attention(
     soft_cap = finite_of(soft_cap, "soft_cap")
     if soft_cap < 0:
         raise ValueError(f"soft_cap: got {soft_cap}, wanted 0 (none) or more")
+    sparse_v = finite_of(sparse_v, "sparse_v")
+    if not 0 <= sparse_v < 1:
+        raise ValueError(f"sparse_v: got {sparse_v}, wanted 0 (off) or more, and less than 1")
     bias = _mask(mask, causal, (*batch, n_query, n_kv))
 
     out = np.zeros((*batch, n_head, n_query, head_v), dtype=np.float32)
     _core.kernels_check()
-    if out.size == 0 or n_kv == 0:
-        return out  # nothing to attend to: zeros, as for a row that is masked everywhere
+    if out.size == 0 or n_kv == 0:  # nothing to attend to: zeros, as for a row that is masked everywhere
+        return (out, 0.0) if return_skip_rate else out
     queries, keys, values = np.ascontiguousarray(queries), np.ascontiguousarray(keys), np.ascontiguousarray(values)
+    rows = left_out = 0
     for item in np.ndindex(*batch):
-        _core.attention(queries[item], keys[item], values[item], None if bias is None else bias[item], out[item],
-                        info_k.id, info_v.id, scale, soft_cap, threads)
-    return out
+        counts = _core.attention(queries[item], keys[item], values[item], None if bias is None else bias[item],
+                                 out[item], info_k.id, info_v.id, scale, soft_cap, sparse_v, threads)
+        rows, left_out = rows + counts[0], left_out + counts[1]
+    return (out, left_out / rows) if return_skip_rate else out
+
+
+def _cache_rows(array: ArrayLike, info: TypeInfo | CacheType, argument: str) -> NDArray[np.uint8]:
+    """The bytes of K or V; 16-bit floats are taken as they are."""
+    floats = np.asarray(array)
+    if {"f16": "float16", "bf16": "bfloat16"}.get(info.name) == floats.dtype.name:
+        return np.ascontiguousarray(floats).view(np.uint8)
+    return byte_array(floats, argument)
 
 
 def _mask(mask: ArrayLike | None, causal: bool, shape: tuple[int, ...]) -> NDArray[np.float32] | None:

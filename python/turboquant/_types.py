@@ -77,6 +77,39 @@ def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
     raise ValueError(f"{argument}: got {type!r}, wanted one of {', '.join(_TABLE)}{hint}")
 
 
+@dataclass(frozen=True)
+class CacheType:
+    """A type that K or V may have in `attention` besides the turbo types: one of ggml's own."""
+
+    name: str  #: "f16", "bf16", "q8_0" or "q4_0"
+    block: int  #: values in a block: 32, and the rows of `attention` are multiples of it even of f16
+    block_bytes: int  #: bytes of a block
+    id: int = field(repr=False)  #: TQ_ROW_... of the C ABI
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of a row of n values, a multiple of 32."""
+        return n // self.block * self.block_bytes
+
+    def row_values(self, row_bytes: int) -> int:
+        """Values in a row of that many bytes."""
+        return row_bytes // self.block_bytes * self.block
+
+
+_PLAIN = {one.name: one for one in (CacheType("f16", 32, 64, _core.ROW_F16), CacheType("bf16", 32, 64, _core.ROW_BF16),
+                                    CacheType("q8_0", 32, 34, _core.ROW_Q8_0),
+                                    CacheType("q4_0", 32, 18, _core.ROW_Q4_0))}
+
+
+def resolve_cache(type: str | TypeInfo, argument: str) -> TypeInfo | CacheType:
+    """The turbo type or plain cache type of that name."""
+    if isinstance(type, str) and type in _PLAIN:
+        return _PLAIN[type]
+    try:
+        return resolve(type, argument)
+    except ValueError as error:
+        raise ValueError(f"{error}; or one of {', '.join(_PLAIN)}") from None
+
+
 def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
     """The type with as many bits as `type` and the largest block that divides a head of `head` values.
 

@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "FORMATS", "Format", "attention", "codebook", "density", "dequantize", "dot", "hadamard", "levels", "lloyd_max",
-    "pack", "prepare", "quantize", "rotate", "rotation_matrix", "signs", "step", "unpack", "unrotate", "upper_tail",
+    "FORMATS", "Format", "attention", "attention_weights", "codebook", "decode_rows", "density", "dequantize",
+    "dot", "hadamard", "levels", "lloyd_max", "pack", "prepare", "quantize", "rotate", "rotation_matrix", "signs",
+    "step", "unpack", "unrotate", "upper_tail",
 ]
 
 Floats = NDArray[np.float64]
@@ -300,19 +301,39 @@ def dot(query: ArrayLike, q: ArrayLike, type: str) -> Floats:
     return np.asarray(products)
 
 
-def attention(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str, type_v: str, scale: float | None = None,
-    mask: ArrayLike | None = None, soft_cap: float = 0.0,
-) -> Floats:
-    """softmax(scale * Q K^T + mask) V with decoded K and V, float64; no rounding of the queries.
+def decode_rows(rows: ArrayLike, type: str) -> Floats:
+    """Rows of K or V (..., row_bytes) as float64 (..., n): turbo types, and ggml's f16, bf16, q8_0 and q4_0.
 
-    q (n_head, n_query, head_k), k and v (n_kv_head, n_kv, row_bytes), mask (n_query, n_kv), added to the scores.
-    A query row that is masked everywhere gives zeros. Shapes and meanings as in `turboquant.attention`.
+    Layouts of the latter: ggml-common.h. q8_0 is an fp16 scale and 32 int8; q4_0 an fp16 scale and 16 bytes, byte j of
+    which holds values j (low half) and j + 16, each less 8.
     """
-    queries = np.asarray(q).astype(np.float64)
-    keys, values = dequantize(k, type_k).astype(np.float64), dequantize(v, type_v).astype(np.float64)
-    group = len(queries) // len(keys)  # query heads that share a KV head
-    keys, values = np.repeat(keys, group, axis=0), np.repeat(values, group, axis=0)
+    if type in FORMATS:
+        return dequantize(rows, type).astype(np.float64)
+    raw = np.ascontiguousarray(rows).view(np.uint8)
+    if type == "f16":
+        return raw.view("<f2").astype(np.float64)
+    if type == "bf16":  # the upper half of a float32
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    blocks = raw.reshape(*raw.shape[:-1], -1, {"q8_0": 34, "q4_0": 18}[type])
+    scale = np.ascontiguousarray(blocks[..., :2]).view("<f2").astype(np.float64)
+    if type == "q8_0":
+        level = blocks[..., 2:].view(np.int8).astype(np.float64)
+    else:
+        level = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1).astype(np.float64) - 8
+    return np.asarray((scale * level).reshape(*raw.shape[:-1], -1))
+
+
+def attention_weights(
+    q: ArrayLike, k: ArrayLike, *, type_k: str, scale: float | None = None, mask: ArrayLike | None = None,
+    soft_cap: float = 0.0,
+) -> Floats:
+    """softmax(scale * Q K^T + mask) with decoded K, float64 (n_head, n_query, n_kv); no rounding of the queries.
+
+    q (n_head, n_query, head_k), k (n_kv_head, n_kv, row_bytes), mask (n_query, n_kv), added to the scores. A query row
+    that is masked everywhere gives zeros. Shapes and meanings as in `turboquant.attention`.
+    """
+    queries, keys = np.asarray(q).astype(np.float64), decode_rows(k, type_k)
+    keys = np.repeat(keys, len(queries) // len(keys), axis=0)  # the query heads of a GQA group share a KV head
     scores = queries @ keys.swapaxes(1, 2) * (1 / math.sqrt(queries.shape[-1]) if scale is None else scale)
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
@@ -321,4 +342,14 @@ def attention(
     largest = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(largest), largest, 0.0))
     total = weights.sum(axis=-1, keepdims=True)
-    return weights / np.where(total > 0, total, 1.0) @ values
+    return np.asarray(weights / np.where(total > 0, total, 1.0))
+
+
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str, type_v: str, scale: float | None = None,
+    mask: ArrayLike | None = None, soft_cap: float = 0.0,
+) -> Floats:
+    """attention_weights V with decoded V, float64 (n_head, n_query, head_v). v (n_kv_head, n_kv, row_bytes)."""
+    weights = attention_weights(q, k, type_k=type_k, scale=scale, mask=mask, soft_cap=soft_cap)
+    values = decode_rows(v, type_v)
+    return weights @ np.repeat(values, len(weights) // len(values), axis=0)

@@ -1,6 +1,8 @@
 """turboquant.attention against the oracle's attention over the decoded K and V."""
 import math
 
+import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -49,6 +51,70 @@ def test_sizes(kernels, head_k, head_v, n_query, n_kv):
     q, k, v = inputs("turbo4", "turbo3", n_query=n_query, n_kv=n_kv, head_k=head_k, head_v=head_v)
     q = grid_queries(q, 128)
     assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 1e-5)
+
+
+def cache_rows(x, type):
+    """Rows of x (..., head) in any type that attention takes; ggml's own by the gguf package."""
+    if type == "f16":
+        return x.astype(np.float16)
+    if type == "bf16":
+        return x.astype(ml_dtypes.bfloat16)
+    if type in ("q8_0", "q4_0"):
+        return gguf.quantize(x, gguf.GGMLQuantizationType[type.upper()])
+    return turboquant.quantize(x, type)
+
+
+@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0"])
+def test_reference_decodes_ggml_types(type):
+    rows = cache_rows(np.random.default_rng(0).standard_normal((3, 5, 96)).astype(np.float32), type)
+    expected = (gguf.dequantize(rows, gguf.GGMLQuantizationType[type.upper()]) if rows.dtype == np.uint8
+                else rows.astype(np.float32))
+    np.testing.assert_allclose(reference.decode_rows(rows, type), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("type_k, type_v", [("q8_0", "turbo3"), ("q4_0", "turbo4_32"), ("f16", "turbo2"),
+                                            ("bf16", "turbo4"), ("turbo4_32", "q8_0"), ("turbo3", "f16"),
+                                            ("q8_0", "q8_0"), ("f16", "bf16"), ("q4_0", "q4_0")])
+@pytest.mark.parametrize("head_k, head_v, n_query, n_kv", [(128, 128, 1, 300), (256, 128, 9, 65), (128, 256, 33, 100)])
+def test_ggml_types(kernels, type_k, type_v, head_k, head_v, n_query, n_kv):
+    """0.01: queries are rounded to int8 against K of 4 and 8 bits, as llama.cpp rounds them."""
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((6, n_query, head_k)).astype(np.float32)
+    k, v = rng.standard_normal((2, n_kv, head_k)), rng.standard_normal((2, n_kv, head_v))
+    k, v = cache_rows(k.astype(np.float32), type_k), cache_rows(v.astype(np.float32), type_v)
+    options = {"type_k": type_k, "type_v": type_v}
+    expected = reference.attention(q, k, v, **options)
+    assert_close(turboquant.attention(q, k, v, **options), expected, 1e-3 if type_k in ("f16", "bf16") else 0.01)
+    raw = turboquant.attention(q, k.view(np.uint8), v.view(np.uint8), **options)
+    np.testing.assert_array_equal(raw, turboquant.attention(q, k, v, **options))
+
+
+def test_small_heads_of_ggml_types(kernels):
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((2, n, 96)).astype(np.float32) for n in (3, 70, 70))
+    options = {"type_k": "q8_0", "type_v": "turbo4_32"}
+    k, v = cache_rows(k, "q8_0"), cache_rows(v, "turbo4_32")
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 0.01)
+
+
+@pytest.mark.parametrize("type_v", ["turbo4", "turbo3", "q8_0", "f16"])
+def test_sparse_v_leaves_out_what_does_not_count(kernels, type_v):
+    """Scores of standard deviation 8: most weights are below 1e-6 of the largest."""
+    rng = np.random.default_rng(3)
+    q = (8 * rng.standard_normal((4, 1, 128))).astype(np.float32)
+    k, v = (rng.standard_normal((4, 4096, 128)).astype(np.float32) for _ in range(2))
+    k, v = cache_rows(k, "turbo4"), cache_rows(v, type_v)
+    options = {"type_k": "turbo4", "type_v": type_v, "return_skip_rate": True}
+    everything, none = turboquant.attention(q, k, v, **options)
+    almost, some = turboquant.attention(q, k, v, sparse_v=1e-6, **options)
+    coarse, most = turboquant.attention(q, k, v, sparse_v=0.5, **options)
+    assert none < 0.01 and 0.3 < some < most < 1
+    assert_close(almost, everything, 1e-4)
+    assert np.linalg.norm(coarse - everything) > 1e-3 * np.linalg.norm(everything)
+    weights = reference.attention_weights(q, k, type_k="turbo4")
+    relative = weights / weights.max(axis=-1, keepdims=True)
+    # The largest weight so far is at most the largest of all, so fewer rows are left out than by that.
+    assert most <= (relative <= 0.5).mean() and some <= (relative <= 1e-6).mean()
 
 
 OPTIONS = {"type_k": "turbo4", "type_v": "turbo4"}
@@ -170,6 +236,9 @@ Q_, K_ = np.zeros((4, 5, 128), dtype=np.float32), np.zeros((2, 40, 66), dtype=np
     ((Q_, K_, K_), {"mask": np.zeros((4, 40), np.float32)}, ValueError, r"mask: got shape \(4, 40\), wanted \(5, 40\)"),
     ((Q_, K_, K_), {"mask": np.zeros((5, 40), int)}, TypeError, r"mask: got an array of int64"),
     ((Q_, K_, K_), {"soft_cap": -1}, ValueError, r"soft_cap: got -1.0, wanted 0"),
+    ((Q_, K_, K_), {"sparse_v": 1}, ValueError, r"sparse_v: got 1.0, wanted 0 \(off\) or more, and less than 1"),
+    ((Q_, K_, K_), {"type_k": "q8_0"}, ValueError, r"k: got shape .* multiple of 34 .* of q8_0\)"),
+    ((Q_, K_.astype(np.float16), K_), {}, TypeError, r"k: got an array of float16, wanted the uint8"),
     ((Q_, K_, K_), {"soft_cap": "no"}, TypeError, r"soft_cap: got 'no' \(str\), wanted a number"),
     ((Q_, K_, K_), {"scale": math.nan}, ValueError, r"scale: got nan, wanted a finite number"),
     ((Q_, K_[:, :3], K_[:, :3]), {"causal": True}, ValueError, r"causal: got 5 queries and 3 KV rows"),
