@@ -36,3 +36,16 @@ endfunction()
 list(APPEND GGML_CPU_SOURCES "${TURBOQUANT_GLUE_DIR}/turbo-cpu.cpp")
 
 cmake_language(DEFER CALL turboquant_attach)
+
+# Programs of our own over libllama, beside llama.cpp's. Its target exists at the end of the topmost CMakeLists.txt.
+function(turboquant_add_programs folder)
+    if (TARGET llama AND NOT TARGET turboquant-capture)
+        add_executable(turboquant-capture "${folder}/turboquant-capture.cpp")
+        target_compile_features(turboquant-capture PRIVATE cxx_std_17)
+        target_link_libraries(turboquant-capture PRIVATE llama)
+    endif()
+endfunction()
+
+# EVAL: the arguments are needed as they are now.
+cmake_language(EVAL CODE "cmake_language(DEFER DIRECTORY [[${CMAKE_SOURCE_DIR}]]
+    CALL turboquant_add_programs [[${TURBOQUANT_GLUE_DIR}]])")

@@ -62,7 +62,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    app.command()(wrapped)
+    app.command(function.__name__.replace("_", "-"))(wrapped)
     return wrapped
 
 
@@ -140,7 +140,7 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Build this CMake target only; repeatable. 'default' stands for the usual six programs.",
+            help="Build this CMake target only; repeatable. 'default' stands for the usual programs.",
             show_default=False,
         ),
     ] = None,
@@ -172,6 +172,86 @@ def where() -> None:
     print(folder)
     if builds.is_outdated(folder):
         _tell("turboquant: note: built from another version of the codec or the hooks; `turboquant build` renews it")
+
+
+_Bin = Annotated[
+    Path | None,
+    typer.Option("--bin", metavar="DIR", help="The programs of a build.", show_default="the last build's"),
+]
+_Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.", show_default="all CPUs")]
+_GpuLayers = Annotated[int, typer.Option("--gpu-layers", "-ngl", min=0, help="Layers to evaluate on a GPU.")]
+
+
+@command
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A model; it is only read.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The new model.", show_default=False)],
+    text: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="TEXT", help="A text to measure on.", show_default="the bundled one"),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Exact scales only; quantized weights stay.")] = False,
+    pow2: Annotated[bool, typer.Option("--pow2", help="Powers of two only: no weight is rounded.")] = False,
+    values: Annotated[bool, typer.Option("--v/--no-v", help="Balance V, too.")] = True,
+    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens to measure on.")] = 4096,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the table (PNG, SVG, PDF).", show_default=False)
+    ] = None,
+    bin: _Bin = None,
+    threads: _Threads = None,
+    gpu_layers: _GpuLayers = 0,
+) -> None:
+    """Balance K against Q and V against the output inside the weights, so that quantized caches lose less.
+
+    The new model computes the same function; that is measured, and without it no file is written. By default scales
+    are exact where the weights are f32 or f16, and powers of two elsewhere.
+    """
+    if exact and pow2:
+        raise LlamaError("give --exact or --pow2, not both")
+    _need("gguf", "convert")
+    if plot:
+        _need("matplotlib", "--plot")
+    from .convert import report
+    from .convert.run import convert as run_convert
+
+    done = run_convert(
+        source, target, text, mode="exact" if exact else "pow2" if pow2 else "auto", values=values, tokens=tokens,
+        bin=bin, threads=threads, gpu_layers=gpu_layers,
+    )  # fmt: skip
+    report.show(done, Console(highlight=False))
+    if plot:
+        report.plot(done, plot, source.name)
+    print(target)
+
+
+def _need(package: str, what: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise LlamaError(f"{what} needs the package {package}: pip install 'turboquant[convert]'")
+
+
+@command
+def dump_kv(
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model.")],
+    text: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="A text.")],
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text.")] = 512,
+    bin: _Bin = None,
+    threads: _Threads = None,
+    gpu_layers: _GpuLayers = 0,
+) -> None:
+    """Write queries, keys and values of every layer, as attention sees them, to a safetensors file."""
+    from .dump import dump
+    from .llama.progress import Reporter
+
+    with Reporter().track(f"evaluating {tokens} tokens", tokens) as track:
+        shapes = dump(
+            model, text, target, tokens=tokens, bin=bin, threads=threads, gpu_layers=gpu_layers, progress=track.update
+        )
+    layers = [name for name in shapes if name.startswith("k.")]
+    _tell(f"{_plural(len(layers), 'layer')} of {tokens} tokens")
+    print(target)
 
 
 @command

@@ -49,6 +49,7 @@ DEFAULT_TARGETS = (
     "llama-perplexity",
     "llama-bench",
     "llama-quantize",
+    "turboquant-capture",
 )
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",

@@ -1,0 +1,69 @@
+"""What a conversion did to the model, measured with llama-perplexity: KLD from the original's own f16 cache."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..evaluate.pairs import CachePair
+from ..evaluate.perplexity import run_base, run_divergence
+from ..evaluate.programs import ProgramError, Programs
+from ..llama.build import where
+from ..llama.files import LlamaError
+from ..llama.paths import cache_dir
+
+__all__ = ["CheckError", "Checker", "checker", "shape"]
+
+CHUNKS = 4
+
+
+class CheckError(LlamaError):
+    """llama-perplexity could not be run. The text has what it said."""
+
+
+def shape(text: Path, available: int) -> tuple[int, int]:
+    """The context and the number of chunks for a text of that many tokens.
+
+    CheckError if the text is too short to be of use.
+    """
+    for context in (512, 256, 128):
+        if available >= 2 * context:
+            return context, min(CHUNKS, available // context)
+    raise CheckError(f"{text} has {available} tokens, and at least 256 are needed: give a longer text with -f")
+
+
+class Checker:
+    """KLDs from the predictions of one model with an f16 cache, on the first tokens of a text."""
+
+    def __init__(self, programs: Programs, base: Path, context: int, chunks: int) -> None:
+        self._programs, self._base, self._context, self._chunks = programs, base, context, chunks
+
+    def kld(self, model: Path, k: str = "f16", v: str = "f16") -> float:
+        """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run."""
+        try:
+            found, _ = run_divergence(
+                self._programs, model, self._base, CachePair(k, v), ctx=self._context, chunks=self._chunks
+            )
+        except ProgramError as error:
+            raise CheckError(str(error)) from error
+        return found.kld
+
+
+@contextmanager
+def checker(
+    model: Path, text: Path, context: int, chunks: int, bin: str | os.PathLike[str] | None, threads: int | None
+) -> Iterator[Checker]:
+    """Predict with `model`, for comparison with others; the predictions are deleted in the end."""
+    folder = cache_dir() / "convert"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        programs = Programs(Path(bin) if bin else where(), folder / "logs", threads)
+        with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as scratch:
+            base = Path(scratch) / "f16.kld"
+            run_base(programs, model, text, base, ctx=context, chunks=chunks)
+            yield Checker(programs, base, context, chunks)
+    except ProgramError as error:
+        raise CheckError(str(error)) from error

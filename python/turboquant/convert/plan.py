@@ -1,0 +1,321 @@
+"""Measure a model on a text, and plan how its weights are to be scaled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import balance
+from .balance import Problem, groups
+from .modelfile import ModelFile, Scaling
+from .paths import Leaf, Refusal, Trace, trace, trace_output
+from .stream import Attention, Capture, CaptureError, Data, Route
+from .weights import FLOATS, block, exponents
+
+__all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_EXACT = ("F32", "F16")  # a factor that is no power of two costs them next to nothing
+
+
+@dataclass
+class Measurement:
+    """Second moments per channel, and where the channels come from."""
+
+    tokens: int
+    available: int
+    attentions: list[Attention] = field(default_factory=list)
+    routes: dict[tuple[str, int], list[Route]] = field(default_factory=dict)  #: by role, and use (q, o) or layer (k, v)
+    moments: dict[tuple[str, int], Floats] = field(default_factory=dict)  #: (channels,), by the same
+
+    def layers(self) -> list[int]:
+        """The layers that have a cache."""
+        return sorted({attention.layer for attention in self.attentions})
+
+
+def measure(
+    model: Path,
+    text: Path,
+    *,
+    tokens: int,
+    context: int,
+    bin: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measurement:
+    """Run `model` on the first `tokens` tokens of `text`, in pieces of `context`, and sum the squares of q, k and v.
+
+    Raises:
+        CaptureError: the model or the text cannot be used.
+    """
+    capture = Capture(
+        model, text, tokens=tokens, context=context, bin=bin, threads=threads, gpu_layers=gpu_layers
+    )
+    with capture:
+        found = Measurement(capture.tokens, capture.available)
+        for item in capture:
+            if isinstance(item, Attention):
+                found.attentions.append(item)
+            elif isinstance(item, Route):
+                found.routes.setdefault(_key(item), []).append(item)
+            else:
+                squares = np.square(item.values, dtype=np.float64).sum(axis=0).ravel()
+                key = _key(item)
+                found.moments[key] = found.moments.get(key, 0) + squares / capture.tokens
+                progress(item.first + len(item.values), capture.tokens)
+    if not found.attentions:
+        raise CaptureError(f"{model} has no attention with a cache: there is nothing to convert")
+    if any(attention.layer < 0 for attention in found.attentions):
+        raise CaptureError(f"{model} keeps its keys in a cache that this program does not know")
+    return found
+
+
+def _key(item: Route | Data) -> tuple[str, int]:
+    return item.role, item.use if item.role in "qo" else item.layer
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """What is done to K (with Q) or V (with the output) of one layer. Noise is per unit of a type's own error."""
+
+    layer: int
+    what: str  #: "K" or "V"
+    exact: bool = True
+    before: float = 0.0  #: K: variance of a score; V: of the output, summed over the model's width
+    after: float = 0.0
+    largest: float = 1.0  #: the largest and the smallest scale
+    smallest: float = 1.0
+    refused: str = ""  #: why it is left alone
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass
+class Plan:
+    """The scalings of all tensors, and what they are expected to bring."""
+
+    scalings: dict[str, list[Scaling]] = field(default_factory=dict)
+    parts: list[Balanced] = field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """ "exact", "pow2", or "mixed": the scales of the parts that are balanced."""
+        kinds = {part.exact for part in self.parts if not part.refused}
+        return "mixed" if len(kinds) > 1 else "exact" if True in kinds else "pow2"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One tensor's part in a balance: the cached side is multiplied by the scale, the reading side by its inverse."""
+
+    trace: Trace
+    channel: Ints  #: which cached channel each of the trace's belongs to
+    reads: bool
+
+
+def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool = True) -> Plan:
+    """Balance every layer of `measured` that can be.
+
+    Args:
+        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": that everywhere.
+        values: balance V, too.
+    """
+    plan = Plan()
+    sides: dict[tuple[int, str], list[_Side] | Refusal] = {}
+    for layer in measured.layers():
+        for what in ("K", "V") if values else ("K",):
+            try:
+                sides[layer, what] = (_sides_k if what == "K" else _sides_v)(measured, layer)
+            except Refusal as refusal:
+                sides[layer, what] = refusal
+    shared = _shared(sides)
+    for (layer, what), found in sides.items():
+        try:
+            if isinstance(found, Refusal):
+                raise found
+            for tensor in sorted(shared & {leaf.tensor for side in found for leaf in side.trace.leaves}):
+                raise Refusal(f"{tensor} has another use, too")
+            part = _balance(model, measured, layer, what, found, mode, plan.scalings)
+        except Refusal as refusal:
+            part = Balanced(layer, what, refused=str(refusal))
+        plan.parts.append(part)
+    return plan
+
+
+# ---- where the channels come from ------------------------------------------------------------------------------------
+
+
+def _uses(measured: Measurement, layer: int) -> list[Attention]:
+    return [attention for attention in measured.attentions if attention.layer == layer]
+
+
+def _route(measured: Measurement, role: str, number: int) -> Route:
+    routes = measured.routes.get((role, number), [])
+    if len(routes) != 1:
+        what = {"v": "V is not cached on its own", "o": "its output goes through more than a matrix"}
+        raise Refusal(what.get(role, f"{role.upper()} is computed {len(routes)} times"))
+    return routes[0]
+
+
+def _rows(count: int) -> Ints:
+    return np.stack([np.arange(count), *[np.zeros(count, np.int64)] * 3], axis=1)
+
+
+def _reading(attention: Attention, head: int) -> Ints:
+    """For every channel of every query head, the channel of K or V that it meets."""
+    heads = np.arange(attention.heads) // (attention.heads // attention.kv_heads)
+    return (heads[:, None] * head + np.arange(head)).ravel()
+
+
+def _sides_k(measured: Measurement, layer: int) -> list[_Side]:
+    uses = _uses(measured, layer)
+    count = uses[0].kv_heads * uses[0].head_k
+    sides = [_Side(trace(_route(measured, "k", layer).steps, _rows(count)), np.arange(count), False)]
+    for use in uses:
+        at = np.zeros((use.heads * use.head_k, 4), np.int64)
+        at[:, 2], at[:, 0] = np.divmod(np.arange(len(at)), use.head_k)
+        sides.append(_Side(trace(_route(measured, "q", use.use).steps, at), _reading(use, use.head_k), True))
+    return sides
+
+
+def _sides_v(measured: Measurement, layer: int) -> list[_Side]:
+    uses = _uses(measured, layer)
+    count = uses[0].kv_heads * uses[0].head_v
+    sides = [_Side(trace(_route(measured, "v", layer).steps, _rows(count)), np.arange(count), False)]
+    for use in uses:
+        leaf = trace_output(_route(measured, "o", use.use).steps, use.heads, use.head_v)
+        sides.append(_Side(Trace([leaf]), _reading(use, use.head_v), True))
+    return sides
+
+
+def _shared(sides: dict[tuple[int, str], list[_Side] | Refusal]) -> set[str]:
+    """Tensors of which some element would be scaled twice."""
+    taken: dict[str, list[Leaf]] = {}
+    for found in sides.values():
+        for side in [] if isinstance(found, Refusal) else found:
+            for leaf in side.trace.leaves:
+                taken.setdefault(leaf.tensor, []).append(leaf)
+    result = set()
+    for tensor, leaves in taken.items():
+        distinct = [np.unique(leaf.index) for leaf in leaves]
+        together = np.concatenate(distinct)
+        if len(np.unique(together)) < len(together) or len({leaf.axis for leaf in leaves}) > 1:
+            result.add(tensor)
+    return result
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def _balance(
+    model: ModelFile,
+    measured: Measurement,
+    layer: int,
+    what: str,
+    sides: list[_Side],
+    mode: str,
+    scalings: dict[str, list[Scaling]],
+) -> Balanced:
+    uses = _uses(measured, layer)
+    head = uses[0].head_k if what == "K" else uses[0].head_v
+    cached = measured.moments["k" if what == "K" else "v", layer]
+    reader = np.zeros_like(cached)
+    for use, side in zip(uses, sides[1:], strict=True):
+        moments = measured.moments["q", use.use] if what == "K" else _columns(model, side.trace.leaves[0])
+        np.add.at(reader, side.channel, moments * (use.scale**2 / use.heads if what == "K" else 1))
+    exact, pairs = _constraints(model, sides, mode)
+    size = next((n for n in (128, 64, 32) if head % n == 0), head)
+    problem = Problem(cached, reader, np.arange(len(cached)) // size, groups(len(cached), pairs))
+    before = balance.noise(problem, np.ones_like(cached))
+    if exact:
+        scale = balance.solve(problem)
+    else:
+        scale = balance.solve_powers(problem, *_limits(model, sides, len(cached)))
+    after = balance.noise(problem, scale)
+    if after < before:
+        for side in sides:
+            factors = (1 / scale if side.reads else scale)[side.channel]
+            for leaf in side.trace.leaves:
+                _add(model, scalings, leaf, factors)
+    else:
+        scale = np.ones_like(scale)
+    return Balanced(layer, what, exact, before, min(before, after), float(scale.max()), float(scale.min()))
+
+
+def _constraints(model: ModelFile, sides: list[_Side], mode: str) -> tuple[bool, list[tuple[Ints, Ints]]]:
+    """Whether any factor will do, and which cached channels must have the same scale."""
+    exact = mode != "pow2"
+    pairs: list[tuple[Ints, Ints]] = []
+    for side in sides:
+        pairs += [(side.channel[a], side.channel[b]) for a, b in side.trace.pairs]
+        for leaf in side.trace.leaves:
+            if leaf.tensor not in model.tensors:
+                raise Refusal(f"{leaf.tensor!r} is not a tensor of the file")
+            type = model.tensors[leaf.tensor].type
+            layout = block(type)
+            if type not in FLOATS and (layout is None or leaf.axis == "elements"):
+                raise Refusal(f"{leaf.tensor} is {type}, which cannot be scaled")
+            if layout and leaf.axis == "columns" and layout.values > 32:
+                raise Refusal(f"{leaf.tensor} is {type}, whose columns cannot be scaled on their own")
+            if type not in FLOATS and mode == "exact":
+                raise Refusal(f"{leaf.tensor} is {type}, which takes powers of two only: convert without --exact")
+            if type not in _EXACT and mode != "exact":
+                exact = False
+            place = leaf.index // layout.values if layout and leaf.axis == "columns" else leaf.index
+            order = np.argsort(place, kind="stable")
+            same = place[order[1:]] == place[order[:-1]]
+            pairs.append((side.channel[order[:-1][same]], side.channel[order[1:][same]]))
+    return exact, pairs
+
+
+def _limits(model: ModelFile, sides: list[_Side], channels: int) -> tuple[Ints, Ints]:
+    """The lowest and the highest exponent that each cached channel's weights allow."""
+    low, high = np.full(channels, -100), np.full(channels, 100)
+    for side in sides:
+        for leaf in side.trace.leaves:
+            if leaf.axis == "elements":
+                continue
+            tensor = model.tensors[leaf.tensor]
+            found = [exponents(rows, tensor.type, leaf.axis) for _, rows in model.pieces(tensor)]
+            if leaf.axis == "rows":
+                least, most = (np.concatenate(parts)[leaf.index] for parts in zip(*found, strict=True))
+            else:
+                least = np.max([part[0] for part in found], axis=0)[leaf.index]
+                most = np.min([part[1] for part in found], axis=0)[leaf.index]
+            if side.reads:
+                least, most = -most, -least
+            np.maximum.at(low, side.channel, least)
+            np.minimum.at(high, side.channel, most)
+    return low, high
+
+
+def _columns(model: ModelFile, leaf: Leaf) -> Floats:
+    """The squared length of the columns of a leaf, in the order of its channels."""
+    tensor = model.tensors.get(leaf.tensor)
+    if tensor is None:
+        raise Refusal(f"{leaf.tensor!r} is not a tensor of the file")
+    total = np.zeros(tensor.shape[0])
+    try:
+        for values in model.floats(tensor):
+            total += np.square(values, dtype=np.float64).sum(axis=0)
+    except NotImplementedError:
+        raise Refusal(f"{leaf.tensor} is {tensor.type}, which cannot be read") from None
+    return total[leaf.index]
+
+
+def _add(model: ModelFile, scalings: dict[str, list[Scaling]], leaf: Leaf, factors: Floats) -> None:
+    tensor = model.tensors[leaf.tensor]
+    count = {"rows": tensor.rows, "columns": tensor.shape[0], "elements": int(np.prod(tensor.shape))}[leaf.axis]
+    full = np.ones(count)
+    full[leaf.index] = factors
+    scalings.setdefault(leaf.tensor, []).append(Scaling(leaf.axis, full))
