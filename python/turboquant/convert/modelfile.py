@@ -23,7 +23,7 @@ from .weights import scale_columns, scale_rows
 
 __all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_text"]
 
-_PIECE = 16 << 20  # bytes of a tensor in memory at a time
+_PIECE = 4 << 20  # bytes of a tensor in memory at a time
 _HEADER = 24  # magic, version, count of tensors, count of metadata
 
 

@@ -1,0 +1,417 @@
+"""turboquant.convert without llama.cpp: scales, paths through the graph, weights, model files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from turboquant.convert import weights
+from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
+from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_text
+from turboquant.convert.paths import Refusal, trace, trace_output
+
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+
+def problem(seed: int = 0, blocks: int = 2, n: int = 32, pairs: bool = True) -> Problem:
+    rng = np.random.default_rng(seed)
+    cached, reader = np.exp(rng.standard_normal((2, blocks * n)) * 2)
+    label = np.arange(blocks * n)
+    joined = [(label[::2], label[1::2])] if pairs else []
+    return Problem(cached, reader, label // n, groups(blocks * n, joined))
+
+
+def test_groups_joins_chains() -> None:
+    label = groups(8, [(np.array([0, 1, 2]), np.array([1, 2, 3])), (np.array([7]), np.array([5]))])
+    assert label.tolist() == [0, 0, 0, 0, 1, 2, 3, 2]
+
+
+def test_best_scales_reach_the_bound_of_cauchy_and_schwarz() -> None:
+    p = problem()
+    scale = solve(p)
+    assert np.array_equal(scale[::2], scale[1::2])
+    k, q = (m.reshape(2, -1, 2).sum(axis=2) for m in (p.cached, p.reader))
+    assert noise(p, scale) == pytest.approx((np.sqrt(k * q).sum(axis=1) ** 2 / 32).sum())
+    assert noise(p, scale) < 0.8 * noise(p, np.ones(64))
+    for block in (slice(0, 32), slice(32, 64)):  # no f16 that did not overflow may overflow now
+        assert (p.cached * scale**2)[block].sum() <= p.cached[block].sum() * (1 + 1e-9)
+
+
+def test_scales_that_blocks_share_are_a_minimum() -> None:
+    """One norm's weight for two heads: no closed form, so small changes must not help."""
+    p = problem(pairs=False)
+    p = Problem(p.cached, p.reader, p.block, np.tile(np.arange(32), 2))
+    scale = solve(p)
+    assert np.array_equal(scale[:32], scale[32:])
+    least = noise(p, scale)
+    assert least < 0.9 * noise(p, np.ones(64))
+    for group in range(32):
+        for factor in (0.99, 1.01):
+            assert noise(p, np.where(p.group == group, factor * scale, scale)) > least
+
+
+def test_powers_of_two() -> None:
+    p = problem()
+    free = np.full(64, 100)
+    scale = solve_powers(p, -free, free)
+    assert (np.frexp(scale)[0] == 0.5).all() and np.array_equal(scale[::2], scale[1::2])
+    exact, found, before = (noise(p, s) for s in (solve(p), scale, np.ones(64)))
+    assert exact < found < 1.15 * exact < before  # rounding log2 s by at most ½ costs a few percent
+    low, high = np.full(64, -1), np.full(64, 2)
+    high[5] = 0
+    limited = solve_powers(p, low, high)
+    assert limited.min() >= 0.5 and limited.max() <= 4 and limited[4] <= 1
+    assert found < noise(p, limited) <= before
+    assert (solve_powers(p, free * 0, free * 0) == 1).all()
+
+
+def test_silent_channels_stay_finite() -> None:
+    p = problem()
+    p.cached[:5] = 0
+    p.reader[3:9] = 0
+    assert np.isfinite(solve(p)).all() and (solve(p) > 0).all()
+    assert noise(p, solve(p)) <= noise(p, np.ones(64))
+
+
+def test_balanced_stays_as_it_is() -> None:
+    p = problem()
+    p = Problem(p.cached, p.cached, p.block, p.group)
+    assert np.allclose(solve(p), 1)
+    free = np.full(64, 100)
+    assert (solve_powers(p, -free, free) == 1).all()
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def tensor(op: str, ne: list[int], nb: list[int] | None = None, **more: object) -> dict:
+    shape = [*ne, *[1] * (4 - len(ne))]
+    return {"op": op, "ne": shape, "nb": nb or [4 * int(n) for n in np.cumprod([1, *shape[:3]])], **more}
+
+
+def source(of: list[int], nb: list[int] | None = None) -> dict:
+    made = tensor("", of, nb)
+    return {"sne": made["ne"], "snb": made["nb"]}
+
+
+def rows(count: int) -> np.ndarray:
+    return np.stack([np.arange(count), *[np.zeros(count, np.int64)] * 3], axis=1)
+
+
+def k_steps(mode: int, dims: int = 8, **rope: object) -> list[dict]:
+    """K of 2 heads of 8 and 5 tokens, as llama.cpp makes it."""
+    return [
+        tensor("VIEW", [16, 5], offset=0, **source([8, 2, 5])),
+        tensor("ROPE", [8, 2, 5], mode=mode, dims=dims, **source([8, 2, 5]), **rope),
+        tensor("RESHAPE", [8, 2, 5], offset=0, **source([16, 5])),
+        tensor("ADD", [16, 5], weight="k.bias", wne=[16, 1, 1, 1], **source([16, 5])),
+        tensor("MUL_MAT", [16, 5], weight="k.weight", wne=[32, 16, 1, 1]),
+    ]
+
+
+def same(found, count: int) -> list[list[int]]:
+    label = groups(count, found.pairs)
+    return sorted(np.flatnonzero(label == one).tolist() for one in range(label.max() + 1))
+
+
+def test_rope_of_either_layout() -> None:
+    normal, neox = (trace(k_steps(mode), rows(16)) for mode in (0, 2))
+    assert [(leaf.tensor, leaf.axis) for leaf in normal.leaves] == [("k.bias", "elements"), ("k.weight", "rows")]
+    assert all(np.array_equal(leaf.index, np.arange(16)) for leaf in normal.leaves)
+    assert same(normal, 16) == [[i, i + 1] for i in range(0, 16, 2)]
+    assert same(neox, 16) == [[i, i + 4] for i in (0, 1, 2, 3, 8, 9, 10, 11)]
+
+
+def test_channels_outside_of_a_partial_rope_are_free() -> None:
+    assert same(trace(k_steps(2, dims=4), rows(8)[:8]), 8) == [[0, 2], [1, 3], [4], [5], [6], [7]]
+
+
+@pytest.mark.parametrize(("mode", "name"), [(8, "M-RoPE"), (24, "vision RoPE"), (40, "interleaved M-RoPE"), (3, "mode 3")])
+def test_other_ropes_are_refused_by_name(mode: int, name: str) -> None:
+    with pytest.raises(Refusal, match=name):
+        trace(k_steps(mode), rows(16))
+
+
+def test_permuted_queries_and_a_norm_that_all_heads_share() -> None:
+    """Q as attention takes it, {head, tokens, heads}: 3 heads of 4, 5 tokens; the norm's weight is what is scaled."""
+    steps = [
+        tensor("PERMUTE", [4, 5, 3], [4, 48, 16, 240], offset=0, **source([4, 3, 5])),
+        tensor("SCALE", [4, 3, 5], **source([4, 3, 5])),
+        tensor("ROPE", [4, 3, 5], mode=2, dims=4, **source([4, 3, 5])),
+        tensor("MUL", [4, 3, 5], weight="q_norm", wne=[4, 1, 1, 1], **source([4, 3, 5])),
+        tensor("RMS_NORM", [4, 3, 5], **source([4, 3, 5])),
+    ]
+    at = np.zeros((12, 4), np.int64)
+    at[:, 2], at[:, 0] = np.divmod(np.arange(12), 4)
+    (leaf,) = trace(steps, at).leaves
+    assert (leaf.tensor, leaf.axis) == ("q_norm", "elements")
+    assert leaf.index.tolist() == [0, 1, 2, 3] * 3
+
+
+def test_fused_projection() -> None:
+    """V is the last third of the rows: 2 query heads, 1 KV head of 4; rows of 16."""
+    fused = source([16, 5])
+    steps = [
+        tensor("VIEW", [4, 5], [4, 64, 320, 320], offset=0, **source([4, 1, 5], [4, 16, 64, 320])),
+        tensor("VIEW", [4, 1, 5], [4, 16, 64, 320], offset=48, **fused),
+        tensor("MUL_MAT", [16, 5], weight="qkv", wne=[32, 16, 1, 1]),
+    ]
+    (leaf,) = trace(steps, rows(4)).leaves
+    assert leaf.index.tolist() == [12, 13, 14, 15]
+
+
+def test_copies_and_single_factors_change_nothing() -> None:
+    steps = [
+        tensor("CONT", [12, 5], **source([4, 3, 5], [4, 80, 16, 240])),
+        tensor("MUL", [4, 3, 5], weight="scale", wne=[1, 1, 1, 1], **source([4, 3, 5])),
+        tensor("RESHAPE", [4, 3, 5], offset=0, **source([12, 5])),
+        tensor("MUL_MAT", [12, 5], weight="w", wne=[8, 12, 1, 1]),
+    ]
+    (leaf,) = trace(steps, rows(12)).leaves
+    assert leaf.tensor == "w" and leaf.index.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (tensor("RMS_NORM", [16, 5]), "normalised"),
+        (tensor("CONCAT", [16, 5]), "CONCAT"),
+        (tensor("ADD", [16, 5]), "ADD"),
+        (tensor("CLAMP", [16, 5]), "CLAMP"),
+        (tensor("MUL_MAT", [16, 5], weight="w", wne=[8, 16, 4, 1]), "per head"),
+        (tensor("VIEW", [16, 5], offset=4, **source([16, 1])), "cannot be followed"),
+    ],
+)
+def test_what_does_not_commute_is_refused(step: dict, reason: str) -> None:
+    with pytest.raises(Refusal, match=reason):
+        trace([step], rows(16))
+
+
+def test_columns_of_the_output() -> None:
+    plain = [
+        tensor("MUL_MAT", [32, 5], weight="o", wne=[12, 32, 1, 1]),
+        tensor("RESHAPE", [12, 5], offset=0, **source([4, 3, 5])),
+    ]
+    assert trace_output(plain, 3, 4).index.tolist() == list(range(12))
+    with pytest.raises(Refusal, match="as it is"):
+        trace_output(plain, 2, 4)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(type: str, count: int = 6, seed: int = 0) -> np.ndarray:
+    """Random blocks with ordinary fp16 scales: two or more to a row, (count, bytes)."""
+    layout = weights.block(type)
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (count, 512 // layout.values, layout.bytes), np.uint8)
+    for at in layout.scales:
+        raw[:, :, at : at + 2] = rng.uniform(0.001, 0.01, raw.shape[:2]).astype("<f2")[..., None].view(np.uint8)
+    return raw.reshape(count, -1)
+
+
+def decoded(raw: np.ndarray, type: str) -> np.ndarray:
+    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type])
+
+
+@pytest.mark.parametrize("type", QUANTIZED)
+def test_quantized_rows_are_scaled_to_the_bit(type: str) -> None:
+    raw = encoded(type)
+    before = raw.copy()
+    factors = 2.0 ** np.array([-2, -1, 0, 1, 5, 11])
+    assert np.array_equal(decoded(weights.scale_rows(raw, type, factors), type), decoded(raw, type) * factors[:, None])
+    assert np.array_equal(raw, before)
+
+
+@pytest.mark.parametrize("type", QUANTIZED)
+def test_exponents_are_as_far_as_it_goes(type: str) -> None:
+    raw = encoded(type)
+    low, high = weights.exponents(raw, type)
+    assert (low < 0).all() and (high > 0).all()
+    for limit, beyond in ((low, low - 1), (high, high + 1)):
+        scaled = weights.scale_rows(raw, type, 2.0**limit)
+        assert np.array_equal(decoded(scaled, type), decoded(raw, type) * 2.0 ** limit[:, None])
+        for row in range(len(raw)):
+            with pytest.raises(ValueError, match="range"):
+                weights.scale_rows(raw[row : row + 1], type, 2.0 ** beyond[row : row + 1])
+
+
+def test_rows_of_zeros_can_be_scaled_by_anything() -> None:
+    low, high = weights.exponents(np.zeros((2, 34), np.uint8), "Q8_0")
+    assert (low <= -100).all() and (high >= 100).all()
+
+
+@pytest.mark.parametrize("type", [type for type in QUANTIZED if not type.endswith(("_K", "XS"))])
+def test_columns_of_whole_blocks(type: str) -> None:
+    raw = encoded(type)
+    factors = np.repeat(2.0 ** (np.arange(16) % 5 - 2), 32)
+    assert np.array_equal(decoded(weights.scale_columns(raw, type, factors), type), decoded(raw, type) * factors)
+    low, high = weights.exponents(raw, type, "columns")
+    assert low.shape == high.shape == (512,) and (low < 0).all() and (high > 0).all()
+    weights.scale_columns(raw, type, 2.0**low)
+    factors[7] *= 2
+    with pytest.raises(ValueError, match="one .* block"):
+        weights.scale_columns(raw, type, factors)
+
+
+def test_only_powers_of_two_for_blocks() -> None:
+    with pytest.raises(ValueError, match="powers of two"):
+        weights.scale_rows(encoded("Q4_K"), "Q4_K", np.full(6, 3.0))
+
+
+@pytest.mark.parametrize(("type", "digits"), [("F32", 24), ("F16", 11), ("BF16", 8)])
+def test_floats_are_rounded_once(type: str, digits: int) -> None:
+    rng = np.random.default_rng(0)
+    raw = gguf.quants.quantize(rng.standard_normal((4, 64), dtype=np.float32), gguf.GGMLQuantizationType[type])
+    raw = raw.view(np.uint8)
+    values = decoded(raw, type).astype(np.float64)
+    for scale, factors in (
+        (weights.scale_rows, np.array([1.7, 0.3, 2.0, 1.0])),
+        (weights.scale_columns, rng.uniform(0.5, 2, 64)),
+    ):
+        wanted = values * (factors[:, None] if len(factors) == 4 else factors)
+        found = decoded(scale(raw, type, factors), type)
+        assert (np.abs(found - wanted) <= np.abs(wanted) * 2.0**-digits).all()
+        assert np.array_equal(decoded(scale(raw, type, np.full(len(factors), 4.0)), type), values * 4)
+
+
+def test_overflow_is_an_error() -> None:
+    raw = np.full((1, 4), 60000, "<f2").view(np.uint8)
+    assert weights.exponents(raw, "F16")[1].tolist() == [0]
+    with pytest.raises(ValueError, match="range of F16"):
+        weights.scale_rows(raw, "F16", np.array([2.0]))
+
+
+# ---- model files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "in.gguf"
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("names: ä, 名")
+    writer.add_array("some.strings", ["a", "", "ccc"])
+    writer.add_float64("some.float", 0.1)
+    writer.add_tensor("rows", rng.standard_normal((5, 8), dtype=np.float32))
+    writer.add_tensor("columns", rng.standard_normal((3, 8)).astype(np.float16))
+    writer.add_tensor("vector", rng.standard_normal(7, dtype=np.float32))
+    writer.add_tensor("untouched", rng.integers(0, 255, (3, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SCALINGS = {
+    "rows": [Scaling("rows", np.arange(1.0, 6))],
+    "columns": [Scaling("columns", 2.0 ** np.arange(8))],
+    "vector": [Scaling("elements", np.full(7, 0.5))],
+}
+
+
+def test_write_changes_what_it_must_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    with ModelFile(model) as opened:
+        added = {"turboquant.a": "text  ", "turboquant.b": 7, "turboquant.c": [1.5, 2.5], "turboquant.d": ["x", "yz"]}
+        written = opened.write(tmp_path / "out.gguf", SCALINGS, added)
+    replace_text(written, "turboquant.a", "new")
+    with pytest.raises(ValueError, match="longer than the 6 bytes"):
+        replace_text(written, "turboquant.a", "much longer")
+    old, new = gguf.GGUFReader(model), gguf.GGUFReader(written)
+    own = [name for name in old.fields if not name.startswith("GGUF.")]
+    assert [old.fields[name].contents() for name in own] == [new.fields[name].contents() for name in own]
+    assert new.fields["turboquant.a"].contents() == "new   "
+    assert [new.fields[f"turboquant.{key}"].contents() for key in "bcd"] == [7, [1.5, 2.5], ["x", "yz"]]
+    assert new.fields.keys() - old.fields.keys() == added.keys()
+    before, after = ({t.name: t for t in reader.tensors} for reader in (old, new))
+    assert list(before) == list(after)
+    assert [t.tensor_type for t in old.tensors] == [t.tensor_type for t in new.tensors]
+    assert np.array_equal(after["rows"].data, before["rows"].data * np.arange(1, 6, dtype=np.float32)[:, None])
+    assert np.array_equal(after["columns"].data, before["columns"].data * 2 ** np.arange(8).astype(np.float16))
+    assert np.array_equal(after["vector"].data, before["vector"].data / 2)
+    assert np.array_equal(after["untouched"].data, before["untouched"].data)
+
+
+def test_tensors_in_pieces(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ModelFile(model) as opened:
+        whole = opened.write(tmp_path / "whole", SCALINGS, {}).read_bytes()
+        monkeypatch.setattr("turboquant.convert.modelfile._PIECE", 40)  # a row and a bit
+        assert opened.write(tmp_path / "pieces", SCALINGS, {}).read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [3, 30, 200, -60])
+def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(model.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=r"short\.gguf (cannot be read|is truncated).*get (it|the file) again"):
+        ModelFile(short)
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from turboquant.convert.modelfile import ModelFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+with ModelFile(Path(sys.argv[1])) as model:
+    model.write(Path(sys.argv[2]), {}, {"key": "x" * 8192})
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "out.gguf"
+    target.parent.mkdir()
+    done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
+    assert done.returncode != 0 and "OSError" in done.stderr
+    assert list(target.parent.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "folder" / "out.gguf"
+    target.parent.mkdir()
+    with ModelFile(model) as opened, pytest.raises(KeyboardInterrupt):
+        opened.write(target, {}, {}, interrupt)
+    assert list(target.parent.iterdir()) == []
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from turboquant.convert.modelfile import ModelFile, Scaling
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+with ModelFile(Path(sys.argv[1])) as model:
+    before = peak()
+    big = model.tensors["big"]
+    model.write(Path(sys.argv[2]), {"big": [Scaling("rows", np.full(big.rows, 1.5))]}, {})
+    print(big.bytes / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("big", np.zeros((80 << 10, 512), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = subprocess.run([sys.executable, "-c", _MEMORY, path, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tensor, grown = map(float, done.stdout.split())
+    # 4 MiB of f16 at a time are 16 MiB as float64, in a few copies.
+    assert tensor == 80 and grown < 60, (tensor, grown)
