@@ -1,0 +1,71 @@
+"""Rotations that spread a vector's energy over all its channels: any orthonormal matrix, and the cheap one.
+
+The cheap one, S2 . H/sqrt(n) . S1, is `turboquant.rotate`; here is its middle part, stage by stage.
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..reference import hadamard, rotation_matrix
+
+__all__ = [
+    "butterfly_stages", "dense_multiplications", "hadamard", "peak_to_mean", "random_rotation", "rotation_matrix",
+    "walsh_hadamard", "walsh_hadamard_additions",
+]
+
+Floats = NDArray[np.float64]
+
+
+def random_rotation(n: int, seed: int | np.random.Generator = 0) -> Floats:
+    """A random orthonormal matrix (n, n), each as likely as any other (Haar measure).
+
+    The Q of the QR decomposition of a Gaussian matrix, its columns multiplied by the signs of R's diagonal: without them
+    the distribution is that of the library's sign convention. Source: TurboQuant, algorithm 1; Mezzadri, "How to
+    generate random matrices from the classical compact groups", Notices of the AMS 54, 2007.
+    """
+    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
+    return np.asarray(q * np.where(np.diag(r) < 0, -1.0, 1.0))
+
+
+def butterfly_stages(x: ArrayLike) -> Floats:
+    """H . x for vectors x (..., n), n a power of two, after every stage: (log2(n) + 1, ..., n), stage 0 being x.
+
+    A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. Not
+    normalised: divide the last stage by sqrt(n) for the orthonormal transform. ValueError if n is no power of two.
+    """
+    array = np.asarray(x, dtype=np.float64)
+    n = array.shape[-1] if array.ndim else 0
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"x: got shape {array.shape}, wanted a last axis that is a power of two")
+    stages, h = [array], 1
+    while h < n:
+        pairs = stages[-1].reshape(*array.shape[:-1], n // (2 * h), 2, h)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        stages.append(np.stack([a + b, a - b], axis=-2).reshape(array.shape))
+        h *= 2
+    return np.stack(stages)
+
+
+def walsh_hadamard(x: ArrayLike) -> Floats:
+    """H/sqrt(n) . x for vectors x (..., n), by butterfly: orthonormal, and its own inverse."""
+    last = butterfly_stages(x)[-1]
+    return np.asarray(last / math.sqrt(last.shape[-1]))
+
+
+def dense_multiplications(n: int) -> int:
+    """Multiply-adds of a dense rotation of n channels: n**2."""
+    return n * n
+
+
+def walsh_hadamard_additions(n: int) -> int:
+    """Additions and subtractions of the butterfly for n channels, a power of two: n * log2(n)."""
+    return n * (n.bit_length() - 1)
+
+
+def peak_to_mean(x: ArrayLike) -> Floats:
+    """max |x| / mean |x| over the last axis of x (..., n): (...). 1 for equal magnitudes, n for a single spike."""
+    magnitude = np.abs(np.asarray(x, dtype=np.float64))
+    return np.asarray(magnitude.max(axis=-1) / magnitude.mean(axis=-1))
