@@ -1,11 +1,11 @@
-"""`turboquant dump-kv`: queries, keys and values of a model on a text, in a safetensors file.
+"""`turboquant dump-kv`: queries, keys and values of a model on a text, in a safetensors file; and `load` to read it.
 
 Tensors, float32, as attention sees them (after RoPE, biases and norms):
 
 - ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for the further attentions that read the same layer's cache
 - ``k.LAYER``, ``v.LAYER`` (tokens, KV heads, head)
 
-The metadata has ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale`` (JSON: by q's name, what
+A file may hold the last tokens of q only, and 16-bit floats. The metadata has ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale`` (JSON: by q's name, what
 attention multiplies q·k by).
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,54 @@ from numpy.typing import NDArray
 from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
 
-__all__ = ["DumpError", "dump"]
+__all__ = ["DumpError", "Layer", "dump", "load"]
+
+FORMAT = "turboquant-kv 1"
 
 
 class DumpError(LlamaError):
-    """The file cannot be written. The text says what to do."""
+    """The file cannot be written or read. The text says what to do."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a dump, float32, heads first as `turboquant.attention` takes them."""
+
+    q: NDArray[np.float32]  #: (n_head, n_query, head_k): the last n_query tokens, all of them in what dump-kv writes
+    k: NDArray[np.float32]  #: (n_kv_head, tokens, head_k)
+    v: NDArray[np.float32]  #: (n_kv_head, tokens, head_v)
+    scale: float  #: what attention multiplies q k by
+
+
+def load(path: str | os.PathLike[str]) -> dict[int, Layer]:
+    """Read a file that `dump` wrote: layers by number. Further attentions over the same cache (q.LAYER.N) are left out.
+
+    Raises:
+        DumpError: it is no such file, or has a layer without V of its own (multi-head latent attention).
+        OSError: it cannot be read.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise DumpError("a dump is read with the package safetensors: pip install 'turboquant[convert]'") from error
+    layers: dict[int, Layer] = {}
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DumpError(f"{path} is not a dump of queries, keys and values: its format is "
+                                f"{metadata.get('format')!r}, wanted {FORMAT!r}")
+            names, scales = set(file.keys()), json.loads(metadata["scale"])
+            for number in sorted(int(name[2:]) for name in names if name.startswith("k.")):
+                missing = [f"{role}.{number}" for role in "qkv" if f"{role}.{number}" not in names]
+                if missing:
+                    raise DumpError(f"{path} has no {missing[0]}")
+                q, k, v = (np.ascontiguousarray(file.get_tensor(f"{role}.{number}").swapaxes(0, 1), dtype=np.float32)
+                           for role in "qkv")
+                layers[number] = Layer(q, k, v, scales[f"q.{number}"])
+    except SafetensorError as error:
+        raise DumpError(f"{path} is not a safetensors file: {error}") from error
+    return layers
 
 
 def dump(
@@ -80,7 +124,7 @@ def dump(
         "text": text.name,
         "tokens": str(tokens),
         "scale": json.dumps(scales),
-        "format": "turboquant-kv 1",
+        "format": FORMAT,
     }
     descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     os.close(descriptor)

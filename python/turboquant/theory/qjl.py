@@ -30,9 +30,13 @@ class Signs(NamedTuple):
     norm: Floats  #: (...)
 
 
-def projections(n: int, m: int | None = None, seed: int | np.random.Generator = 0) -> Floats:
-    """A Gaussian matrix S (m, n) of independent N(0,1) values; m = n, one bit per channel, if not given."""
-    return np.random.default_rng(seed).standard_normal((n if m is None else m, n))
+def projections(n: int, m: int | None = None, seed: int = 0) -> Floats:
+    """A Gaussian matrix S (m, n) of independent N(0,1) values; m = n, one bit per channel, if not given.
+
+    As in `rotation.random_rotation`, the seed has a random stream of its own here.
+    """
+    stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    return stream.standard_normal((n if m is None else m, n))
 
 
 def encode(x: ArrayLike, matrix: ArrayLike) -> Signs:
