@@ -5,7 +5,7 @@ Tensors, float32, as attention sees them (after RoPE, biases and norms):
 - ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for the further attentions that read the same layer's cache
 - ``k.LAYER``, ``v.LAYER`` (tokens, KV heads, head)
 
-A file may hold the last tokens of q only, and 16-bit floats. The metadata has ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale`` (JSON: by q's name, what
+The metadata has ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale`` (JSON: by q's name, what
 attention multiplies q·k by).
 """
 
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
 
-__all__ = ["DumpError", "Layer", "dump", "load"]
+__all__ = ["DumpError", "KVLayer", "dump", "load"]
 
+#: What the file says that it is.
 FORMAT = "turboquant-kv 1"
 
 
@@ -34,17 +35,17 @@ class DumpError(LlamaError):
 
 
 @dataclass(frozen=True)
-class Layer:
+class KVLayer:
     """One layer of a dump, float32, heads first as `turboquant.attention` takes them."""
 
-    q: NDArray[np.float32]  #: (n_head, n_query, head_k): the last n_query tokens, all of them in what dump-kv writes
+    q: NDArray[np.float32]  #: (n_head, tokens, head_k)
     k: NDArray[np.float32]  #: (n_kv_head, tokens, head_k)
     v: NDArray[np.float32]  #: (n_kv_head, tokens, head_v)
     scale: float  #: what attention multiplies q k by
 
 
-def load(path: str | os.PathLike[str]) -> dict[int, Layer]:
-    """Read a file that `dump` wrote: layers by number. Further attentions over the same cache (q.LAYER.N) are left out.
+def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
+    """Read a file that `dump` wrote, or a part of one in 16-bit floats: layers by number. Further attentions over the same cache (q.LAYER.N) are left out.
 
     Raises:
         DumpError: it is no such file, or has a layer without V of its own (multi-head latent attention).
@@ -54,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> dict[int, Layer]:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
         raise DumpError("a dump is read with the package safetensors: pip install 'turboquant[convert]'") from error
-    layers: dict[int, Layer] = {}
+    layers: dict[int, KVLayer] = {}
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -68,7 +69,7 @@ def load(path: str | os.PathLike[str]) -> dict[int, Layer]:
                     raise DumpError(f"{path} has no {missing[0]}")
                 q, k, v = (np.ascontiguousarray(file.get_tensor(f"{role}.{number}").swapaxes(0, 1), dtype=np.float32)
                            for role in "qkv")
-                layers[number] = Layer(q, k, v, scales[f"q.{number}"])
+                layers[number] = KVLayer(q, k, v, scales[f"q.{number}"])
     except SafetensorError as error:
         raise DumpError(f"{path} is not a safetensors file: {error}") from error
     return layers
