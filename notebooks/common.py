@@ -37,6 +37,11 @@ def measured() -> dict[str, Any]:
     return json.loads((DATA / "measured.json").read_text(encoding="utf-8"))
 
 
+def speed() -> dict[str, Any]:
+    """data/speed.json, what tools/bench_attention.py measured."""
+    return json.loads((DATA / "speed.json").read_text(encoding="utf-8"))
+
+
 def outlier_vectors(count: int, channels: int, outliers: int = 5, factor: float = 20.0, seed: int = 0) -> NDArray[Any]:
     """(count, channels) of N(0,1), in each vector `outliers` channels at random times `factor`."""
     rng = np.random.default_rng(seed)
