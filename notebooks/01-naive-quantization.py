@@ -4,9 +4,9 @@
 # A model that generates text keeps the *keys* and *values* of all tokens so far: the KV cache. At long context it is
 # larger than anything else that is read per token, so one would like to store it in 4 bits per value instead of 16.
 #
-# The obvious way: take the smallest and the largest value of a vector, put $2^b$ equally spaced levels between them, and
-# round. This notebook shows why that fails for keys, and what exactly goes wrong: **a few large channels choose the
-# spacing, and all other channels pay for it.**
+# The obvious way: take the smallest and the largest value of a vector, put $2^b$ equally spaced levels between them,
+# and round. This notebook shows why that fails for keys, and what exactly goes wrong: **a few large channels choose
+# the spacing, and all other channels pay for it.**
 
 # %%
 import matplotlib.pyplot as plt
@@ -18,8 +18,8 @@ from turboquant.theory import errors, uniform
 # %% [markdown]
 # ## A vector with five outliers
 #
-# 64 channels from $N(0,1)$, and five of them 20 times larger. Keys of real models look like this: the same few channels
-# are large in every token.
+# 64 channels from $N(0,1)$, and five of them 20 times larger. Keys of real models look like this: the same few
+# channels are large in every token.
 
 # %%
 x = outlier_vectors(1, channels=64, outliers=5, factor=20, seed=56)[0]
@@ -73,9 +73,9 @@ def show(bits=4, factor=20.0):
 show(bits=4, factor=20)
 
 # %% [markdown]
-# The five red channels are served well. The 59 blue ones, where most of the information is, are left with two or three
-# of the 16 levels: what comes back is little more than a sign. Move the sliders to see when it breaks (in Jupyter; the
-# figure above is what readers on a forge see).
+# The five red channels are served well. The 59 blue ones, where most of the information is, are left with two or
+# three of the 16 levels: what comes back is little more than a sign. Move the sliders to see when it breaks (in
+# Jupyter; the figure above is what readers on a forge see).
 
 # %%
 sliders(show, bits=(2, 8, 1), factor=(1.0, 40.0, 1.0))
@@ -83,9 +83,9 @@ sliders(show, bits=(2, 8, 1), factor=(1.0, 40.0, 1.0))
 # %% [markdown]
 # ## How many bits do outliers cost?
 #
-# An ordinary channel's error is that of its slot, $\Delta^2/12$, relative to its own variance, which is 1 here. The same
-# vectors without outliers need fewer bits for the same error. Each bit halves $\Delta$, so the price in bits is the
-# logarithm of the ratio of ranges.
+# An ordinary channel's error is that of its slot, $\Delta^2/12$, relative to its own variance, which is 1 here. The
+# same vectors without outliers need fewer bits for the same error. Each bit halves $\Delta$, so the price in bits is
+# the logarithm of the ratio of ranges.
 
 # %%
 many = {factor: outlier_vectors(2000, 64, factor=factor, seed=1) for factor in (1, 20)}
@@ -123,7 +123,8 @@ for axis, (name, values) in zip(axes, rms.items()):
 axes[0].set_ylabel("RMS over 2048 tokens")
 plt.show()
 for name, values in rms.items():
-    print(f"{name}: the largest channel is {(values.max(1) / np.median(values, axis=1)).max():.1f} times the median one")
+    ratio = (values.max(axis=1) / np.median(values, axis=1)).max()
+    print(f"{name}: the largest channel is {ratio:.1f} times the median one")
 
 
 # %%
@@ -140,9 +141,9 @@ print(f"\nat 4 bits K has the error that Gaussian vectors have with {real_price:
 
 # %% [markdown]
 # Squared error relative to the mean square, with one range per head and token. V is harmless. K has a handful of
-# channels ten times the others, the same ones in every token, and pays a bit for them. That is a mild case: this model is
-# small, and larger ones have worse channels. And the number flatters: a relative error of the whole vector is mostly
-# that of the large channels, which are stored well.
+# channels ten times the others, the same ones in every token, and pays a bit for them. That is a mild case: this
+# model is small, and larger ones have worse channels. And the number flatters: a relative error of the whole vector
+# is mostly that of the large channels, which are stored well.
 #
 # ## What to take with you
 #
@@ -150,5 +151,5 @@ print(f"\nat 4 bits K has the error that Gaussian vectors have with {real_price:
 # - Smaller blocks with a range each (q4_0 has blocks of 32) contain the damage, at 0.5 bit per value for the ranges.
 # - More bits help slowly: each halves the slot width, and five outliers of 20x cost more than three.
 #
-# There is another way out. The outliers are outliers *in this basis*. [The next notebook](02-rotation.ipynb) turns the
-# vector until no channel stands out.
+# There is another way out. The outliers are outliers *in this basis*. [The next notebook](02-rotation.ipynb) turns
+# the vector until no channel stands out.

@@ -53,6 +53,7 @@ figure, axes = plt.subplots(1, 5, figsize=(9, 2.1))
 for axis, (n, matrix) in zip(axes, H.items()):
     axis.imshow(matrix, cmap="gray", interpolation="nearest")
     axis.set(title=f"$H_{{{n}}}$", xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
     axis.grid(False)
 plt.show()
 
@@ -69,7 +70,7 @@ norms = np.linalg.norm(stages, axis=1)
 
 figure, axis = plt.subplots(figsize=(7, 2.6))
 picture = axis.imshow(stages / np.sqrt(2.0 ** np.arange(5))[:, None], cmap="RdBu_r", vmin=-8, vmax=8, aspect="auto")
-axis.set(xlabel="channel", ylabel="stage", title="The butterfly, stage by stage (each normalised by √2)", yticks=range(5))
+axis.set(xlabel="channel", ylabel="stage", yticks=range(5), title="The butterfly (each stage divided by √2)")
 axis.grid(False)
 figure.colorbar(picture, label="value")
 plt.show()
@@ -77,7 +78,8 @@ assert np.allclose(stages[-1], H[16] @ spike)
 
 # %%
 dense, butterfly = rotation.dense_multiplications(d), rotation.walsh_hadamard_additions(d)
-print(f"d = {d}: dense rotation {dense:,} multiply-adds, butterfly {butterfly} additions: {dense / butterfly:.0f} times fewer")
+print(f"d = {d}: dense rotation {dense:,} multiply-adds, butterfly {butterfly} additions")
+print(f"{dense / butterfly:.0f} times fewer operations")
 
 batch = x.astype(np.float32)
 dense32 = R.astype(np.float32)
@@ -172,8 +174,8 @@ std = {name: float(values.std()) for name, values in samples.items()}
 distance = {name: ks_distance(values, sigma) for name, values in samples.items()}
 critical = {name: 1.63 / math.sqrt(len(values)) for name, values in samples.items()}
 print(f"theory: σ = {sigma:.4f}")
-table(("", "", list(samples)), ("measured σ", ".4f", list(std.values())), ("KS distance", ".4f", list(distance.values())),
-      ("1% critical", ".4f", list(critical.values())))
+table(("", "", samples), ("measured σ", ".4f", std.values()), ("KS distance", ".4f", distance.values()),
+      ("1% critical", ".4f", critical.values()))
 
 # %%
 figure, axes = plt.subplots(2, 4, figsize=(9, 4.6))
@@ -191,10 +193,10 @@ axes[1, 0].set_ylabel("quantile of the values")
 plt.show()
 
 # %% [markdown]
-# The dense rotation passes the test. The Walsh-Hadamard transform of the extreme vectors does not, and it should not: a
-# coordinate is a signed sum of mostly five numbers, so its tails are *shorter* than the bell's. That is
-# no loss, as nothing falls outside the codebook. Real K, whose energy sits in more channels, comes out close to the bell,
-# and is nowhere near it unrotated.
+# The dense rotation passes the test. The Walsh-Hadamard transform of the extreme vectors does not, and it should not:
+# a coordinate is a signed sum of mostly five numbers, so its tails are *shorter* than the bell's. That is no loss, as
+# nothing falls outside the codebook. Real K, whose energy sits in more channels, comes out close to the bell (4096
+# values can still tell them apart), and is nowhere near it unrotated.
 #
 # ## Why signs? The collision
 #
@@ -243,8 +245,9 @@ twice_peak = {name: float(rotation.peak_to_mean(values).mean()) for name, values
 table(("", "", list(twice_peak)), ("max/mean", ".2f", list(twice_peak.values())))
 
 # %% [markdown]
-# Two bare Hadamards are no rotation at all, and the outliers are back. With signs on both sides no neighbour can cancel
-# the transform. The two sign vectors are fixed: the first 128 bits of a hash of their names, so that nobody chose them.
+# Two bare Hadamards are no rotation at all, and the outliers are back. With signs on both sides no neighbour can
+# cancel the transform. The two sign vectors are fixed: the first 128 bits of a hash of their names, so that nobody
+# chose them.
 #
 # ## What to take with you
 #

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 3. PolarQuant: length, direction, and the best levels
 #
-# After a random rotation the values of a vector of length 1 follow $N(0, 1/d)$, whatever the vector was. So the levels
-# can be chosen once and for all, where that density has its mass. What remains of each vector is one number, its
-# length. That is PolarQuant's idea (length and direction apart), and TurboQuant's first algorithm: **no zero points, no
-# ranges, no calibration data; one codebook for every vector.**
+# After a random rotation the values of a vector of length 1 follow $N(0, 1/d)$, whatever the vector was. So the
+# levels can be chosen once and for all, where that density has its mass. What remains of each vector is one number,
+# its length. That is PolarQuant's idea (length and direction apart), and TurboQuant's first algorithm: **no zero
+# points, no ranges, no calibration data; one codebook for every vector.**
 
 # %%
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ normal = codebook.normal()
 books = {b: codebook.lloyd_max(normal, b) for b in range(1, 7)}
 for b in (2, 3, 4):
     print(f"{b} bits: ±", books[b].levels[2 ** (b - 1):])
-assert np.allclose(books[4].levels, reference.lloyd_max(4), atol=1e-6)  # what the codec uses, solved in closed form there
+assert np.allclose(books[4].levels, reference.lloyd_max(4), atol=1e-6)  # the codec's, solved from closed forms
 
 
 # %%
@@ -41,7 +41,8 @@ def show(bits=3):
     axis.plot(book.levels, np.zeros_like(book.levels), "o", color="tab:red", clip_on=False, label="Lloyd-Max levels")
     axis.plot(codebook.best_uniform(normal, bits).levels, np.full(2**bits, 0.02), "|", color="tab:blue",
               label="best equally spaced levels")
-    axis.set(xlabel="value of N(0,1)", ylabel="density", ylim=(0, 0.42), title=f"{2**bits} levels, error {book.mse:.4f}")
+    axis.set(xlabel="value of N(0,1)", ylabel="density", ylim=(0, 0.42))
+    axis.set_title(f"{2**bits} levels, mean squared error {book.mse:.4f}")
     axis.legend(loc="upper right")
     plt.show()
 
@@ -65,14 +66,14 @@ table(("bits", "", bits), ("Shannon", ".5f", list(shannon.values())), ("Lloyd-Ma
       ("above Shannon, dB", ".2f", list(gap_db.values())), ("best equal spacing", ".5f", list(spaced.values())))
 
 # %% [markdown]
-# Lloyd-Max stays within 4.4 dB, about 0.7 bit, of what is possible at all; a scalar quantizer cannot close that gap, a
-# code over many values could. Against equal spacing it gains little at 2 bits and a fifth of the error at 4.
+# Lloyd-Max stays within 4.4 dB, about 0.7 bit, of what is possible at all; a scalar quantizer cannot close that gap,
+# a code over many values could. Against equal spacing it gains little at 2 bits and a fifth of the error at 4.
 #
 # ## One codebook for every vector
 #
 # Gaussian vectors, vectors with outliers, real keys and values: rotate, divide by the length, round to the nearest
-# level. The error relative to the vector is the codebook's, or a little less where a few channels dominate and the tails
-are short. Without the rotation the same codebook is useless for all but Gaussian vectors.
+# level. The error relative to the vector is the codebook's, or a little less where a few channels dominate and the
+# tails are short. Without the rotation the same codebook is useless for all but Gaussian vectors.
 
 # %%
 layer = real_layer()
@@ -96,7 +97,8 @@ unrotated = {b: [per_vector(x, polarquant.roundtrip(x, b, I, norm_correction=Fal
              for b in (2, 3, 4)}
 minmax = {b: [per_vector(x, uniform.quantize(x, b).values) for x in vectors.values()] for b in (2, 3, 4)}
 table(("vectors", "", list(vectors)),
-      *((f"{b} bits", ".4f", rotated[b]) for b in rotated), *((f"unrotated, {b}", ".4f", unrotated[b]) for b in unrotated),
+      *((f"{b} bits", ".4f", rotated[b]) for b in rotated),
+      *((f"unrotated, {b}", ".4f", unrotated[b]) for b in unrotated),
       *((f"min-max, {b}", ".4f", minmax[b]) for b in minmax))
 print("theory: " + ", ".join(f"{lloyd[b]:.4f} at {b} bits" for b in rotated))
 
@@ -122,11 +124,11 @@ sliders(scatter, bits=(1, 6, 1), rotate=[True, False])
 # %% [markdown]
 # ## Norm correction
 #
-# Levels are means, and means vary less than the values they stand for. So a reconstruction is too short on average: its
-# squared length is $1 - \mathrm{MSE}$ of the original's, and every inner product with it shrinks by as much. Attention
-# scores are inner products. The cure is free: store the length divided by the length of the *chosen levels*. The
-# squared error hardly changes, and the bias shrinks. (The codec goes one step further. It chooses the scale so
-# that the inner product of a block with itself comes out right, and searches for the best assignment first.)
+# Levels are means, and means vary less than the values they stand for. So a reconstruction is too short on average:
+# its squared length is $1 - \mathrm{MSE}$ of the original's, and every inner product with it shrinks by as much.
+# Attention scores are inner products. The cure is free: store the length divided by the length of the *chosen
+# levels*. The squared error hardly changes, and the bias shrinks. (The codec goes one step further. It chooses the
+# scale so that the inner product of a block with itself comes out right, and searches for the best assignment first.)
 
 # %%
 x = vectors["real K"]

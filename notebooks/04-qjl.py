@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 4. The QJL lesson
 #
-# Rounding to centroids shortens inner products a little: a *bias*. TurboQuant's second algorithm removes it. It spends
-# one of the bits on QJL: the signs of random projections of what rounding left over, from which inner products can be
-# estimated **without bias**. Theory likes unbiased estimators.
+# Rounding to centroids shortens inner products a little: a *bias*. TurboQuant's second algorithm removes it. It
+# spends one of the bits on QJL: the signs of random projections of what rounding left over, from which inner products
+# can be estimated **without bias**. Theory likes unbiased estimators.
 #
-# Attention does not care. This notebook compares 3 bits of centroids plus 1 bit of QJL with 4 bits of centroids, at the
-# same size, and follows the error through the softmax. **Variance is what hurts, and QJL has six times more of it.**
+# Attention does not care. This notebook compares 3 bits of centroids plus 1 bit of QJL with 4 bits of centroids, at
+# the same size, and follows the error through the softmax. **Variance is what hurts, and QJL has six times more of
+# it.**
 
 # %%
 import math
@@ -27,9 +28,9 @@ R = reference.rotation_matrix(d)
 #
 # Take a Gaussian matrix $S$ and keep of a vector $x$ only the signs of $Sx$, and its length. Then
 # $$\frac{\sqrt{\pi/2}}{m}\,|x| \sum_{i=1}^{m} \langle s_i, q\rangle\, \mathrm{sign}\langle s_i, x\rangle$$
-# has the mean $\langle q, x\rangle$ and the variance $\left(\frac\pi2 |q|^2|x|^2 - \langle q,x\rangle^2\right)/m$. Here is
-# the same pair of vectors under 2000 different $S$, beside plain 1-bit centroids under 2000 random sign patterns of the
-# rotation:
+# has the mean $\langle q, x\rangle$ and the variance $\left(\frac\pi2 |q|^2|x|^2 - \langle q,x\rangle^2\right)/m$.
+# Here is the same pair of vectors under 2000 different $S$, beside plain 1-bit centroids under 2000 random sign
+# patterns of the rotation:
 
 # %%
 rng = np.random.default_rng(4)
@@ -90,7 +91,8 @@ def product_error(queries, keys, approximate):
     """Squared errors of inner products, relative to |q|²|k|²/d, and the mean factor on ⟨k, k⟩."""
     change = (queries * (approximate - keys)).sum(-1)
     size = np.square(queries).sum(-1) * np.square(keys).sum(-1) / d
-    return float((np.square(change) / size).mean()), float(((keys * approximate).sum(-1) / np.square(keys).sum(-1)).mean())
+    factor = (keys * approximate).sum(-1) / np.square(keys).sum(-1)
+    return float((np.square(change) / size).mean()), float(factor.mean())
 
 
 rows = {name: product_error(gaussian_q, gaussian_k, scheme(gaussian_k)) for name, scheme in schemes.items()}
@@ -101,15 +103,15 @@ theory_ratio = math.pi / 2 * codebook.lloyd_max(codebook.normal(), 3).mse / code
 print(f"QJL's error is {variance_ratio:.1f} times that of 4 bits of centroids; theory {theory_ratio:.1f}")
 
 # %% [markdown]
-# The factor 0.995 is what norm correction has left of the bias, half a percent; the codec's choice of scale leaves none
-# of it. For that half percent QJL pays more than if its bit had been thrown away.
+# The factor 0.995 is what norm correction has left of the bias, half a percent; the codec's choice of scale leaves
+# none of it. For that half percent QJL pays more than if its bit had been thrown away.
 #
 # ## Through the softmax
 #
 # A score that is off by $\delta$ multiplies the weight of its key by $e^\delta$, and $E[e^\delta] = e^{v/2}$ for a
-# centred error of variance $v$: the exponential turns symmetric noise into weight for the wrong keys. For scores that are
-# off independently, the KL divergence of the attention weights is about $v/2$, less what the normalisation takes back
-# where few keys have all the weight.
+# centred error of variance $v$: the exponential turns symmetric noise into weight for the wrong keys. For scores that
+# are off independently, the KL divergence of the attention weights is about $v/2$, less what the normalisation takes
+# back where few keys have all the weight.
 #
 # First with real queries, keys and values, causal, the last 64 queries at each context:
 
@@ -137,9 +139,9 @@ real_contexts = [256, 512, 1024, 2048]
 real = attention_errors(real_q, real_k, real_v, real_contexts, real_last)
 
 # %% [markdown]
-# Then synthetic keys, to 32,768 of them: Gaussian, with queries that give scores the standard deviation that this layer
-# has. And as attention is there to find something, every query has one key that it looks for, with a score of 12: at 256
-# keys it has nearly all the weight, at 32,768 it has to hold out against a crowd.
+# Then synthetic keys, to 32,768 of them: Gaussian, with queries that give scores the standard deviation that this
+# layer has. And as attention is there to find something, every query has one key that it looks for, with a score of
+# 12: at 256 keys it has nearly all the weight, at 32,768 it has to hold out against a crowd.
 
 # %%
 spread = float(np.mean([(real_q[h, -64:] @ real_k[h // 2].T * layer.scale).std(axis=1).mean() for h in range(4)]))
@@ -166,8 +168,9 @@ for title, found, lengths in (("real K", real, real_contexts), ("synthetic K", s
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
 for name, color in zip(schemes, ("tab:blue", "tab:green", "tab:red", "0.3")):
     for axis, metric in zip(axes, ("kl", "output")):
-        axis.loglog(real_contexts, [getattr(one, metric) for one in real[name]], "o-", color=color, label=f"{name}, real")
-        axis.loglog(contexts, [getattr(one, metric) for one in synthetic[name]], "s--", color=color, alpha=0.6,
+        real_errors, synthetic_errors = ([getattr(one, metric) for one in found[name]] for found in (real, synthetic))
+        axis.loglog(real_contexts, real_errors, "o-", color=color, label=f"{name}, real")
+        axis.loglog(contexts, synthetic_errors, "s--", color=color, alpha=0.6,
                     label="dashed: synthetic" if name == "turbo4" else None)
 axes[0].set(xlabel="keys", ylabel="KL of attention weights, nats")
 axes[1].set(xlabel="keys", ylabel="squared error of output")
@@ -182,18 +185,19 @@ kl_ratio = [b.kl / a.kl for a, b in zip(real["4 bits of centroids"] + synthetic[
                                         real["3 bits + 1 bit of QJL"] + synthetic["3 bits + 1 bit of QJL"])]
 growth = {name: values[-1].kl / values[0].kl for name, values in synthetic.items()}
 print(f"KL of QJL over KL of 4 bits: {min(kl_ratio):.1f} to {max(kl_ratio):.1f}")
-print("from 256 to 32,768 synthetic keys KL grows by " + ", ".join(f"{by:.0f}x ({name})" for name, by in growth.items()))
+print("from 256 to 32,768 synthetic keys KL grows by",
+      ", ".join(f"{by:.0f}x ({name})" for name, by in growth.items()))
 
 # %% [markdown]
 # QJL's bit is worse than no bit at all, in every row. Where the answer has to be found in a crowd, errors grow with
 # context, by an order of magnitude here: with more keys less is taken back by the normalisation, until KL levels off
 # at about $v/2$. QJL has the larger $v$, so it has more to lose.
 #
-# Unbiasedness does not help against that. The softmax is not linear: the mean of the weights under a noisy score is not
-# the weight of the mean score.
+# Unbiasedness does not help against that. The softmax is not linear: the mean of the weights under a noisy score is
+# not the weight of the mean score.
 #
-# Is there a rate where QJL wins? Its bit makes the residual's variance $\frac\pi2$ times larger, where one more bit of
-# centroids takes about three quarters of it away; that is so at every rate.
+# Is there a rate where QJL wins? Its bit makes the residual's variance $\frac\pi2$ times larger, where one more bit
+# of centroids takes about three quarters of it away; that is so at every rate.
 
 # %%
 def by_bits(n=1024):
@@ -222,9 +226,9 @@ sliders(by_bits, n=[256, 512, 1024, 2048])
 # ## What to take with you
 #
 # - QJL does what its paper says: it is unbiased, with the variance that the paper has.
-# - At equal size its error in a score has 5.7 times the variance of plain centroids, and the softmax turns variance into
-#   wrong weights.
-# - The bias that it removes is half a percent at 4 bits. The choice of a block's scale deals with it for nothing, so all
-#   bits go to centroids.
+# - At equal size its error in a score has 5.7 times the variance of plain centroids, and the softmax turns variance
+#   into wrong weights.
+# - The bias that it removes is half a percent at 4 bits. The choice of a block's scale deals with it for nothing, so
+#   all bits go to centroids.
 #
 # So much for K. [The next notebook](05-asymmetric-kv.ipynb) asks why V is so much less demanding.

@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 5. Asymmetric K and V
 #
-# K and V take the same memory and do different jobs. An error in K goes through an exponential: it changes *which* tokens
-# are read. An error in V is averaged over the tokens that are read, and stays as small as it is. **So bits belong to K
-# first.** This notebook measures how much, on one layer here and on a whole model, and then what else can be had from V:
-# protecting a few layers, and not reading what has no weight.
+# K and V take the same memory and do different jobs. An error in K goes through an exponential: it changes *which*
+# tokens are read. An error in V is averaged over the tokens that are read, and stays as small as it is. **So bits
+# belong to K first.** This notebook measures how much, on one layer here and on a whole model, and then what else can
+# be had from V: protecting a few layers, and not reading what has no weight.
 
 # %%
 import gguf
 import matplotlib.pyplot as plt
 import numpy as np
-from common import measured, real_layer, sliders, table
+from common import column, measured, real_layer, sliders, table
 
 import turboquant
 from turboquant.theory import errors
@@ -21,9 +21,9 @@ q, k, v = layer.q[:, -128:], layer.k, layer.v  # the last 128 queries over 2048 
 # %% [markdown]
 # ## The same noise in K and in V
 #
-# Gaussian noise of a share $\varepsilon$ of each vector's size, added to K alone or V alone. For V the output is linear, so
-# its squared error is exactly proportional to $\varepsilon^2$. For K it depends on how far apart the scores are: a
-# second axis scales the queries, which sharpens or flattens attention.
+# Gaussian noise of a share $\varepsilon$ of each vector's size, added to K alone or V alone. For V the output is
+# linear, so its squared error is exactly proportional to $\varepsilon^2$. For K it depends on how far apart the
+# scores are: a second axis scales the queries, which sharpens or flattens attention.
 
 # %%
 rng = np.random.default_rng(0)
@@ -55,16 +55,17 @@ right.loglog(sharpness, sharp_v, "s-", label="10% noise in V")
 right.set(xlabel="scores multiplied by", ylabel="squared error of output")
 right.legend()
 plt.show()
-print(f"scores twice as far apart: error from K {sharp_k[3] / sharp_k[2]:.1f} times, from V {sharp_v[3] / sharp_v[2]:.1f} times")
+print(f"scores twice as far apart: the error from K grows {sharp_k[3] / sharp_k[2]:.1f}-fold, "
+      f"the error from V {sharp_v[3] / sharp_v[2]:.1f}-fold")
 
 # %% [markdown]
-# V's error never exceeds its noise: weights sum to 1, so independent errors average out. K's error has no such limit. It
-# grows with the spread of the scores, and models make scores as spread as they need them.
+# V's error is less than its noise: weights sum to 1, and independent errors average out. K's error has no such limit.
+# It grows with the spread of the scores, and models make scores as spread as they need them.
 #
 # ## Every pair of types, live
 #
-# The package's attention reads K and V in any pair of types, as llama.cpp does with the plugin. Error of the output on
-# this layer, against f16:
+# The package's attention reads K and V in any pair of types, as llama.cpp does with the plugin. Error of the output
+# on this layer, against f16:
 
 # %%
 types = ["f16", "q8_0", "turbo4", "turbo3", "turbo2"]
@@ -118,8 +119,8 @@ print(f"error of a pair over the sum of K's alone and V's alone: {additive.min()
 # `tools/measure_notebooks.py`: `prose-36m`, a model of 36 million parameters with heads of 128, on books that it has
 # never seen, 4 chunks of 2048 tokens; standard errors are about 3%, and common to all.)
 #
-# Go down a column, and error grows with K's bits; go along a row, and V's matter much less. Errors of K and V simply add
-# up, so the pair to choose is the one where neither dominates.
+# Go down a column, and error grows with K's bits; go along a row, and V's matter much less. Errors of K and V simply
+# add up, so the pair to choose is the one where neither dominates.
 
 # %%
 share_of_k = {name: kld[i, 0] / (kld[i, 0] + kld[0, i]) for i, name in enumerate(types) if name.startswith("turbo")}
@@ -144,18 +145,19 @@ table(("K/V", "", [f"{a}/{b}" for a, b in swaps]), ("bits/value", "g", [grid[a, 
 # %%
 boundary = measured()["boundary"]
 f16_mib = grid["f16", "f16"]["mib"]
-table(("layers at each end", "", list(boundary)), ("bits/value", ".3f", [16 * row["mib"] / f16_mib for row in boundary.values()]),
-      ("KLD", ".4f", [row["kld"] for row in boundary.values()]), ("perplexity", ".3f", [row["ppl"] for row in boundary.values()]))
+table(("layers at each end", "", boundary),
+      ("bits/value", ".3f", [16 * row["mib"] / f16_mib for row in boundary.values()]),
+      ("KLD", ".4f", column(boundary.values(), "kld")), ("perplexity", ".3f", column(boundary.values(), "ppl")))
 
 # %% [markdown]
-# K in turbo4, V in turbo2. Compare with what the same memory buys when all layers share it: turbo4/turbo3 has a KLD of
-# the table above. How much boundary V is worth depends on the model; measure it on yours.
+# K in turbo4, V in turbo2. Compare with what the same memory buys when all layers share it: turbo4/turbo3 has a KLD
+# of the table above. How much boundary V is worth depends on the model; measure it on yours.
 #
 # ## Sparse V
 #
-# Softmax weights are very unequal. A row of V with a weight below some small share of the largest adds next to nothing
-# to the output, so it need not even be read (`--cache-sparse-v`). The package reports the share of rows that it skipped;
-# here one query at a time, as in decoding.
+# Softmax weights are very unequal. A row of V with a weight below some small share of the largest adds next to
+# nothing to the output, so it need not even be read (`--cache-sparse-v`). The package reports the share of rows that
+# it skipped; here one query at a time, as in decoding.
 
 # %%
 thresholds = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -174,14 +176,14 @@ skip, change = [], []
 for threshold in thresholds:
     results = [(at, *decode(at, threshold)) for at in positions]
     skip.append(float(np.mean([rate for _, _, rate in results])))
-    change.append(float(np.mean([np.square(out - full[at]).sum() / np.square(full[at]).sum() for at, out, _ in results])))
+    change.append(float(np.mean([errors.relative_mse(full[at], out) for at, out, _ in results])))
 
 sparse = measured()["sparse"]
 print("this layer:")
 table(("threshold", "g", thresholds), ("rows of V skipped", ".2%", skip), ("change of the output", ".1e", change))
 print("\nthe whole model:")
-table(("threshold", "", list(sparse)), ("KLD", ".5f", [row["kld"] for row in sparse.values()]),
-      ("perplexity", ".4f", [row["ppl"] for row in sparse.values()]))
+table(("threshold", "", sparse), ("KLD", ".5f", column(sparse.values(), "kld")),
+      ("perplexity", ".4f", column(sparse.values(), "ppl")))
 
 # %%
 plt.figure(figsize=(6, 3))
@@ -192,9 +194,9 @@ plt.title("Sparse V on this layer, 2048 keys, 2 query heads per KV head")
 plt.show()
 
 # %% [markdown]
-# The default, 1e-6, is far on the safe side, and at 2048 keys of this small model it skips almost nothing. It earns its
-# keep at long context, where sharper heads leave most of the keys without weight: the share of rows that matter falls
-# as context grows.
+# The default, 1e-6, is far on the safe side, and at 2048 keys of this small model it skips almost nothing. It earns
+# its keep at long context, where sharper heads leave most of the keys without weight: the share of rows that matter
+# falls as context grows.
 #
 # ## Block size
 #
@@ -222,8 +224,8 @@ def curve(which="K"):
     plt.figure(figsize=(6, 3))
     for bits in (4, 3, 2):
         mine = [name for name in names if name.startswith(f"turbo{bits}")]
-        plt.semilogy([blocks[name]["bits"] for name in mine], [block_mse[name]["KV".index(which)] for name in mine], "o-",
-                     label=f"turbo{bits}")
+        error = [block_mse[name]["KV".index(which)] for name in mine]
+        plt.semilogy([blocks[name]["bits"] for name in mine], error, "o-", label=f"turbo{bits}")
     plt.xlabel("bits per value")
     plt.ylabel("squared error, relative")
     plt.title(f"Blocks of 128, 64 and 32, real {which}")
@@ -237,13 +239,13 @@ curve()
 sliders(curve, which=["K", "V"])
 
 # %% [markdown]
-# The last column charges for the bits: a bit is worth a factor of 4. Smaller blocks are smaller errors at more bits, and
-# where the head allows it 128 is the better bargain or an equal one.
+# The last column charges for the bits: a bit is worth a factor of 4. Smaller blocks are smaller errors at more bits,
+# and where the head allows it 128 is the better bargain or an equal one.
 #
 # ## What to take with you
 #
-# - K's errors choose the wrong tokens, V's only blur the right ones. K deserves more bits, and the same bits the wrong way
-#   round cost several times as much.
+# - K's errors choose the wrong tokens, V's only blur the right ones. K deserves more bits, and the same bits the
+#   wrong way round cost several times as much.
 # - Errors of K and V add up: raise the type that dominates.
 # - Boundary V and sparse V are worth trying on your model; their gains depend on it.
 #

@@ -1,16 +1,14 @@
 # %% [markdown]
 # # 6. Everything together
 #
-# Rotate with signs, give every value the nearest Lloyd-Max centroid, choose the block's scale so that inner products come
-# out right, and give K more bits than V. This notebook adds the parts up: first on one layer, part by part; then a
-# whole model with caches 1.9 to 7.5 times smaller than f16, beside llama.cpp's own types; then speed and memory.
+# Rotate with signs, give every value the nearest Lloyd-Max centroid, choose the block's scale so that inner products
+# come out right, and give K more bits than V. This notebook adds the parts up: first on one layer, part by part; then
+# a whole model with caches 1.9 to 7.5 times smaller than f16, beside llama.cpp's own types; then speed and memory.
 
 # %%
-import math
-
 import matplotlib.pyplot as plt
 import numpy as np
-from common import measured, outlier_vectors, real_layer, sliders, speed, table
+from common import column, measured, real_layer, sliders, speed, table
 
 import turboquant
 from turboquant import reference
@@ -19,7 +17,8 @@ from turboquant.theory import errors, polarquant, uniform
 # %% [markdown]
 # ## Part by part
 #
-# Real queries, keys and values of one layer; K and V quantized to the same bits, one more part of the method at a time.
+# Real queries, keys and values of one layer; K and V quantized to the same bits, one more part of the method at a
+# time.
 
 # %%
 layer = real_layer()
@@ -39,10 +38,13 @@ parts = {
     "the codec": codec,
 }
 bits = [4, 3, 2]
-steps = {b: [errors.attention_error(q, k, v, part(k, b), part(v, b), causal=True) for part in parts.values()] for b in bits}
-table(("KL of attention weights, nats", "", list(parts)), *((f"{b} bits", ".4f", [one.kl for one in steps[b]]) for b in bits))
+steps = {b: [errors.attention_error(q, k, v, part(k, b), part(v, b), causal=True) for part in parts.values()]
+         for b in bits}
+table(("KL of attention weights, nats", "", parts),
+      *((f"{b} bits", ".4f", [one.kl for one in steps[b]]) for b in bits))
 print()
-table(("squared error of output", "", list(parts)), *((f"{b} bits", ".4f", [one.output for one in steps[b]]) for b in bits))
+table(("squared error of output", "", parts),
+      *((f"{b} bits", ".4f", [one.output for one in steps[b]]) for b in bits))
 
 figure, axis = plt.subplots(figsize=(7, 3))
 for place, b in enumerate(bits):
@@ -54,11 +56,11 @@ plt.show()
 # %% [markdown]
 # ## A whole model
 #
-# KL divergence of the model's predictions from those with its own f16 cache, in nats per token, and perplexity. The same
-# was measured with *outlier channels* planted in its K and V: three rotary pairs of K and three channels of V per head are
-# made 16 times larger, and Q and the output weights smaller to match, so that the function of the model is what it was.
-# Larger models have such channels by themselves. `turboquant convert` balances K against Q and V against the output
-# inside the weights, and undoes them.
+# KL divergence of the model's predictions from those with its own f16 cache, in nats per token, and perplexity. The
+# same was measured with *outlier channels* planted in its K and V: three rotary pairs of K and three channels of V
+# per head are made 16 times larger, and Q and the output weights smaller to match, so that the function of the model
+# is what it was. Larger models have such channels by themselves. `turboquant convert` balances K against Q and V
+# against the output inside the weights, and undoes them.
 
 # %%
 data = measured()
@@ -78,7 +80,7 @@ def kld_of(name):
     return [stack[name][pair]["kld"] for pair in pairs]
 
 
-table(("cache K/V", "", [label(pair) for pair in pairs]), ("bits", "g", [stack["clean"][pair]["bits"] for pair in pairs]),
+table(("cache K/V", "", map(label, pairs)), ("bits", "g", [stack["clean"][pair]["bits"] for pair in pairs]),
       ("smaller by", ".2f", [ratio[pair] for pair in pairs]), ("KLD", ".4f", kld_of("clean")),
       ("converted", ".4f", kld_of("clean, converted")), ("with outliers", ".4f", kld_of("outliers")),
       ("converted", ".4f", kld_of("outliers, converted")))
@@ -90,9 +92,9 @@ table(("cache K/V", "", [label(pair) for pair in pairs]),
 stock = {name: {kind: [row for row in rows if row["k"] != "f16"] for kind, rows in kinds.items()}
          for name, kinds in data["stock"].items()}
 print("llama.cpp's own types, KLD:")
-table(("type", "", [row["k"] for row in stock["clean"]["rotated"]]), ("bits", "g", [row["bits"] for row in stock["clean"]["rotated"]]),
-      *((f"{name}, {'its rotation' if kind == 'rotated' else 'no rotation'}", ".4f", [row["kld"] for row in stock[name][kind]])
-        for name in stock for kind in ("rotated", "plain")))
+plain = stock["clean"]["plain"]
+table(("type", "", column(plain, "k")), ("bits", "g", column(plain, "bits")),
+      *((f"{name}, {kind}", ".4f", column(rows, "kld")) for name, kinds in stock.items() for kind, rows in kinds.items()))
 
 
 # %%
@@ -106,8 +108,8 @@ def plane(model="clean"):
     }
     for name, (rows, marker, color) in series.items():
         rows = sorted(rows, key=lambda row: row["bits"])
-        axis.semilogy([row["bits"] for row in rows], [row["kld"] for row in rows], marker, color=color, label=name,
-                      markerfacecolor="none" if "converted" in name else color, markersize=8 if "converted" in name else 5)
+        hollow = {"markerfacecolor": "none", "markersize": 8} if "converted" in name else {}
+        axis.semilogy(column(rows, "bits"), column(rows, "kld"), marker, color=color, label=name, **hollow)
     for pair in pairs:
         row = stack[model][pair]
         axis.annotate(label(pair), (row["bits"], row["kld"]), (4, 4), textcoords="offset points", fontsize=7)
@@ -134,21 +136,22 @@ def per_bit(row):
 
 
 ranked = sorted([*(stack["clean"][pair] for pair in pairs), *stock["clean"]["rotated"]], key=per_bit)
-table(("cache K/V", "", [label((row["k"], row["v"])) for row in ranked]), ("bits", "g", [row["bits"] for row in ranked]),
-      ("KLD", ".4f", [row["kld"] for row in ranked]), ("KLD · 4^(bits − 4)", ".4f", [per_bit(row) for row in ranked]))
+table(("cache K/V", "", [label((row["k"], row["v"])) for row in ranked]), ("bits", "g", column(ranked, "bits")),
+      ("KLD", ".4f", column(ranked, "kld")), ("KLD · 4^(bits − 4)", ".4f", map(per_bit, ranked)))
 
 gain = {name: [a / b for a, b in zip(kld_of(name), kld_of(f"{name}, converted"))] for name in ("clean", "outliers")}
-q4 = {(name, kind): next(row["kld"] for row in stock[name][kind] if row["k"] == "q4_0") for name in stock for kind in stock[name]}
+q4 = {(name, kind): next(row["kld"] for row in rows if row["k"] == "q4_0")
+      for name, kinds in stock.items() for kind, rows in kinds.items()}
 turbo4 = {name: stack[name]["turbo4", "turbo4"]["kld"] for name in stack}
-print(f"\nconvert divides KLD by {np.median(gain['clean']):.2f} on the clean model and by {np.median(gain['outliers']):.0f} "
-      "on the one with outliers (medians over the pairs)")
+print(f"\nconvert divides KLD by {np.median(gain['clean']):.2f} on the clean model and by "
+      f"{np.median(gain['outliers']):.0f} on the one with outliers (medians over the pairs)")
 print(f"without any rotation outliers multiply q4_0's KLD by {q4['outliers', 'plain'] / q4['clean', 'plain']:.0f}")
 
 # %% [markdown]
 # ## Speed
 #
-# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B model)
-# for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types:
+# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B
+# model) for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types:
 
 # %%
 timing = speed()
@@ -160,9 +163,9 @@ timed = list(dict.fromkeys(pair for pair, _ in decode))
 print(f"microseconds per layer, {threads} threads, by tokens in the cache:")
 table(("cache K/V", "", [label(tuple(pair.split(":"))) for pair in timed]),
       *((f"{depth}", ".0f", [decode[pair, depth] * 1e6 for pair in timed]) for depth in depths))
-faster = {pair: decode["f16:f16", depths[-1]] / decode[pair, depths[-1]] for pair in timed}
-print(f"\nfaster than f16 at {depths[-1]} tokens: "
-      + ", ".join(f"{label(tuple(pair.split(':')))} {value:.1f}x" for pair, value in faster.items() if pair != "f16:f16"))
+faster = {pair: decode["f16:f16", depths[-1]] / decode[pair, depths[-1]] for pair in timed if pair != "f16:f16"}
+print(f"\nfaster than f16 at {depths[-1]} tokens:",
+      ", ".join(f"{label(tuple(pair.split(':')))} {value:.1f}x" for pair, value in faster.items()))
 
 # %% [markdown]
 # ## Memory
@@ -187,8 +190,7 @@ table(("cache K/V", "", [label(pair) for pair in shown]),
 # - Quality first: `q8_0/turbo4` or `q8_0/turbo3`.
 # - The good default: `turbo4`, or `turbo4/turbo3`; a quarter to a fifth of f16.
 # - When memory is what stops you: `turbo3`, and `turbo2` for V alone.
-# - Run `turboquant convert` on the model first. It costs nothing at run time, gains a little on a tame model, and is what
-#   saves one with outliers.
+# - Run `turboquant convert` on the model first. It costs nothing at run time, gains a little on a tame model, and is
+#   what saves one with outliers.
 #
-# And measure on your own model and text: `turboquant evaluate`, or `python3 -m turboquant.evaluate`, prints these tables
-# for it.
+# And measure on your own model and text: `python3 -m turboquant.evaluate` prints such tables.

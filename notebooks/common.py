@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,12 @@ def outlier_vectors(count: int, channels: int, outliers: int = 5, factor: float 
     return np.where(large, factor * x, x)
 
 
-def table(*columns: tuple[str, str, list[Any]]) -> None:
+def column(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    """One field of all rows."""
+    return [row[key] for row in rows]
+
+
+def table(*columns: tuple[str, str, Iterable[Any]]) -> None:
     """Print columns (heading, format, values) as text."""
     cells = [[heading, *(format(value, spec) for value in values)] for heading, spec, values in columns]
     widths = [max(map(len, column)) for column in cells]

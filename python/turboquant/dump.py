@@ -45,7 +45,9 @@ class KVLayer:
 
 
 def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
-    """Read a file that `dump` wrote, or a part of one in 16-bit floats: layers by number. Further attentions over the same cache (q.LAYER.N) are left out.
+    """Read a file that `dump` wrote, or a part of one in 16-bit floats: layers by number.
+
+    Further attentions over a layer's cache (q.LAYER.N) are left out.
 
     Raises:
         DumpError: it is no such file, or has a layer without V of its own (multi-head latent attention).

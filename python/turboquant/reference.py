@@ -329,8 +329,8 @@ def softmax_weights(
 ) -> Floats:
     """softmax(scale * Q K^T + mask), float64 (n_head, n_query, n_kv).
 
-    queries (n_head, n_query, head_k), keys (n_kv_head, n_kv, head_k): plain numbers. mask (n_query, n_kv) is added to the
-    scores. A query row that is masked everywhere gives zeros. Meanings as in `turboquant.attention`.
+    queries (n_head, n_query, head_k), keys (n_kv_head, n_kv, head_k): plain numbers. mask (n_query, n_kv) is added to
+    the scores. A query row that is masked everywhere gives zeros. Meanings as in `turboquant.attention`.
     """
     query_rows, key_rows = np.asarray(queries).astype(np.float64), np.asarray(keys).astype(np.float64)
     # the query heads of a GQA group share a KV head

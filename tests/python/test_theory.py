@@ -7,7 +7,7 @@ import pytest
 from turboquant import reference
 from turboquant.theory import codebook, errors, polarquant, qjl, rotation, uniform
 
-#: Mean squared error of the best 2**bits levels for N(0,1), and of the best equally spaced ones: Max 1960, tables I, II.
+#: Mean squared error of the best 2**bits levels for N(0,1), and of the best equally spaced: Max 1960, tables I, II.
 MAX_TABLE = {1: (0.3634, 0.3634), 2: (0.1175, 0.1188), 3: (0.03454, 0.03744), 4: (0.009497, 0.01154),
              5: (0.002499, 0.003490)}
 
@@ -212,7 +212,7 @@ def test_qjl_decode_gives_the_same_products():
 
 
 def test_second_stage_is_unbiased_where_centroids_are_not():
-    """Theorem 2 of TurboQuant. At 2 bits, centroids alone shorten every product by their mean squared error, 1 bit's."""
+    """Theorem 2 of TurboQuant. The centroids of its first stage alone shorten every product by their squared error."""
     n, draws = 32, 3000
     matrix = rotation.random_rotation(n)
     x = gauss(n, 1)

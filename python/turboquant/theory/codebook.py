@@ -38,7 +38,8 @@ def laplace(sigma: float = 1.0) -> Density:
 def sphere_coordinate(n: int) -> Density:
     """One coordinate of a random point on the unit sphere in n dimensions, n > 3: (1 - x**2)**((n - 3) / 2).
 
-    So is every coordinate of a randomly rotated unit vector. Close to N(0, 1/n) for large n. Source: TurboQuant, lemma 1.
+    So is every coordinate of a randomly rotated unit vector. Close to N(0, 1/n) for large n. Source: TurboQuant,
+    lemma 1.
     """
     return Density(lambda x: np.power(np.clip(1 - np.square(x), 0, None), (n - 3) / 2), -1.0, 1.0)
 
@@ -84,9 +85,9 @@ class _Moments:
 def lloyd_max(density: Density, bits: int, *, tolerance: float = 1e-10, steps: int = 100_000) -> Codebook:
     """The 2**bits levels with the least mean squared error for a density (for a log-concave one the only optimum).
 
-    Two conditions are alternated until no level moves by more than `tolerance` of the density's width: a boundary is the
-    midpoint of its two levels, a level is the mean of the density between its boundaries. The start is Panter and Dite's
-    for many levels, density**(1/3). Source: Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960;
+    Two conditions are alternated until no level moves by more than `tolerance` of the density's width: a boundary is
+    the midpoint of its two levels, a level is the mean of the density between its boundaries. The start is Panter and
+    Dite's for many levels, density**(1/3). Source: Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960;
     Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982; TurboQuant, section 3.1.
 
     Raises:
@@ -110,7 +111,7 @@ def lloyd_max(density: Density, bits: int, *, tolerance: float = 1e-10, steps: i
 
 
 def best_uniform(density: Density, bits: int) -> Codebook:
-    """2**bits equally spaced levels, symmetric about 0, with the least mean squared error: what tuning a range can do."""
+    """2**bits equally spaced levels about 0 with the least mean squared error: what tuning a range can do."""
     moments = _Moments(density)
     places: Floats = np.arange(1 << bits, dtype=np.float64) - ((1 << bits) - 1) / 2
 

@@ -33,7 +33,7 @@ def _unit(bits: int) -> tuple[float, ...]:
 
 
 def levels(n: int, bits: int) -> Floats:
-    """The Lloyd-Max levels of N(0, 1/n), (2**bits,): one codebook for every vector of n channels, whatever its values."""
+    """The Lloyd-Max levels of N(0, 1/n), (2**bits,): one codebook for every vector of n channels."""
     return np.array(_unit(bits)) / math.sqrt(n)
 
 
@@ -41,8 +41,8 @@ def encode(x: ArrayLike, bits: int, rotation: ArrayLike, *, norm_correction: boo
     """Quantize vectors x (..., n) with an orthonormal matrix (n, n), such as `rotation.random_rotation` gives.
 
     With `norm_correction` the stored norm is |x| / |c|, where c are the chosen levels: the reconstruction has the right
-    length, where rounding leaves it a little shorter (levels are means, and means vary less than values). Without it the
-    stored norm is |x|, as in the paper. A vector of zeros has the norm 0.
+    length, where rounding leaves it a little shorter (levels are means, and means vary less than values). Without it
+    the stored norm is |x|, as in the paper. A vector of zeros has the norm 0.
 
     Source: TurboQuant, algorithm 1, and section 1 on norms.
     """

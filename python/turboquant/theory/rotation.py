@@ -22,11 +22,11 @@ Floats = NDArray[np.float64]
 def random_rotation(n: int, seed: int = 0) -> Floats:
     """A random orthonormal matrix (n, n), each as likely as any other (Haar measure).
 
-    The Q of the QR decomposition of a Gaussian matrix, its columns multiplied by the signs of R's diagonal: without them
-    the distribution is that of the library's sign convention. Source: TurboQuant, algorithm 1; Mezzadri, "How to
+    The Q of the QR decomposition of a Gaussian matrix, its columns multiplied by the signs of R's diagonal: without
+    them the distribution is that of the library's sign convention. Source: TurboQuant, algorithm 1; Mezzadri, "How to
     generate random matrices from the classical compact groups", Notices of the AMS 54, 2007.
 
-    The seed has a random stream of its own here: vectors drawn from ``default_rng(seed)`` are independent of the matrix.
+    The seed has a random stream of its own here: vectors drawn from ``default_rng(seed)`` are independent of it.
     """
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     q, r = np.linalg.qr(stream.standard_normal((n, n)))
