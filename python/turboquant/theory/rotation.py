@@ -5,6 +5,7 @@ The cheap one, S2 . H/sqrt(n) . S1, is `turboquant.rotate`; here is its middle p
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,28 +34,34 @@ def random_rotation(n: int, seed: int = 0) -> Floats:
     return np.asarray(q * np.where(np.diag(r) < 0, -1.0, 1.0))
 
 
+def _stages(x: ArrayLike) -> Iterator[Floats]:
+    array = np.asarray(x, dtype=np.float64)
+    n = array.shape[-1] if array.ndim else 0
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"x: got shape {array.shape}, wanted a last axis that is a power of two")
+    yield array
+    h = 1
+    while h < n:
+        pairs = array.reshape(*array.shape[:-1], n // (2 * h), 2, h)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        array = np.stack([a + b, a - b], axis=-2).reshape(array.shape)
+        yield array
+        h *= 2
+
+
 def butterfly_stages(x: ArrayLike) -> Floats:
     """H . x for vectors x (..., n), n a power of two, after every stage: (log2(n) + 1, ..., n), stage 0 being x.
 
     A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. Not
     normalised: divide the last stage by sqrt(n) for the orthonormal transform. ValueError if n is no power of two.
     """
-    array = np.asarray(x, dtype=np.float64)
-    n = array.shape[-1] if array.ndim else 0
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"x: got shape {array.shape}, wanted a last axis that is a power of two")
-    stages, h = [array], 1
-    while h < n:
-        pairs = stages[-1].reshape(*array.shape[:-1], n // (2 * h), 2, h)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        stages.append(np.stack([a + b, a - b], axis=-2).reshape(array.shape))
-        h *= 2
-    return np.stack(stages)
+    return np.stack(list(_stages(x)))
 
 
 def walsh_hadamard(x: ArrayLike) -> Floats:
-    """H/sqrt(n) . x for vectors x (..., n), by butterfly: orthonormal, and its own inverse."""
-    last = butterfly_stages(x)[-1]
+    """H/sqrt(n) . x for vectors x (..., n), by butterfly: orthonormal, and its own inverse. Errors as above."""
+    for stage in _stages(x):
+        last = stage
     return np.asarray(last / math.sqrt(last.shape[-1]))
 
 
