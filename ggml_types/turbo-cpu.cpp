@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t rows_per_unit  = 64;  // query rows that share a decoded tile
+constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
 constexpr int64_t least_kv_chunk = 256; // KV rows; less is not worth a merge
 
 int row_type(ggml_type type) {

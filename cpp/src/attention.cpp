@@ -45,7 +45,7 @@ size_t row_bytes(int type, int64_t n) {
     return tq_row_bytes(tq_type(type), n);
 }
 
-constexpr int64_t query_tile = 64; // query rows that share a decoded tile; their sums stay in the L2 cache
+constexpr int64_t query_tile = 128; // query rows that share a decoded tile; their sums stay in the L2 cache
 
 int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : 2; }
 

@@ -456,9 +456,9 @@ template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, i
     }
 }
 
-// Compilers turn this loop into sdot or smlal.
 constexpr decltype(Kernels::keys) keys = nullptr;
 
+// Compilers turn this loop into sdot or smlal.
 template <int N>
 void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
     scores_tile<N>(level, scale, blocks, query, rows, s);
