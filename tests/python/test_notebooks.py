@@ -5,6 +5,7 @@ V, one text) has bounds that say what the text claims.
 """
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,14 +22,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("make_notebooks", ROOT / "tools" / "make_notebooks.py")
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-tool = load_tool()
+tool = load_tool("make_notebooks")
 
 
 def near(value, relative=0.0, absolute=0.0):
@@ -193,3 +194,54 @@ def test_sample_is_what_the_page_says():
     layer = layers[1]
     assert (layer.q.shape, layer.k.shape, layer.v.shape) == ((4, 2048, 128), (2, 2048, 128), (2, 2048, 128))
     assert layer.scale == pytest.approx(128**-0.5, rel=1e-5)  # the file has six digits
+
+
+def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
+    """tools/measure_notebooks.py asks for the right pairs, models and variables; llama.cpp is left out."""
+    from turboquant.evaluate.measure import BASELINE, Row
+
+    measuring = load_tool("measure_notebooks")
+    runs = []
+
+    def measure(options, programs, results, scratch, progress):
+        variables = {key: value for key, value in os.environ.items() if key.startswith("LLAMA_")}
+        runs.append((options.model.name, len(options.pairs), variables, options.needles))
+        return [Row(pair.k, pair.v, 16, 4, 1, 1, 30.0, 1, None if pair == BASELINE else 0.01, 0.001, 99, 1)
+                for pair in dict.fromkeys([BASELINE, *options.pairs])]
+
+    for name in [key for key in os.environ if key.startswith("LLAMA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(measuring, "convert", lambda source, target, **_: target.write_bytes(source.read_bytes()))
+    for name in ("tame.gguf", "wild.gguf", "text.txt"):
+        (tmp_path / name).write_text("x")
+    files = [str(tmp_path / name) for name in ("tame.gguf", "wild.gguf", "text.txt", "out.json")]
+    options = ["--model", files[0], "--outliers", files[1], "--text", files[2], "-o", files[3], "--bin", str(tmp_path)]
+    assert measuring.main([*options, "--threads", "1"]) == 0
+
+    assert {model for model, _, _, _ in runs} == {"tame.gguf", "wild.gguf", "tame-converted.gguf", "wild-converted.gguf"}
+    assert [run[:3] for run in runs if run[2]] == [
+        ("tame.gguf", 3, {"LLAMA_ATTN_ROT_DISABLE": "1"}), ("wild.gguf", 3, {"LLAMA_ATTN_ROT_DISABLE": "1"}),
+        ("tame.gguf", 1, {"LLAMA_ARG_CACHE_BOUNDARY_V": "1"}), ("tame.gguf", 1, {"LLAMA_ARG_CACHE_BOUNDARY_V": "2"}),
+        *(("tame.gguf", 1, {"LLAMA_ARG_CACHE_SPARSE_V": f"{one:g}"}) for one in measuring.THRESHOLDS),
+    ]
+    assert all(needles == 0 for _, _, _, needles in runs)
+    assert not [key for key in os.environ if key.startswith("LLAMA_")]
+    found = json.loads((tmp_path / "out.json").read_text())
+    stored = json.loads((ROOT / "notebooks" / "data" / "measured.json").read_text())
+
+    def shape(value):
+        """Keys and lengths, for comparison."""
+        if isinstance(value, dict):
+            return {key: shape(one) for key, one in value.items() if key != "about"}
+        return [(row["k"], row["v"]) for row in value] if isinstance(value, list) else None
+
+    assert shape(found) == shape(stored)
+    assert measuring.main([*options, "--bin", str(tmp_path / "missing")]) == 1
+
+
+def test_measurements_need_files(capsys):
+    with pytest.raises(SystemExit):
+        load_tool("measure_notebooks").main(["--model", "no.gguf", "--outliers", "no.gguf", "--text", "no.txt"])
+    assert "no.gguf: no such file" in capsys.readouterr().err
