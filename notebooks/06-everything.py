@@ -150,8 +150,9 @@ print(f"without any rotation outliers multiply q4_0's KLD by {q4['outliers', 'pl
 # %% [markdown]
 # ## Speed
 #
-# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B
-# model) for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types:
+# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B model)
+# for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types. One run
+# of `tools/bench_attention.py` on two cores of an AMD EPYC with AVX-512; other machines give other numbers.
 
 # %%
 timing = speed()
