@@ -5,8 +5,9 @@ Writes codec.wasm, and codec.json with what it was made from, into python/turboq
 WebAssembly target and its linker: on Debian and Ubuntu `apt install clang lld`. CXX chooses another Clang.
 
   python3 tools/make_wasm.py            write both files
-  python3 tools/make_wasm.py --check    is codec.wasm what the present sources give? Exit status 0: yes; 1: no, run this
-                                        program; 3: the sources have changed, and the compiler that could tell is missing
+  python3 tools/make_wasm.py --check    is codec.wasm what the present sources give? Exit status 0: yes; 1: no, run
+                                        this program; 3: the sources have changed, and the compiler that could tell is
+                                        missing
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def compiler() -> list[str] | None:
         probe = Path(folder) / "probe.cpp"
         probe.write_text("int main() { return 0; }\n")
         flags = [*FLAGS[:1], "-nostdlib", "-Wl,--no-entry", str(probe), "-o", str(probe.with_suffix(".wasm"))]
-        return command if subprocess.run([*command, *flags], capture_output=True).returncode == 0 else None
+        done = subprocess.run([*command, *flags], capture_output=True, check=False)
+    return command if done.returncode == 0 else None
 
 
 def version(command: list[str]) -> str:
@@ -124,8 +126,8 @@ def main() -> int:
         assert command
         data, record = build(command)
     except subprocess.CalledProcessError as error:
-        print(f"{SOURCE.relative_to(ROOT)} does not compile (see above); if a header is missing, what the codec uses of "
-              f"it goes into tools/wasm/include ({error.cmd[0]}: status {error.returncode})", file=sys.stderr)  # fmt: skip
+        print(f"{SOURCE.relative_to(ROOT)} does not compile ({error.cmd[0]}: status {error.returncode}, see above). If a "
+              "header is missing, what the codec uses of it goes into tools/wasm/include", file=sys.stderr)  # fmt: skip
         return 1
     write(WASM, data)
     write(RECORD, f"{json.dumps(record, indent=1)}\n".encode())

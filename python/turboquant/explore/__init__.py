@@ -1,7 +1,7 @@
 """The page of ``turboquant explore``: experiments with the codec in one HTML file that needs no server and no network.
 
 `page.html` is its frame, `style.css` its looks; `codec.js` wraps the codec (`codec.wasm`, which ``tools/make_wasm.py``
-compiles from ``cpp/src/scalar.cpp``), `math.js` and `chart.js` are what the experiments of `page.js` need.
+compiles from ``cpp/src/scalar.cpp``), `math.js` and `chart.js` are what `experiments.js` needs; `page.js` has the controls.
 """
 
 from __future__ import annotations
@@ -45,22 +45,31 @@ def write_page(target: Path, *, force: bool = False) -> None:
     data = page().encode()
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder: name a file in it, such as {target / 'explore.html'}")
-    if target.exists() and not force:
-        if target.read_bytes() == data:
-            return
-        raise FileExistsError(f"{target} exists: name another file, or give --force to replace it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target} cannot be written: there is no folder {target.parent}")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        if target.exists() and not target.is_file():  # a device or a pipe, such as /dev/stdout
+            target.write_bytes(data)
+        elif not target.exists() or force:
+            _replace(target, data)
+        elif target.stat().st_size != len(data) or target.read_bytes() != data:
+            raise FileExistsError(f"{target} exists: name another file, or give --force to replace it")
     except OSError as error:
+        if error.strerror is None:  # ours
+            raise
         raise OSError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def show(target: Path, *, wanted: bool = False) -> bool:
@@ -72,9 +81,3 @@ def show(target: Path, *, wanted: bool = False) -> bool:
     if not wanted and not (screen and sys.stdout.isatty()):
         return True
     return webbrowser.open(target.resolve().as_uri())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
