@@ -188,6 +188,6 @@ async function start() {
 
 start().catch((error) => {
   element('problem').textContent = `This browser could not start the experiments (${error.message}). They need
-    WebAssembly with bulk memory: Firefox 79, Chrome 75, Safari 15 or newer.`;
+    WebAssembly: Firefox 102, Chrome 97, Safari 16 or newer.`;
   element('problem').hidden = false;
 });
