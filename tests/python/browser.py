@@ -23,13 +23,18 @@ class Browser:
         self.driver = driver
 
     def open(self, page: Path, *, width: int = 1200, height: int = 900, **media: str) -> None:
-        """Load a page at a size in CSS pixels; media features by their names, with _ for -."""
-        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        """Load a page, at a size and with media features as below."""
+        self.media(**media)
         self.resize(width, height)
         self.driver.get(page.as_uri())
 
+    def media(self, **features: str) -> None:
+        """Set media features by their names, with _ for -; all others get their defaults."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
+
     def resize(self, width: int, height: int = 900) -> None:
+        """Set the window's size in CSS pixels."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
@@ -42,7 +47,7 @@ class Browser:
         return answer.get("value")
 
     def wait(self, condition: str) -> None:
-        """Until a JavaScript expression is true."""
+        """Until a JavaScript expression is true; fails after a minute."""
         self.run(f"while (!({condition})) await new Promise((next) => setTimeout(next, 10));")
 
     def console(self) -> list[str]:

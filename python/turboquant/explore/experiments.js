@@ -243,7 +243,7 @@ function bell() {
   const { counts } = histogram(rotated, bins, span * sigma);
   const heights = counts.map((c) => (c * bins) / (rotated.length * 2 * span)); // in units of density(0) = 0.399
   const measured = rms(rotated), distance = kolmogorov(rotated, sigma);
-  const far = rotated.reduce((total, v) => total + (Math.abs(v) > 3 * sigma), 0) / rotated.length;
+  const inside = histogram(rotated, 1, 3 * sigma).counts[0] / rotated.length;
 
   const height = 230, top = Math.min(Math.max(0.44, 1.05 * largest(heights)), 1.2);
   const label = `${show(rotated.length, 9)} coordinates beside the bell curve; largest distance ${show(distance, 2)}`;
@@ -264,7 +264,7 @@ function bell() {
   fill('bell-facts', facts([
     ['Standard deviation', `${show(measured)} (1/√${n} = ${show(sigma)})`],
     ['Distance from the bell curve', show(distance, 2)],
-    ['Beyond three deviations', `${percent(far)} (bell curve: 0.27 %)`],
+    ['Beyond three deviations', `${percent(1 - inside)} (bell curve: 0.27 %)`],
     [`Squared error of the codec, ${bits} bits`, `${percent(error)} (Lloyd-Max: ${percent(expected)})`],
   ]));
   fill('bell-result', `${times(count, 'rotation')}: ${show(rotated.length, 9)} coordinates, at most ${show(distance, 2)}

@@ -21,7 +21,7 @@ const square = (x) => x * x;
 const sum = (xs) => xs.reduce((total, x) => total + x, 0);
 function norm(x) {
   let total = 0;
-  for (const v of x) total += v * v;
+  for (let i = 0; i < x.length; i++) total += x[i] * x[i];
   return Math.sqrt(total);
 }
 const rms = (x) => (x.length ? norm(x) / Math.sqrt(x.length) : 0);
@@ -112,7 +112,7 @@ function walsh(r, n) {
 // What `count` random rotations of x make of it, relative to its length. how: 'once' = random signs, then the codec's
 // rotation; 'twice' = both again; 'uniform' = uniformly distributed over all rotations.
 function randomRotations(codec, x, bits, count, how, seed) {
-  const n = x.length, length = norm(x) || 1;
+  const n = x.length, length = norm(x) || 1, unit = x.map((v) => v / length);
   const random = randomBits(seed), normal = normals(random);
   const flip = (target, source, at) => {
     for (let i = 0, word = 0; i < n; i++) {
@@ -128,8 +128,7 @@ function randomRotations(codec, x, bits, count, how, seed) {
       const factor = 1 / norm(block);
       for (let i = 0; i < n; i++) block[i] *= factor;
     } else {
-      flip(block, x, 0);
-      for (let i = 0; i < n; i++) block[i] /= length;
+      flip(block, unit, 0);
     }
   }
   if (how === 'twice') {
@@ -140,8 +139,8 @@ function randomRotations(codec, x, bits, count, how, seed) {
   const decoded = codec.decode(bits, n, codec.encode(bits, n, input));
   let wrong = 0, energy = 0;
   for (let i = 0; i < input.length; i++) {
-    wrong += square(decoded[i] - input[i]);
-    energy += square(input[i]);
+    wrong += (decoded[i] - input[i]) ** 2;
+    energy += input[i] ** 2;
   }
   return { rotated, error: energy ? wrong / energy : 0 };
 }
@@ -150,8 +149,9 @@ function randomRotations(codec, x, bits, count, how, seed) {
 function histogram(values, bins, span) {
   const counts = new Float64Array(bins);
   let below = 0, above = 0;
-  for (const value of values) {
-    const bin = Math.floor(((value + span) / (2 * span)) * bins);
+  const perUnit = bins / (2 * span);
+  for (let i = 0; i < values.length; i++) {
+    const bin = Math.floor((values[i] + span) * perUnit);
     if (bin < 0) below++;
     else if (bin >= bins) above++;
     else counts[bin]++;
