@@ -28,7 +28,7 @@ SOURCE = ROOT / "tools" / "wasm" / "codec.cpp"
 WASM = ROOT / "python" / "turboquant" / "explore" / "codec.wasm"
 RECORD = WASM.with_suffix(".json")
 FLAGS = [
-    "--target=wasm32", "-std=c++17", "-O2", "-mbulk-memory", "-ffp-contract=off", "-Wall", "-Wextra",
+    "--target=wasm32", "-std=c++17", "-O2", "-mbulk-memory", "-ffp-contract=off", "-Wall", "-Wextra", "-ferror-limit=3",
     "-ffreestanding", "-nostdlib", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
     "-Itools/wasm/include", "-Icpp/include", "-Icpp/src",
     "-Wl,--no-entry,--strip-all,-z,stack-size=65536",

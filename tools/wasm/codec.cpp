@@ -2,17 +2,20 @@
 // exported to JavaScript. tools/make_wasm.py compiles it.
 #include "scalar.cpp" // into this file, so that the linker drops what is not exported
 
-namespace turboquant {
+// Names of our own are in a namespace of their own: scalar.cpp may come to use any.
+namespace page {
 namespace {
 
-constexpr int capacity = 1000 * 128; // values that one call can take
-alignas(16) float values[capacity], results[capacity];
-alignas(16) uint8_t bytes[capacity / 32 * Format<4, 32>::bytes];
-tq_encode_report report;
+namespace tq = turboquant;
 
-// Calls function(constant<Bits>, constant<N>) for the width and the block length at hand.
+constexpr int capacity = 1000 * 128; // values that one call can take
+alignas(16) float input[capacity], output[capacity];
+alignas(16) uint8_t encoded[capacity / 32 * tq::Format<4, 32>::bytes];
+tq_encode_report ignored;
+
 template <int V> struct Constant { static constexpr int value = V; };
 
+// Calls function(Constant<Bits>(), Constant<N>()) for the width and the block length; false if there are no such.
 template <int Bits, typename Function> bool with_block(int block, const Function & function) {
     switch (block) {
         case 128: function(Constant<Bits>(), Constant<128>()); return true;
@@ -32,51 +35,50 @@ template <typename Function> bool with_format(int bits, int block, const Functio
 }
 
 } // namespace
-} // namespace turboquant
-
-using namespace turboquant;
 
 #define EXPORT(NAME) extern "C" __attribute__((export_name(#NAME)))
 
 // Where JavaScript finds the buffers: floats in, floats out, encoded blocks, and the signs.
 EXPORT(capacity) int exported_capacity() { return capacity; }
-EXPORT(values) float * exported_values() { return values; }
-EXPORT(results) float * exported_results() { return results; }
-EXPORT(bytes) uint8_t * exported_bytes() { return bytes; }
-EXPORT(signs) const uint8_t * exported_signs(int which) { return which == 1 ? signs1 : signs2; }
+EXPORT(values) float * exported_values() { return input; }
+EXPORT(results) float * exported_results() { return output; }
+EXPORT(bytes) uint8_t * exported_bytes() { return encoded; }
+EXPORT(signs) const uint8_t * exported_signs(int which) { return which == 1 ? tq::signs1 : tq::signs2; }
 
 // The format: bytes of a block (0 = no such format), the step, and the centroids, ascending.
 EXPORT(block_bytes) int exported_block_bytes(int bits, int block) {
     int result = 0;
-    with_format(bits, block, [&](auto b, auto n) { result = Format<b.value, n.value>::bytes; });
+    with_format(bits, block, [&](auto b, auto n) { result = tq::Format<b.value, n.value>::bytes; });
     return result;
 }
 EXPORT(step) float exported_step(int bits) {
     float result = 0;
-    with_format(bits, 128, [&](auto b, auto) { result = Codebook<b.value>::step; });
+    with_format(bits, 128, [&](auto b, auto) { result = tq::Codebook<b.value>::step; });
     return result;
 }
 EXPORT(centroids) const int8_t * exported_centroids(int bits) {
     const int8_t * result = nullptr;
-    with_format(bits, 128, [&](auto b, auto) { result = Codebook<b.value>::centroids; });
+    with_format(bits, 128, [&](auto b, auto) { result = tq::Codebook<b.value>::centroids; });
     return result;
 }
 
 // Blocks that follow each other: values -> bytes, bytes -> results, values -> results. False: no such format.
 EXPORT(encode) bool exported_encode(int bits, int block, int blocks) {
     return with_format(bits, block,
-                       [&](auto b, auto n) { encode<b.value, n.value>(values, bytes, blocks, &report); });
+                       [&](auto b, auto n) { tq::encode<b.value, n.value>(input, encoded, blocks, &ignored); });
 }
 EXPORT(decode) bool exported_decode(int bits, int block, int blocks) {
-    return with_format(bits, block, [&](auto b, auto n) { decode<b.value, n.value>(bytes, results, blocks); });
+    return with_format(bits, block, [&](auto b, auto n) { tq::decode<b.value, n.value>(encoded, output, blocks); });
 }
 EXPORT(decode_rotated) bool exported_decode_rotated(int bits, int block, int blocks) {
     return with_format(bits, block,
-                       [&](auto b, auto n) { decode_rotated<b.value, n.value>(bytes, results, blocks); });
+                       [&](auto b, auto n) { tq::decode_rotated<b.value, n.value>(encoded, output, blocks); });
 }
 EXPORT(rotate) bool exported_rotate(int block, int blocks) {
-    return with_block<0>(block, [&](auto, auto n) { rotate<n.value>(values, results, blocks); });
+    return with_block<0>(block, [&](auto, auto n) { tq::rotate<n.value>(input, output, blocks); });
 }
 EXPORT(unrotate) bool exported_unrotate(int block, int blocks) {
-    return with_block<0>(block, [&](auto, auto n) { unrotate<n.value>(values, results, blocks); });
+    return with_block<0>(block, [&](auto, auto n) { tq::unrotate<n.value>(input, output, blocks); });
 }
+
+} // namespace page
