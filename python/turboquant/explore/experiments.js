@@ -404,7 +404,7 @@ function signs() {
       ['First value of B, decoded', `${show(kept[1].back[0])} (was ${show(b[0])})`],
     ]));
   }
-  fill('row-value', `${row}${row === 0 ? ' (constant)' : ''} of H`);
+  fill('row-value', `${row} of H${row === 0 ? ' (constant)' : ''}`);
   element('row').setAttribute('aria-valuetext', element('row-value').textContent);
   fill('raise-value', show(raise));
   fill('signs-result', raise === 0 ? 'A and B are the same vector now.'
