@@ -119,11 +119,11 @@ print(f"error of a pair over the sum of K's alone and V's alone: {additive.min()
 # On the left one layer, just computed; on the right a whole model, measured with llama.cpp and this plugin:
 # KL divergence of its predictions from those with its own f16 cache, in nats per token. (Measured by
 # `tools/measure_notebooks.py`: `prose-36m`, a model of 36 million parameters with heads of 128, on books that it has
-# never seen, 4 chunks of 2048 tokens; standard errors are about 3%, and common to all.)
+# never seen, 4 chunks of 2048 tokens; standard errors are about 2% of each number.)
 #
-# Taking bits from K (down a column) costs more than taking them from V (along a row): half as much again on this layer,
-# nearly four times as much in the whole model. Errors of K and V simply add up, so the pair to choose is the one where
-# neither dominates.
+# Taking bits from K (down a column) costs more than taking them from V (along a row): half as much again on this
+# layer, nearly four times as much in the whole model. Errors of K and V simply add up, so the pair to choose is the
+# one where neither dominates.
 
 # %%
 share_of_k = {name: kld[i, 0] / (kld[i, 0] + kld[0, i]) for i, name in enumerate(types) if name.startswith("turbo")}
@@ -158,10 +158,10 @@ table(("layers at each end", "", boundary),
 #
 # ## Sparse V
 #
-# Softmax weights are very unequal. A row of V whose weight is below some small share of the largest adds next to nothing
-# to the output, so it need not even be read (`--cache-sparse-v`). The package reports the share of rows that it skipped;
-# here one query at a time, as in decoding. The heads of larger models are sharper than this layer's, so the same is done
-# with scores two and four times as far apart.
+# Softmax weights are very unequal. A row of V whose weight is below some small share of the largest adds next to
+# nothing to the output, so it need not even be read (`--cache-sparse-v`). The package reports the share of rows that
+# it skipped; here one query at a time, as in decoding. The heads of larger models are sharper than this layer's, so
+# the same is done with scores two and four times as far apart.
 
 # %%
 thresholds = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
@@ -202,8 +202,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The default, 1e-6, is far on the safe side: whatever is skipped, the output does not change by more than rounding does.
-# This small model with its flat attention has next to nothing to skip at that threshold; sharp heads skip a
+# The default, 1e-6, is far on the safe side: whatever is skipped, the output does not change by more than rounding
+# does. This small model with its flat attention has next to nothing to skip at that threshold; sharp heads skip a
 # large part, and the longer the context the larger.
 #
 # ## Block size

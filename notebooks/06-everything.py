@@ -54,9 +54,10 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# At 4 bits every part helps, and rotation by far the most. At 2 and 3 bits the codec's last step, a scale that keeps
-# inner products instead of the least squared error, looks like a loss on this one layer. It is chosen for whole models,
-# where bias adds up from layer to layer and noise does not.
+# Rotation does most of it. Lloyd-Max levels pay where bits are few: at 2 bits they halve what rotation leaves. The
+# codec's scale, which keeps inner products right instead of making the squared error least, helps at 4 bits and looks
+# like a loss at 2 and 3 on this one layer. It was chosen on whole models, where bias adds up from layer to layer and
+# noise does not (the table in [FORMAT.md](../cpp/FORMAT.md)).
 #
 # ## A whole model
 #
@@ -98,7 +99,8 @@ stock = {name: {kind: [row for row in rows if row["k"] != "f16"] for kind, rows 
 print("llama.cpp's own types, KLD:")
 plain = stock["clean"]["plain"]
 table(("type", "", column(plain, "k")), ("bits", "g", column(plain, "bits")),
-      *((f"{name}, {kind}", ".4f", column(rows, "kld")) for name, kinds in stock.items() for kind, rows in kinds.items()))
+      *((f"{name}, {kind}", ".4f", column(rows, "kld"))
+        for name, kinds in stock.items() for kind, rows in kinds.items()))
 
 
 # %%
@@ -116,7 +118,8 @@ def plane(model="clean"):
         axis.semilogy(column(rows, "bits"), column(rows, "kld"), marker, color=color, label=name, **hollow)
     for pair in pairs:
         row = stack[model][pair]
-        axis.annotate(label(pair), (row["bits"], row["kld"]), (4, 4), textcoords="offset points", fontsize=7)
+        place = (4, -9) if pair == ("turbo4", "turbo2") else (4, 4)
+        axis.annotate(label(pair), (row["bits"], row["kld"]), place, textcoords="offset points", fontsize=7)
     for row in stock[model]["rotated"]:
         axis.annotate(row["k"], (row["bits"], row["kld"]), (4, -9), textcoords="offset points", fontsize=7)
     axis.set(xlabel="bits per value, mean of K and V", ylabel="KL divergence, nats per token", title=f"model: {model}")
@@ -154,9 +157,9 @@ print(f"without any rotation outliers multiply q4_0's KLD by {q4['outliers', 'pl
 # %% [markdown]
 # ## Speed
 #
-# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B model)
-# for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types. One run
-# of `tools/bench_attention.py` on two cores of an AMD EPYC with AVX-512; other machines give other numbers.
+# A smaller cache is less to read. Time of one layer's attention (32 query heads, 8 KV heads of 128, as in an 8B
+# model) for one new token, through ggml, with llama.cpp's kernels for its own types and the plugin's for turbo types.
+# One run of `tools/bench_attention.py` on two cores of an AMD EPYC with AVX-512; other machines give other numbers.
 
 # %%
 timing = speed()
@@ -192,10 +195,12 @@ table(("cache K/V", "", [label(pair) for pair in shown]),
 # %% [markdown]
 # ## Which pair?
 #
-# - Quality first: `q8_0/turbo4` or `q8_0/turbo3`.
-# - The good default: `turbo4`, or `turbo4/turbo3`; a quarter to a fifth of f16.
-# - When memory is what stops you: `turbo3`, and `turbo2` for V alone.
-# - Run `turboquant convert` on the model first. It costs nothing at run time, gains a little on a tame model, and is
+# - The default: `turbo4`, a quarter of f16, or `turbo4/turbo3` for some quality less. Both are better per bit than
+#   any other pair here, q4_0 and q5_0 included.
+# - Quality first: `q8_0/turbo4`. V in fewer bits wastes what K has been given.
+# - When memory is what stops you: `turbo3` or `turbo3/turbo2`. At 7.5x, `turbo2` for K and V costs a tenth of the
+#   perplexity and more.
+# - Run `turboquant convert` on the model first. It costs nothing at run time, changes little on a tame model, and is
 #   what saves one with outliers.
 #
 # And measure on your own model and text: `python3 -m turboquant.evaluate` prints such tables.

@@ -111,6 +111,40 @@ EXPECTED = {
         " real['3 bits of centroids'] + synthetic['3 bits of centroids']))": True,  # "worse than no bit at all"
         "min(growth.values())": Between(5, 30),  # "by an order of magnitude"
     },
+    "05": {
+        "v_is_linear": near(1, 1e-6),  # attention is linear in V
+        "sharp_k[3] / sharp_k[2] > 1.5 * sharp_v[3] / sharp_v[2]": True,
+        "from_k[0] / from_v[0]": Between(1.5, 4),
+        "[additive.min(), additive.max()]": [Between(0.9, 1), Between(1, 1.1)],  # "errors simply add up"
+        "[live[2, 0] / live[0, 2], live[4, 0] / live[0, 4]]": [Between(1.3, 3)] * 2,  # "half as much again"
+        # the live table is in order: each row and column loses with fewer bits
+        "bool((np.diff(live, axis=0) > 0).all() and (np.diff(live, axis=1) > 0).all())": True,
+        "min(share_of_k.values())": Between(0.7, 0.9),  # "nearly four times as much"
+        "all(grid[b, a]['kld'] > 1.5 * grid[a, b]['kld'] for a, b in swaps)": True,
+        "all(rates == sorted(rates) for rates in skip.values())": True,
+        "all(skip[1][i] <= skip[2][i] <= skip[4][i] for i in range(6))": True,
+        "max(rows[0] for rows in change.values())": Between(0, 1e-10),  # "not more than rounding does"
+        "skip[4][0]": Between(0.1, 0.5),  # "sharp heads skip a large part"
+        "all(block_mse[f'turbo{b}'][i] > block_mse[f'turbo{b}_64'][i] > block_mse[f'turbo{b}_32'][i]"
+        " for b in (4, 3, 2) for i in (0, 1))": True,
+    },
+    "06": {
+        "[round(ratio[name, name], 2) for name in ('turbo4', 'turbo3', 'turbo2')]": [3.88, 5.12, 7.53],
+        "cache_gib(131072, 'f16', 'f16')": 16.0,  # 131072 tokens x 32 layers x 2 x 8 heads x 128 x 2 bytes
+        "cache_gib(32768, 'turbo4', 'turbo4')": near(4 * 4.125 / 16),
+        # "rotation does most of it"; "at 2 bits they halve what rotation leaves"
+        "steps[4][0].kl / steps[4][1].kl": Between(2, 6),
+        "steps[4][4].kl == min(one.kl for one in steps[4])": True,
+        "steps[2][1].kl / steps[2][3].kl": Between(1.5, 4),  # Lloyd-Max against min-max, both rotated
+        # the function of the model is not changed by outliers or by convert
+        "max(abs(row['f16', 'f16']['ppl'] / stack['clean']['f16', 'f16']['ppl'] - 1) for row in stack.values())":
+            Between(0, 1e-3),
+        "turbo4['outliers'] / turbo4['clean']": Between(5, 30),
+        "turbo4['outliers, converted'] / turbo4['clean, converted']": near(1, 0.1),  # convert undoes the outliers
+        "float(np.median(gain['outliers']))": Between(4, 20),
+        "q4['outliers', 'plain'] / q4['outliers', 'rotated']": Between(4, 30),
+        "sorted(timed) == sorted({row['pair'] for row in timing['layer']}) and 'f16:f16' in timed": True,
+    },
 }
 
 
@@ -220,7 +254,8 @@ def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
     options = ["--model", files[0], "--outliers", files[1], "--text", files[2], "-o", files[3], "--bin", str(tmp_path)]
     assert measuring.main([*options, "--threads", "1"]) == 0
 
-    assert {model for model, _, _, _ in runs} == {"tame.gguf", "wild.gguf", "tame-converted.gguf", "wild-converted.gguf"}
+    names = {"tame.gguf", "wild.gguf", "tame-converted.gguf", "wild-converted.gguf"}
+    assert {model for model, _, _, _ in runs} == names
     assert [run[:3] for run in runs if run[2]] == [
         ("tame.gguf", 3, {"LLAMA_ATTN_ROT_DISABLE": "1"}), ("wild.gguf", 3, {"LLAMA_ATTN_ROT_DISABLE": "1"}),
         ("tame.gguf", 1, {"LLAMA_ARG_CACHE_BOUNDARY_V": "1"}), ("tame.gguf", 1, {"LLAMA_ARG_CACHE_BOUNDARY_V": "2"}),
