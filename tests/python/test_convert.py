@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
-from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_text
+from turboquant._output import OutputError, check_new, partial_file, publish
+from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -71,6 +73,13 @@ def test_powers_of_two() -> None:
     assert limited.min() >= 0.5 and limited.max() <= 4 and limited[4] <= 1
     assert found < noise(p, limited) <= before
     assert (solve_powers(p, free * 0, free * 0) == 1).all()
+
+
+def test_powers_stay_near_one() -> None:
+    """All multiples of a scale by a power of two leave the same noise; K and Q are stored in fp16."""
+    p, free = problem(), np.full(64, 100)
+    scale = solve_powers(p, -free, free)
+    assert np.abs(np.log2(scale / solve(p))).max() <= 1
 
 
 def test_silent_channels_stay_finite() -> None:
@@ -320,18 +329,22 @@ SCALINGS = {
 
 
 def test_write_changes_what_it_must_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    written = tmp_path / "out.gguf"
+    added = {"turboquant.a": "text  ", "turboquant.b": 7, "turboquant.c": [1.5, 2.5], "turboquant.d": ["x", "yz"]}
+    later = {"turboquant.a": "new", "turboquant.d": ["x", "z"], "turboquant.c": [0.5], "turboquant.b": "n"}
     with ModelFile(model) as opened:
-        added = {"turboquant.a": "text  ", "turboquant.b": 7, "turboquant.c": [1.5, 2.5], "turboquant.d": ["x", "yz"]}
-        written = opened.write(tmp_path / "out.gguf", SCALINGS, added)
-    replace_text(written, "turboquant.a", "new")
-    with pytest.raises(ValueError, match="longer than the 6 bytes"):
-        replace_text(written, "turboquant.a", "much longer")
+        opened.write(written, SCALINGS, added)
+    with pytest.raises(ValueError, match="4 keys of .* bytes cannot take the place of 4"):
+        replace_metadata(written, added, {**later, "turboquant.a": "much longer than it was"})
+    with pytest.raises(ValueError, match="3 keys of"):
+        replace_metadata(written, added, {key: later[key] for key in list(later)[:3]})
+    replace_metadata(written, added, later)
     old, new = gguf.GGUFReader(model), gguf.GGUFReader(written)
     own = [name for name in old.fields if not name.startswith("GGUF.")]
     assert [old.fields[name].contents() for name in own] == [new.fields[name].contents() for name in own]
-    assert new.fields["turboquant.a"].contents() == "new   "
-    assert [new.fields[f"turboquant.{key}"].contents() for key in "bcd"] == [7, [1.5, 2.5], ["x", "yz"]]
-    assert new.fields.keys() - old.fields.keys() == added.keys()
+    found = [new.fields[name].contents() for name in later]
+    assert found[:3] == ["new", ["x", "z"], [0.5]] and found[3].rstrip() == "n"
+    assert new.fields.keys() - old.fields.keys() == later.keys()
     before, after = ({t.name: t for t in reader.tensors} for reader in (old, new))
     assert list(before) == list(after)
     assert [t.tensor_type for t in old.tensors] == [t.tensor_type for t in new.tensors]
@@ -342,10 +355,12 @@ def test_write_changes_what_it_must_and_nothing_else(model: Path, tmp_path: Path
 
 
 def test_tensors_in_pieces(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     with ModelFile(model) as opened:
-        whole = opened.write(tmp_path / "whole", SCALINGS, {}).read_bytes()
+        opened.write(whole, SCALINGS, {})
         monkeypatch.setattr("turboquant.convert.modelfile._PIECE", 40)  # a row and a bit
-        assert opened.write(tmp_path / "pieces", SCALINGS, {}).read_bytes() == whole
+        opened.write(pieces, SCALINGS, {})
+    assert pieces.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("kept", [3, 30, 200, -60])
@@ -356,23 +371,44 @@ def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
         ModelFile(short)
 
 
-_LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from turboquant.convert.modelfile import ModelFile
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-with ModelFile(Path(sys.argv[1])) as model:
-    model.write(Path(sys.argv[2]), {}, {"key": "x" * 8192})
-"""
+# ---- files that appear whole -----------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
-    target = tmp_path / "folder" / "out.gguf"
-    target.parent.mkdir()
-    done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
-    assert done.returncode != 0 and "OSError" in done.stderr
-    assert list(target.parent.iterdir()) == []
+def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    check_new(target)
+    with partial_file(target) as partial:
+        partial.write_text("whole")
+        assert not target.exists() and partial.parent == tmp_path
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
+    (tmp_path / "plain").touch()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OutputError, match="made by something else"), partial_file(target) as partial:
+        target.write_text("of the user")
+        publish(partial, target)
+    assert target.read_text() == "of the user" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="exists already: remove it, or give another name"):
+        check_new(target)
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "out"
+    with partial_file(target) as partial:
+        partial.write_text("whole")
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="exists already"), partial_file(target) as partial:
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
 
 
 def test_an_interruption_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
@@ -381,9 +417,35 @@ def test_an_interruption_leaves_nothing_behind(model: Path, tmp_path: Path) -> N
 
     target = tmp_path / "folder" / "out.gguf"
     target.parent.mkdir()
-    with ModelFile(model) as opened, pytest.raises(KeyboardInterrupt):
-        opened.write(target, {}, {}, interrupt)
+    with ModelFile(model) as opened, pytest.raises(KeyboardInterrupt), partial_file(target) as partial:
+        opened.write(partial, {}, {}, interrupt)
     assert list(target.parent.iterdir()) == []
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from turboquant._output import OutputError, partial_file
+from turboquant.convert.modelfile import ModelFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with ModelFile(Path(sys.argv[1])) as model, partial_file(Path(sys.argv[2])) as partial:
+        model.write(partial, {}, {"key": "x" * 8192})
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "out.gguf"
+    target.parent.mkdir()
+    done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
+    assert done.stdout == f"{target} cannot be written (File too large): make room, or give a file on another disk\n"
+    assert list(target.parent.iterdir()) == []
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 _MEMORY = """

@@ -85,14 +85,15 @@ def solve_powers(problem: Problem, low: Ints, high: Ints) -> Floats:
     """The best scales among the powers of two from 2**low to 2**high; `low` and `high` are (channels,).
 
     Only ratios matter within a block, so the exact scales may all be moved by a common factor before they are rounded:
-    the factor that leaves the least noise is taken. 1 everywhere if nothing is better than that.
+    the factor that leaves the least noise is taken, and of several the one nearest to 1, as K and Q must stay within
+    the range of fp16. 1 everywhere if nothing is better than that.
     """
     exact = np.log2(solve(problem))
     low = _per(problem.group, low, np.maximum)[problem.group]
     high = _per(problem.group, high, np.minimum)[problem.group]
     best = np.ones_like(exact)
     least = noise(problem, best)
-    for shift in np.arange(-8, 8, 0.125):
+    for shift in sorted(np.arange(-8, 8.125, 0.125), key=abs):
         scale = 2.0 ** np.clip(np.round(exact + shift), np.minimum(low, 0), np.maximum(high, 0))
         found = noise(problem, scale)
         if found < least * (1 - 1e-9):
