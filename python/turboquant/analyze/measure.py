@@ -135,7 +135,8 @@ def analyze(
             progress(done, len(numbers))
             if f"v.{number}" in names:  # else V is a part of K, which only whole rows of one type can store
                 queries = [(file.get_tensor(name), scales[name]) for name in _queries(names, number)]
-                layers.append(_layer(number, queries, *(file.get_tensor(f"{half}.{number}") for half in "kv"), types))
+                k, v = file.get_tensor(f"k.{number}"), file.get_tensor(f"v.{number}")
+                layers.append(_layer(number, queries, k, v, types))
         progress(len(numbers), len(numbers))
     if not layers:
         raise AnalyzeError(f"{path} has no layer with K and V of its own: there is nothing to analyze")

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .._plot import figure
-from .measure import PROTECT, Analysis, Effect
+from ..convert.plan import ranges
+from .measure import PROTECT, Analysis
 
 __all__ = ["plot", "show", "to_json", "verdict"]
 
-#: Above this an outlier channel shapes what quantization does to K: the largest channel of normal values is below it.
-OUTLIER = 4.0
+#: A layer of which `convert` leaves less than this share of the noise is worth mentioning.
+WORTH = 0.7
 
 
 def to_json(found: Analysis) -> str:
@@ -32,13 +33,15 @@ def show(found: Analysis, console: Console) -> None:
     console.print("\nOutlier: the largest channel's RMS over the median channel's, before and after the rotation, in the "
                   "worst block. Kurtosis: of a block; 3 is normal. Fit: distance of rotated blocks from N(0,1/d), "
                   "0 to 1. Balanced: what share of K's noise would be left with `turboquant convert`, at best.\n")  # fmt: skip
-    for half in "kv":
-        console.print(_effects(found, half))
-        console.print()
+    console.print(_by_type(found, "Squared error relative to the values", ("K", "k", "mse"), ("V", "v", "mse")))
+    console.print()
+    console.print(_by_type(found, "Attention", ("scores", "k", "score"), ("KLD", "k", "harm")))
+    console.print()
+    console.print(_by_type(found, "", ("output", "v", "harm")))
     console.print(
-        f"mse: squared error relative to the values. score: standard deviation of a score's error. KLD: of attention's "
-        f"weights, in nats. output: squared error of attention's output. {found.queries} queries of every head. "
-        f"*: a layer to protect, more than {PROTECT:g} times as bad as the median one.\n"
+        "\nScores: standard deviation of their errors that K makes. KLD: of attention's weights, in nats. Output: squared "
+        f"error of attention's output that V makes, relative to it. {found.queries} queries of every head. *: a layer to "
+        f"protect, more than {PROTECT:g} times as bad as the median one.\n"
     )
     for line in verdict(found):
         console.print(line, markup=False)
@@ -49,12 +52,12 @@ def verdict(found: Analysis) -> list[str]:
     type = found.types[0]
     k, v = found.protect("k", type), found.protect("v", type)
     lines = [f"Layers to protect, by {type}:", f"  K: {_list(k)}", f"  V: {_list(v)}"]
-    worst = max((layer.k.outlier for layer in found.layers), default=1.0)
-    saved = float(np.median([layer.balance for layer in found.layers]))
-    if worst > OUTLIER and saved < 0.8:
+    better = {layer.layer: layer.balance for layer in found.layers if layer.balance < WORTH}
+    if better:
+        least, most = (f"{share:.0%}" for share in (min(better.values()), max(better.values())))
         lines.append(
-            f"K has channels {worst:.0f} times larger than others: `turboquant convert` could leave {saved:.0%} of the "
-            "noise in the scores."
+            f"`turboquant convert` could leave {least if least == most else f'{least} to {most}'} of the noise of K in "
+            f"{ranges(list(better))}."
         )
     if k:
         lines.append("K has the same type in all layers: -ctk q8_0 protects those above.")
@@ -111,28 +114,23 @@ def _distributions(found: Analysis) -> Table:
     return table
 
 
-def _effects(found: Analysis, half: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{half.upper()}: errors by type")
+def _by_type(found: Analysis, title: str, *groups: tuple[str, str, str]) -> Table:
+    """Columns of all types for each group: its heading, the half ("k" or "v") and the field of `Effect`."""
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", title=title or None)
     table.add_column("\nlayer", justify="right")
-    headings = ("mse", "score", "KLD") if half == "k" else ("mse", "output")
-    for type in found.types:
-        for number, heading in enumerate(headings):
-            table.add_column(f"{type if number == 0 else ''}\n{heading}", justify="right")
-    protected = {type: found.protect(half, type) for type in found.types}
+    for heading, _, _ in groups:
+        for number, type in enumerate(found.types):
+            table.add_column(f"{heading if number == 0 else ''}\n{type}", justify="right", min_width=8)
+    protected = {(half, type): found.protect(half, type) for half in "kv" for type in found.types}
     for layer in found.layers:
         row = [str(layer.layer)]
-        for type in found.types:
-            mark = "*" if layer.layer in protected[type] else ""
-            row += _cells(getattr(layer, half).effects[type], half, mark)
+        for _, half, field in groups:
+            for type in found.types:
+                effect = getattr(layer, half).effects[type]
+                mark = "*" if field == "harm" and layer.layer in protected[half, type] else ""
+                row.append("–" if effect is None else f"{getattr(effect, field):.2g}{mark}")
         table.add_row(*row)
     return table
-
-
-def _cells(effect: Effect | None, half: str, mark: str) -> list[str]:
-    if effect is None:
-        return ["–"] * (3 if half == "k" else 2)
-    score = [f"{effect.score:.2g}"] if effect.score is not None else []
-    return [f"{effect.mse:.2g}", *score, f"{effect.harm:.2g}{mark}"]
 
 
 def _text(value: float | None, form: str) -> str:
@@ -144,4 +142,4 @@ def _number(value: float | None) -> float:
 
 
 def _list(layers: list[int]) -> str:
-    return ", ".join(map(str, layers)) or "none stands out"
+    return ranges(layers) if layers else "none stands out"

@@ -17,7 +17,7 @@ from .paths import Leaf, Refusal, Trace, trace, trace_output
 from .stream import Attention, Capture, CaptureError, Data, Route
 from .weights import FLOATS, block, exponents
 
-__all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure"]
+__all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure", "ranges"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -152,6 +152,17 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
             part = Balanced(layer, what, refused=str(refusal))
         plan.parts.append(part)
     return plan
+
+
+def ranges(layers: list[int]) -> str:
+    """layers 0-3, 7"""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return f"layer{'s' * (len(layers) > 1)} " + ", ".join("-".join(map(str, part)) for part in parts)
 
 
 # ---- where the channels come from ------------------------------------------------------------------------------------

@@ -30,12 +30,12 @@ def show(done: Converted, console: Console) -> None:
     """Print the predicted noise of every layer before and after, and the check."""
     error = unit_error()
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"Predicted error with a {_TYPE} cache")
-    table.add_column("layer", justify="right")
-    for heading in ("K: of a score", "V: of the output"):
+    table.add_column("\nlayer", justify="right")
+    for heading in ("K scores", "V output"):
         table.add_column(f"{heading}\nbefore", justify="right")
         table.add_column("\nafter", justify="right")
-        table.add_column("\nnoise left", width=12)
-        table.add_column("\nscales", justify="right")
+        table.add_column("noise\nleft", width=8)
+        table.add_column("\nscales", justify="right", no_wrap=True)
     for layer in sorted({part.layer for part in done.parts}):
         row: list[RenderableType] = [str(layer)]
         for what in "KV":
@@ -46,7 +46,7 @@ def show(done: Converted, console: Console) -> None:
             for power in (part.before, part.after):
                 root = np.sqrt(error * power)
                 row.append(f"{root:.3f}" if what == "K" else f"{root:.1%}")
-            row += [Bar(1, 0, part.ratio), f"{part.smallest:.3g} – {part.largest:.3g}"]
+            row += [Bar(1, 0, part.ratio), f"{part.smallest:.2g}–{part.largest:.2g}"]
         table.add_row(*row)
     console.print(table)
     console.print("\nStandard deviations: of attention scores, before the softmax; of a layer's output, relative to it.")

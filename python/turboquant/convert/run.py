@@ -17,7 +17,7 @@ from ..llama.paths import native_dir
 from ..llama.progress import Reporter
 from .check import Checker, CheckError, checker, shape
 from .modelfile import ModelFile, replace_metadata
-from .plan import Balanced, Plan, make_plan, measure
+from .plan import Balanced, Plan, make_plan, measure, ranges
 from .stream import check_model
 
 __all__ = ["MARK", "ConvertError", "Converted", "convert", "default_text", "reasons"]
@@ -179,18 +179,7 @@ def reasons(parts: list[Balanced]) -> str:
         if part.refused:
             reason = part.refused.replace(f"blk.{part.layer}.", "blk.*.")
             found.setdefault(f"{part.what}: {reason}", []).append(part.layer)
-    return "\n".join(f"  {reason} ({_ranges(layers)})" for reason, layers in found.items())
-
-
-def _ranges(layers: list[int]) -> str:
-    """layers 0-3, 7"""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1][1:] = [layer]
-        else:
-            parts.append([layer])
-    return f"layer{'s' * (len(layers) > 1)} " + ", ".join("-".join(map(str, part)) for part in parts)
+    return "\n".join(f"  {reason} ({ranges(layers)})" for reason, layers in found.items())
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
