@@ -54,7 +54,7 @@ class Builder:
         self.temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         self.w = gguf.GGUFWriter(self.temporary, shape.arch)
         w, s = self.w, shape
-        w.add_name(f"random-{s.arch}-{s.head}")
+        w.add_name(f"random-{s.head}")  # llama.cpp has rules for some names (phi3)
         w.add_context_length(s.context)
         w.add_embedding_length(s.width)
         w.add_block_count(s.layers)

@@ -367,7 +367,7 @@ def test_tensors_in_pieces(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(model.read_bytes()[:kept])
-    with pytest.raises(ModelError, match=r"short\.gguf (cannot be read|is truncated).*get (it|the file) again"):
+    with pytest.raises(ModelError, match=r"short\.gguf is truncated.*: get the file again"):
         ModelFile(short)
 
 

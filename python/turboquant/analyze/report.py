@@ -44,7 +44,7 @@ def show(found: Analysis, console: Console) -> None:
         f"protect, more than {PROTECT:g} times as bad as the median one.\n"
     )
     for line in verdict(found):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def verdict(found: Analysis) -> list[str]:

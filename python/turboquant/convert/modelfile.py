@@ -64,9 +64,7 @@ class ModelFile:
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # whatever the package stumbles over in a damaged file
-            raise ModelError(
-                f"{path} cannot be read as a GGUF file ({error}); it is damaged or incomplete: get it again"
-            ) from error
+            raise ModelError(f"{path} is truncated or damaged ({error}): get the file again") from error
         if reader.byte_order != "I":
             raise ModelError(f"{path} has the byte order of another kind of machine; gguf-convert-endian changes it")
         if not reader.tensors:
@@ -85,7 +83,7 @@ class ModelFile:
         del reader  # and with it the mapping of the file
         end = max(tensor.offset + tensor.bytes for tensor in self.tensors.values())
         if end > size:
-            raise ModelError(f"{path} is truncated: {size} bytes, but its tensors end at {end}; get the file again")
+            raise ModelError(f"{path} is truncated ({size} bytes, and its tensors end at {end}): get the file again")
         self.size = size
         self._file = path.open("rb")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ def unit_error(type: str = _TYPE) -> float:
 
 def show(done: Converted, console: Console) -> None:
     """Print the predicted noise of every layer before and after, and the check."""
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
     error = unit_error()
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"Predicted error with a {_TYPE} cache")
     table.add_column("\nlayer", justify="right")
@@ -49,14 +51,15 @@ def show(done: Converted, console: Console) -> None:
             row += [Bar(1, 0, part.ratio), f"{part.smallest:.2g}–{part.largest:.2g}"]
         table.add_row(*row)
     console.print(table)
-    console.print("\nStandard deviations: of attention scores, before the softmax; of a layer's output, relative to it.")
+    console.print()
+    say("Standard deviations: of attention scores, before the softmax; of a layer's output, relative to it.")
     if refused := reasons(done.parts):
-        console.print(f"Left alone:\n{refused}", markup=False)
-    console.print(
+        say(f"Left alone:\n{refused}")
+    say(
         f"Check: {done.kld:.1e} nats from the original with an f16 cache (limit {done.limit:.1e}); {_SCALES[done.mode]}."
     )
     k_type, v_type = done.recommended
-    console.print(f"Recommended: -ctk {k_type} -ctv {v_type}")
+    say(f"Recommended: -ctk {k_type} -ctv {v_type}")
 
 
 def plot(done: Converted, path: Path, title: str) -> None:

@@ -163,7 +163,9 @@ class Capture:
         log = self._log.read().decode("utf-8", "replace")
         own = [line.partition(": ")[2] for line in log.splitlines() if line.startswith(f"{_PROGRAM}: ")]
         if "not within the file bounds" in log or "failed to read" in log:
-            return CaptureError(f"{self._model} is truncated: it ends before its last tensor; get the file again")
+            return CaptureError(f"{self._model} is truncated (it ends before its last tensor): get the file again")
+        if own and own[-1].endswith("has no text in it"):
+            return CaptureError(f"{own[-1]}: give another text with -f")
         if own and not own[-1].startswith("cannot load"):
             return CaptureError(own[-1])
         how = f"was ended by signal {-status}" if status < 0 else f"failed (status {status})"
