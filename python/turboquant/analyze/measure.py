@@ -134,9 +134,8 @@ def analyze(
         for done, number in enumerate(numbers):
             progress(done, len(numbers))
             if f"v.{number}" in names:  # else V is a part of K, which only whole rows of one type can store
-                queries = [(file.get_tensor(name), scales[name]) for name in _queries(names, number)]
-                k, v = file.get_tensor(f"k.{number}"), file.get_tensor(f"v.{number}")
-                layers.append(_layer(number, queries, k, v, types))
+                queries = [(_read(file, name), scales[name]) for name in _queries(names, number)]
+                layers.append(_layer(number, queries, _read(file, f"k.{number}"), _read(file, f"v.{number}"), types))
         progress(len(numbers), len(numbers))
     if not layers:
         raise AnalyzeError(f"{path} has no layer with K and V of its own: there is nothing to analyze")
@@ -159,6 +158,10 @@ def _opened(path: Path) -> Any:
         raise AnalyzeError(
             f"{path} is no whole safetensors file ({error}): make it again with `turboquant dump-kv`"
         ) from None
+
+
+def _read(file: Any, name: str) -> Array:
+    return np.asarray(file.get_tensor(name), np.float32)
 
 
 def _queries(names: set[str], layer: int) -> list[str]:

@@ -18,7 +18,7 @@ __all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
 _USED = ("llama-perplexity", "llama-completion")
-_ATTEMPTS = 8  # on a busy machine every third output of a short run can lack its end
+_ATTEMPTS = 5
 
 
 class ProgramError(RuntimeError):
