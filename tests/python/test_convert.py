@@ -11,11 +11,13 @@ import gguf
 import numpy as np
 import pytest
 
+from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
-from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
+from turboquant.convert.plan import Measurement, make_plan
+from turboquant.convert.stream import Attention, Route
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -371,6 +373,90 @@ def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
         ModelFile(short)
 
 
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+HEADS, HEAD = 2, 32
+
+
+def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = None, **options: object) -> dict:
+    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types: part by "K", "V"."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for name, shape in {"q": (64, 256), "k": (32, 256), "v": (32, 256), "o": (256, 64)}.items():
+        kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
+        raw = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), kind)
+        writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def rotated(heads: int, weight: str) -> list[dict]:
+        return [
+            tensor("ROPE", [HEAD, heads, 5], mode=2, dims=HEAD, **source([HEAD, heads, 5])),
+            tensor("RESHAPE", [HEAD, heads, 5], offset=0, **source([HEAD * heads, 5])),
+            tensor("MUL_MAT", [HEAD * heads, 5], weight=weight, wne=[256, HEAD * heads, 1, 1]),
+        ]
+
+    q = [tensor("PERMUTE", [HEAD, 5, HEADS], [4, 256, 128, 1280], offset=0, **source([HEAD, HEADS, 5])), *rotated(2, "q")]
+    k = [tensor("VIEW", [HEAD, 5], offset=0, **source([HEAD, 1, 5])), *rotated(1, "k")]
+    o = [
+        tensor("MUL_MAT", [256, 5], weight="o", wne=[64, 256, 1, 1]),
+        tensor("RESHAPE", [64, 5], offset=0, **source([HEAD, HEADS, 5])),
+    ]
+    measured = Measurement(100, 100, [Attention(0, 0, HEAD**-0.5, HEAD, HEAD, HEADS, 1)])
+    for role, number, steps in (("q", 0, q), ("k", 0, k), ("v", 0, v_steps), ("o", 0, o)):
+        measured.routes[role, number] = [Route(role, number, 0, steps)]
+    for role, count in (("q", HEADS * HEAD), ("k", HEAD), ("v", HEAD)):
+        measured.moments[role, 0] = np.exp(rng.standard_normal(count) * 2)
+    with ModelFile(tmp_path / "model.gguf") as model:
+        plan = make_plan(model, measured, options.pop("mode", "auto"), **options)
+    return {"scalings": plan.scalings, "mode": plan.mode, **{part.what: part for part in plan.parts}}
+
+
+def from_matrix(weight: str) -> list[dict]:
+    return [tensor("MUL_MAT", [HEAD, 5], weight=weight, wne=[256, HEAD, 1, 1])]
+
+
+def test_a_layer_is_balanced(tmp_path: Path) -> None:
+    found = planned(tmp_path, from_matrix("v"))
+    assert found["K"].ratio < 0.8 and found["V"].ratio < 0.8 and found["mode"] == "exact"
+    q, k, v, o = (found["scalings"][name][0] for name in "qkvo")
+    assert (q.axis, k.axis, v.axis, o.axis) == ("rows", "rows", "rows", "columns")
+    assert np.allclose(q.factors.reshape(2, HEAD) * k.factors, 1) and np.allclose(o.factors.reshape(2, HEAD) * v.factors, 1)
+    assert np.array_equal(k.factors[:16], k.factors[16:])  # RoPE's pairs
+    assert set(planned(tmp_path, from_matrix("v"), values=False)["scalings"]) == {"q", "k"}
+
+
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_keys_that_are_values_too_stay(tmp_path: Path, values: bool, normalised: bool) -> None:
+    """V comes from K's matrix: scaling its rows for K would scale V, asked for or not."""
+    steps = [tensor("RMS_NORM", [HEAD, 5])] * normalised + from_matrix("k")
+    found = planned(tmp_path, steps, values=values)
+    assert found["K"].refused == "k has another use, too" and not found["scalings"]
+
+
+@pytest.mark.parametrize(
+    ("types", "mode", "k", "v", "scales"),
+    [
+        ({"q": "Q8_0", "k": "F16"}, "auto", "", "", "mixed"),
+        ({"q": "Q8_0"}, "exact", "q is Q8_0, which takes powers of two only: convert without --exact", "", "exact"),
+        ({"q": "BF16"}, "auto", "", "", "mixed"),
+        ({"q": "BF16"}, "exact", "", "", "exact"),
+        ({"k": "TQ1_0"}, "pow2", "k is TQ1_0, which cannot be scaled", "", "pow2"),
+        ({}, "pow2", "", "", "pow2"),
+    ],
+)
+def test_types_decide(tmp_path: Path, types: dict[str, str], mode: str, k: str, v: str, scales: str) -> None:
+    found = planned(tmp_path, from_matrix("v"), types, mode=mode)
+    assert (found["K"].refused, found["V"].refused, found["mode"]) == (k, v, scales)
+    if not k and mode != "exact":
+        exponents = np.log2(found["scalings"]["k"][0].factors)
+        assert np.array_equal(exponents, np.round(exponents)) == (not found["K"].exact)
+
+
 # ---- files that appear whole -----------------------------------------------------------------------------------------
 
 
@@ -441,7 +527,8 @@ def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     target = tmp_path / "folder" / "out.gguf"
     target.parent.mkdir()
     done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
-    assert done.stdout == f"{target} cannot be written (File too large): make room, or give a file on another disk\n"
+    wanted = f"{target} cannot be written (File too large): make room, or give a file on another disk\n"
+    assert done.stdout == wanted, done.stderr
     assert list(target.parent.iterdir()) == []
 
 
