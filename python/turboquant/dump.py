@@ -66,7 +66,7 @@ def dump(
         model, text, tokens=tokens, context=tokens, bin=bin, threads=threads, gpu_layers=gpu_layers
     ) as capture:
         if capture.tokens < tokens:
-            raise CaptureError(f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer")
+            raise CaptureError(f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer --tokens")
         for item in capture:
             if isinstance(item, Attention):
                 attentions.append(item)

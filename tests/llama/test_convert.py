@@ -231,8 +231,8 @@ def broken(outliers: Path, heldout: str, tmp_path: Path) -> dict[str, Path]:
 
 PROBLEMS = {
     "truncated": ("truncated.gguf", None, None, "truncated.gguf is truncated.*: get the file again"),
-    "not a GGUF": ("no.gguf", None, None, r"no.gguf is not a GGUF file"),
-    "no model": ("missing.gguf", None, None, "missing.gguf: no such file"),
+    "not a GGUF": ("no.gguf", None, None, "no.gguf is not a GGUF file.*: give a GGUF model"),
+    "no model": ("missing.gguf", None, None, "missing.gguf: no such file; give a GGUF model"),
     "no text": (None, "empty.txt", None, "empty.txt has no text in it: give another text with -f"),
     "short text": (None, "short.txt", None, r"short.txt has \d+ tokens, .*: give a longer text"),
     "no folder": (None, None, "missing/out", "missing: no such folder; make it first"),

@@ -67,10 +67,10 @@ class Data:
 def check_model(model: Path) -> None:
     """CaptureError if `model` is not there or no GGUF file."""
     if not model.is_file():
-        raise CaptureError(f"{model}: no such file")
+        raise CaptureError(f"{model}: no such file; give a GGUF model")
     with model.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise CaptureError(f"{model} is not a GGUF file: it does not start with GGUF")
+            raise CaptureError(f"{model} is not a GGUF file, as it does not start with GGUF: give a GGUF model")
 
 
 class Capture:
@@ -95,7 +95,7 @@ class Capture:
         """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that know nothing of each other."""
         check_model(model)
         if not text.is_file():
-            raise CaptureError(f"{text}: no such file")
+            raise CaptureError(f"{text}: no such file; give a text with -f")
         self._model, self._text = model, text
         numbers = (tokens, context, threads or _cpus(), gpu_layers)
         self._command = [str(program(_PROGRAM, bin)), str(model), str(text), *map(str, numbers)]
