@@ -66,7 +66,9 @@ def dump(
         model, text, tokens=tokens, context=tokens, bin=bin, threads=threads, gpu_layers=gpu_layers
     ) as capture:
         if capture.tokens < tokens:
-            raise CaptureError(f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer --tokens")
+            raise CaptureError(
+                f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer --tokens"
+            )
         for item in capture:
             if isinstance(item, Attention):
                 attentions.append(item)
@@ -87,7 +89,9 @@ def dump(
         try:
             save_file(tensors, partial, metadata)
         except SafetensorError as error:  # the library's own error for a full disk
-            raise DumpError(f"{target} cannot be written ({error}): make room, or give a file on another disk") from error
+            raise DumpError(
+                f"{target} cannot be written ({error}): make room, or give a file on another disk"
+            ) from error
         publish(partial, target)
     return {name: tensor.shape for name, tensor in tensors.items()}
 

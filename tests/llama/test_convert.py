@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from harness import QUIET, Build
 from safetensors.numpy import load_file
-from typer.testing import CliRunner, Result
-
 from turboquant import cli
 from turboquant.convert.check import checker
 from turboquant.convert.run import EXACT, MARK, ConvertError, convert
 from turboquant.llama.progress import Reporter
+from typer.testing import CliRunner, Result
 
 TURBO4 = ("turbo4", "turbo4")
 
@@ -57,7 +56,7 @@ def scale_row(tensors: dict, name: str, row: int, factor: float) -> None:
 
 
 def plant(model: Path, path: Path) -> Path:
-    """A copy of the bundled model whose K has three pairs of channels in each head 16 times too large, and Q too small."""
+    """A copy of the bundled model with three pairs of channels in each head of K 16 times too large, of Q too small."""
     shutil.copyfile(model, path)
     reader = gguf.GGUFReader(path, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -116,7 +115,7 @@ def test_an_outlier_model_is_repaired(
 
 
 def test_mixed_quantization(build: Build, outliers: Path, text: Path, tmp_path: Path) -> None:
-    """Q4_K_M: rows of Q4_K and Q6_K through their blocks' scales; columns of the output cannot be scaled and are named."""
+    """Q4_K_M: rows of Q4_K and Q6_K through their blocks' scales; the output's columns cannot be scaled."""
     model, fixed = tmp_path / "q4_k_m.gguf", tmp_path / "fixed.gguf"
     build.run("llama-quantize", "--allow-requantize", outliers, model, "Q4_K_M", 2)
     done = convert(model, fixed, text, mode="pow2", tokens=512, bin=build.bin)
@@ -170,7 +169,7 @@ def test_other_ropes_are_named(build: Build, tiny, heldout: str, tmp_path: Path)
     done = convert(model, tmp_path / "out.gguf", text, tokens=512, bin=build.bin)
     refused = {part.what: part.refused for part in done.parts}
     assert "it is rotated by M-RoPE, and only normal and neox are known" in refused["K"] and not refused["V"]
-    with pytest.raises(ConvertError, match=r"nothing in it can be balanced.*\n  K: it is rotated by M-RoPE.*layers 0-2"):
+    with pytest.raises(ConvertError, match=r"can be balanced.*\n  K: it is rotated by M-RoPE.*layers 0-2"):
         convert(model, tmp_path / "none.gguf", text, tokens=512, values=False, bin=build.bin)
     assert not (tmp_path / "none.gguf").exists()
 

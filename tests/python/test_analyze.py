@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
-
 from turboquant import cli
 from turboquant.analyze import measure, report
 from turboquant.analyze.measure import AnalyzeError, analyze
 from turboquant.dump import FORMAT
+from typer.testing import CliRunner
 
 TOKENS, HEADS, KV_HEADS, HEAD = 160, 4, 2, 128
 TYPES = ("turbo4", "turbo3", "q8_0", "q4_0")
@@ -26,7 +25,8 @@ def values(seed: int, heads: int, head: int = HEAD) -> np.ndarray:
 
 def write(path: Path, tensors: dict[str, np.ndarray], **metadata: str) -> Path:
     scales = {name: 1 / math.sqrt(x.shape[2]) for name, x in tensors.items() if name.startswith("q")}
-    about = {"format": FORMAT, "model": "made.gguf", "text": "up.txt", "tokens": str(TOKENS), "scale": json.dumps(scales)}
+    about = {"format": FORMAT, "model": "made.gguf", "text": "up.txt", "tokens": str(TOKENS)}
+    about["scale"] = json.dumps(scales)
     save_file(tensors, path, {**about, **metadata})
     return path
 

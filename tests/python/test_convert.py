@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
 from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
@@ -145,7 +144,9 @@ def test_channels_outside_of_a_partial_rope_are_free() -> None:
     assert same(trace(k_steps(2, dims=4), rows(8)[:8]), 8) == [[0, 2], [1, 3], [4], [5], [6], [7]]
 
 
-@pytest.mark.parametrize(("mode", "name"), [(8, "M-RoPE"), (24, "vision RoPE"), (40, "interleaved M-RoPE"), (3, "mode 3")])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(8, "M-RoPE"), (24, "vision RoPE"), (40, "interleaved M-RoPE"), (3, "mode 3")]
+)
 def test_other_ropes_are_refused_by_name(mode: int, name: str) -> None:
     with pytest.raises(Refusal, match=name):
         trace(k_steps(mode), rows(16))
@@ -380,7 +381,7 @@ HEADS, HEAD = 2, 32
 
 
 def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = None, **options: object) -> dict:
-    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types: part by "K", "V"."""
+    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for name, shape in {"q": (64, 256), "k": (32, 256), "v": (32, 256), "o": (256, 64)}.items():
@@ -399,7 +400,8 @@ def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = 
             tensor("MUL_MAT", [HEAD * heads, 5], weight=weight, wne=[256, HEAD * heads, 1, 1]),
         ]
 
-    q = [tensor("PERMUTE", [HEAD, 5, HEADS], [4, 256, 128, 1280], offset=0, **source([HEAD, HEADS, 5])), *rotated(2, "q")]
+    seen = tensor("PERMUTE", [HEAD, 5, HEADS], [4, 256, 128, 1280], offset=0, **source([HEAD, HEADS, 5]))
+    q = [seen, *rotated(2, "q")]
     k = [tensor("VIEW", [HEAD, 5], offset=0, **source([HEAD, 1, 5])), *rotated(1, "k")]
     o = [
         tensor("MUL_MAT", [256, 5], weight="o", wne=[64, 256, 1, 1]),
@@ -424,7 +426,8 @@ def test_a_layer_is_balanced(tmp_path: Path) -> None:
     assert found["K"].ratio < 0.8 and found["V"].ratio < 0.8 and found["mode"] == "exact"
     q, k, v, o = (found["scalings"][name][0] for name in "qkvo")
     assert (q.axis, k.axis, v.axis, o.axis) == ("rows", "rows", "rows", "columns")
-    assert np.allclose(q.factors.reshape(2, HEAD) * k.factors, 1) and np.allclose(o.factors.reshape(2, HEAD) * v.factors, 1)
+    assert np.allclose(q.factors.reshape(2, HEAD) * k.factors, 1)
+    assert np.allclose(o.factors.reshape(2, HEAD) * v.factors, 1)
     assert np.array_equal(k.factors[:16], k.factors[16:])  # RoPE's pairs
     assert set(planned(tmp_path, from_matrix("v"), values=False)["scalings"]) == {"q", "k"}
 

@@ -74,7 +74,7 @@ class Layer:
     kv_heads: int
     k: Half
     v: Half
-    balance: float  #: what share of K's noise in the scores is left if channels are balanced freely (`convert` comes near)
+    balance: float  #: what share of K's noise in the scores is left if channels are balanced freely (see `convert`)
 
 
 @dataclass(frozen=True)

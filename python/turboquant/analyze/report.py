@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -30,18 +29,20 @@ def show(found: Analysis, console: Console) -> None:
     """Print the tables and the verdict."""
     console.print(f"{found.model} on {found.tokens} tokens of {found.text}\n", markup=False)
     console.print(_distributions(found))
-    console.print("\nOutlier: the largest channel's RMS over the median channel's, before and after the rotation, in the "
-                  "worst block. Kurtosis: of a block; 3 is normal. Fit: distance of rotated blocks from N(0,1/d), "
-                  "0 to 1. Balanced: what share of K's noise would be left with `turboquant convert`, at best.\n")  # fmt: skip
+    console.print(
+        "\nOutlier: the largest channel's RMS over the median channel's, before and after the rotation, in the worst "
+        "block. Kurtosis: of a block; 3 is normal. Fit: distance of rotated blocks from N(0,1/d), 0 to 1. Balanced: "
+        "what share of K's noise would be left with `turboquant convert`, at best.\n"
+    )
     console.print(_by_type(found, "Squared error relative to the values", ("K", "k", "mse"), ("V", "v", "mse")))
     console.print()
     console.print(_by_type(found, "Attention", ("scores", "k", "score"), ("KLD", "k", "harm")))
     console.print()
     console.print(_by_type(found, "", ("output", "v", "harm")))
     console.print(
-        "\nScores: standard deviation of their errors that K makes. KLD: of attention's weights, in nats. Output: squared "
-        f"error of attention's output that V makes, relative to it. {found.queries} queries of every head. *: a layer to "
-        f"protect, more than {PROTECT:g} times as bad as the median one.\n"
+        "\nScores: standard deviation of their errors that K makes. KLD: of attention's weights, in nats. Output: "
+        f"squared error of attention's output that V makes, relative to it. {found.queries} queries of every head. *: "
+        f"a layer to protect, more than {PROTECT:g} times as bad as the median one.\n"
     )
     for line in verdict(found):
         console.print(line, markup=False, soft_wrap=True)
@@ -82,7 +83,8 @@ def plot(found: Analysis, path: Path) -> None:
             for name, label in (("outlier", "outlier ratio"), ("kurtosis", "kurtosis")):
                 (line,) = shape.plot(numbers, [getattr(one, name) for one in halves], marker="o", label=label)
                 after = [_number(getattr(one, f"{name}_rotated")) for one in halves]
-                shape.plot(numbers, after, marker="o", linestyle="--", color=line.get_color(), label=f"{label}, rotated")
+                style = {"marker": "o", "linestyle": "--", "color": line.get_color()}
+                shape.plot(numbers, after, label=f"{label}, rotated", **style)
             for type in found.types:
                 effects = [one.effects[type] for one in halves]
                 mse.plot(numbers, [_number(one and one.mse) for one in effects], marker="o", label=type)

@@ -1,9 +1,9 @@
 """The scales that make the quantization noise of a cache as small as it can be without touching the cache.
 
-A block of n channels is rotated before it is quantized, so its noise is the same in every channel: proportional to
-A = Σ s² E|k|². It is read through the query, as B = Σ E|q|² / s². Scaling k by s and q by 1/s leaves q·k as it is, and
-A·B is least, by Cauchy-Schwarz, at s⁴ = E|q|² / E|k|². For V the same holds with the second moments of V and, for q, the
-squared length of the columns of the output matrix.
+A block of n channels is rotated before it is quantized, so its noise is the same in every channel: proportional to A
+= Σ s² E|k|². It is read through the query, as B = Σ E|q|² / s². Scaling k by s and q by 1/s leaves q·k as it is, and
+A·B is least, by Cauchy-Schwarz, at s⁴ = E|q|² / E|k|². For V the same holds with the second moments of V and, for q,
+the squared length of the columns of the output matrix.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def noise(problem: Problem, scale: Floats) -> float:
 def solve(problem: Problem) -> Floats:
     """The best scales, (channels,), for real numbers. Blocks keep their energy or lose some.
 
-    Where groups lie within blocks this is s⁴ = Σ reader / Σ cached over the group. A group that several blocks share (one
-    norm's weight for all heads) weighs each by its A and B, which depend on the scales: a few rounds settle them.
+    Where groups lie within blocks this is s⁴ = Σ reader / Σ cached over the group. A group that several blocks share
+    (one norm's weight for all heads) weighs each by its A and B, which depend on the scales: a few rounds settle them.
     """
     cached, reader = problem.floored()
     scale = np.ones_like(cached)

@@ -127,7 +127,7 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
     """Balance every layer of `measured` that can be.
 
     Args:
-        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": that everywhere.
+        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": everywhere.
         values: balance V, too.
     """
     plan = Plan()
@@ -228,7 +228,7 @@ def _shared(sides: dict[tuple[int, str], list[_Side] | Refusal]) -> set[str]:
 
 
 def _opaque(measured: Measurement) -> set[str]:
-    """Weights that V comes from in a way that cannot be followed: where K comes from them, too, K must not be scaled."""
+    """Weights that V comes from in a way that cannot be followed: where K comes from them, too, K must stay."""
     result = set()
     for (role, _), routes in measured.routes.items():
         for route in routes if role == "v" else ():

@@ -56,7 +56,8 @@ def show(done: Converted, console: Console) -> None:
     if refused := reasons(done.parts):
         say(f"Left alone:\n{refused}")
     say(
-        f"Check: {done.kld:.1e} nats from the original with an f16 cache (limit {done.limit:.1e}); {_SCALES[done.mode]}."
+        f"Check: {done.kld:.1e} nats from the original with an f16 cache (limit {done.limit:.1e}); "
+        f"{_SCALES[done.mode]}."
     )
     k_type, v_type = done.recommended
     say(f"Recommended: -ctk {k_type} -ctv {v_type}")

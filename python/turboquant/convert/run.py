@@ -97,8 +97,8 @@ def convert(
         free = shutil.disk_usage(target.parent).free
         if free < model.size:
             raise ConvertError(
-                f"{target.parent} has {free / 1e9:.2f} GB left, and {target.name} needs {model.size / 1e9:.2f} GB: make "
-                "room, or give a file on another disk"
+                f"{target.parent} has {free / 1e9:.2f} GB left, and {target.name} needs {model.size / 1e9:.2f} GB: "
+                "make room, or give a file on another disk"
             )
         with reporter.track(f"measuring {tokens} tokens", tokens) as track:
             measured = measure(
@@ -109,7 +109,9 @@ def convert(
         with reporter.busy("planning"):
             plan = make_plan(model, measured, mode, values)
         if not plan.scalings:
-            raise ConvertError(f"{source}: nothing in it can be balanced, so nothing was written:\n{reasons(plan.parts)}")
+            raise ConvertError(
+                f"{source}: nothing in it can be balanced, so nothing was written:\n{reasons(plan.parts)}"
+            )
         about = {
             MARK: _version(),
             "turboquant.convert.calibration_sha256": _sha256(text),
@@ -123,8 +125,8 @@ def convert(
                 kld, limit, metadata = _write(model, partial, plan, about, check, reporter)
             if kld > limit:
                 raise ConvertError(
-                    f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, over the limit "
-                    f"of {limit:.2g}, so it was not written: {_ADVICE[mode]}"
+                    f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, over the "
+                    f"limit of {limit:.2g}, so it was not written: {_ADVICE[mode]}"
                 )
             recommended = _recommend(partial, check, reporter)
             replace_metadata(partial, metadata, _with_types(metadata, *recommended))

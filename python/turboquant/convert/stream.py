@@ -92,7 +92,7 @@ class Capture:
         threads: int | None = None,
         gpu_layers: int = 0,
     ) -> None:
-        """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that know nothing of each other."""
+        """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that are not connected."""
         check_model(model)
         if not text.is_file():
             raise CaptureError(f"{text}: no such file; give a text with -f")
