@@ -162,6 +162,20 @@ def test_kinds_of_models(build: Build, tiny, heldout: str, tmp_path: Path, shape
     assert after < 0.9 * before
 
 
+def test_exact_scales_that_cost_too_much_are_given_up(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
+    """Norms are f32 in a quantized model, too; but where K is rounded otherwise, activations are rounded otherwise."""
+    model, text = tmp_path / "in.gguf", tmp_path / "text.txt"
+    build.run("llama-quantize", uneven(tiny("hybrid"), tmp_path / "f32.gguf"), model, "Q8_0", 2)
+    text.write_text(heldout[:1500], encoding="utf-8")
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.say = said.append  # type: ignore[method-assign]
+    done = convert(model, tmp_path / "out.gguf", text, tokens=512, bin=build.bin, reporter=reporter)
+    assert done.mode == "pow2" and done.kld <= done.limit
+    assert any(line.startswith("exact scales cost ") for line in said)
+    assert max(part.ratio for part in done.parts if part.what == "K") < 0.9
+
+
 def test_other_ropes_are_named(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
     """M-RoPE: K is left alone, V is balanced."""
     model, text = uneven(tiny("mrope"), tmp_path / "in.gguf"), tmp_path / "text.txt"
