@@ -281,7 +281,8 @@ def analyze(
     from .analyze.measure import analyze as run_analyze
     from .llama.progress import Reporter
 
-    _need("safetensors", "analyze")
+    for package in ("safetensors", "gguf"):
+        _need(package, "analyze")
     chosen = [name.strip() for name in types.split(",")] if types is not None else TYPES
     check_types(chosen)
     if plot:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from turboquant import cli
 from turboquant.convert.check import checker
 from turboquant.convert.run import EXACT, MARK, ConvertError, convert
+from turboquant.convert.stream import Capture, Data
 from turboquant.llama.progress import Reporter
 from typer.testing import CliRunner, Result
 
@@ -333,6 +334,22 @@ def test_dump_is_what_attention_sees(tool, tiny, tmp_path: Path) -> None:
     turned = np.stack([even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle)], axis=-1)
     assert np.allclose(dumped["v.0"], v.reshape(40, 2, 128), atol=1e-3)
     assert np.allclose(dumped["k.0"], turned.reshape(40, 2, 128), atol=1e-3)
+
+
+def test_every_piece_begins_as_a_text(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
+    """With a token for the beginning, where the model wants one: the first keys of all pieces are then the same."""
+    model, text = tmp_path / "bos.gguf", tmp_path / "text.txt"
+    shutil.copyfile(tiny("gqa"), model)
+    reader = gguf.GGUFReader(model, "r+")
+    text.write_text(heldout[:200], encoding="utf-8")
+    for wanted in (False, True):
+        reader.fields["tokenizer.ggml.add_bos_token"].parts[-1][0] = wanted
+        reader.data.flush()
+        with Capture(model, text, tokens=48, context=16, bin=build.bin) as capture:
+            keys = [item for item in capture if isinstance(item, Data) and (item.role, item.layer) == ("k", 0)]
+        first, *others = (item.values[0] for item in keys)
+        assert [item.first for item in keys] == [0, 16, 32]
+        assert all(np.array_equal(first, other) for other in others) == wanted
 
 
 def test_analyze_finds_the_planted_channels(tool, outliers: Path, text: Path, tmp_path: Path) -> None:
