@@ -34,7 +34,7 @@ def show(done: Converted, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"Predicted error with a {_TYPE} cache")
     table.add_column("\nlayer", justify="right")
     for heading in ("K scores", "V output"):
-        table.add_column(f"{heading}\nbefore", justify="right")
+        table.add_column(f"{heading}\nbefore", justify="right", min_width=8)
         table.add_column("\nafter", justify="right")
         table.add_column("noise\nleft", width=8)
         table.add_column("\nscales", justify="right", no_wrap=True)
@@ -64,23 +64,24 @@ def show(done: Converted, console: Console) -> None:
 
 
 def plot(done: Converted, path: Path, title: str) -> None:
-    """Draw the predicted noise per layer before and after; the file's suffix says in which format.
+    """Draw the table's predicted errors per layer before and after; the file's suffix says in which format.
 
     Raises:
         OutputError: the file cannot be written, or its suffix is that of no picture.
     """
-    with figure(path, 2, title) as axes:
+    error = unit_error()
+    with figure(path, 2, f"{title}: predicted error with a {_TYPE} cache") as axes:
         for axis, what in zip(axes, "KV", strict=True):
             parts = [part for part in done.parts if part.what == what and not part.refused]
             places = np.arange(len(parts))
             for shift, name, color in ((-0.2, "before", "#b0b0b0"), (0.2, "after", "#1f77b4")):
-                axis.bar(places + shift, [getattr(part, name) for part in parts], 0.4, label=name, color=color)
+                heights = [np.sqrt(error * getattr(part, name)) for part in parts]
+                axis.bar(places + shift, heights, 0.4, label=name, color=color)
             axis.set_xticks(places, [str(part.layer) for part in parts])
-            axis.set(title="K: noise in the scores" if what == "K" else "V: noise in the output", xlabel="layer")
+            axis.set(title="K: of a score" if what == "K" else "V: of the output, relative to it", xlabel="layer")
             if parts:
-                axis.set_yscale("log")
                 axis.legend()
-        axes[0].set_ylabel("power, in units of the type's relative squared error")
+        axes[0].set_ylabel("standard deviation")
 
 
 def _part(done: Converted, layer: int, what: str) -> Balanced | None:
