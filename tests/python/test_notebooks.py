@@ -121,6 +121,7 @@ EXPECTED = {
         "bool((np.diff(live, axis=0) > 0).all() and (np.diff(live, axis=1) > 0).all())": True,
         "min(share_of_k.values())": Between(0.7, 0.9),  # "nearly four times as much"
         "all(grid[b, a]['kld'] > 1.5 * grid[a, b]['kld'] for a, b in swaps)": True,
+        "boundary['0']['kld'] > boundary['1']['kld'] > 2 * grid['turbo4', 'turbo3']['kld']": True,  # "a poor bargain"
         "all(rates == sorted(rates) for rates in skip.values())": True,
         "all(skip[1][i] <= skip[2][i] <= skip[4][i] for i in range(6))": True,
         "max(rows[0] for rows in change.values())": Between(0, 1e-10),  # "not more than rounding does"
