@@ -131,8 +131,8 @@ def _show(report: dict[str, object], folder: Path) -> None:
     console = Console(force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110)
     console.print(page.table(report), highlight=False)
     console.print()
-    for line in page.alerts(report):
+    for line in page.alarms(report):
         console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
-    for line in page.verdict(report):
+    for line in page.verdict(report) + page.failures(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nReport: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["alerts", "table", "to_html", "to_markdown", "verdict"]
+__all__ = ["alarms", "failures", "table", "to_html", "to_markdown", "verdict"]
 
 _BANDS = {"none": "#2f9e74", "small": "#7cab3a", "moderate": "#d9a021", "large": "#e0742c", "severe": "#d43d3d"}
 _LINES = ("#8a8f98", "#3b7dd8", "#e0742c", "#2f9e74", "#b357c6", "#d43d3d", "#17a2b8", "#a67c2d", "#6b5bd2", "#c2508a")
@@ -21,19 +21,24 @@ Report = dict[str, Any]
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def alerts(report: Report) -> list[str]:
-    """What must not be overlooked: paths that disagree, and pairs that did not run."""
+def alarms(report: Report) -> list[str]:
+    """Pairs whose paths disagree: what must not be overlooked."""
     lines = []
     for row in _measured(report):
         paths = row["paths"]
         if not paths["agree"]:
             lines.append(
                 f"{row['label']}: the batched and the one-token path disagree. On the same tokens the KLD is "
-                f"{row['batched']['kld']:.5f} in batches and {row['decode']['kld']:.5f} token by token; their noise "
-                f"allows a difference of {paths['allowed']:.5f}. This is a bug of a kernel: do not use this pair with this build."
+                f"{_kld(row['batched']['kld'])} in batches and {_kld(row['decode']['kld'])} token by token; their noise "
+                f"allows a difference of {_kld(paths['allowed'])}. This is a bug of a kernel: do not use this pair with "
+                "this build."
             )
-    lines += [f"{row['label']} could not be measured: {row['failure']}" for row in report["pairs"] if row["failure"]]
     return lines
+
+
+def failures(report: Report) -> list[str]:
+    """Pairs that did not run, with the reasons."""
+    return [f"{row['label']} could not be measured: {row['failure']}." for row in report["pairs"] if row["failure"]]
 
 
 def verdict(report: Report) -> list[str]:
@@ -177,8 +182,8 @@ def table(report: Report) -> Table:
 def to_markdown(report: Report) -> str:
     """The report as Markdown, ending with a newline."""
     parts = [f"# KV-cache comparison: {_escape(report['model']['name'])}", _about(report)]
-    parts += [f"> **Warning:** {_escape(line)}" for line in alerts(report)]
-    parts.append("\n".join(f"- {_escape(line)}" for line in verdict(report)))
+    parts += [f"> **Warning:** {_escape(line)}" for line in alarms(report)]
+    parts.append("\n".join(f"- {_escape(line)}" for line in verdict(report) + failures(report)))
     parts += ["## Quality, retrieval, memory", _markdown_table(*quality_table(report)), _method(report)]
     if report["pairs"][0].get("speed"):
         parts += ["## Speed, tokens per second", _markdown_table(*speed_table(report)), _speed_method(report)]
@@ -285,7 +290,8 @@ def to_html(report: Report) -> str:
         plotly=get_plotlyjs(),
         title=f"KV-cache comparison: {report['model']['name']}",
         about=_about(report),
-        alerts=alerts(report),
+        alarms=alarms(report),
+        failures=failures(report),
         arguments=advice["arguments"],
         verdict=verdict(report),
         quality=quality_table(report),
@@ -348,7 +354,8 @@ def _scatter(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "layout": {
             "xaxis": {"title": {"text": "bits per value"}, "type": "log", "tickvals": [2, 3, 4, 5, 6, 8, 12, 16],
                       "range": [math.log10(1.8), math.log10(max([9.5, *(1.15 * row["bits"] for row in others)]))]},
-            "yaxis": {"title": {"text": "KLD, nats per token"}, "type": "log", "range": [low, high], "dtick": 1},
+            "yaxis": {"title": {"text": "KLD, nats per token"}, "type": "log", "range": [low, high], "dtick": 1,
+                      "exponentformat": "power"},
             "shapes": _edges(report, "y"),
             "annotations": [
                 {"xref": "paper", "x": 1, "xanchor": "right", "y": math.log10(label["x"]), "yanchor": "bottom",
@@ -371,8 +378,8 @@ def _bars(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "marker": {"color": [_BANDS[row["verdict"]] for row in rows][::-1]},
             "hovertemplate": f"%{{y}} {name}<br>KLD %{{x:.6f}}<extra></extra>",
         })  # fmt: skip
-    low = min(max(row[part]["kld"], 1e-7) for row in rows for part in ("quality", "decode"))
-    high = max(row[part]["kld"] for row in rows for part in ("quality", "decode"))
+    low = math.floor(math.log10(report["noise"]["floor"])) - 1
+    high = max(report["noise"]["floor"], *(row[part]["kld"] for row in rows for part in ("quality", "decode")))
     return {
         "id": "kld",
         "title": "KLD on both paths",
@@ -381,8 +388,8 @@ def _bars(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "height": 120 + 46 * len(rows),
         "traces": traces,
         "layout": {
-            "xaxis": {"title": {"text": "KLD, nats per token"}, "type": "log", "dtick": 1,
-                      "range": [math.floor(math.log10(low)), math.log10(max(high, 1e-6)) + 0.2]},
+            "xaxis": {"title": {"text": "KLD, nats per token"}, "type": "log", "dtick": 1, "exponentformat": "power",
+                      "range": [low, math.log10(high) + 0.2]},
             "yaxis": {"automargin": True},
             "barmode": "group",
             "shapes": [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .kvsize import Caches, parse_caches
@@ -88,7 +89,7 @@ def parse_divergence(text: str) -> Divergence:
     Raises:
         ValueError: one of the lines is missing.
     """
-    return Divergence(
+    found = Divergence(
         *_numbers(_PPL, text, "Mean PPL(Q) : … ± …"),
         *_numbers(_RATIO, text, "Mean ln(PPL(Q)/PPL(base)) : … ± …"),
         *_numbers(_KLD, text, "Mean KLD: … ± …"),
@@ -97,6 +98,9 @@ def parse_divergence(text: str) -> Divergence:
         *_numbers(_RMS, text, "RMS Δp : … ± … %"),
         *_numbers(_TOP, text, "Same top p: … ± … %"),
     )
+    # Where two runs agree to the last digit, llama-perplexity may divide by zero for an error: there is none.
+    errors = {name: 0.0 for name, value in vars(found).items() if name.endswith("_error") and not math.isfinite(value)}
+    return replace(found, **errors)
 
 
 def base_bytes(vocabulary: int, ctx: int, chunks: int) -> int:
