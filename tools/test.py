@@ -328,6 +328,14 @@ def run_pytest(context: Context, folder: str) -> Count:
 
 def python_tests(context: Context) -> Count:
     """The Python package."""
+
+    def has_browser() -> bool:
+        return all(shutil.which(program) for program in ("chromium", "chromedriver"))
+
+    try:  # without a browser the tests that need one are skipped, visibly
+        require_packages(context, has_browser, "chromium", "chromium-driver")
+    except Skip as reason:
+        print(f"no tests in a browser: {reason}", flush=True)
     return run_pytest(context, "tests/python")
 
 

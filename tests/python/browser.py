@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-quic",
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+PATIENCE = 600  # seconds until a browser counts as hung, far above what a busy machine needs
 
 
 @contextmanager
@@ -29,6 +32,7 @@ def chromium() -> Iterator[Any]:
             options.add_argument(option)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        driver.command_executor.client_config.timeout = PATIENCE
         try:
             yield driver
         finally:
@@ -46,14 +50,12 @@ def open_page(driver: Any, page: Path, width: int, height: int = 900, dark: bool
     driver.get(page.resolve().as_uri())
     marks = ".scatterlayer .point, .barlayer .point, .heatmaplayer image"
     drawn = f"return [...document.querySelectorAll('.chart')].every(one => one.querySelector('{marks}'))"
-    WebDriverWait(driver, 60).until(lambda driver: driver.execute_script(drawn))
+    WebDriverWait(driver, PATIENCE).until(lambda driver: driver.execute_script(drawn))
 
 
-def screenshot(driver: Any, file: Path, height: int | None = None) -> None:
-    """Save the page from its top, whole or so many pixels of it, as PNG."""
-    import base64
-
-    whole = driver.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
-    clip = {"x": 0, "y": 0, "width": whole[0], "height": height or whole[1], "scale": 1}
+def screenshot(driver: Any, height: int | None = None) -> bytes:
+    """The page from its top, whole or so many pixels of it, as PNG."""
+    width, whole = driver.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
+    clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-    file.write_bytes(base64.b64decode(shot["data"]))
+    return base64.b64decode(shot["data"])

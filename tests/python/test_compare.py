@@ -13,21 +13,20 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import pytest
 from fake_programs import write_programs
 from make_model import Shape, write_model
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, needs_posix, prose
-from typer.testing import CliRunner, Result
-
 from turboquant import cli
 from turboquant.evaluate import compare, needle, page, verdict
 from turboquant.evaluate.kvsize import Caches, parse_caches
 from turboquant.evaluate.perplexity import base_bytes, parse_divergence
 from turboquant.evaluate.speed import parse_speed
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo3"
@@ -345,7 +344,7 @@ def test_interrupted(place):
     [
         (["-m", "none.gguf"], "none.gguf: no such file; give a GGUF model with -m"),
         (["-m", "text.txt"], "text.txt is not a GGUF model"),
-        (["-m", "half.gguf"], "half.gguf is truncated"),
+        (["-m", "half.gguf"], "half.gguf cannot be read as a GGUF file"),
         (["-m", "start.gguf"], "start.gguf cannot be read as a GGUF file"),
         (["-f", "none.txt"], "none.txt: no such file; give a UTF-8 text with -f"),
         (["-f", "empty.txt"], "empty.txt is empty; give a text of at least 4096 tokens"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -68,7 +70,7 @@ def run(
         raise CompareError(str(error)) from error
     scratch = cache_dir() / "evaluate"
     check(options, described, scratch)
-    folder = _folder(out or Path(f"compare-{model_path.stem}"))
+    folder = _folder(out or _free(f"compare-{model_path.stem}", options.command))
     programs = Programs(bin or where(), scratch / "logs", threads, gpu_layers)
     with Reporter().track("starting", 1, "work") as track:
         report = compare(
@@ -99,6 +101,15 @@ def _template(name: str) -> str:
         known = ", ".join(needle.TEMPLATES)
         raise CompareError(f"--needle-template {name}: neither one of {known}, nor a file")
     return needle.check_template(path.read_text(encoding="utf-8").removesuffix("\n"))
+
+
+def _free(name: str, command: Sequence[str]) -> Path:
+    """A folder that is free, or holds what the same command wrote: reports of other commands stay."""
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        if not folder.exists() or (read_json(folder / _FILES[0]) or {}).get("command") == list(command):
+            return folder
+    raise AssertionError
 
 
 def _folder(folder: Path) -> Path:

@@ -239,9 +239,9 @@ def compare(
         reasons = [failed[run] for run in runs if run in failed] or _not_finite([found[run] for run in runs])
         row: dict[str, Any] = {"k": pair.k, "v": pair.v, "label": str(pair), "failure": reasons[0] if reasons else None}
         if not reasons:
-            three = [found[run] for run in runs]
-            row |= _memory(three[0], found[batched[BASELINE]], model)
-            row |= _quality(pair, *three, noise, scale)
+            main, short_run, alone = (found[run] for run in runs)
+            row |= _memory(main, found[batched[BASELINE]], model)
+            row |= _quality(pair, main, short_run, alone, noise, scale)
             row["needles"] = [_ask(measurer, pair, cell, work) for cell in cells]
             row["speed"] = [_speed(measurer, pair, depth, machine) for depth in options.depths]
         rows.append(row)
@@ -253,29 +253,29 @@ def compare(
         "turboquant": __version__,
         "command": list(options.command),
         "model": {
-            **{"path": str(options.model), "sha256": measurer.model_hash},
+            "path": str(options.model), "sha256": measurer.model_hash,
             **asdict(model),
             "type": machine.get("model_type"),
             "parameters": machine.get("model_n_params"),
         },
         "text": {
-            **{"path": str(options.text), "sha256": measurer.text_hash},
+            "path": str(options.text), "sha256": measurer.text_hash,
             "bytes": options.text.stat().st_size,
         },
         "build": {
-            **{"bin": str(programs.folder), "sha256": measurer.build},
-            **{"commit": machine.get("build_commit"), "number": machine.get("build_number")},
+            "bin": str(programs.folder), "sha256": measurer.build,
+            "commit": machine.get("build_commit"), "number": machine.get("build_number"),
         },
         "machine": {
-            **{"cpu": machine.get("cpu_info") or platform.processor(), "gpu": machine.get("gpu_info") or None},
-            **{"backends": machine.get("backends"), "system": platform.platform()},
-            **{"threads": programs.threads, "gpu_layers": programs.gpu_layers},
+            "cpu": machine.get("cpu_info") or platform.processor(), "gpu": machine.get("gpu_info") or None,
+            "backends": machine.get("backends"), "system": platform.platform(),
+            "threads": programs.threads, "gpu_layers": programs.gpu_layers,
         },
         "settings": {
-            **{"ctx": options.ctx, "chunks": options.chunks},
-            **{"decode_ctx": options.decode_ctx, "decode_chunks": options.decode_chunks},
-            **{"depths": list(options.depths), "prompt": PROMPT, "generated": GENERATED, "repetitions": REPETITIONS},
-            **{"needle_depths": depths, "positions": options.positions, "template": options.template},
+            "ctx": options.ctx, "chunks": options.chunks,
+            "decode_ctx": options.decode_ctx, "decode_chunks": options.decode_chunks,
+            "depths": list(options.depths), "prompt": PROMPT, "generated": GENERATED, "repetitions": REPETITIONS,
+            "needle_depths": depths, "positions": options.positions, "template": options.template,
         },
         "noise": {**asdict(noise), "floor": noise.floor},
         "bands": [{**asdict(one), "up_to": None if one is scale[-1] else one.up_to} for one in scale],
@@ -329,7 +329,7 @@ def _needle_label(pair: CachePair, cell: _Cell) -> str:
 
 def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: list[int]) -> list[_Cell]:
     text = options.text.read_text(encoding="utf-8", errors="replace") if depths else ""
-    cells = []
+    cells: list[_Cell] = []
     for depth in depths:
         for place in range(options.positions):
             position = place / (options.positions - 1) if options.positions > 1 else 0.5
@@ -402,9 +402,9 @@ def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
     return {
-        **{"type_k": size.type_k, "type_v": size.type_v, "bits_k": bits_k, "bits_v": bits_v},
+        "type_k": size.type_k, "type_v": size.type_v, "bits_k": bits_k, "bits_v": bits_v,
         "bits": round(16 * (k_mib + v_mib) / full.mib, 4),
-        **{"k_mib": round(k_mib, 2), "v_mib": round(v_mib, 2), "mib": round(k_mib + v_mib, 2)},
+        "k_mib": round(k_mib, 2), "v_mib": round(v_mib, 2), "mib": round(k_mib + v_mib, 2),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import needle, perplexity, speed
-from .kvsize import Caches, CacheSize
+from .kvsize import Caches
 from .pairs import CachePair, bits_per_value
 from .programs import ProgramError, Programs
 from .results import Results, file_hash
@@ -147,8 +147,8 @@ class Measurer:
     def _quality_key(self, run: Run, base: bool = False) -> dict[str, Any]:
         return {
             **self._common,
-            **{"what": "base" if base else "perplexity", "text": self.text_hash, "pair": str(run.pair)},
-            **{"ctx": run.ctx, "chunks": run.chunks, "decode": run.decode},
+            "what": "base" if base else "perplexity", "text": self.text_hash, "pair": str(run.pair),
+            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode,
         }
 
     def base(self, ctx: int, chunks: int) -> Quality | None:
@@ -359,10 +359,10 @@ def _row(
         v_mib=size.v_mib,
         ppl=values.ppl,
         ppl_error=values.ppl_error,
-        kld=divergence and divergence.kld,
-        kld_error=divergence and divergence.kld_error,
-        same_top=divergence and divergence.same_top,
-        same_top_error=divergence and divergence.same_top_error,
+        kld=divergence.kld if divergence else None,
+        kld_error=divergence.kld_error if divergence else None,
+        same_top=divergence.same_top if divergence else None,
+        same_top_error=divergence.same_top_error if divergence else None,
         answers=answers,
         expected=[one.number for one in needles],
     )

@@ -281,7 +281,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 def to_html(report: Report) -> str:
     """One page with everything in it: tables, charts and the library that draws them."""
     from jinja2 import Environment, PackageLoader
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     advice = report["recommendation"]
@@ -320,8 +320,8 @@ def _edges(report: Report, axis: str) -> list[dict[str, Any]]:
     other = "x" if axis == "y" else "y"
     return [
         {
-            **{"type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, "layer": "below"},
-            **{f"{axis}0": one["up_to"], f"{axis}1": one["up_to"]},
+            "type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, "layer": "below",
+            f"{axis}0": one["up_to"], f"{axis}1": one["up_to"],
             "line": {"color": _BANDS[one["name"]], "width": 1.5, "dash": "dot"},
         }
         for one in report["bands"]
@@ -334,7 +334,7 @@ def _scatter(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
     others = sorted(rows[1:], key=lambda row: row["bits"])
     klds = [max(row["quality"]["kld"], 1e-7) for row in others]
     labels = [
-        {**{"x": one["up_to"], "text": one["name"]}, "color": _BANDS[one["name"]]} for one in report["bands"] if one["up_to"]
+        {"x": one["up_to"], "text": one["name"], "color": _BANDS[one["name"]]} for one in report["bands"] if one["up_to"]
     ]
     low, high = math.log10(min([noise, *klds])) - 0.4, math.log10(max([0.3, *klds])) + 0.4
     return {
@@ -343,7 +343,7 @@ def _scatter(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "caption": "Lower left is better. Dotted: where the loss stops being none, small, moderate, large.",
         "height": 420,
         "traces": [{
-            **{"type": "scatter", "mode": "markers+text", "x": [row["bits"] for row in others], "y": klds},
+            "type": "scatter", "mode": "markers+text", "x": [row["bits"] for row in others], "y": klds,
             "error_y": {"type": "data", "array": [row["quality"]["kld_error"] for row in others], "thickness": 1.5},
             "text": [row["label"] for row in others],
             "textposition": ["top center" if index % 2 else "bottom center" for index in range(len(others))],
@@ -372,7 +372,7 @@ def _bars(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, part, opacity in (("token by token", "decode", 0.5), ("in batches", "quality", 1.0)):
         values = [row[part] for row in rows][::-1]
         traces.append({
-            **{"type": "bar", "orientation": "h", "name": name, "y": names, "opacity": opacity},
+            "type": "bar", "orientation": "h", "name": name, "y": names, "opacity": opacity,
             "x": [max(value["kld"], 1e-7) for value in values],
             "error_x": {"type": "data", "array": [value["kld_error"] for value in values], "thickness": 1.5},
             "marker": {"color": [_BANDS[row["verdict"]] for row in rows][::-1]},
@@ -421,7 +421,7 @@ def _heat_map(rows: list[dict[str, Any]]) -> dict[str, Any]:
             ][::-1],
             "hovertemplate": "%{y}, %{x}<br>%{text}<extra></extra>",
             "colorscale": [[0, _BANDS["severe"]], [0.5, "#9aa0a6"], [1, _BANDS["none"]]],
-            **{"zmin": 0, "zmax": 1, "showscale": False, "xgap": 2, "ygap": 2},
+            "zmin": 0, "zmax": 1, "showscale": False, "xgap": 2, "ygap": 2,
         }],
         "layout": {"xaxis": {"automargin": True, "tickangle": -90}, "yaxis": {"automargin": True}},
     }  # fmt: skip
@@ -433,7 +433,7 @@ def _speed_lines(rows: list[dict[str, Any]], what: str) -> dict[str, Any]:
     for index, row in enumerate(rows):
         speeds = [speed for speed in row["speed"] if speed[what]]
         traces.append({
-            **{"type": "scatter", "mode": "lines+markers", "name": row["label"]},
+            "type": "scatter", "mode": "lines+markers", "name": row["label"],
             "x": [speed["depth"] for speed in speeds],
             "y": [speed[what] for speed in speeds],
             "error_y": {"type": "data", "array": [speed[f"{what}_error"] for speed in speeds], "thickness": 1},
