@@ -120,6 +120,11 @@ def _kld(value: float) -> str:
     return f"{value:.6f}" if value < 0.001 else f"{value:.5f}"
 
 
+def _kld_pm(values: dict[str, Any]) -> str:
+    value, error = max(values["kld"], 0.0), values["kld_error"]
+    return f"{value:.6f} ± {error:.6f}" if value < 0.001 else f"{value:.5f} ± {error:.5f}"
+
+
 def _pm(values: dict[str, Any], name: str, digits: int) -> str:
     return f"{values[name]:.{digits}f} ± {values[f'{name}_error']:.{digits}f}"
 
@@ -137,9 +142,9 @@ def quality_table(report: Report) -> tuple[list[str], list[list[str]]]:
         is_f16 = row is report["pairs"][0]
         rows.append([
             row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", _pm(values, "ppl", 3), _pm(values, "ln_ratio", 5),
-            f"{_kld(values['kld'])} ± {_kld(values['kld_error'])}", _kld(values["kld_median"]), _kld(values["kld_999"]),
+            _kld_pm(values), _kld(values["kld_median"]), _kld(values["kld_999"]),
             _pm(values, "rms_dp", 2), _pm(values, "same_top", 2),
-            f"{_kld(single['kld'])} ± {_kld(single['kld_error'])}{'' if row['paths']['agree'] else ' (!)'}",
+            f"{_kld_pm(single)}{'' if row['paths']['agree'] else ' (!)'}",
             _needles(row), "–" if is_f16 else row["verdict"],
         ])  # fmt: skip
     return heads, rows
@@ -169,7 +174,7 @@ def table(report: Report) -> Table:
             result.add_row(row["label"], *["–"] * 5, "not run")
             continue
         values = row["quality"]
-        cells = [row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", f"{_kld(values['kld'])}±{_kld(values['kld_error'])}",
+        cells = [row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", _kld_pm(values).replace(" ", ""),
                  f"{values['same_top']:.2f}%", _needles(row), "–" if row is report["pairs"][0] else row["verdict"]]  # fmt: skip
         cells += [_rate(row["speed"][-1]["decode"])] if depths else []
         result.add_row(*cells, style=None if row["paths"]["agree"] else "bold red")
@@ -357,8 +362,9 @@ def _scatter(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "yaxis": {"title": {"text": "KLD, nats per token"}, "type": "log", "range": [low, high], "dtick": 1,
                       "exponentformat": "power"},
             "shapes": _edges(report, "y"),
+            "margin": {"l": 62, "r": 62, "t": 14, "b": 52},
             "annotations": [
-                {"xref": "paper", "x": 1, "xanchor": "right", "y": math.log10(label["x"]), "yanchor": "bottom",
+                {"xref": "paper", "x": 1.01, "xanchor": "left", "y": math.log10(label["x"]), "yanchor": "middle",
                  "text": label["text"], "showarrow": False, "font": {"color": label["color"], "size": 11}}
                 for label in labels
             ],
@@ -404,22 +410,25 @@ def _bars(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _heat_map(rows: list[dict[str, Any]]) -> dict[str, Any]:
     cells = rows[0]["needles"]
-    values = {True: 1.0, False: 0.0, None: 0.5}
+    values, marks = {True: 1.0, False: 0.0, None: 0.5}, {True: "✓", False: "✗", None: "?"}
     return {
         "id": "needles",
+        "wide": True,
         "title": "Needles",
-        "caption": "A number hidden in the text, at that depth of context and place in it: green found, red not, grey not asked.",
+        "caption": "A number hidden in the text, at that depth of context and place in it: ✓ found, ✗ not, ? not asked.",
         "height": 150 + 30 * len(rows),
         "traces": [{
             "type": "heatmap",
             "x": [[f"{cell['depth']:,} tokens" for cell in cells], [f"{cell['position']:.0%}" for cell in cells]],
             "y": [row["label"] for row in rows][::-1],
             "z": [[values[cell["found"]] for cell in row["needles"]] for row in rows][::-1],
-            "text": [
-                [f"{cell['answer']} (it is {cell['expected']})" if cell["reason"] is None else cell["reason"]
-                 for cell in row["needles"]] for row in rows
+            "text": [[marks[cell["found"]] for cell in row["needles"]] for row in rows][::-1],
+            "texttemplate": "%{text}",
+            "textfont": {"color": "#ffffff"},
+            "hovertext": [
+                [cell["reason"] or f"{cell['answer']} (it is {cell['expected']})" for cell in row["needles"]] for row in rows
             ][::-1],
-            "hovertemplate": "%{y}, %{x}<br>%{text}<extra></extra>",
+            "hovertemplate": "%{y}, %{x}<br>%{hovertext}<extra></extra>",
             "colorscale": [[0, _BANDS["severe"]], [0.5, "#9aa0a6"], [1, _BANDS["none"]]],
             "zmin": 0, "zmax": 1, "showscale": False, "xgap": 2, "ygap": 2,
         }],

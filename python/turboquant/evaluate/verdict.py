@@ -12,7 +12,7 @@ __all__ = ["Agreement", "Band", "Candidate", "Noise", "agreement", "band", "band
 
 #: Nats above the noise at which each band ends, with its name. A cache that loses x nats costs about x in ln(perplexity).
 _STEPS = (
-    (0.0, "none", "no loss that can be told from rounding"),
+    (0.0, "none", "not to be told from rounding"),
     (0.01, "small", "at most 1 % of perplexity"),
     (0.05, "moderate", "at most 5 % of perplexity"),
     (0.2, "large", "at most 20 % of perplexity"),
