@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make docs/compare.png of a page of `turboquant compare`: `python3 tools/make_screenshot.py compare-…/report.html`.
 
-Needs chromium, chromedriver, and the Python packages selenium and Pillow.
+Needs chromium and chromedriver, and the Python packages selenium, pytest and Pillow.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,14 +25,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1200)
     parser.add_argument("--height", type=int, help="of the picture, from the page's top; default: to the end of the charts")
     options = parser.parse_args()
-    if not (browser.CHROMIUM and browser.DRIVER):
-        parser.error("chromium and chromedriver are needed (Debian: chromium, chromium-driver)")
     from PIL import Image
 
-    with browser.chromium() as driver:
-        browser.open_page(driver, options.page, options.width)
-        end = "return Math.ceil(document.querySelector('.charts').getBoundingClientRect().bottom + scrollY + 16)"
-        shot = browser.screenshot(driver, options.height or driver.execute_script(end))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser.start(Path(profile)) as window:
+        window.open(options.page.resolve(), width=options.width)
+        end = "return Math.ceil(document.querySelector('.charts').getBoundingClientRect().bottom + scrollY + 16);"
+        shot = window.screenshot(options.height or window.run(end))
     picture = Image.open(io.BytesIO(shot)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
     picture.save(options.picture, optimize=True)
     print(f"{options.picture}: {picture.width} x {picture.height}, {options.picture.stat().st_size:,} bytes")

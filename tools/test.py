@@ -67,7 +67,7 @@ class Context:
 
     def environment(self) -> dict[str, str]:
         """The caller's, without what would change the results."""
-        dropped = ("TURBOQUANT_KERNELS", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
+        dropped = ("TURBOQUANT_KERNELS", "TURBOQUANT_GENERIC", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         return {**kept, "PATH": self.path, "TURBOQUANT_CACHE": str(self.cache)}
 
@@ -326,16 +326,24 @@ def run_pytest(context: Context, folder: str) -> Count:
         return junit(report)
 
 
+def browser(context: Context) -> None:
+    """Chromium and its driver, for the tests of pages."""
+    has_browser = lambda: bool(shutil.which("chromium") and shutil.which("chromedriver"))  # noqa: E731
+    require_packages(context, has_browser, "chromium", "chromium-driver")
+
+
+def wasm_compiler(context: Context) -> None:
+    """Clang and its linker for WebAssembly, for the test that rebuilds codec.wasm."""
+    require_packages(context, lambda: bool(shutil.which("clang++") and shutil.which("wasm-ld")), "clang", "lld")
+
+
 def python_tests(context: Context) -> Count:
     """The Python package."""
-
-    def has_browser() -> bool:
-        return all(shutil.which(program) for program in ("chromium", "chromedriver"))
-
-    try:  # without a browser the tests that need one are skipped, visibly
-        require_packages(context, has_browser, "chromium", "chromium-driver")
-    except Skip as reason:
-        print(f"no tests in a browser: {reason}", flush=True)
+    for wanted in (browser, wasm_compiler):  # without one, the tests that need it are skipped
+        try:
+            wanted(context)
+        except Skip as reason:
+            print(f"some tests will be skipped: {reason}", flush=True)
     return run_pytest(context, "tests/python")
 
 

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "inputs.h"
 
+#include <iterator>
 #include <thread>
 
 namespace {
@@ -62,14 +63,14 @@ void refused(tq_status want) {
 }
 
 void list() {
-    const char * order[] = {"avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon", "scalar"};
+    const char * order[] = {"avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon", "scalar"};
     CHECK(tq_kernels_count() >= 1);
     CHECK_EQ(name_of(tq_kernels_name(tq_kernels_count() - 1)), "scalar");
     CHECK_EQ(tq_kernels_supported(tq_kernels_count() - 1), 1);
     int last = -1;
     for (int i = 0; i < tq_kernels_count(); ++i) {
         int position = -1;
-        for (int o = 0; o < 7; ++o)
+        for (int o = 0; o < int(std::size(order)); ++o)
             if (std::strcmp(order[o], tq_kernels_name(i)) == 0) position = o;
         CHECK(position > last); // known, and in the documented order
         last = position;

@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import browser
+import browser as browsers
 import pytest
+from browser import Browser
 from fake_programs import write_programs
 from make_model import Shape, write_model
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, needs_posix, prose
@@ -444,49 +446,43 @@ def test_page_escapes(finished):
     assert "<script>" not in page.to_markdown(data) and "&lt;img src=x>\\|" in page.to_markdown(data)
 
 
-needs_browser = pytest.mark.skipif(
-    not (browser.CHROMIUM and browser.DRIVER), reason="needs chromium and chromedriver (Debian: chromium, chromium-driver)"
-)
-
-
 @pytest.fixture(scope="module")
-def driver():
-    pytest.importorskip("selenium")
-    with browser.chromium() as driver:
-        yield driver
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browsers.start(tmp_path_factory.mktemp("profile")) as one:
+        yield one
+
+
+MARKS = {"quality-bits": ".scatterlayer .point", "kld": ".barlayer .point", "needles": ".heatmaplayer image",
+         "speed-decode": ".scatterlayer .point", "speed-prefill": ".scatterlayer .point"}  # fmt: skip
 
 
 @needs_posix
-@needs_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
-def test_page_in_a_browser(finished, driver, width, dark):
-    browser.open_page(driver, finished / "report.html", width, dark=dark)
-    assert [entry for entry in driver.get_log("browser") if entry["level"] != "DEBUG"] == []
-    ids = driver.execute_script("return [...document.querySelectorAll('.chart')].map(one => one.id)")
-    assert ids == ["quality-bits", "kld", "needles", "speed-decode", "speed-prefill"]
+def test_page_in_a_browser(finished, browser, width, dark):
+    browser.open(finished / "report.html", width=width, prefers_color_scheme="dark" if dark else "light")
+    counts = browser.run(
+        "return Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => "
+        "[chart.id, chart.querySelectorAll(arguments[0][chart.id]).length]));",
+        MARKS,
+    )
     # As many marks as there are numbers: 6 pairs beside f16, 7 pairs on two paths, 2 depths each.
-    marks = {"quality-bits": ".scatterlayer .point", "kld": ".barlayer .point", "speed-decode": ".scatterlayer .point"}
-    counts = {
-        name: driver.execute_script(f"return document.querySelectorAll('#{name} {mark}').length")
-        for name, mark in marks.items()
-    }
-    assert counts == {"quality-bits": 6, "kld": 14, "speed-decode": 14}
-    sizes = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert sizes[0] <= sizes[1] == width
-    for chart in ids:
-        inside = driver.execute_script(
-            f"const one = document.querySelector('#{chart} .main-svg').getBoundingClientRect();"
-            "return [one.left >= 0, one.right <= innerWidth, one.width > 250]"
-        )
-        assert inside == [True, True, True], chart
-    for what in ("body", ".soft", ".advice code", ".notice", "td", "th", "#kld .xtick text"):
-        assert contrast(driver, what) >= 4.5, what
+    assert counts == {"quality-bits": 6, "kld": 14, "needles": 1, "speed-decode": 14, "speed-prefill": 14}
+    assert browser.console() == []
+
+    assert browser.run("return [innerWidth, document.documentElement.scrollWidth];") == [width, width]
+    inside = browser.run(
+        "return [...document.querySelectorAll('.chart .main-svg')].map((one) => one.getBoundingClientRect())"
+        ".every((box) => box.left >= 0 && box.right <= innerWidth && box.width > 250);"
+    )
+    assert inside
+    for what in ("body", ".soft", ".advice code", ".notice", "td", "th", "td .badge", "#kld .xtick text"):
+        assert contrast(browser, what) >= 4.5, what
 
 
-def contrast(driver, selector: str) -> float:
+def contrast(browser: Browser, selector: str) -> float:
     """WCAG contrast of an element's text with the nearest background behind it."""
-    colors = driver.execute_script(
+    colors = browser.run(
         """
         let one = document.querySelector(arguments[0]);
         const style = getComputedStyle(one);
@@ -508,15 +504,13 @@ def luminance(color: str) -> float:
 
 
 @needs_posix
-@needs_browser
-def test_disagreement_is_red(finished, driver, tmp_path):
+def test_disagreement_is_red(finished, browser, tmp_path):
     data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     data["pairs"][3]["paths"]["agree"] = False
     file = tmp_path / "report.html"
     file.write_text(page.to_html(data), encoding="utf-8")
-    browser.open_page(driver, file, 800)
-    color = driver.execute_script("return getComputedStyle(document.querySelector('.alarm')).color")
+    browser.open(file, width=800)
+    color = browser.run("return getComputedStyle(document.querySelector('.alarm')).color;")
     red, green, blue = map(int, re.findall(r"\d+", color)[:3])
     assert red > 2 * max(green, blue)
-    frame = driver.execute_script("return document.querySelectorAll('#kld .shapelayer path').length")
-    assert frame == 1
+    assert browser.run("return document.querySelectorAll('#kld .shapelayer path').length;") == 1
