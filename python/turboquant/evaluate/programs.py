@@ -21,6 +21,7 @@ _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
 _USED = ("llama-perplexity", "llama-completion", "llama-bench")
 _ATTEMPTS = 5
+_ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
 
 
 class ProgramError(LlamaError):
@@ -139,8 +140,14 @@ class Programs:
         command += ["-lv", "4", "--log-colors", "off"] if log_options else []
         self.logs.mkdir(parents=True, exist_ok=True)
         log_path = self.logs / f"{log.replace('/', '-')}.log"
-        for _ in range(_ATTEMPTS):
-            result = _run(command, log_path, on_text)
+        for attempt in range(_ATTEMPTS):
+            result, code = _run(command, log_path, on_text)
+            if code != 0:
+                # A failure whose reason got lost is tried again for its reason, a crash is not.
+                if code > 0 and log_options and not _ERROR.search(result.log) and attempt + 1 < _ATTEMPTS:
+                    continue
+                how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
+                raise _failure(command, how, result)
             if complete is None or complete(result):
                 return result
         raise _failure(command, "ended without printing its result", result)
@@ -152,7 +159,7 @@ def parse_cache_types(usage: str) -> list[str]:
     return [name.strip() for name in match[1].replace("\n", " ").split(",")] if match else []
 
 
-def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> Result:
+def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> tuple[Result, int]:
     pieces: list[str] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # The log is written under a temporary name, so that two runs at once do not mix theirs.
@@ -180,18 +187,14 @@ def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | No
             logged = log_file.read().decode("utf-8", errors="replace")
     finally:
         os.replace(partial, log_path)
-    result = Result("".join(pieces), logged, log_path)
-    if code != 0:
-        how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
-        raise _failure(command, how, result)
-    return result
+    return Result("".join(pieces), logged, log_path), code
 
 
 def _failure(command: Sequence[str], how: str, result: Result) -> ProgramError:
     tail = [line for line in result.log.splitlines() if line.strip()][-8:]
     program = Path(command[0]).name
     lines = [f"{program} {how}", f"  command: {' '.join(command)}", f"  log: {result.log_path}"]
-    errors = re.findall(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", result.log, re.MULTILINE)
+    errors = _ERROR.findall(result.log)
     # The first error names the cause; those after it say what could not be done because of it.
     reason = f"{program} {how}: {errors[0]}" if errors else f"{program} {how}; its log: {result.log_path}"
     return ProgramError("\n".join(lines + [f"  | {line}" for line in tail]), reason)
