@@ -5,6 +5,7 @@ The programs are stood in for by scripts here; tests/llama/test_compare.py runs 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 from browser import Browser
 from fake_programs import write_programs
 from make_model import Shape, write_model
+from rich.console import Console
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, needs_posix, prose
 from typer.testing import CliRunner, Result
 
@@ -252,6 +254,18 @@ def test_markdown(finished):
     assert re.search(r"^\| turbo3 \| 3\.125 \| 6\.25 \| 37\.506 ± 1\.717 \|", text, re.MULTILINE)
     assert "| turbo2 | `--` | `--` |" in text and "| f16 | `++` | `++` |" in text
     assert "**Warning:**" not in text and "q5_0 could not be measured" in text
+
+
+@needs_posix
+def test_short_table(finished):
+    data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(page.table(data))
+    lines = stream.getvalue().splitlines()
+    assert lines[3].split() == ["f16", "16", "32.00", "0.000000", "92.9%", "4/4", "–", "50.0"]
+    assert lines[-3].split() == ["q8_0/turbo3", "5.8125", "11.62", "0.01120", "92.9%", "4/4", "moderate", "50.0"]
+    assert lines[-1].split() == ["turbo9", "–", "–", "–", "–", "–", "not", "run"]
+    assert "…" not in stream.getvalue()
 
 
 @needs_posix

@@ -165,8 +165,8 @@ def table(report: Report) -> Table:
     """The short table for a terminal of 80 columns."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     depths = report["settings"]["depths"]
-    heads = ["cache K/V", "bits/\nvalue", "KV MiB", "KLD", "same top\ntoken", "needles", "loss"]
-    heads += [f"decode at\n{depths[-1]}, t/s"] if depths else []
+    heads = ["cache K/V", "bits/\nvalue", "KV MiB", "KLD", "same\ntop", "needles", "loss"]
+    heads += [f"t/s at\n{depths[-1]}"] if depths else []
     for index, head in enumerate(heads):
         result.add_column(head, justify="right" if index else "left", no_wrap=True, vertical="bottom")
     for row in report["pairs"]:
@@ -174,8 +174,8 @@ def table(report: Report) -> Table:
             result.add_row(row["label"], *["–"] * 5, "not run")
             continue
         values = row["quality"]
-        cells = [row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", _kld_pm(values).replace(" ", ""),
-                 f"{values['same_top']:.2f}%", _needles(row), "–" if row is report["pairs"][0] else row["verdict"]]  # fmt: skip
+        cells = [row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", _kld(values["kld"]),
+                 f"{values['same_top']:.1f}%", _needles(row), "–" if row is report["pairs"][0] else row["verdict"]]  # fmt: skip
         cells += [_rate(row["speed"][-1]["decode"])] if depths else []
         result.add_row(*cells, style=None if row["paths"]["agree"] else "bold red")
     return result
