@@ -283,7 +283,7 @@ def compare(
         ),
     ] = None,
     positions: Annotated[
-        int, typer.Option("--positions", min=1, help="Needles at each depth, evenly from the start of the text to its end.")
+        int, typer.Option("--positions", min=1, help="Needles at each depth, evenly over the text.")
     ] = 5,
     needle_template: Annotated[
         str | None,

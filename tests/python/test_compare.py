@@ -215,7 +215,7 @@ def test_report(finished):
     assert (turbo3["bits"], turbo3["mib"]) == (3.125, 6.25)  # 32 MiB in f16: twice the 2048 tokens that were measured
     assert [speed["decode"] for speed in turbo3["speed"]] == [100, 50]
     assert [(cell["depth"], cell["position"], cell["found"]) for cell in turbo3["needles"]] == [
-        (600, 0, True), (600, 1, True), (1200, 0, True), (1200, 1, True),
+        (600, 0.25, True), (600, 0.75, True), (1200, 0.25, True), (1200, 0.75, True),
     ]  # fmt: skip
     assert [cell["found"] for cell in rows["turbo2"]["needles"]] == [False] * 4
 

@@ -332,7 +332,7 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
     cells: list[_Cell] = []
     for depth in depths:
         for place in range(options.positions):
-            position = place / (options.positions - 1) if options.positions > 1 else 0.5
+            position = (place + 0.5) / options.positions  # never the very start or end, which are easy or odd places
             try:
                 one = _fitting(measurer, options, model, text, depth, position, len(cells))
                 cells.append(_Cell(depth, position, one))
