@@ -21,9 +21,13 @@ import browser  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="report.html")
-    parser.add_argument("picture", type=Path, nargs="?", default=ROOT / "docs" / "compare.png", help="default: %(default)s")
+    parser.add_argument(
+        "picture", type=Path, nargs="?", default=ROOT / "docs" / "compare.png", help="default: %(default)s"
+    )
     parser.add_argument("--width", type=int, default=1200)
-    parser.add_argument("--height", type=int, help="of the picture, from the page's top; default: to the end of the charts")
+    parser.add_argument(
+        "--height", type=int, help="of the picture, from the page's top; default: to the end of the charts"
+    )
     options = parser.parse_args()
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""turboquant compare with the real programs, on the bundled model: small, and told apart from stand-ins by its numbers."""
+"""turboquant compare with the real programs, on the bundled model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_bundled_model(place, cache):
 def test_head_size_that_no_block_divides(place, tmp_path):
     model = write_model(tmp_path / "head80.gguf", Shape(head=80))
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
-    done = compare(place, "-m", model, "-f", "text.txt", "--types", "bf16,turbo4", "--depths", "", "--needle-depths", "")
+    done = compare(
+        place, "-m", model, "-f", "text.txt", "--types", "bf16,turbo4", "--depths", "", "--needle-depths", ""
+    )
     assert done.exit_code == 0, done.output
     _, bf16, turbo4 = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["pairs"]
     assert bf16["failure"] is None and bf16["bits"] == 16

@@ -54,7 +54,7 @@ def test_cache_at_a_context():
     one = parse_caches(SIZE)
     assert one.at(4096).mib == 9.76 and one.at(2048) == one.total()
     assert Caches.from_dict(json.loads(json.dumps(one.as_dict()))) == one
-    # A window of 1000 tokens and a batch of 512 need 1536 cells; what has no window grows on. Two streams are two caches.
+    # A window of 1000 tokens and a batch of 512 need 1536 cells; what has no window grows on. Two streams: two caches.
     windowed = parse_caches(f"print_info: n_swa = 1000\n{SIZE}{SIZE.replace('1/1 seqs', '2/2 seqs')}")
     assert windowed.at(8192).k_mib == pytest.approx(1.69 * 4 + 1.69 * 1536 / 4096, abs=0.01)
     assert windowed.at(1024).k_mib == pytest.approx(1.69 / 2 + 1.69 / 4, abs=0.01)
@@ -133,9 +133,17 @@ F16 = candidate("f16", 16, 0.0)
 @pytest.mark.parametrize(
     "others, choice, words",
     [
-        ([candidate("a", 8.5, 0.0007), candidate("b", 4.5, 0.009), candidate("c", 3, 0.04)], "b", "c, is out because its KLD"),
+        (
+            [candidate("a", 8.5, 0.0007), candidate("b", 4.5, 0.009), candidate("c", 3, 0.04)],
+            "b",
+            "c, is out because its KLD",
+        ),
         ([candidate("a", 8.5, 0.0007), candidate("b", 4.5, 0.009, found=5)], "a", "b, is out because it finds 5 of 6"),
-        ([candidate("a", 8.5, 0.0007), candidate("b", 4.5, 0.009, agree=False)], "a", "b, is out because its two paths"),
+        (
+            [candidate("a", 8.5, 0.0007), candidate("b", 4.5, 0.009, agree=False)],
+            "a",
+            "b, is out because its two paths",
+        ),
         ([candidate("a", 3.0, 0.4), candidate("b", 4.0, 0.1)], None, "b comes nearest, but its KLD of 0.1000 is above"),
         ([], None, "keep f16"),
     ],
@@ -279,7 +287,10 @@ def test_remembered(place):
     assert {**report(), "created": 0} == {**before, "created": 0}
 
     assert run("--types", "q8_0,turbo4").exit_code == 0
-    assert {line.partition(" ")[2].split()[0] for line in runs()} == {"f16", "turbo4"}  # f16 is what turbo4 is compared with
+    assert {line.partition(" ")[2].split()[0] for line in runs()} == {
+        "f16",
+        "turbo4",
+    }  # f16 is what turbo4 is compared with
 
 
 @needs_posix
@@ -372,7 +383,10 @@ def test_interrupted(place):
         (["--depths", "1,x"], "--depths: expected whole numbers with commas between"),
         (["--needle-template", "none"], "--needle-template none: neither one of plain, notes, nor a file"),
         (["--needle-template", "text.txt"], "a needle template needs {before}"),
-        (["--out", "text.txt/report"], "cannot write to text.txt/report (Not a directory); give another folder with --out"),
+        (
+            ["--out", "text.txt/report"],
+            "cannot write to text.txt/report (Not a directory); give another folder with --out",
+        ),
         (["--out", "taken"], "taken/report.md exists and is no report of this program; give another folder with --out"),
         (["--bin", "nowhere"], "nowhere: no such folder; `turboquant build` makes one"),
     ],
@@ -419,8 +433,6 @@ def test_full_disk_for_predictions(place, monkeypatch):
     done = run()
     assert done.exit_code == 1 and runs() == []
     assert "give fewer --chunks, or set TURBOQUANT_CACHE to a folder on another disk" in done.stderr
-
-
 
 
 @needs_posix

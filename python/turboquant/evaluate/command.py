@@ -117,7 +117,9 @@ def _folder(folder: Path) -> Path:
     folder = folder.expanduser()
     taken = [name for name in _FILES if (folder / name).exists()]
     if taken and (read_json(folder / _FILES[0]) or {}).get("format") != FORMAT:
-        raise CompareError(f"{folder / taken[0]} exists and is no report of this program; give another folder with --out")
+        raise CompareError(
+            f"{folder / taken[0]} exists and is no report of this program; give another folder with --out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

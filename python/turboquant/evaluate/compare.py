@@ -25,7 +25,18 @@ from .programs import ProgramError, Programs
 from .results import Results
 from .speed import GENERATED, PROMPT, REPETITIONS
 
-__all__ = ["FORMAT", "VERSION", "CompareError", "CompareOptions", "Model", "above", "check", "compare", "read_model", "to_json"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "CompareError",
+    "CompareOptions",
+    "Model",
+    "above",
+    "check",
+    "compare",
+    "read_model",
+    "to_json",
+]
 
 FORMAT, VERSION = "turboquant-compare", 1
 _LEAST_TOKENS = 100  # llama-perplexity gives no statistics of fewer scored tokens
@@ -94,14 +105,18 @@ def read_model(path: Path) -> Model:
         raise CompareError(f"{path}: no such file; give a GGUF model with -m")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise CompareError(f"{path} is not a GGUF model; convert it with llama.cpp's convert_hf_to_gguf.py, or get a GGUF")
+            raise CompareError(
+                f"{path} is not a GGUF model; convert it with llama.cpp's convert_hf_to_gguf.py, or get a GGUF"
+            )
     with ModelFile(path) as opened:
         metadata, tensors = opened.metadata, opened.tensors
     architecture = str(metadata.get("general.architecture", ""))
     context = metadata.get(f"{architecture}.context_length")
     embedding = tensors.get("token_embd.weight")
     if not isinstance(context, int) or embedding is None:
-        raise CompareError(f"{path} holds no language model (architecture {architecture or 'unknown'!r}); give another with -m")
+        raise CompareError(
+            f"{path} holds no language model (architecture {architecture or 'unknown'!r}); give another with -m"
+        )
     return Model(
         name=str(metadata.get("general.name", path.stem)),
         architecture=architecture,
@@ -127,7 +142,8 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
     for ctx, chunks in ((options.ctx, options.chunks), (options.decode_ctx, options.decode_chunks)):
         if (ctx - 1 - ctx // 2) * chunks < _LEAST_TOKENS:
             raise CompareError(
-                f"{chunks} chunks of {ctx} tokens have fewer than {_LEAST_TOKENS} scored ones; give a larger --ctx or --chunks"
+                f"{chunks} chunks of {ctx} tokens have fewer than {_LEAST_TOKENS} scored ones; give a larger --ctx or "
+                "--chunks"
             )
     # A byte can be a token, a token has some bytes: what is shorter than that in bytes is too short for certain.
     least = max(2, options.chunks) * options.ctx
@@ -140,8 +156,8 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
     folder = next(path for path in (scratch, *scratch.parents) if path.is_dir())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CompareError(
-            f"f16's predictions take {needed / 1e9:.1f} GB in {scratch}, where {free / 1e9:.1f} GB are free; free some, "
-            "give fewer --chunks, or set TURBOQUANT_CACHE to a folder on another disk"
+            f"f16's predictions take {needed / 1e9:.1f} GB in {scratch}, where {free / 1e9:.1f} GB are free; free "
+            "some, give fewer --chunks, or set TURBOQUANT_CACHE to a folder on another disk"
         )
 
 
@@ -253,29 +269,43 @@ def compare(
         "turboquant": __version__,
         "command": list(options.command),
         "model": {
-            "path": str(options.model), "sha256": measurer.model_hash,
+            "path": str(options.model),
+            "sha256": measurer.model_hash,
             **asdict(model),
             "type": machine.get("model_type"),
             "parameters": machine.get("model_n_params"),
         },
         "text": {
-            "path": str(options.text), "sha256": measurer.text_hash,
+            "path": str(options.text),
+            "sha256": measurer.text_hash,
             "bytes": options.text.stat().st_size,
         },
         "build": {
-            "bin": str(programs.folder), "sha256": measurer.build,
-            "commit": machine.get("build_commit"), "number": machine.get("build_number"),
+            "bin": str(programs.folder),
+            "sha256": measurer.build,
+            "commit": machine.get("build_commit"),
+            "number": machine.get("build_number"),
         },
         "machine": {
-            "cpu": machine.get("cpu_info") or platform.processor(), "gpu": machine.get("gpu_info") or None,
-            "backends": machine.get("backends"), "system": platform.platform(),
-            "threads": programs.threads, "gpu_layers": programs.gpu_layers,
+            "cpu": machine.get("cpu_info") or platform.processor(),
+            "gpu": machine.get("gpu_info") or None,
+            "backends": machine.get("backends"),
+            "system": platform.platform(),
+            "threads": programs.threads,
+            "gpu_layers": programs.gpu_layers,
         },
         "settings": {
-            "ctx": options.ctx, "chunks": options.chunks,
-            "decode_ctx": options.decode_ctx, "decode_chunks": options.decode_chunks,
-            "depths": list(options.depths), "prompt": PROMPT, "generated": GENERATED, "repetitions": REPETITIONS,
-            "needle_depths": depths, "positions": options.positions, "template": options.template,
+            "ctx": options.ctx,
+            "chunks": options.chunks,
+            "decode_ctx": options.decode_ctx,
+            "decode_chunks": options.decode_chunks,
+            "depths": list(options.depths),
+            "prompt": PROMPT,
+            "generated": GENERATED,
+            "repetitions": REPETITIONS,
+            "needle_depths": depths,
+            "positions": options.positions,
+            "template": options.template,
         },
         "noise": {**asdict(noise), "floor": noise.floor},
         "bands": [{**asdict(one), "up_to": None if one is scale[-1] else one.up_to} for one in scale],
@@ -337,14 +367,16 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
                 one = _fitting(measurer, options, model, text, depth, position, len(cells))
                 cells.append(_Cell(depth, position, one))
             except (ValueError, ProgramError) as error:
-                cells.append(_Cell(depth, position, None, error.reason if isinstance(error, ProgramError) else str(error)))
+                cells.append(
+                    _Cell(depth, position, None, error.reason if isinstance(error, ProgramError) else str(error))
+                )
     return cells
 
 
 def _fitting(
     measurer: Measurer, options: CompareOptions, model: Model, text: str, depth: int, position: float, index: int
 ) -> needle.Needle:
-    """A needle whose prompt fills `depth` tokens nearly: how many characters that is, is measured on the prompt itself."""
+    """A needle whose prompt fills `depth` tokens nearly; the characters in a token are counted on the prompt itself."""
     if depth > model.context:
         raise ValueError(f"beyond the model's context of {model.context} tokens")
     characters = min(4 * depth, len(text))
@@ -402,9 +434,14 @@ def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
     return {
-        "type_k": size.type_k, "type_v": size.type_v, "bits_k": bits_k, "bits_v": bits_v,
+        "type_k": size.type_k,
+        "type_v": size.type_v,
+        "bits_k": bits_k,
+        "bits_v": bits_v,
         "bits": round(16 * (k_mib + v_mib) / full.mib, 4),
-        "k_mib": round(k_mib, 2), "v_mib": round(v_mib, 2), "mib": round(k_mib + v_mib, 2),
+        "k_mib": round(k_mib, 2),
+        "v_mib": round(v_mib, 2),
+        "mib": round(k_mib + v_mib, 2),
     }
 
 

@@ -28,7 +28,8 @@ __all__ = [
 
 NAMES = (
     "Arthur Beatrice Cedric Dorothea Edmund Florence Gilbert Harriet Isaac Josephine Kenneth Lavinia Martin Nora "
-    "Oswald Phoebe Quentin Rosalind Silas Theodora Ulric Violet Walter Yolanda Ambrose Bertha Clement Daphne Ernest Felicity"
+    "Oswald Phoebe Quentin Rosalind Silas Theodora Ulric Violet Walter Yolanda Ambrose Bertha Clement Daphne Ernest "
+    "Felicity"
 ).split()
 """The names that the bundled model was trained to look up."""
 
@@ -222,7 +223,8 @@ def count_tokens(programs: Programs, model: Path, prompt: str) -> int:
         raise
     counted = re.search(r"prompt eval time =.*?/\s*(\d+) tokens", result.log)
     if counted is None:
-        raise ProgramError(f"llama-completion printed no line 'prompt eval time = … / … tokens'. Log: {result.log_path}")
+        what = "'prompt eval time = … / … tokens'"
+        raise ProgramError(f"llama-completion printed no line {what}. Log: {result.log_path}")
     return int(counted[1])
 
 

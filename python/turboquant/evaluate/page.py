@@ -1,4 +1,4 @@
-"""The report of a comparison for people: in the terminal, as Markdown, as one HTML page without links to the outside."""
+"""The report of a comparison for people: in the terminal, as Markdown, as one HTML page that loads nothing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def alarms(report: Report) -> list[str]:
         if not paths["agree"]:
             lines.append(
                 f"{row['label']}: the batched and the one-token path disagree. On the same tokens the KLD is "
-                f"{_kld(row['batched']['kld'])} in batches and {_kld(row['decode']['kld'])} token by token; their noise "
-                f"allows a difference of {_kld(paths['allowed'])}. This is a bug of a kernel: do not use this pair with "
-                "this build."
+                f"{_kld(row['batched']['kld'])} in batches and {_kld(row['decode']['kld'])} token by token; their "
+                f"noise allows a difference of {_kld(paths['allowed'])}. This is a bug of a kernel: do not use this pair "
+                "with this build."
             )
     return lines
 
@@ -56,8 +56,8 @@ def verdict(report: Report) -> list[str]:
     if others:
         least = min(others, key=lambda row: row["mib"])
         lines.append(
-            f"At the model's context of {report['model']['context']:,} tokens the cache takes {f16['mib']:,.1f} MiB in f16 "
-            f"and {least['mib']:,.1f} MiB in {least['label']}, the smallest of these."
+            f"At the model's context of {report['model']['context']:,} tokens the cache takes {f16['mib']:,.1f} MiB in "
+            f"f16 and {least['mib']:,.1f} MiB in {least['label']}, the smallest of these."
         )
     lines += _speed_words(rows)
     return lines
@@ -90,8 +90,8 @@ def _speed_words(rows: list[dict[str, Any]]) -> list[str]:
     worst = min(speeds, key=lambda label: speeds[label])
     told = [f"{label} {speeds[label]:.0f}" for label in dict.fromkeys([best, worst])]
     return [
-        f"Decoding behind {deepest['depth']:,} tokens: f16 {deepest['decode']:.0f} tokens/s, fastest and slowest of the "
-        f"others {', '.join(told)}."
+        f"Decoding behind {deepest['depth']:,} tokens: f16 {deepest['decode']:.0f} tokens/s, fastest and slowest of "
+        f"the others {', '.join(told)}."
     ]
 
 
@@ -132,7 +132,8 @@ def _pm(values: dict[str, Any], name: str, digits: int) -> str:
 def quality_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Headings and rows as text; a pair that was not measured has its reason in place of the numbers."""
     heads = ["cache K/V", "bits/value", f"KV MiB at {report['model']['context']:,}", "perplexity", "ln ratio", "KLD",
-             "median KLD", "99.9% KLD", "RMS Δp %", "same top token %", "KLD token by token", "needles", "loss"]  # fmt: skip
+             "median KLD", "99.9% KLD", "RMS Δp %", "same top token %", "KLD token by token", "needles",
+             "loss"]  # fmt: skip
     rows = []
     for row in report["pairs"]:
         if row["failure"]:
@@ -175,7 +176,8 @@ def table(report: Report) -> Table:
             continue
         values = row["quality"]
         cells = [row["label"], f"{row['bits']:g}", f"{row['mib']:,.2f}", _kld(values["kld"]),
-                 f"{values['same_top']:.1f}%", _needles(row), "–" if row is report["pairs"][0] else row["verdict"]]  # fmt: skip
+                 f"{values['same_top']:.1f}%", _needles(row),
+                 "–" if row is report["pairs"][0] else row["verdict"]]  # fmt: skip
         cells += [_rate(row["speed"][-1]["decode"])] if depths else []
         result.add_row(*cells, style=None if row["paths"]["agree"] else "bold red")
     return result
@@ -215,9 +217,7 @@ def _grid(report: Report) -> str:
     marks = {True: "+", False: "-", None: "?"}
     body = []
     for row in rows:
-        cells = [
-            "".join(marks[cell["found"]] for cell in row["needles"] if cell["depth"] == depth) for depth in depths
-        ]
+        cells = ["".join(marks[cell["found"]] for cell in row["needles"] if cell["depth"] == depth) for depth in depths]
         body.append([row["label"], *(f"`{cell}`" for cell in cells)])
     reasons = dict.fromkeys(cell["reason"] for row in rows for cell in row["needles"] if cell["reason"])
     note = "From the start of the text to its end: `+` found, `-` not found, `?` not asked."
@@ -235,8 +235,8 @@ def _escape(text: str) -> str:
 def _about(report: Report) -> str:
     settings = report["settings"]
     return (
-        f"{Path(report['model']['path']).name} with {Path(report['text']['path']).name}: {settings['chunks']} chunks of "
-        f"{settings['ctx']} tokens, and {settings['decode_chunks']} of {settings['decode_ctx']} token by token. "
+        f"{Path(report['model']['path']).name} with {Path(report['text']['path']).name}: {settings['chunks']} chunks "
+        f"of {settings['ctx']} tokens, and {settings['decode_chunks']} of {settings['decode_ctx']} token by token. "
         f"{report['created'][:10]}, {report['machine']['gpu'] or report['machine']['cpu']}."
     )
 
@@ -245,20 +245,20 @@ def _method(report: Report) -> str:
     noise, edges = report["noise"], report["bands"]
     bands = "; ".join(f"{one['name']} up to {_kld(one['up_to'])}" for one in edges[:-1])
     return (
-        "KLD: mean Kullback-Leibler divergence of the predicted distributions from those of the model's own f16 cache, in "
-        "nats per token; ± is the standard error. ln ratio: ln(perplexity / f16's). RMS Δp: root mean square change of the "
-        "probability of the text's token. Perplexity's own error is that of the text, and common to all. "
+        "KLD: mean Kullback-Leibler divergence of the predicted distributions from those of the model's own f16 cache, "
+        "in nats per token; ± is the standard error. ln ratio: ln(perplexity / f16's). RMS Δp: root mean square change of "
+        "the probability of the text's token. Perplexity's own error is that of the text, and common to all. "
         f"The noise: f16 against itself has a KLD of {_kld(noise['same'])} in batches and {_kld(noise['decode'])} ± "
-        f"{_kld(noise['decode_error'])} token by token, so that less than {_kld(noise['floor'])} says nothing of a cache. "
-        f"Losses begin at twice that: {bands}; {edges[-1]['name']} above. A KLD of 0.01 costs about 1 % of perplexity."
+        f"{_kld(noise['decode_error'])} token by token, so that less than {_kld(noise['floor'])} says nothing of a "
+        f"cache. Losses begin at twice that: {bands}; {edges[-1]['name']} above. A KLD of 0.01 costs about 1 % of perplexity."
     )
 
 
 def _speed_method(report: Report) -> str:
     settings = report["settings"]
     return (
-        f"llama-bench: a batch of {settings['prompt']} tokens (prefill) and {settings['generated']} single ones (decode) "
-        f"behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads."
+        f"llama-bench: a batch of {settings['prompt']} tokens (prefill) and {settings['generated']} single ones "
+        f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads."
     )
 
 
@@ -288,7 +288,9 @@ def to_html(report: Report) -> str:
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-    environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     advice = report["recommendation"]
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -310,7 +312,7 @@ def to_html(report: Report) -> str:
 
 
 def _charts(report: Report) -> list[dict[str, Any]]:
-    """What to draw: an id, a title, a caption, traces and a layout for plotly. Colours that depend on the theme are left out."""
+    """What to draw: an id, a title, a caption, traces and a layout for plotly, without the colours of a theme."""
     rows = _measured(report)
     charts = [_scatter(report, rows), _bars(report, rows)]
     if any(cell["found"] is not None for row in rows for cell in row["needles"]):
@@ -325,8 +327,13 @@ def _edges(report: Report, axis: str) -> list[dict[str, Any]]:
     other = "x" if axis == "y" else "y"
     return [
         {
-            "type": "line", f"{other}ref": "paper", f"{other}0": 0, f"{other}1": 1, "layer": "below",
-            f"{axis}0": one["up_to"], f"{axis}1": one["up_to"],
+            "type": "line",
+            f"{other}ref": "paper",
+            f"{other}0": 0,
+            f"{other}1": 1,
+            "layer": "below",
+            f"{axis}0": one["up_to"],
+            f"{axis}1": one["up_to"],
             "line": {"color": _BANDS[one["name"]], "width": 1.5, "dash": "dot"},
         }
         for one in report["bands"]
@@ -339,7 +346,9 @@ def _scatter(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
     others = sorted(rows[1:], key=lambda row: row["bits"])
     klds = [max(row["quality"]["kld"], 1e-7) for row in others]
     labels = [
-        {"x": one["up_to"], "text": one["name"], "color": _BANDS[one["name"]]} for one in report["bands"] if one["up_to"]
+        {"x": one["up_to"], "text": one["name"], "color": _BANDS[one["name"]]}
+        for one in report["bands"]
+        if one["up_to"]
     ]
     low, high = math.log10(min([noise, *klds])) - 0.4, math.log10(max([0.3, *klds])) + 0.4
     return {
@@ -389,8 +398,8 @@ def _bars(report: Report, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": "kld",
         "title": "KLD on both paths",
-        "caption": "With standard errors, on a logarithmic scale. Full: in batches, as a prompt is read. Pale: token by token, "
-        "as text is generated, on fewer tokens. Red frame: the two disagree.",
+        "caption": "With standard errors, on a logarithmic scale. Full: in batches, as a prompt is read. Pale: token by "
+        "token, as text is generated, on fewer tokens. Red frame: the two disagree.",
         "height": 120 + 46 * len(rows),
         "traces": traces,
         "layout": {
@@ -415,7 +424,7 @@ def _heat_map(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "id": "needles",
         "wide": True,
         "title": "Needles",
-        "caption": "A number hidden in the text, at that depth of context and place in it: ✓ found, ✗ not, ? not asked.",
+        "caption": "A number hidden in the text, at that depth of context and place: ✓ found, ✗ not, ? not asked.",
         "height": 150 + 30 * len(rows),
         "traces": [{
             "type": "heatmap",
@@ -426,7 +435,8 @@ def _heat_map(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "texttemplate": "%{text}",
             "textfont": {"color": "#ffffff"},
             "hovertext": [
-                [cell["reason"] or f"{cell['answer']} (it is {cell['expected']})" for cell in row["needles"]] for row in rows
+                [cell["reason"] or f"{cell['answer']} (it is {cell['expected']})" for cell in row["needles"]]
+                for row in rows
             ][::-1],
             "hovertemplate": "%{y}, %{x}<br>%{hovertext}<extra></extra>",
             "colorscale": [[0, _BANDS["severe"]], [0.5, "#9aa0a6"], [1, _BANDS["none"]]],

@@ -164,7 +164,8 @@ def run_base(
     if _SHORT.search(printed) or (counted and int(counted[1]) < chunks):
         available = f"has {counted[1]} chunks" if counted else "is shorter than two chunks"
         raise ProgramError(
-            f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text, or smaller --chunks or --ctx"
+            f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text, or smaller --chunks or "
+            "--ctx"
         )
     try:
         values, size = parse_base(printed), parse_caches(result.log)

@@ -10,7 +10,7 @@ from .perplexity import Divergence
 
 __all__ = ["Agreement", "Band", "Candidate", "Noise", "agreement", "band", "bands", "recommend"]
 
-#: Nats above the noise at which each band ends, with its name. A cache that loses x nats costs about x in ln(perplexity).
+#: Nats above the noise at which each band ends, with its name. A KLD of x costs about x in ln(perplexity).
 _STEPS = (
     (0.0, "none", "not to be told from rounding"),
     (0.01, "small", "at most 1 % of perplexity"),
@@ -91,9 +91,7 @@ class Candidate:
     agree: bool
 
 
-def recommend(
-    candidates: Sequence[Candidate], f16: Candidate, scale: Sequence[Band]
-) -> tuple[Candidate | None, str]:
+def recommend(candidates: Sequence[Candidate], f16: Candidate, scale: Sequence[Band]) -> tuple[Candidate | None, str]:
     """The smallest cache whose loss is none or small, whose paths agree, and which finds what f16 finds.
 
     Returns:
@@ -119,8 +117,8 @@ def recommend(
     best = fit[0]
     verdict = band(best.kld, scale)
     reason = (
-        f"it is the smallest of these caches ({best.bits:g} bits per value, {f16.mib / best.mib:.1f} times smaller than "
-        f"f16) whose loss is {'small' if verdict.name == 'small' else 'not measurable'}: a KLD of {best.kld:.4f}, "
+        f"it is the smallest of these caches ({best.bits:g} bits per value, {f16.mib / best.mib:.1f} times smaller "
+        f"than f16) whose loss is {'small' if verdict.name == 'small' else 'not measurable'}: a KLD of {best.kld:.4f}, "
         f"{verdict.meaning}"
     )
     if best.asked:
