@@ -256,7 +256,6 @@ def dump_kv(
 
 
 @command
-<<<<<<< HEAD
 def compare(
     model: Annotated[
         Path | None,
@@ -304,6 +303,9 @@ def compare(
         typer.Option("--fail-above", metavar="KLD", min=0, show_default=False,
                      help="Exit with status 3 if a pair's KLD is above this, or a pair cannot be measured."),
     ] = None,
+    time_again: Annotated[
+        bool, typer.Option("--time-again", help="Measure speeds anew: the machine was busy the last time.")
+    ] = False,
     bin: _Bin = None,
     threads: _Threads = None,
     gpu_layers: Annotated[
@@ -324,13 +326,15 @@ def compare(
     over = run(
         model, text, types=types, ctx=ctx, chunks=chunks, decode_chunks=decode_chunks, depths=depths,
         needle_depths=needle_depths, positions=positions, template=needle_template, out=out, fail_above=fail_above,
-        bin=bin, threads=threads, gpu_layers=gpu_layers,
+        time_again=time_again, bin=bin, threads=threads, gpu_layers=gpu_layers,
     )  # fmt: skip
     for line in over:
         _tell(f"turboquant: {line}")
     if over:
         raise typer.Exit(3)
-=======
+
+
+@command
 def analyze(
     file: Annotated[
         Path, typer.Argument(metavar="KV.safetensors", help="What dump-kv has written.", show_default=False)
@@ -371,7 +375,6 @@ def analyze(
     if plot:
         report.plot(found, plot)
         _tell(f"drawn: {plot}")
->>>>>>> main
 
 
 @command

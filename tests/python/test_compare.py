@@ -286,6 +286,9 @@ def test_remembered(place):
     assert runs() == []
     assert {**report(), "created": 0} == {**before, "created": 0}
 
+    assert run("--types", "q8_0", "--time-again").exit_code == 0
+    assert sorted(runs()) == ["llama-bench f16"] * 2 + ["llama-bench q8_0"] * 2
+
     assert run("--types", "q8_0,turbo4").exit_code == 0
     assert {line.partition(" ")[2].split()[0] for line in runs()} == {
         "f16",

@@ -38,6 +38,7 @@ def run(
     template: str | None,
     out: Path | None,
     fail_above: float | None,
+    time_again: bool,
     bin: Path | None,
     threads: int | None,
     gpu_layers: int | None,
@@ -64,6 +65,7 @@ def run(
             needle_depths=None if needle_depths is None else _numbers(needle_depths, "--needle-depths"),
             positions=positions,
             template=_template(template or ("plain" if model else "notes")),
+            time_again=time_again,
             command=["turboquant", *sys.argv[1:]],
         )
     except ValueError as error:

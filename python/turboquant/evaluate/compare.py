@@ -56,7 +56,7 @@ class CompareOptions:
 
     Quality is measured on ``chunks`` pieces of ``ctx`` tokens, and token by token on ``decode_chunks`` pieces of
     ``decode_ctx`` tokens. ``depths`` are for the speed, ``needle_depths`` for retrieval (empty: neither is measured),
-    with ``positions`` needles at each depth. All are counted in tokens.
+    with ``positions`` needles at each depth. All are counted in tokens. With ``time_again`` stored speeds are not used.
     """
 
     model: Path
@@ -70,6 +70,7 @@ class CompareOptions:
     needle_depths: Sequence[int] | None = None
     positions: int = 5
     template: str = needle.TEMPLATES["plain"]
+    time_again: bool = False
     command: Sequence[str] = field(default_factory=list)
 
     @property
@@ -259,7 +260,7 @@ def compare(
             row |= _memory(main, found[batched[BASELINE]], model)
             row |= _quality(pair, main, short_run, alone, noise, scale)
             row["needles"] = [_ask(measurer, pair, cell, work) for cell in cells]
-            row["speed"] = [_speed(measurer, pair, depth, machine) for depth in options.depths]
+            row["speed"] = [_speed(measurer, pair, depth, machine, options.time_again) for depth in options.depths]
         rows.append(row)
     work.end()
     return {
@@ -348,7 +349,7 @@ def _plan(
             if cell.needle and measurer.stored_answer(cell.needle, pair, cell.depth) is None:
                 work.plan(_needle_label(pair, cell), cell.depth)
         for depth in options.depths:
-            if measurer.stored_speed(pair, depth) is None:
+            if options.time_again or measurer.stored_speed(pair, depth) is None:
                 cost = depth + REPETITIONS * (PROMPT + GENERATED * _DECODE_COST)
                 work.plan(measurer.speed_label(pair, depth), cost)
 
@@ -402,9 +403,11 @@ def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> dict[
     return {**asked, "expected": expected, "answer": answer, "found": found, "reason": reason or None}
 
 
-def _speed(measurer: Measurer, pair: CachePair, depth: int, machine: dict[str, Any]) -> dict[str, Any]:
+def _speed(
+    measurer: Measurer, pair: CachePair, depth: int, machine: dict[str, Any], again: bool
+) -> dict[str, Any]:
     try:
-        speed, told = measurer.speed(pair, depth)
+        speed, told = measurer.speed(pair, depth, again)
     except ProgramError as error:
         values = dict.fromkeys(("prefill", "prefill_error", "decode", "decode_error"))
         return {"depth": depth, **values, "reason": error.reason}

@@ -250,9 +250,9 @@ class Measurer:
         stored = self.results.get(self._speed_key(pair, depth))
         return None if stored is None else (speed.Speed(**stored["speed"]), stored["machine"])
 
-    def speed(self, pair: CachePair, depth: int) -> tuple[speed.Speed, dict[str, Any]]:
-        """Measure the speed at a depth. ProgramError if llama-bench fails."""
-        known = self.stored_speed(pair, depth)
+    def speed(self, pair: CachePair, depth: int, again: bool = False) -> tuple[speed.Speed, dict[str, Any]]:
+        """Measure the speed at a depth, with `again` even if it is stored. ProgramError if llama-bench fails."""
+        known = None if again else self.stored_speed(pair, depth)
         if known is None:
             step = _stepper(self.progress, self.speed_label(pair, depth), 2)
             known = speed.run_speed(self.programs, self.model, pair, depth, step)

@@ -19,14 +19,9 @@ __all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 # Environment variables that change what the programs compute belong to a result's identity.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
-<<<<<<< HEAD
 _USED = ("llama-perplexity", "llama-completion", "llama-bench")
 _ATTEMPTS = 5
 _ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
-=======
-_USED = ("llama-perplexity", "llama-completion")
-_ATTEMPTS = 5
->>>>>>> main
 
 
 class ProgramError(LlamaError):
