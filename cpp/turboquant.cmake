@@ -33,6 +33,11 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_
         list(APPEND _tq_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
     endif()
     _tq_isa(TURBOQUANT_X86 SOURCES avx2.cpp FLAGS ${_tq_avx2})
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag(-mavxvnni TURBOQUANT_HAS_AVXVNNI) # GCC 11, Clang 12
+    if(TURBOQUANT_HAS_AVXVNNI)
+        _tq_isa(TURBOQUANT_AVXVNNI SOURCES avxvnni.cpp FLAGS ${_tq_avx2} -mavxvnni)
+    endif()
     _tq_isa(TURBOQUANT_X86 SOURCES avx512.cpp FLAGS ${_tq_avx512})
     _tq_isa(TURBOQUANT_X86 SOURCES avx512vnni.cpp FLAGS ${_tq_avx512} -mavx512vnni)
     _tq_isa(TURBOQUANT_X86 SOURCES avx512vbmi.cpp FLAGS ${_tq_avx512} -mavx512vnni -mavx512vbmi)

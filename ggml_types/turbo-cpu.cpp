@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t rows_per_unit  = 64;  // query rows that share a decoded tile
+constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
 constexpr int64_t least_kv_chunk = 256; // KV rows; less is not worth a merge
 
 int row_type(ggml_type type) {
@@ -48,9 +48,18 @@ size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
+// For comparisons, and a way out for users.
+bool generic_attention() {
+    static const bool asked = []() {
+        const char * text = getenv("TURBOQUANT_GENERIC_ATTENTION");
+        return text && *text && strcmp(text, "0") != 0;
+    }();
+    return asked;
+}
+
 // False if the engine does not cover op: then ggml's generic path computes it.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
-    if (op->op != GGML_OP_FLASH_ATTN_EXT) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || generic_attention()) {
         return false;
     }
     const ggml_tensor * q    = op->src[0];

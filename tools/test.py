@@ -67,7 +67,7 @@ class Context:
 
     def environment(self) -> dict[str, str]:
         """The caller's, without what would change the results."""
-        dropped = ("TURBOQUANT_KERNELS", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
+        dropped = ("TURBOQUANT_KERNELS", "TURBOQUANT_GENERIC", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         return {**kept, "PATH": self.path, "TURBOQUANT_CACHE": str(self.cache)}
 

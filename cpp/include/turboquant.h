@@ -196,8 +196,8 @@ TURBOQUANT_API void   tq_attention_finish(int type_v, float * partial, int64_t h
 
 /* ---- kernels ----------------------------------------------------------------------------------------------- */
 
-/* The ordered list, best first: avx512vbmi, avx512vnni, avx512, avx2, neon_dotprod, neon, scalar (those that
- * this build has). */
+/* The ordered list, best first: avx512vbmi, avx512vnni, avx512, avxvnni, avx2, neon_dotprod, neon, scalar (those
+ * that this build has). */
 TURBOQUANT_API int          tq_kernels_count(void);
 TURBOQUANT_API const char * tq_kernels_name(int index);      /* null if out of range */
 TURBOQUANT_API int          tq_kernels_supported(int index); /* 1 if this CPU can run them */

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -44,70 +45,85 @@ size_t row_bytes(int type, int64_t n) {
     return tq_row_bytes(tq_type(type), n);
 }
 
-constexpr int64_t query_tile = 64; // query rows that share a decoded tile; their sums stay in the L2 cache
+constexpr int64_t query_tile = 128; // query rows that share a decoded tile; their sums stay in the L2 cache
 
 int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : 2; }
 
-// ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
-void plain_levels(int type, const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
-    for (int64_t b = 0; b < blocks; ++b, level += 32) {
-        scale[b * tile_rows] = load_scale(src);
-        src += 2;
-        if (type == TQ_ROW_Q8_0) {
-            std::memcpy(level, src, 32);
-            src += 32;
-        } else {
-            for (int j = 0; j < 16; ++j) {
-                level[j] = int8_t((src[j] & 15) - 8);
-                level[j + 16] = int8_t((src[j] >> 4) - 8);
-            }
-            src += 16;
-        }
-    }
+// int8 levels of rows of `blocks` blocks, and their scales.
+void load_levels(int type, const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    const Kernels & kernel = kernels();
+    if (type < TQ_TYPE_COUNT)
+        kernel.levels[type](rows, blocks, level, scale);
+    else if (type == TQ_ROW_Q8_0)
+        kernel.levels_q8_0(rows, blocks, level, scale);
+    else
+        kernel.levels_q4_0(rows, blocks, level, scale);
 }
 
-void plain_values(int type, const uint8_t * src, int64_t n, float * dst) {
+// The values of rows of n, in the rotated domain if the type is turbo.
+void load_values(int type, const CacheRows & rows, int64_t n, float * dst) {
     const Kernels & kernel = kernels();
-    if (type == TQ_ROW_F16) return kernel.load_f16(src, dst, n);
-    if (type == TQ_ROW_BF16) return kernel.load_bf16(src, dst, n);
-    for (int64_t i = 0; i < n; i += 32, src += type == TQ_ROW_Q8_0 ? 34 : 18) {
-        int8_t level[32];
-        float scale;
-        plain_levels(type, src, 1, level, &scale);
-        for (int j = 0; j < 32; ++j) dst[i + j] = scale * float(level[j]);
+    for (int r = 0; r < rows.count; ++r, dst += n) {
+        const uint8_t * src = rows[r];
+        if (type < TQ_TYPE_COUNT) {
+            kernel.decode_rotated[type](src, dst, n / tq_type_get(tq_type(type))->block);
+        } else if (type == TQ_ROW_F16) {
+            kernel.load_f16(src, dst, n);
+        } else if (type == TQ_ROW_BF16) {
+            kernel.load_bf16(src, dst, n);
+        } else {
+            for (int64_t i = 0; i < n; i += 32, src += row_bytes(type, 32)) {
+                int8_t level[32];
+                float scale;
+                load_levels(type, {src, 0, 1, nullptr}, 1, level, &scale);
+                for (int j = 0; j < 32; ++j) dst[i + j] = scale * float(level[j]);
+            }
+        }
     }
 }
 
 // Scratch memory of one call, carved from one allocation; every array starts on a cache line.
 struct Scratch {
     uint8_t * query;      // [rows] prepared query rows (floats if K is not integer)
-    int8_t * level;       // [tile_rows][head_k]
-    float * level_scale;  // [blocks of K][tile_rows]
+    int8_t * level;       // [tile_rows][head] of K or V, as they come from the cache
+    int8_t * tile;        // the same as the kernels want them
+    float * key_scale;    // [blocks of K][tile_rows]
+    float * value_scale;  // [blocks of V][tile_rows]
     float * key;          // [tile_rows][head_k], if K is not integer
+    float * value;        // [tile_rows][head_v], unless the kernels take V as levels
     float * weight;       // [rows][tile_rows] scores, then weights
     float * bias;         // [tile_rows] of the masks of one query row
-    float * value;        // [tile_rows][head_v]
+    float * most;         // [tile_rows] greatest weight of any query row
     SoftmaxState * state; // [rows]
     size_t bytes;
 };
 
-Scratch layout(const tq_attention_kv & kv, const RowType & k, int64_t rows, void * base) {
+bool values_as_levels(const RowType & v) { return v.integer && kernels().accumulate_levels; }
+
+Scratch layout(const tq_attention_kv & kv, int64_t rows, void * base) {
+    const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     size_t at = 0;
     auto take = [&](size_t bytes) {
         uint8_t * p = static_cast<uint8_t *>(base) + at;
         at += (bytes + 63) & ~size_t(63);
         return p;
     };
-    const int64_t blocks = kv.head_k / k.block;
+    const bool levels_v = values_as_levels(v);
+    const int64_t level_head = std::max(k.integer ? kv.head_k : 0, levels_v ? kv.head_v : 0);
+    const int64_t level_bytes = level_head ? tile_rows * ((level_head + 63) / 64 * 64) + 64 : 0; // see Kernels::keys
     const size_t query_row = k.integer ? tq_query_bytes(k.block, kv.head_k) : size_t(kv.head_k) * sizeof(float);
+    const auto floats = [&](int64_t n) { return reinterpret_cast<float *>(take(size_t(n) * sizeof(float))); };
     Scratch s;
     s.query = take(size_t(rows) * query_row + 64); // a vector load may start at the last block's values
-    s.level = reinterpret_cast<int8_t *>(take(k.integer ? size_t(tile_rows * kv.head_k) : 0));
-    s.level_scale = reinterpret_cast<float *>(take(k.integer ? size_t(blocks * tile_rows) * sizeof(float) : 0));
-    s.key = reinterpret_cast<float *>(take(k.integer ? 0 : size_t(tile_rows * kv.head_k) * sizeof(float)));
-    s.weight = reinterpret_cast<float *>(take(size_t(rows * tile_rows) * sizeof(float)));
-    s.bias = reinterpret_cast<float *>(take(tile_rows * sizeof(float)));
-    s.value = reinterpret_cast<float *>(take(size_t(tile_rows * kv.head_v) * sizeof(float)));
+    s.level = reinterpret_cast<int8_t *>(take(size_t(level_bytes)));
+    s.tile = reinterpret_cast<int8_t *>(take(size_t(level_bytes)));
+    s.key_scale = floats(k.integer ? kv.head_k / k.block * tile_rows : 0);
+    s.value_scale = floats(levels_v ? kv.head_v / v.block * tile_rows : 0);
+    s.key = floats(k.integer ? 0 : tile_rows * kv.head_k);
+    s.value = floats(levels_v ? 0 : tile_rows * kv.head_v);
+    s.weight = floats(rows * tile_rows);
+    s.bias = floats(tile_rows);
+    s.most = floats(tile_rows);
     s.state = reinterpret_cast<SoftmaxState *>(take(size_t(rows) * sizeof(SoftmaxState)));
     s.bytes = at;
     return s;
@@ -126,32 +142,37 @@ void prepare_queries(const tq_attention_kv & kv, const RowType & k, const tq_att
     }
 }
 
-void load_keys(const tq_attention_kv & kv, const RowType & k, int64_t first, int rows, Scratch & s) {
+void score(const tq_attention_kv & kv, const RowType & k, const CacheRows & rows, int queries, Scratch & s) {
+    const Kernels & kernel = kernels();
+    const int rest = tile_rows - rows.count;
+    if (!k.integer) {
+        load_values(kv.type_k, rows, kv.head_k, s.key);
+        std::memset(s.key + rows.count * kv.head_k, 0, size_t(rest * kv.head_k) * sizeof(float));
+        return kernel.scores_float(s.key, kv.head_k, reinterpret_cast<const float *>(s.query), queries, s.weight);
+    }
     const int64_t blocks = kv.head_k / k.block;
-    const uint8_t * src = static_cast<const uint8_t *>(kv.k) + size_t(first) * kv.stride_k;
-    for (int r = 0; r < rows; ++r, src += kv.stride_k) {
-        if (k.turbo)
-            kernels().levels[kv.type_k](src, blocks, s.level + r * kv.head_k, s.level_scale + r);
-        else if (k.integer)
-            plain_levels(kv.type_k, src, blocks, s.level + r * kv.head_k, s.level_scale + r);
-        else
-            plain_values(kv.type_k, src, kv.head_k, s.key + r * kv.head_k);
-    }
-    const size_t rest = size_t(tile_rows - rows);
-    if (rest == 0) return;
-    if (k.integer) {
-        std::memset(s.level + rows * kv.head_k, 0, rest * size_t(kv.head_k));
+    load_levels(kv.type_k, rows, blocks, s.level, s.key_scale);
+    if (rest) {
+        std::memset(s.level + rows.count * kv.head_k, 0, size_t(rest * kv.head_k));
         for (int64_t b = 0; b < blocks; ++b)
-            std::memset(s.level_scale + b * tile_rows + rows, 0, rest * sizeof(float));
-    } else {
-        std::memset(s.key + rows * kv.head_k, 0, rest * size_t(kv.head_k) * sizeof(float));
+            std::memset(s.key_scale + b * tile_rows + rows.count, 0, size_t(rest) * sizeof(float));
     }
+    if (kernel.keys) kernel.keys(s.level, kv.head_k, s.tile);
+    const int8_t * tile = kernel.keys ? s.tile : s.level;
+    kernel.scores[block_index(k.block)](tile, s.key_scale, blocks, s.query, queries, s.weight);
+}
+
+CacheRows rows_at(const void * cache, size_t stride, int64_t first, int count) {
+    return {static_cast<const uint8_t *>(cache) + size_t(first) * stride, stride, count, nullptr};
 }
 
 // A query row's mask; fp16 or float32.
 struct Mask {
     const void * row;
     bool f32;
+    const void * from(int64_t i) const {
+        return row ? static_cast<const uint8_t *>(row) + size_t(i) * (f32 ? sizeof(float) : sizeof(uint16_t)) : nullptr;
+    }
     bool open(int64_t i) const {
         return f32 ? static_cast<const float *>(row)[i] != -INFINITY : static_cast<const uint16_t *>(row)[i] != 0xFC00;
     }
@@ -175,47 +196,44 @@ bool visible(const tq_attention_queries & queries, int64_t first, int rows) {
     return false;
 }
 
-// What is added to the scores of one query row: slope * mask, and -inf beyond the tile's rows.
-void load_bias(const Mask & mask, float slope, int64_t first, int rows, float * bias) {
-    for (int r = 0; r < tile_rows; ++r) bias[r] = r < rows ? 0.0f : -INFINITY;
-    if (!mask.row) return;
-    float values[tile_rows];
-    if (mask.f32) {
-        std::memcpy(values, static_cast<const float *>(mask.row) + first, size_t(rows) * sizeof(float));
-    } else if (rows == tile_rows) {
-        kernels().load_f16(static_cast<const uint8_t *>(mask.row) + 2 * first, values, tile_rows);
-    } else {
-        for (int r = 0; r < rows; ++r) values[r] = half_to_float(static_cast<const uint16_t *>(mask.row)[first + r]);
-    }
-    for (int r = 0; r < rows; ++r) bias[r] = slope * values[r];
+// The rows of V whose weight matters, in `index`; closes the gaps in the weights.
+CacheRows needed_rows(const CacheRows & rows, float sparse_v, int queries, Scratch & s, uint8_t * index) {
+    int out = 0;
+    for (int r = 0; r < tile_rows; ++r) out += s.most[r] <= sparse_v; // a NaN is needed
+    if (out == 0 && rows.count == tile_rows) return rows;
+    int count = 0;
+    for (int r = 0; r < rows.count; ++r)
+        if (!(s.most[r] <= sparse_v)) index[count++] = uint8_t(r);
+    if (count < rows.count)
+        for (int m = 0; m < queries; ++m)
+            for (int i = 0; i < count; ++i) s.weight[m * tile_rows + i] = s.weight[m * tile_rows + index[i]];
+    return {rows.first, rows.stride, count, index};
 }
 
-// Decode V for the rows whose weight matters and close the gaps in the weights; returns how many there are.
-int load_values(const tq_attention_kv & kv, bool turbo, int64_t first, int rows, int64_t queries, Scratch & s) {
-    const uint8_t * src = static_cast<const uint8_t *>(kv.v) + size_t(first) * kv.stride_v;
-    float needed[tile_rows];
-    for (int r = 0; r < tile_rows; ++r) needed[r] = s.weight[r];
-    for (int64_t m = 1; m < queries; ++m)
-        for (int r = 0; r < tile_rows; ++r) {
-            const float w = s.weight[m * tile_rows + r];
-            needed[r] = w > needed[r] ? w : needed[r];
-        }
-    int live[tile_rows], count = 0;
-    for (int r = 0; r < rows; ++r)
-        if (!(needed[r] <= kv.sparse_v)) live[count++] = r; // NaN counts as needed
-    const tq_type_info * info = turbo ? tq_type_get(tq_type(kv.type_v)) : nullptr;
-    for (int i = 0; i < count; ++i) {
-        const uint8_t * row = src + size_t(live[i]) * kv.stride_v;
-        float * out = s.value + i * kv.head_v;
-        if (turbo)
-            kernels().decode_rotated[kv.type_v](row, out, kv.head_v / info->block);
-        else
-            plain_values(kv.type_v, row, kv.head_v, out);
+void add_values(const tq_attention_kv & kv, const RowType & v, const CacheRows & rows, int queries, Scratch & s,
+                float * sum, int64_t stride) {
+    const Kernels & kernel = kernels();
+    if (!values_as_levels(v)) {
+        load_values(kv.type_v, rows, kv.head_v, s.value);
+        return kernel.accumulate(s.value, rows.count, kv.head_v, s.weight, s.state, queries, sum, stride);
     }
-    if (count < rows)
-        for (int64_t m = 0; m < queries; ++m)
-            for (int i = 0; i < count; ++i) s.weight[m * tile_rows + i] = s.weight[m * tile_rows + live[i]];
-    return count;
+    const int64_t blocks = kv.head_v / v.block;
+    load_levels(kv.type_v, rows, blocks, s.level, s.value_scale);
+    for (int64_t b = 0; b < blocks; ++b) { // weights times scales must not be negative
+        float * scale = s.value_scale + b * tile_rows;
+        uint32_t sign = 0;
+        for (int r = 0; r < rows.count; ++r) sign |= float_bits(scale[r]);
+        if (sign >> 31 == 0) continue;
+        for (int r = 0; r < rows.count; ++r) {
+            if (!std::signbit(scale[r])) continue;
+            scale[r] = -scale[r];
+            int8_t * level = s.level + r * kv.head_v + b * v.block;
+            for (int c = 0; c < v.block; ++c) level[c] = int8_t(-level[c]);
+        }
+    }
+    kernel.values(s.level, rows.count, kv.head_v, s.tile);
+    kernel.accumulate_levels(s.tile, s.value_scale, v.block, rows.count, kv.head_v, s.weight, s.state, queries, sum,
+                             stride);
 }
 
 } // namespace
@@ -229,7 +247,7 @@ int tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v
 }
 
 size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows) {
-    return layout(*kv, row_type(kv->type_k), rows, nullptr).bytes + 64;
+    return layout(*kv, rows, nullptr).bytes + 64;
 }
 
 int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_queries * args_queries, int64_t first,
@@ -238,7 +256,7 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
     const tq_attention_queries & queries = *args_queries;
     const Kernels & kernel = kernels();
     const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
-    Scratch s = layout(kv, k, queries.rows,
+    Scratch s = layout(kv, queries.rows,
                        reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63)));
     const int64_t stride = kv.head_v + 2;
     for (int64_t m = 0; m < queries.rows; ++m) {
@@ -252,22 +270,20 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
     for (int64_t tile = first; tile < last; tile += tile_rows) {
         const int rows = int(last - tile < tile_rows ? last - tile : tile_rows);
         if (!visible(queries, tile, rows)) continue;
-        load_keys(kv, k, tile, rows, s);
-        if (k.integer)
-            kernel.scores[block_index(k.block)](s.level, s.level_scale, kv.head_k / k.block, s.query, m_rows, s.weight);
-        else
-            kernel.scores_float(s.key, kv.head_k, reinterpret_cast<const float *>(s.query), m_rows, s.weight);
+        score(kv, k, rows_at(kv.k, kv.stride_k, tile, rows), m_rows, s);
+        std::memset(s.most, 0, tile_rows * sizeof(float));
         for (int m = 0; m < m_rows; ++m) {
             const Mask mask = mask_of(queries, m);
             const float slope = queries.slope ? queries.slope[m] : 1.0f;
             const bool same = m > 0 && mask.row == mask_of(queries, m - 1).row &&
                               (!queries.slope || slope == queries.slope[m - 1]);
-            if (!same) load_bias(mask, slope, tile, rows, s.bias);
-            kernel.softmax(s.weight + m * tile_rows, s.bias, kv.scale, kv.soft_cap, &s.state[m]);
+            if (!same) kernel.bias(mask.from(tile), mask.f32, slope, rows, s.bias);
+            kernel.softmax(s.weight + m * tile_rows, s.bias, kv.scale, kv.soft_cap, &s.state[m], s.most);
         }
-        const int count = load_values(kv, v.turbo, tile, rows, queries.rows, s);
-        skipped += rows - count;
-        kernel.accumulate(s.value, count, kv.head_v, s.weight, s.state, m_rows, partial, stride);
+        uint8_t index[tile_rows];
+        const CacheRows needed = needed_rows(rows_at(kv.v, kv.stride_v, tile, rows), kv.sparse_v, m_rows, s, index);
+        add_values(kv, v, needed, m_rows, s, partial, stride);
+        skipped += rows - needed.count;
     }
     for (int64_t m = 0; m < queries.rows; ++m) {
         partial[m * stride + kv.head_v] = s.state[m].largest;

@@ -9,7 +9,8 @@
 namespace turboquant {
 namespace {
 
-// e^x for x <= 0, relative error below 2e-7; 0 from -87 down; NaN stays NaN. Cody-Waite reduction and the polynomial of Cephes' expf.
+// e^x for x <= 0, relative error below 2e-7; 0 from -87 down; NaN stays NaN. Cody-Waite reduction and the polynomial of
+// Cephes' expf.
 inline float exp_negative(float x) {
     const float bounded = x <= -87.0f ? -87.0f : x;
     const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -30,7 +31,7 @@ inline float exp_negative(float x) {
 inline float greater(float a, float b) { return a > b ? a : b; }
 
 // One query row's tile of scores -> weights relative to the row's running maximum. NaN scores make the sum NaN.
-void softmax_tile(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state) {
+void softmax_tile(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
     if (soft_cap != 0.0f) {
         for (int r = 0; r < tile_rows; ++r) {
             const float x = s[r] * scale / soft_cap, t = exp_negative(x > 0 ? -2 * x : 2 * x);
@@ -51,10 +52,12 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     const float largest = greater(lane[0], state->largest);
     if (largest == -INFINITY) { // masked so far
         for (int r = 0; r < tile_rows; ++r) s[r] = s[r] == s[r] ? 0.0f : s[r];
+        for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r];
         state->correction = 1.0f;
         return;
     }
     for (int r = 0; r < tile_rows; ++r) s[r] = exp_negative(s[r] - largest);
+    for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r]; // a NaN weight stays
     for (int l = 0; l < 16; ++l) lane[l] = s[l];
     for (int r = 16; r < tile_rows; r += 16)
         for (int l = 0; l < 16; ++l) lane[l] += s[r + l];
@@ -64,6 +67,24 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     state->sum = state->sum * state->correction + lane[0];
     state->largest = largest;
 }
+
+// V as levels: weights are rounded to 8 bits in tiles where none is above this share of the sum so far, else to 16.
+[[maybe_unused]] constexpr float coarse_share = 1.0f / 128;
+
+// What is added before rounding to 8 bits, in units, so that many small weights are not all lost: the van der Corput
+// sequence over the tile's rows, between -0.5 and 0.5.
+struct Dither {
+    alignas(64) float row[tile_rows];
+    constexpr Dither() : row() {
+        for (int r = 0; r < tile_rows; ++r) {
+            int reversed = 0;
+            for (int bit = 0; bit < 6; ++bit) reversed |= (r >> bit & 1) << (5 - bit);
+            row[r] = (float(reversed) + 0.5f) / tile_rows - 0.5f;
+        }
+    }
+};
+static_assert(tile_rows == 64, "six bits");
+[[maybe_unused]] constexpr Dither dither;
 
 // K as floats: plain dot products.
 void scores_float_tile(const float * k, int64_t head, const float * q, int rows, float * s) {
@@ -82,7 +103,8 @@ void scores_float_tile(const float * k, int64_t head, const float * q, int rows,
 
 // Where an ISA file has nothing better.
 template <int N>
-[[maybe_unused]] void scores_tile(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+[[maybe_unused]] void scores_tile(const int8_t * level, const float * scale, int64_t blocks, const void * query,
+                                  int rows, float * s) {
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     for (int m = 0; m < rows; ++m, q += blocks)
         for (int r = 0; r < tile_rows; ++r) {
@@ -97,8 +119,8 @@ template <int N>
         }
 }
 
-[[maybe_unused]] void accumulate_tile(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
-                                      float * sum, int64_t stride) {
+[[maybe_unused]] void accumulate_tile(const float * v, int count, int64_t head, const float * weights,
+                                      const SoftmaxState * state, int rows, float * sum, int64_t stride) {
     for (int m = 0; m < rows; ++m) {
         float * out = sum + m * stride;
         for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
@@ -125,6 +147,57 @@ template <int N>
             out->sum += out->q[i];
         }
     }
+}
+
+// ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
+void levels_q8_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += 34, level += 32) {
+            scale[b * tile_rows + r] = load_scale(src);
+            std::memcpy(level, src + 2, 32);
+        }
+    }
+}
+
+constexpr uint64_t each_byte = 0x0101010101010101;
+
+void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += 18, level += 32) {
+            scale[b * tile_rows + r] = load_scale(src);
+            scale[b * tile_rows + r] = std::fabs(scale[b * tile_rows + r]);
+            const uint64_t flip = load16(src) >> 15; // half of ggml's scales are negative; then -8 becomes 8
+            for (int w = 0; w < 4; ++w) {            // eight levels at a time: compilers do not vectorise this
+                uint64_t v;
+                std::memcpy(&v, src + 2 + 8 * (w % 2), 8);
+                v = v >> (w < 2 ? 0 : 4) & each_byte * 15;
+                v = (v ^ each_byte * 15 * flip) + each_byte * flip;       // or 16 - v
+                v = ((v | each_byte * 128) - each_byte * 8) ^ each_byte * 128; // v - 8
+                std::memcpy(level + 8 * w, &v, 8);
+            }
+        }
+    }
+}
+
+void load_f16(const uint8_t * src, float * dst, int64_t n);
+
+void bias_tile(const void * mask, bool f32, float slope, int rows, float * bias) {
+    alignas(64) uint8_t padded[tile_rows * sizeof(float)];
+    const size_t size = f32 ? sizeof(float) : sizeof(uint16_t);
+    if (!mask || rows < tile_rows) {
+        std::memset(padded, 0, sizeof(padded));
+        if (mask) std::memcpy(padded, mask, size_t(rows) * size);
+        mask = padded;
+    }
+    if (f32)
+        std::memcpy(bias, mask, tile_rows * sizeof(float));
+    else
+        load_f16(static_cast<const uint8_t *>(mask), bias, tile_rows);
+    if (slope != 1.0f)
+        for (int r = 0; r < tile_rows; ++r) bias[r] *= slope;
+    for (int r = rows; r < tile_rows; ++r) bias[r] = -INFINITY;
 }
 
 void load_bf16_row(const uint8_t * src, float * dst, int64_t n) {

@@ -205,8 +205,6 @@ template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
     return out;
 }
 
-float block_d(const uint8_t * block) { return _cvtsh_ss(load16(block)); }
-
 template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
     const __m256 norm = _mm256_set1_ps(Block<N>::one_over_sqrt_n);
     for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
@@ -394,7 +392,7 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
     using F = Format<Bits, N>;
     constexpr int words = N / 16;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const __m256 scale = _mm256_set1_ps(block_d(src) * F::step_n);
+        const __m256 scale = _mm256_set1_ps(load_scale(src) * F::step_n);
         const Levels<N> level = expand<Bits, N>(src + 2);
         __m256i w[words];
         for (int r = 0; r < Levels<N>::registers; ++r) {
@@ -416,7 +414,7 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
 template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
     using F = Format<Bits, N>;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const __m256 scale = _mm256_set1_ps(block_d(src) * F::step);
+        const __m256 scale = _mm256_set1_ps(load_scale(src) * F::step);
         const Levels<N> level = expand<Bits, N>(src + 2);
         for (int r = 0; r < Levels<N>::registers; ++r) {
             const __m128i half[2] = {_mm256_castsi256_si128(level.v[r]), _mm256_extracti128_si256(level.v[r], 1)};
@@ -449,19 +447,104 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
-        sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
+        sum += load_scale(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
 }
 
-template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     using F = Format<Bits, N>;
-    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-        scale[b * tile_rows] = block_d(src) * F::step;
-        const Levels<N> expanded = expand<Bits, N>(src + 2);
-        for (int r = 0; r < Levels<N>::registers; ++r)
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level + 32 * r), expanded.v[r]);
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            const Levels<N> expanded = expand<Bits, N>(src + 2);
+            for (int i = 0; i < Levels<N>::registers; ++i)
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(level + 32 * i), expanded.v[i]);
+        }
     }
 }
+
+#ifdef TURBOQUANT_VNNI
+// A lane of 32 bits holds four channels of one KV row (K) or one channel of four KV rows (V), as in avx512.cpp.
+__m256i dot4(__m256i sum, __m256i a, __m256i b) { // a unsigned, b signed
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
+#else
+    return _mm256_dpbusd_epi32(sum, a, b);
+#endif
+}
+
+// 8 rows of 4 dwords, `stride` bytes apart, to columns of 8 rows, 64 rows apart.
+void transpose8(const int8_t * src, int64_t stride, int8_t * dst) {
+    __m256i row[4];
+    for (int j = 0; j < 4; ++j)
+        row[j] = _mm256_loadu2_m128i(reinterpret_cast<const __m128i *>(src + (j + 4) * stride),
+                                     reinterpret_cast<const __m128i *>(src + j * stride));
+    const __m256i low01 = _mm256_unpacklo_epi32(row[0], row[1]), high01 = _mm256_unpackhi_epi32(row[0], row[1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(row[2], row[3]), high23 = _mm256_unpackhi_epi32(row[2], row[3]);
+    const __m256i column[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                               _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+    for (int i = 0; i < 4; ++i) // the instruction multiplies unsigned by signed: levels are offset by 128
+        _mm256_store_si256(reinterpret_cast<__m256i *>(dst + i * 4 * tile_rows),
+                           _mm256_xor_si256(column[i], _mm256_set1_epi8(-128)));
+}
+
+// tile: [head / 4][tile_rows] dwords.
+void keys(const int8_t * level, int64_t head, int8_t * tile) {
+    for (int r = 0; r < tile_rows; r += 8)
+        for (int64_t c = 0; c < head; c += 16) transpose8(level + r * head + c, head, tile + c * tile_rows + 4 * r);
+}
+
+// The four bytes at p, in every lane.
+__m256i broadcast4(const void * p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// s[m] (+)= the products of Rows queries with 8 * Registers rows of K over one block.
+template <int N, int Rows, int Registers>
+void scores_block(const int8_t * tile, const float * scale, const typename QueryBlock<N>::type * q, int64_t q_stride,
+                  bool add, float * s) {
+    __m256i sum[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int j = 0; j < Registers; ++j) sum[m][j] = _mm256_set1_epi32(-128 * q[m * q_stride].sum);
+    for (int c = 0; c < N; c += 4, tile += 4 * tile_rows) {
+        __m256i k[Registers];
+        for (int j = 0; j < Registers; ++j) k[j] = _mm256_load_si256(reinterpret_cast<const __m256i *>(tile + 32 * j));
+        for (int m = 0; m < Rows; ++m) {
+            const __m256i values = broadcast4(q[m * q_stride].q + c);
+            for (int j = 0; j < Registers; ++j) sum[m][j] = dot4(sum[m][j], k[j], values);
+        }
+    }
+    for (int j = 0; j < Registers; ++j) {
+        const __m256 scales = _mm256_loadu_ps(scale + lanes * j);
+        for (int m = 0; m < Rows; ++m) {
+            float * out = s + m * tile_rows + lanes * j;
+            const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][j]), _mm256_set1_ps(q[m * q_stride].scale));
+            _mm256_storeu_ps(out, add ? _mm256_fmadd_ps(product, scales, _mm256_loadu_ps(out))
+                                      : _mm256_mul_ps(product, scales));
+        }
+    }
+}
+
+template <int N>
+void scores(const int8_t * tile, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    for (int r = 0; r < tile_rows; r += 16) {
+        int m = 0;
+        for (; m + 4 <= rows; m += 4)
+            for (int64_t b = 0; b < blocks; ++b)
+                scores_block<N, 4, 2>(tile + b * N * tile_rows + 4 * r, scale + b * tile_rows + r, q + m * blocks + b,
+                                      blocks, b > 0, s + m * tile_rows + r);
+        for (; m < rows; ++m)
+            for (int64_t b = 0; b < blocks; ++b)
+                scores_block<N, 1, 2>(tile + b * N * tile_rows + 4 * r, scale + b * tile_rows + r, q + m * blocks + b,
+                                      blocks, b > 0, s + m * tile_rows + r);
+    }
+}
+#else
+constexpr decltype(Kernels::keys) keys = nullptr;
 
 template <int N>
 void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
@@ -492,9 +575,14 @@ void scores(const int8_t * level, const float * scale, int64_t blocks, const voi
             _mm256_storeu_ps(s + m * tile_rows + r0, total);
         }
 }
+#endif
 
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     scores_float_tile(k, head, q, rows, s);
+}
+
+void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
+    softmax_tile(s, bias, scale, soft_cap, state, most);
 }
 
 // Rows x 8 * Registers outputs stay in registers while all rows of V pass by.
@@ -535,6 +623,131 @@ void accumulate(const float * v, int count, int64_t head, const float * weights,
         accumulate_rows<1, 4>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
 }
 
+#ifdef TURBOQUANT_VNNI
+// tile: [count / 4][head] dwords. Dwords are permuted before the bytes of four rows are interleaved, as unpacking works
+// inside lanes of 128 bits.
+void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int r = 0; r < count; r += 4, level += 4 * head)
+        for (int64_t c = 0; c < head; c += 32, tile += 128) {
+            __m256i row[4];
+            for (int i = 0; i < 4; ++i)
+                row[i] = _mm256_permutevar8x32_epi32(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i *>(level + i * head + c)), order);
+            const __m256i low01 = _mm256_unpacklo_epi8(row[0], row[1]), high01 = _mm256_unpackhi_epi8(row[0], row[1]);
+            const __m256i low23 = _mm256_unpacklo_epi8(row[2], row[3]), high23 = _mm256_unpackhi_epi8(row[2], row[3]);
+            __m256i * out = reinterpret_cast<__m256i *>(tile);
+            _mm256_store_si256(out, _mm256_unpacklo_epi16(low01, low23));
+            _mm256_store_si256(out + 1, _mm256_unpackhi_epi16(low01, low23));
+            _mm256_store_si256(out + 2, _mm256_unpacklo_epi16(high01, high23));
+            _mm256_store_si256(out + 3, _mm256_unpackhi_epi16(high01, high23));
+        }
+}
+
+// Whether the tile's weights need 16 bits (see coarse_share); a NaN does.
+bool needs_16_bits(const float * weights, int count, const SoftmaxState & state) {
+    float largest = 0;
+    for (int r = 0; r < count; ++r) largest = weights[r] > largest ? weights[r] : largest;
+    return !(largest <= coarse_share * state.sum);
+}
+
+// A query row's weights times V's scales, as multiples of `unit`: of 8 bits, or the upper and lower bytes of 16.
+struct Weights {
+    alignas(32) uint8_t high[tile_rows], low[tile_rows];
+    float unit;
+};
+
+void round_weights(const float * weights, const float * scale, int count, bool fine, Weights & out) {
+    const float limit = fine ? 65535.0f : 255.0f;
+    alignas(32) float w[tile_rows] = {};
+    for (int r = 0; r < count; ++r) w[r] = weights[r] * scale[r];
+    __m256i largest = _mm256_setzero_si256(); // of bits: NaN is above all
+    for (int r = 0; r < tile_rows; r += lanes)
+        largest = _mm256_max_epu32(largest, _mm256_castps_si256(_mm256_load_ps(w + r)));
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1));
+    const float top = bits_float(uint32_t(_mm_cvtsi128_si32(most)));
+    const bool usable = top > 0 && top < INFINITY;
+    out.unit = usable ? top / limit : top; // not finite: the sums must show it
+    const __m256 inverse = _mm256_set1_ps(usable ? limit / top : 0.0f);
+    const __m256i byte = _mm256_set1_epi16(255), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int r = 0; r < tile_rows; r += 32) {
+        __m256i x[4];
+        for (int i = 0; i < 4; ++i) {
+            const __m256 offset = fine ? _mm256_setzero_ps() : _mm256_load_ps(dither.row + r + lanes * i);
+            x[i] = _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_load_ps(w + r + lanes * i), inverse, offset));
+        }
+        const __m256i a = _mm256_packus_epi32(x[0], x[1]), b = _mm256_packus_epi32(x[2], x[3]);
+        const __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+        const __m256i low = _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out.high + r), _mm256_permutevar8x32_epi32(high, order));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(out.low + r), _mm256_permutevar8x32_epi32(low, order));
+    }
+}
+
+// The upper bytes' products with V, shifted, and those of the lower bytes: Rows x 8 * Registers sums in registers.
+template <int Rows, int Registers>
+void accumulate_levels_block(const int8_t * tile, int count, int64_t head, const Weights * weights, bool fine,
+                             const SoftmaxState * state, float * sum, int64_t stride) {
+    __m256i a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) a[m][c] = _mm256_setzero_si256();
+    const auto pass = [&](uint8_t const (Weights::*bytes)[tile_rows]) {
+        const int8_t * v = tile;
+        for (int r = 0; r < count; r += 4, v += 4 * head) {
+            __m256i value[Registers];
+            for (int c = 0; c < Registers; ++c)
+                value[c] = _mm256_load_si256(reinterpret_cast<const __m256i *>(v + 32 * c));
+            for (int m = 0; m < Rows; ++m) {
+                const __m256i weight = broadcast4((weights[m].*bytes) + r);
+                for (int c = 0; c < Registers; ++c) a[m][c] = dot4(a[m][c], weight, value[c]);
+            }
+        }
+    };
+    if (fine) {
+        pass(&Weights::high);
+        for (int m = 0; m < Rows; ++m)
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm256_slli_epi32(a[m][c], 8);
+    }
+    pass(&Weights::low);
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) {
+            float * out = sum + m * stride + lanes * c;
+            const __m256 before = _mm256_mul_ps(_mm256_set1_ps(state[m].correction), _mm256_loadu_ps(out));
+            const __m256 unit = _mm256_set1_ps(weights[m].unit);
+            _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(a[m][c]), unit, before));
+        }
+}
+
+template <int Rows, int Registers>
+void accumulate_levels_rows(const int8_t * tile, const float * scale, int block, int count, int64_t head,
+                            const float * weights, const SoftmaxState * state, float * sum, int64_t stride) {
+    Weights rounded[Rows];
+    bool fine = false;
+    for (int m = 0; m < Rows; ++m) fine = fine || needs_16_bits(weights + m * tile_rows, count, state[m]);
+    for (int64_t b = 0; b < head / block; ++b, scale += tile_rows) {
+        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine, rounded[m]);
+        for (int64_t c = b * block; c < (b + 1) * block; c += Registers * lanes)
+            accumulate_levels_block<Rows, Registers>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+    }
+}
+
+void accumulate_levels(const int8_t * tile, const float * scale, int block, int count, int64_t head,
+                       const float * weights, const SoftmaxState * state, int rows, float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4)
+        accumulate_levels_rows<4, 2>(tile, scale, block, count, head, weights + m * tile_rows, state + m,
+                                     sum + m * stride, stride);
+    for (; m < rows; ++m)
+        accumulate_levels_rows<1, 4>(tile, scale, block, count, head, weights + m * tile_rows, state + m,
+                                     sum + m * stride, stride);
+}
+#else
+constexpr decltype(Kernels::values) values = nullptr;
+constexpr decltype(Kernels::accumulate_levels) accumulate_levels = nullptr;
+#endif
+
 void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; i += lanes)
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(src + 2 * i))));
@@ -564,6 +777,10 @@ void query_plain(const float * src, void * dst, int64_t blocks) {
 
 } // namespace
 
+#ifdef TURBOQUANT_VNNI
+const Kernels kernels_avxvnni = TURBOQUANT_KERNELS_TABLE("avxvnni");
+#else
 const Kernels kernels_avx2 = TURBOQUANT_KERNELS_TABLE("avx2");
+#endif
 
 } // namespace turboquant

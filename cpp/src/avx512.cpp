@@ -186,8 +186,6 @@ template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
     return out;
 }
 
-float block_d(const uint8_t * block) { return _cvtsh_ss(load16(block)); }
-
 template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
     const __m512 norm = _mm512_set1_ps(Block<N>::one_over_sqrt_n);
     for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
@@ -433,7 +431,7 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
     using F = Format<Bits, N>;
     constexpr int words = N / 32;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const __m512 scale = _mm512_set1_ps(block_d(src) * F::step_n);
+        const __m512 scale = _mm512_set1_ps(load_scale(src) * F::step_n);
         Levels<N> level = expand<Bits, N>(src + 2);
         __m512i w[words];
         for (int r = 0; r < Levels<N>::registers; ++r) {
@@ -455,7 +453,7 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
 template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
     using F = Format<Bits, N>;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const __m512 scale = _mm512_set1_ps(block_d(src) * F::step);
+        const __m512 scale = _mm512_set1_ps(load_scale(src) * F::step);
         const Levels<N> level = expand<Bits, N>(src + 2);
         alignas(64) int8_t bytes[64 * Levels<N>::registers];
         for (int r = 0; r < Levels<N>::registers; ++r) _mm512_store_si512(bytes + 64 * r, level.v[r]);
@@ -493,78 +491,171 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
-        sum += block_d(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
+        sum += load_scale(src) * F::step * q->scale * float(dot_levels<N>(expand<Bits, N>(src + 2), q));
     return sum;
 }
 
-template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     using F = Format<Bits, N>;
-    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-        scale[b * tile_rows] = block_d(src) * F::step;
-        const Levels<N> expanded = expand<Bits, N>(src + 2);
-        if constexpr (N == 32)
-            _mm256_storeu_si256(reinterpret_cast<__m256i *>(level), _mm512_castsi512_si256(expanded.v[0]));
-        else
-            for (int r = 0; r < Levels<N>::registers; ++r) _mm512_storeu_si512(level + 64 * r, expanded.v[r]);
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            const Levels<N> expanded = expand<Bits, N>(src + 2);
+            if constexpr (N == 32)
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(level), _mm512_castsi512_si256(expanded.v[0]));
+            else
+                for (int i = 0; i < Levels<N>::registers; ++i) _mm512_storeu_si512(level + 64 * i, expanded.v[i]);
+        }
     }
 }
 
-// The sums of sixteen registers, one in each lane of the result: three rounds of adding neighbours' halves.
-__m512i reduce_add16(const __m512i * a) {
-    __m512i t[8], u[4];
-    for (int i = 0; i < 8; ++i)
-        t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
-                                _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-    for (int i = 0; i < 4; ++i)
-        u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
-                                _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
-    const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xDD));
-    const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xDD));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD));
+// ---- attention: a lane of 32 bits holds four channels of one KV row (K) or one channel of four KV rows (V), so that
+// the dot-product instruction leaves nothing to add across lanes.
+
+// 16 rows of 16 dwords, `stride` bytes apart, to columns of 16 rows, 64 rows apart. A register first takes the same
+// 16 bytes of every fourth row; two rounds of unpacking put them in order.
+void transpose16(const int8_t * src, int64_t stride, int8_t * dst) {
+    for (int part = 0; part < 4; ++part) {
+        const auto load = [&](int r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i *>(src + r * stride + 16 * part));
+        };
+        __m512i row[4];
+        for (int j = 0; j < 4; ++j) {
+            row[j] = _mm512_castsi128_si512(load(j));
+            row[j] = _mm512_mask_broadcast_i32x4(row[j], 0x00F0, load(j + 4));
+            row[j] = _mm512_mask_broadcast_i32x4(row[j], 0x0F00, load(j + 8));
+            row[j] = _mm512_mask_broadcast_i32x4(row[j], 0xF000, load(j + 12));
+        }
+        const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+        const __m512i column[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+                                   _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+#ifdef TURBOQUANT_VNNI // multiplies unsigned by signed: levels are offset by 128
+        const __m512i offset = _mm512_set1_epi8(-128);
+#else
+        const __m512i offset = _mm512_setzero_si512();
+#endif
+        for (int i = 0; i < 4; ++i)
+            _mm512_store_si512(dst + (4 * part + i) * 4 * tile_rows, _mm512_xor_si512(column[i], offset));
+    }
+}
+
+// tile: [head / 4][tile_rows] dwords. The last half of a head of 32 * odd values reads and writes 32 bytes too many.
+void keys(const int8_t * level, int64_t head, int8_t * tile) {
+    for (int r = 0; r < tile_rows; r += 16)
+        for (int64_t c = 0; c < head; c += 64) transpose16(level + r * head + c, head, tile + c * tile_rows + 4 * r);
+}
+
+// The four bytes of a query at p, in every lane.
+__m512i broadcast4(const void * p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// s[m] (+)= the products of Rows queries with 16 * Registers rows of K over one block.
+template <int N, int Rows, int Registers>
+void scores_block(const int8_t * tile, const float * scale, const typename QueryBlock<N>::type * q, int64_t q_stride,
+                  bool add, float * s) {
+    __m512i sum[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int j = 0; j < Registers; ++j)
+#ifdef TURBOQUANT_VNNI
+            sum[m][j] = _mm512_set1_epi32(-128 * q[m * q_stride].sum);
+#else
+            sum[m][j] = _mm512_setzero_si512();
+#endif
+    for (int c = 0; c < N; c += 4, tile += 4 * tile_rows) {
+        __m512i k[Registers];
+        for (int j = 0; j < Registers; ++j) k[j] = _mm512_load_si512(tile + 64 * j);
+#ifdef TURBOQUANT_VNNI
+        for (int m = 0; m < Rows; ++m) {
+            const __m512i values = broadcast4(q[m * q_stride].q + c);
+            for (int j = 0; j < Registers; ++j) sum[m][j] = _mm512_dpbusd_epi32(sum[m][j], k[j], values);
+        }
+#else // the level's sign moves to the query (neither is ever -128), so that pairs stay inside int16
+        for (int j = 0; j < Registers; ++j) {
+            const __mmask64 negative = _mm512_movepi8_mask(k[j]);
+            const __m512i magnitude = _mm512_abs_epi8(k[j]);
+            for (int m = 0; m < Rows; ++m) {
+                const __m512i values = broadcast4(q[m * q_stride].q + c);
+                const __m512i moved = _mm512_mask_sub_epi8(values, negative, _mm512_setzero_si512(), values);
+                const __m512i pairs = _mm512_maddubs_epi16(magnitude, moved);
+                sum[m][j] = _mm512_add_epi32(sum[m][j], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+            }
+        }
+#endif
+    }
+    for (int j = 0; j < Registers; ++j) {
+        const __m512 scales = _mm512_loadu_ps(scale + lanes * j);
+        for (int m = 0; m < Rows; ++m) {
+            float * out = s + m * tile_rows + lanes * j;
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][j]), _mm512_set1_ps(q[m * q_stride].scale));
+            _mm512_storeu_ps(out, add ? _mm512_fmadd_ps(product, scales, _mm512_loadu_ps(out))
+                                      : _mm512_mul_ps(product, scales));
+        }
+    }
 }
 
 template <int N>
-void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
+void scores(const int8_t * tile, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
-    for (int r0 = 0; r0 < tile_rows; r0 += 16)
-        for (int m = 0; m < rows; ++m) {
-            __m512 total = _mm512_setzero_ps();
-            for (int64_t b = 0; b < blocks; ++b) {
-                const typename QueryBlock<N>::type & block = q[m * blocks + b];
-                __m512i values[Levels<N>::registers], sums[16];
-                for (int r = 0; r < Levels<N>::registers; ++r)
-                    values[r] = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, block.q)
-                                        : _mm512_loadu_si512(block.q + 64 * r);
-                for (int i = 0; i < 16; ++i) {
-                    const int8_t * k = level + ((r0 + i) * blocks + b) * N;
-                    sums[i] = _mm512_setzero_si512();
-                    for (int r = 0; r < Levels<N>::registers; ++r) {
-                        const __m512i v = N == 32 ? _mm512_maskz_loadu_epi8(0xFFFFFFFF, k)
-                                                  : _mm512_loadu_si512(k + 64 * r);
-#ifdef TURBOQUANT_VNNI
-                        sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_xor_si512(v, _mm512_set1_epi8(-128)), values[r]);
-#else
-                        const __m512i moved = _mm512_mask_sub_epi8(values[r], _mm512_movepi8_mask(v),
-                                                                   _mm512_setzero_si512(), values[r]);
-                        const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(v), moved);
-                        sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-#endif
-                    }
-                }
-                __m512i product = reduce_add16(sums);
-#ifdef TURBOQUANT_VNNI
-                product = _mm512_sub_epi32(product, _mm512_set1_epi32(128 * block.sum));
-#endif
-                const __m512 scales = _mm512_mul_ps(_mm512_loadu_ps(scale + b * tile_rows + r0),
-                                                    _mm512_set1_ps(block.scale));
-                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scales, total);
-            }
-            _mm512_storeu_ps(s + m * tile_rows + r0, total);
-        }
+    int m = 0;
+    for (; m + 4 <= rows; m += 4)
+        for (int64_t b = 0; b < blocks; ++b)
+            scores_block<N, 4, 4>(tile + b * N * tile_rows, scale + b * tile_rows, q + m * blocks + b, blocks, b > 0,
+                                  s + m * tile_rows);
+    for (; m < rows; ++m)
+        for (int64_t b = 0; b < blocks; ++b)
+            scores_block<N, 1, 4>(tile + b * N * tile_rows, scale + b * tile_rows, q + m * blocks + b, blocks, b > 0,
+                                  s + m * tile_rows);
 }
 
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     scores_float_tile(k, head, q, rows, s);
+}
+
+// 2^x; 0 from -126 down; NaN stays NaN. The polynomial is 2^x's on -0.5 ... 0.5, relative error below 3e-7.
+__m512 exp2_negative(__m512 x) {
+    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.3333558e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(counts, p, n);
+}
+
+void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
+    if (soft_cap != 0.0f) return softmax_tile(s, bias, scale, soft_cap, state, most);
+    constexpr int registers = tile_rows / lanes;
+    const __m512 hidden = _mm512_set1_ps(-INFINITY);
+    __m512 x[registers];
+    for (int r = 0; r < registers; ++r) {
+        const __m512 b = _mm512_loadu_ps(bias + lanes * r);
+        const __mmask16 open = _mm512_cmp_ps_mask(b, hidden, _CMP_NEQ_UQ); // what is hidden may even be a NaN
+        x[r] = _mm512_mask_fmadd_ps(_mm512_loadu_ps(s + lanes * r), open, _mm512_set1_ps(scale), b);
+        x[r] = _mm512_mask_mov_ps(hidden, open, x[r]);
+    }
+    const __m512 top = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
+    const float before = state->largest, now = _mm512_reduce_max_ps(top);
+    const float largest = now > before ? now : before;
+    if (largest == -INFINITY) return softmax_tile(s, bias, scale, soft_cap, state, most); // hidden so far, or NaN
+    const __m512 log2e = _mm512_set1_ps(1.44269504f), offset = _mm512_set1_ps(largest);
+    __m512 sum = _mm512_setzero_ps();
+    for (int r = 0; r < registers; ++r) {
+        const __m512 w = exp2_negative(_mm512_mul_ps(_mm512_sub_ps(x[r], offset), log2e));
+        sum = _mm512_add_ps(sum, w);
+        _mm512_storeu_ps(s + lanes * r, w);
+        _mm512_storeu_ps(most + lanes * r, _mm512_max_ps(_mm512_loadu_ps(most + lanes * r), w)); // a NaN w stays
+    }
+    state->correction = before == largest ? 1.0f : before == -INFINITY ? 0.0f : exp_negative(before - largest);
+    state->sum = state->sum * state->correction + _mm512_reduce_add_ps(sum);
+    state->largest = largest;
 }
 
 // Rows x 16 * Registers outputs stay in registers while all rows of V pass by.
@@ -607,6 +698,149 @@ void accumulate(const float * v, int count, int64_t head, const float * weights,
     for (; m < rows; ++m)
         accumulate_rows<1>(v, count, head, weights + m * tile_rows, state + m, sum + m * stride, stride);
 }
+
+#ifdef TURBOQUANT_VNNI
+// tile: [count / 4][head] dwords. Dwords are permuted before the bytes of four rows are interleaved, as unpacking works
+// inside lanes of 128 bits.
+void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i half_order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int r = 0; r < count; r += 4, level += 4 * head, tile += 4 * head) {
+        int64_t c = 0;
+        for (; c + 64 <= head; c += 64) {
+            __m512i row[4];
+            for (int i = 0; i < 4; ++i)
+                row[i] = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(level + i * head + c));
+            const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]), high01 = _mm512_unpackhi_epi8(row[0], row[1]);
+            const __m512i low23 = _mm512_unpacklo_epi8(row[2], row[3]), high23 = _mm512_unpackhi_epi8(row[2], row[3]);
+            _mm512_storeu_si512(tile + 4 * c, _mm512_unpacklo_epi16(low01, low23));
+            _mm512_storeu_si512(tile + 4 * c + 64, _mm512_unpackhi_epi16(low01, low23));
+            _mm512_storeu_si512(tile + 4 * c + 128, _mm512_unpacklo_epi16(high01, high23));
+            _mm512_storeu_si512(tile + 4 * c + 192, _mm512_unpackhi_epi16(high01, high23));
+        }
+        if (c < head) {
+            __m256i row[4];
+            for (int i = 0; i < 4; ++i)
+                row[i] = _mm256_permutevar8x32_epi32(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i *>(level + i * head + c)), half_order);
+            const __m256i low01 = _mm256_unpacklo_epi8(row[0], row[1]), high01 = _mm256_unpackhi_epi8(row[0], row[1]);
+            const __m256i low23 = _mm256_unpacklo_epi8(row[2], row[3]), high23 = _mm256_unpackhi_epi8(row[2], row[3]);
+            __m256i * out = reinterpret_cast<__m256i *>(tile + 4 * c);
+            _mm256_storeu_si256(out, _mm256_unpacklo_epi16(low01, low23));
+            _mm256_storeu_si256(out + 1, _mm256_unpackhi_epi16(low01, low23));
+            _mm256_storeu_si256(out + 2, _mm256_unpacklo_epi16(high01, high23));
+            _mm256_storeu_si256(out + 3, _mm256_unpackhi_epi16(high01, high23));
+        }
+    }
+}
+
+// Whether the tile's weights need 16 bits (see coarse_share); a NaN does.
+bool needs_16_bits(const float * weights, int count, const SoftmaxState & state) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int r = 0; r < count; r += lanes) largest = _mm512_max_ps(largest, _mm512_loadu_ps(weights + r));
+    return !(_mm512_reduce_max_ps(largest) <= coarse_share * state.sum);
+}
+
+// A query row's weights times V's scales, as multiples of `unit`: of 8 bits, or the upper and lower bytes of 16.
+struct Weights {
+    alignas(64) uint8_t high[tile_rows], low[tile_rows];
+    float unit;
+};
+
+void round_weights(const float * weights, const float * scale, int count, bool fine, Weights & out) {
+    constexpr int registers = tile_rows / lanes;
+    const float limit = fine ? 65535.0f : 255.0f;
+    __m512 w[registers];
+    __m512i largest = _mm512_setzero_si512(); // of bits: NaN is above all
+    for (int r = 0; r < registers; ++r) {
+        const int rest = count - lanes * r;
+        const __mmask16 there = __mmask16(rest >= lanes ? 0xFFFF : rest > 0 ? (1 << rest) - 1 : 0);
+        w[r] = _mm512_maskz_mul_ps(there, _mm512_loadu_ps(weights + lanes * r), _mm512_loadu_ps(scale + lanes * r));
+        largest = _mm512_max_epu32(largest, _mm512_castps_si512(w[r]));
+    }
+    const float top = bits_float(_mm512_reduce_max_epu32(largest));
+    const bool usable = top > 0 && top < INFINITY;
+    out.unit = usable ? top / limit : top; // not finite: the sums must show it
+    const __m512 inverse = _mm512_set1_ps(usable ? limit / top : 0.0f);
+    __m512i x[registers];
+    for (int r = 0; r < registers; ++r) {
+        const __m512 offset = fine ? _mm512_setzero_ps() : _mm512_load_ps(dither.row + lanes * r);
+        x[r] = _mm512_cvtps_epi32(_mm512_fmadd_ps(w[r], inverse, offset));
+    }
+    const __m512i a = _mm512_packus_epi32(x[0], x[1]), b = _mm512_packus_epi32(x[2], x[3]);
+    const __m512i byte = _mm512_set1_epi16(255);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+    if (fine) {
+        const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+        _mm512_store_si512(out.high, _mm512_permutexvar_epi32(order, high));
+    }
+    _mm512_store_si512(out.low, _mm512_permutexvar_epi32(order, low));
+}
+
+// The upper bytes' products with V, shifted, and those of the lower bytes: Rows x 16 * Registers sums in registers.
+template <int Rows, int Registers>
+void accumulate_levels_block(const int8_t * tile, int count, int64_t head, const Weights * weights, bool fine,
+                             const SoftmaxState * state, float * sum, int64_t stride) {
+    __m512i a[Rows][Registers];
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) a[m][c] = _mm512_setzero_si512();
+    const auto pass = [&](uint8_t const (Weights::*bytes)[tile_rows]) {
+        const int8_t * v = tile;
+        for (int r = 0; r < count; r += 4, v += 4 * head) {
+            __m512i value[Registers];
+            for (int c = 0; c < Registers; ++c) value[c] = _mm512_loadu_si512(v + 64 * c);
+            for (int m = 0; m < Rows; ++m) {
+                const __m512i weight = broadcast4((weights[m].*bytes) + r);
+                for (int c = 0; c < Registers; ++c) a[m][c] = _mm512_dpbusd_epi32(a[m][c], weight, value[c]);
+            }
+        }
+    };
+    if (fine) {
+        pass(&Weights::high);
+        for (int m = 0; m < Rows; ++m)
+            for (int c = 0; c < Registers; ++c) a[m][c] = _mm512_slli_epi32(a[m][c], 8);
+    }
+    pass(&Weights::low);
+    for (int m = 0; m < Rows; ++m)
+        for (int c = 0; c < Registers; ++c) {
+            float * out = sum + m * stride + lanes * c;
+            const __m512 before = _mm512_mul_ps(_mm512_set1_ps(state[m].correction), _mm512_loadu_ps(out));
+            const __m512 unit = _mm512_set1_ps(weights[m].unit);
+            _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[m][c]), unit, before));
+        }
+}
+
+template <int Rows>
+void accumulate_levels_rows(const int8_t * tile, const float * scale, int block, int count, int64_t head,
+                            const float * weights, const SoftmaxState * state, float * sum, int64_t stride) {
+    Weights rounded[Rows];
+    bool fine = false;
+    for (int m = 0; m < Rows; ++m) fine = fine || needs_16_bits(weights + m * tile_rows, count, state[m]);
+    for (int64_t b = 0; b < head / block; ++b, scale += tile_rows) {
+        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine, rounded[m]);
+        for (int64_t c = b * block; c < (b + 1) * block; c += block == 32 ? 32 : 64)
+            if (block == 32)
+                accumulate_levels_block<Rows, 2>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+            else
+                accumulate_levels_block<Rows, 4>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+    }
+}
+
+void accumulate_levels(const int8_t * tile, const float * scale, int block, int count, int64_t head,
+                       const float * weights, const SoftmaxState * state, int rows, float * sum, int64_t stride) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4)
+        accumulate_levels_rows<4>(tile, scale, block, count, head, weights + m * tile_rows, state + m, sum + m * stride,
+                                  stride);
+    for (; m < rows; ++m)
+        accumulate_levels_rows<1>(tile, scale, block, count, head, weights + m * tile_rows, state + m, sum + m * stride,
+                                  stride);
+}
+#else
+constexpr decltype(Kernels::values) values = nullptr;
+constexpr decltype(Kernels::accumulate_levels) accumulate_levels = nullptr;
+#endif
 
 void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; i += lanes)

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(TURBOQUANT_X86)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP
 #define HWCAP_ASIMDDP (1 << 20)
@@ -23,6 +25,12 @@ namespace {
 bool has_avx2() { // every CPU with AVX2 has F16C, which older Clangs cannot ask for
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+#if defined(TURBOQUANT_AVXVNNI)
+bool has_avxvnni() { // compilers cannot ask for it before GCC 13
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -57,6 +65,9 @@ const Row rows[] = {
     {&kernels_avx512vbmi, has_avx512vbmi},
     {&kernels_avx512vnni, has_avx512vnni},
     {&kernels_avx512, has_avx512},
+#if defined(TURBOQUANT_AVXVNNI)
+    {&kernels_avxvnni, has_avxvnni},
+#endif
     {&kernels_avx2, has_avx2},
 #elif defined(TURBOQUANT_ARM64)
     {&kernels_neon_dotprod, has_dotprod},
@@ -67,7 +78,8 @@ const Row rows[] = {
 constexpr int row_count = int(sizeof(rows) / sizeof(rows[0]));
 
 // Names of kernels for other CPUs: known, so that forcing one says "unsupported" rather than "unknown".
-const char * const all_names[] = {"avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon", "scalar"};
+const char * const all_names[] = {"avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2",
+                                  "neon_dotprod", "neon", "scalar"};
 
 struct Selection {
     const Kernels * kernels;

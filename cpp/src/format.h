@@ -11,6 +11,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace turboquant {
 namespace {
@@ -86,10 +89,14 @@ inline uint16_t float_to_half(float x) {
 }
 
 inline float half_to_float(uint16_t h) {
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
     const uint32_t sign = uint32_t(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 0x3ff;
     if (e == 31) return bits_float(sign | 0x7f800000 | (m ? 0x400000 | (m << 13) : 0)); // NaNs come out quiet
     if (e == 0) return bits_float(sign | float_bits(float(m) * 0x1p-24f));
     return bits_float(sign | ((e + 112) << 23) | (m << 13));
+#endif
 }
 
 inline uint16_t load16(const uint8_t * p) { return uint16_t(p[0] | (p[1] << 8)); }

@@ -17,6 +17,15 @@ struct SoftmaxState {
     float correction; // factor of what was accumulated before the last tile
 };
 
+// Rows of a cache, `stride` bytes apart: the first `count`, or those that `index` picks.
+struct CacheRows {
+    const uint8_t * first;
+    size_t stride;
+    int count;
+    const uint8_t * index; // null = all
+    const uint8_t * operator[](int r) const { return first + size_t(index ? index[r] : r) * stride; }
+};
+
 // All functions work on whole blocks that follow each other without gaps. Arrays over types are indexed by tq_type,
 // arrays over blocks by 0 = 128, 1 = 64, 2 = 32.
 struct Kernels {
@@ -29,14 +38,27 @@ struct Kernels {
     void  (*decode_rotated[TQ_TYPE_COUNT])(const uint8_t * src, float * dst, int64_t blocks);
     float (*dot[TQ_TYPE_COUNT])(const uint8_t * src, const void * query, int64_t blocks);
 
-    // Attention. Rows beyond the KV range hold zeros; s and weights are [query row][tile_rows].
-    // levels: a row's int8 levels, and scale[block * tile_rows] = d * step of each block.
-    void (*levels[TQ_TYPE_COUNT])(const uint8_t * src, int64_t blocks, int8_t * level, float * scale);
-    // s = sum over blocks of q.scale * scale * <q, level>; level [tile_rows][blocks * N], q [rows][blocks] prepared.
-    void (*scores[3])(const int8_t * level, const float * scale, int64_t blocks, const void * q, int rows, float * s);
+    // Attention. Rows beyond the KV range have scale 0; s and weights are [query row][tile_rows].
+    // levels: the rows' int8 levels [count][blocks * N], and their scales d * step [blocks][tile_rows].
+    void (*levels[TQ_TYPE_COUNT])(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale);
+    void (*levels_q8_0)(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale); // ggml's blocks of 32
+    void (*levels_q4_0)(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale);
+    // Arranges levels [tile_rows][head] as `scores` wants them, into as many bytes (head rounded up to 64); null if it
+    // takes them as they are. level has 64 bytes to spare.
+    void (*keys)(const int8_t * level, int64_t head, int8_t * tile);
+    // s = sum over blocks of q.scale * scale * <q, level>; q [rows][blocks] prepared.
+    void (*scores[3])(const int8_t * tile, const float * scale, int64_t blocks, const void * q, int rows, float * s);
     void (*scores_float)(const float * k, int64_t head, const float * q, int rows, float * s);
-    void (*softmax)(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state);
-    // sum[m] = correction[m] * sum[m] + weights[m] . v; v [count][head], sum rows are `stride` floats apart.
+    // What is added to a query row's scores: slope * mask (fp16 or float32), and -inf from `rows` to tile_rows.
+    void (*bias)(const void * mask, bool f32, float slope, int rows, float * bias);
+    // s = weights; most[tile_rows] = their maximum over query rows.
+    void (*softmax)(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most);
+    // V as int8 levels, where that is faster than floats, else both null. values arranges [count][head], count rounded
+    // up to 4. sum[m] = correction[m] * sum[m] + (weights[m] * scale) . level; the products are rounded (coarse_share).
+    void (*values)(const int8_t * level, int count, int64_t head, int8_t * tile);
+    void (*accumulate_levels)(const int8_t * tile, const float * scale, int block, int count, int64_t head,
+                              const float * weights, const SoftmaxState * state, int rows, float * sum, int64_t stride);
+    // V as floats:
     void (*accumulate)(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
                        int rows, float * sum, int64_t stride);
     void (*load_f16)(const uint8_t * src, float * dst, int64_t n);
@@ -62,11 +84,14 @@ struct Kernels {
       dot<2, 32>},                                                                                              \
      {levels<4, 128>, levels<4, 64>, levels<4, 32>, levels<3, 128>, levels<3, 64>, levels<3, 32>,               \
       levels<2, 128>, levels<2, 64>, levels<2, 32>},                                                            \
+     levels_q8_0, levels_q4_0, keys,                                                                            \
      {scores<128>, scores<64>, scores<32>},                                                                     \
-     scores_float, softmax_tile, accumulate, load_f16, load_bf16_row, query_plain}
+     scores_float, bias_tile, softmax, values, accumulate_levels, accumulate, load_f16, load_bf16_row,          \
+     query_plain}
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512vnni;
 extern const Kernels kernels_avx512vbmi;

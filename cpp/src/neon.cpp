@@ -444,14 +444,19 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     return sum;
 }
 
-template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     using F = Format<Bits, N>;
-    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-        scale[b * tile_rows] = load_scale(src) * F::step;
-        const Levels<N> expanded = expand<Bits, N>(src + 2);
-        for (int r = 0; r < Levels<N>::registers; ++r) vst1q_s8(level + 16 * r, expanded.v[r]);
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            const Levels<N> expanded = expand<Bits, N>(src + 2);
+            for (int i = 0; i < Levels<N>::registers; ++i) vst1q_s8(level + 16 * i, expanded.v[i]);
+        }
     }
 }
+
+constexpr decltype(Kernels::keys) keys = nullptr;
 
 // Compilers turn this loop into sdot or smlal.
 template <int N>
@@ -461,6 +466,10 @@ void scores(const int8_t * level, const float * scale, int64_t blocks, const voi
 
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     scores_float_tile(k, head, q, rows, s);
+}
+
+void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
+    softmax_tile(s, bias, scale, soft_cap, state, most);
 }
 
 // Four query rows x 16 outputs stay in registers while all rows of V pass by.
@@ -490,6 +499,9 @@ void accumulate(const float * v, int count, int64_t head, const float * weights,
         for (int64_t c = 0; c < head; c += 16)
             accumulate_block<1>(v + c, count, head, weights + m * tile_rows, state + m, sum + m * stride + c, stride);
 }
+
+constexpr decltype(Kernels::values) values = nullptr;
+constexpr decltype(Kernels::accumulate_levels) accumulate_levels = nullptr;
 
 void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; i += 4)

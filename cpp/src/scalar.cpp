@@ -234,13 +234,18 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     return sum;
 }
 
-template <int Bits, int N> void levels(const uint8_t * src, int64_t blocks, int8_t * level, float * scale) {
+template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     using F = Format<Bits, N>;
-    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-        scale[b * tile_rows] = load_scale(src) * F::step;
-        expand<Bits, N>(src + 2, level);
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
+            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            expand<Bits, N>(src + 2, level);
+        }
     }
 }
+
+constexpr decltype(Kernels::keys) keys = nullptr;
 
 template <int N>
 void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
@@ -251,10 +256,17 @@ void scores_float(const float * k, int64_t head, const float * q, int rows, floa
     scores_float_tile(k, head, q, rows, s);
 }
 
+void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
+    softmax_tile(s, bias, scale, soft_cap, state, most);
+}
+
 void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
                 float * sum, int64_t stride) {
     accumulate_tile(v, count, head, weights, state, rows, sum, stride);
 }
+
+constexpr decltype(Kernels::values) values = nullptr;
+constexpr decltype(Kernels::accumulate_levels) accumulate_levels = nullptr;
 
 void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) dst[i] = half_to_float(load16(src + 2 * i));

@@ -11,7 +11,7 @@ from . import _core
 class Kernels(NamedTuple):
     """One set of kernels. All give the same bytes and the same floats; only `dot` and `attention` round differently."""
 
-    name: str  #: "avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon" or "scalar"
+    name: str  #: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon" or "scalar"
     supported: bool  #: this CPU can run them
     selected: bool  #: they are in use
 

@@ -62,7 +62,7 @@ void refused(tq_status want) {
 }
 
 void list() {
-    const char * order[] = {"avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon", "scalar"};
+    const char * order[] = {"avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon", "scalar"};
     CHECK(tq_kernels_count() >= 1);
     CHECK_EQ(name_of(tq_kernels_name(tq_kernels_count() - 1)), "scalar");
     CHECK_EQ(tq_kernels_supported(tq_kernels_count() - 1), 1);

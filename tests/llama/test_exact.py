@@ -49,6 +49,18 @@ def test_kernels_and_paths(build, tmp_path: Path, head: int, pair: tuple[str, st
                 assert kld(expected, logits) <= ROUNDING, (name, step, threads)
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pytest.mark.parametrize("step", [None, 1], ids=["batched", "single"])
+def test_fused_and_generic_attention(build, tmp_path: Path, pair: tuple[str, str], step) -> None:
+    model = write_model(tmp_path / "model.gguf", shape(128))
+    logits = []
+    for generic in "01":
+        with Probe(build, model, tmp_path, {"TURBOQUANT_GENERIC_ATTENTION": generic}) as probe:
+            probe.context(*pair, n_ctx=1024, n_batch=600, n_ubatch=600)
+            logits.append(probe.logits(TOKENS, step=step))
+    assert 0 < kld(*logits) <= ROUNDING
+
+
 def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.ndarray:
     """Logits of the one-layer model in float64, with K and V quantized as a cache of the types would hold them."""
     w = {t.name: np.array(t.data, np.float64) for t in gguf.GGUFReader(path).tensors}

@@ -30,6 +30,18 @@ def assert_close(actual, expected, relative):
     assert np.linalg.norm(actual - expected) <= relative * np.linalg.norm(expected)
 
 
+def near(n_kv):
+    """Relative error that the selected kernels may have where rounding the query changes nothing.
+
+    Those with dot products of 8 bits round the softmax weights to 16 bits or, where none is above 1/128 of their sum, to
+    8 (cpp/src/attention_tile.h).
+    """
+    selected = next(k.name for k in turboquant.kernels() if k.selected)
+    if selected not in ("avx512vbmi", "avx512vnni", "avxvnni"):
+        return 2e-5
+    return 6e-5 if n_kv <= 128 else 0.01
+
+
 PAIRS = [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("turbo2", "turbo4_64"), ("turbo4_32", "turbo3"),
          ("turbo3_64", "turbo3_32"), ("turbo2_32", "turbo2_64")]
 
@@ -41,7 +53,7 @@ def test_type_pairs_and_head_groups(kernels, type_k, type_v, heads, kv_heads):
     options = {"type_k": type_k, "type_v": type_v}
     assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 0.02)
     q = grid_queries(q, next(t.block for t in turboquant.types() if t.name == type_k))
-    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 1e-5)
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), near(37))
 
 
 @pytest.mark.parametrize("head_k, head_v", [(128, 256), (256, 128), (512, 512), (384, 128)])
@@ -50,7 +62,7 @@ def test_sizes(kernels, head_k, head_v, n_query, n_kv):
     options = {"type_k": "turbo4", "type_v": "turbo3"}
     q, k, v = inputs("turbo4", "turbo3", n_query=n_query, n_kv=n_kv, head_k=head_k, head_v=head_v)
     q = grid_queries(q, 128)
-    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 1e-5)
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), near(n_kv))
 
 
 def cache_rows(x, type):
@@ -84,7 +96,7 @@ def test_ggml_types(kernels, type_k, type_v, head_k, head_v, n_query, n_kv):
     k, v = cache_rows(k.astype(np.float32), type_k), cache_rows(v.astype(np.float32), type_v)
     options = {"type_k": type_k, "type_v": type_v}
     expected = reference.attention(q, k, v, **options)
-    assert_close(turboquant.attention(q, k, v, **options), expected, 1e-3 if type_k in ("f16", "bf16") else 0.01)
+    assert_close(turboquant.attention(q, k, v, **options), expected, 0.01 if type_k not in ("f16", "bf16") else max(1e-3, near(n_kv)))
     raw = turboquant.attention(q, k.view(np.uint8), v.view(np.uint8), **options)
     np.testing.assert_array_equal(raw, turboquant.attention(q, k, v, **options))
 
@@ -117,6 +129,20 @@ def test_sparse_v_leaves_out_what_does_not_count(kernels, type_v):
     assert most <= (relative <= 0.5).mean() and some <= (relative <= 1e-6).mean()
 
 
+def test_many_small_weights_are_not_lost(kernels):
+    """64 rows to a peak, the others 500 times below it: 11% of the sum, and each less than half an 8-bit step."""
+    n_kv = 16384
+    scores = np.where(np.arange(n_kv) % 64 == 0, 0.0, -np.log(500)).astype(np.float32)
+    direction = reference.unrotate(np.ones(128), 128).astype(np.float32)  # its block has one level, exactly
+    k = turboquant.quantize(scores[None, :, None] * direction, "turbo4")
+    v = np.ones((1, n_kv, 128), np.float32)
+    v[:, ::64] = 3
+    v = turboquant.quantize(v, "turbo4")
+    q = (direction / 128)[None, None]
+    options = {"type_k": "turbo4", "type_v": "turbo4", "scale": 1.0}
+    assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 0.002)
+
+
 OPTIONS = {"type_k": "turbo4", "type_v": "turbo4"}
 
 
@@ -130,7 +156,7 @@ def qkv():
 @pytest.mark.parametrize("soft_cap", [0, 0.5, 20.0])
 def test_scale_and_soft_cap(qkv, scale, soft_cap):
     options = {**OPTIONS, "scale": scale, "soft_cap": soft_cap}
-    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), 2e-5)
+    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), near(40))
 
 
 def test_default_scale_is_one_over_sqrt_head(qkv):
@@ -142,7 +168,7 @@ def test_soft_cap_comes_before_the_mask(qkv):
     mask = np.full((5, 40), 3.0, dtype=np.float32)
     mask[:, ::2] = -7
     options = {**OPTIONS, "mask": mask, "soft_cap": 1.0}
-    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), 1e-5)
+    assert_close(turboquant.attention(*qkv, **options), reference.attention(*qkv, **options), near(40))
 
 
 def test_masks(qkv, kernels):
@@ -152,10 +178,10 @@ def test_masks(qkv, kernels):
     expected = reference.attention(*qkv, mask=added, **OPTIONS)
     for mask in (allowed, added, added.astype(np.float16), np.asfortranarray(added)):
         result = turboquant.attention(*qkv, mask=mask, **OPTIONS)
-        assert_close(result, expected, 1e-5)
+        assert_close(result, expected, near(40))
         assert not result[:, 2].any()  # masked everywhere
     assert_close(turboquant.attention(*qkv, mask=allowed[1], **OPTIONS),
-                 reference.attention(*qkv, mask=np.tile(added[1], (5, 1)), **OPTIONS), 1e-5)
+                 reference.attention(*qkv, mask=np.tile(added[1], (5, 1)), **OPTIONS), near(40))
 
 
 def test_masked_rows_do_not_matter(qkv):
@@ -175,7 +201,7 @@ def test_causal(qkv, kernels):
     for i in range(5):
         seen = 40 - 5 + i + 1
         alone = reference.attention(q[:, i:i + 1], k[:, :seen], v[:, :seen], **OPTIONS)
-        assert_close(result[:, i:i + 1], alone, 1e-5)
+        assert_close(result[:, i:i + 1], alone, near(40))
     both = turboquant.attention(q, k, v, causal=True, mask=np.arange(40) > 3, **OPTIONS)
     visible = (np.arange(40) > 3) & (np.arange(40)[None] <= 35 + np.arange(5)[:, None])
     np.testing.assert_array_equal(both, turboquant.attention(q, k, v, mask=visible, **OPTIONS))

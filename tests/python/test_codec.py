@@ -208,7 +208,8 @@ def test_environment_forces_kernels(kernels):
 def unrunnable():
     """Names that TURBOQUANT_KERNELS may hold but this machine cannot honour."""
     runnable = {k.name for k in turboquant.kernels() if k.supported}
-    return [name for name in ("avx512vbmi", "avx512vnni", "avx512", "avx2", "neon_dotprod", "neon") if name not in runnable]
+    names = ("avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon")
+    return [name for name in names if name not in runnable]
 
 
 @pytest.mark.parametrize("name", ["avx1024", *unrunnable()])
