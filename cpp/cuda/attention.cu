@@ -2,6 +2,7 @@
 #include "attention.cuh"
 
 #include <atomic>
+#include <cmath>
 #include <vector>
 
 namespace turboquant {
@@ -89,21 +90,19 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         if (a.kv_heads % heads) continue;
         p.block_heads = heads;
         p.head_groups = a.kv_heads / heads;
-        p.row_tiles = most_warps / heads;
         // the first head of a group may start anywhere
         const uint64_t group_k = p.head_groups > 1 ? uint64_t(heads * a.k_head) : 0;
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * bytes_k);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * bytes_v);
-        const int stage = p.row_tiles * tile * (p.pitch_k + p.pitch_v);
         const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // of each thread block
         const int share = device.shared_per_multiprocessor / resident - reserved;
-        if (3 * stage <= share && 3 * stage <= device.shared_per_block)
-            p.stages = 3;
-        else if (2 * stage <= device.shared_per_block)
-            p.stages = 2;
-        else
-            continue;
+        const int row_tile = tile * (p.pitch_k + p.pitch_v);
+        p.row_tiles = most_warps / heads;
+        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > device.shared_per_block) --p.row_tiles;
+        const int stage = p.row_tiles * row_tile;
+        if (2 * stage > device.shared_per_block) continue;
+        p.stages = 3 * stage <= share && 3 * stage <= device.shared_per_block ? 3 : 2;
         p.shared_bytes = p.stages * stage;
         const int64_t beside = int64_t(p.head_groups) * p.column_tiles * a.streams;
         if (beside / a.streams > 65535) return false;
@@ -134,6 +133,9 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
     partial += row * parts * D;
     meta += row * parts;
 
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory"); // for attention_kernel, if it was launched as its dependent
+#endif
     const float sink = sinks ? sinks[row % heads] * 1.44269504f : -INFINITY;
     float largest = fmaxf(sink, -1e30f);
     for (int i = thread % 32; i < parts; i += 32) largest = fmaxf(largest, meta[i].x); // every warp for itself
@@ -171,11 +173,21 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
     for (int j = 0; j < block / 32; ++j) dst[row * D + e / 32 * block + e % 32 + 32 * j] = y[j];
 }
 
-template <int D> void launch_merge(const AttentionCall & call, cudaStream_t stream) {
+template <int D> cudaError_t launch_merge(const AttentionCall & call, int version, cudaStream_t stream) {
     int groups = 1;
     while (groups < call.p.parts && groups * D < 1024) groups *= 2;
-    merge_kernel<D><<<unsigned(query_rows(call.a)), dim3(D, unsigned(groups)), (size_t(groups) * D + groups) * sizeof(float), stream>>>(
-        call.partial, call.meta, call.a.sinks, call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(query_rows(call.a)));
+    config.blockDim = dim3(D, unsigned(groups));
+    config.dynamicSmemBytes = (size_t(groups) * D + groups) * sizeof(float);
+    config.stream = stream;
+    cudaLaunchAttribute early; // its launch overlaps the end of attention_kernel
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = version >= 90 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, merge_kernel<D>, static_cast<const float *>(call.partial), static_cast<const float2 *>(call.meta),
+                              call.a.sinks, call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
 }
 
 // Kernels need leave for more than 48 KB of shared memory, once per device.
@@ -224,12 +236,13 @@ cudaError_t attention(const Attention & a, void * workspace, cudaStream_t stream
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const dim3 grid(unsigned(call.p.chunks), unsigned(call.p.head_groups * call.p.column_tiles), unsigned(a.streams));
     kernel<<<grid, unsigned(32 * call.p.block_heads * call.p.row_tiles), size_t(call.p.shared_bytes), stream>>>(call);
+    const cudaError_t launched = cudaGetLastError();
+    if (launched != cudaSuccess) return launched;
     switch (a.head) {
-        case 64: launch_merge<64>(call, stream); break;
-        case 128: launch_merge<128>(call, stream); break;
-        default: launch_merge<256>(call, stream); break;
+        case 64: return launch_merge<64>(call, device.version, stream);
+        case 128: return launch_merge<128>(call, device.version, stream);
+        default: return launch_merge<256>(call, device.version, stream);
     }
-    return cudaGetLastError();
 }
 
 } // namespace cuda

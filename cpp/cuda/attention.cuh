@@ -65,16 +65,17 @@ template <KV T, int D> struct Layout {
     static constexpr int block_bytes = bits == 16 ? 2 * block : 2 + block * bits / 8;
     static constexpr int bytes = D / block * block_bytes;
 };
-template <KV T, int D> __device__ __forceinline__ float row_scale(const uint8_t * block) {
-    if constexpr (Layout<T, D>::turbo) return load_half(block) * Codebook<Kind<T>::bits>::step;
-    return load_half(block);
-}
+// What a level of a block counts is the block's stored scale times this.
+template <KV T> struct Step { static constexpr float value = 1.0f; };
+template <> struct Step<KV::turbo4> { static constexpr float value = Codebook<4>::step; };
+template <> struct Step<KV::turbo3> { static constexpr float value = Codebook<3>::step; };
+template <> struct Step<KV::turbo2> { static constexpr float value = Codebook<2>::step; };
 
-__device__ __forceinline__ void mma_s8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #endif
 }
 __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -103,23 +104,29 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 }
 
 // Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its address
-// modulo 16, which row_offset gives.
+// modulo 16, which row_offset gives back.
 __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk, int rows,
                                           int64_t first, int64_t n_kv) {
     if (stride == pitch && chunk == pitch) { // rows that follow each other: one run
-        const uint8_t * from = base + first * stride;
-        const int64_t left = (n_kv - first) * stride;
-        const int end = left < int64_t(rows) * pitch ? int(left) : rows * pitch;
-        for (int at = threadIdx.x * 16; at < rows * pitch; at += blockDim.x * 16) {
+        const uint8_t * from = base + first * stride + threadIdx.x * 16;
+        const uint32_t step = blockDim.x * 16, all = uint32_t(rows) * uint32_t(pitch);
+        if (first + rows <= n_kv) {
+            for (uint32_t at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+            return;
+        }
+        const int end = int(n_kv - first) * pitch;
+        for (int at = threadIdx.x * 16; at < int(all); at += step, from += step) {
             const int valid = min(max(end - at, 0), 16);
-            copy_async(shared + at, valid > 0 ? from + at : base, valid);
+            copy_async(shared + at, valid > 0 ? from : base, valid);
         }
         return;
     }
     const int warps = blockDim.x / 32;
+#pragma unroll 1
     for (int r = threadIdx.x / 32; r < rows; r += warps) {
         const uint8_t * from = base + (first + r) * stride;
         const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), end = first + r < n_kv ? offset + chunk : 0;
+#pragma unroll 1
         for (int at = threadIdx.x % 32 * 16; at < offset + chunk; at += 32 * 16) {
             const int valid = min(max(end - at, 0), 16);
             copy_async(shared + r * pitch + at, valid > 0 ? from - offset + at : base - (reinterpret_cast<uintptr_t>(base) & 15), valid);
@@ -127,13 +134,8 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint
     }
 }
 
-// Where rows of one head lie in a stage.
-struct StageRows {
-    const uint8_t * first; // row 0 of the warp's tile, without its address modulo 16
-    int pitch;
-    uint32_t low, stride; // of row 0's address and of the stride, modulo 16
-    __device__ __forceinline__ const uint8_t * row(int r) const { return first + r * pitch + ((low + r * stride) & 15); }
-};
+// The address of row r of a tile modulo 16. With an even stride it depends on r mod 8 only.
+__device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) { return int((low + uint32_t(r) * stride) & 15); }
 
 // ---- the query as operand A
 
@@ -147,46 +149,49 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
     const Attention & a = call.a;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float factor = 0;
-    for (int c = 0; c < call.p.column_tile; ++c) {
-        const int column = first_column + c;
-        float y[P];
+    for (int c0 = 0; c0 < call.p.column_tile; c0 += 4) {
+        float y[4][P]; // four columns' loads are under way at once
 #pragma unroll
-        for (int j = 0; j < P; ++j) y[j] = 0;
-        if (column < call.p.columns) {
+        for (int i = 0; i < 4; ++i) {
+            const int column = first_column + c0 + i;
             const char * row = reinterpret_cast<const char *>(a.q) + column / call.p.group * a.q_token +
                                (kv_head * call.p.group + column % call.p.group) * a.q_head + stream * a.q_stream;
 #pragma unroll
-            for (int j = 0; j < P; ++j) y[j] = reinterpret_cast<const float *>(row)[lane + 32 * j];
+            for (int j = 0; j < P; ++j) y[i][j] = column < call.p.columns ? reinterpret_cast<const float *>(row)[lane + 32 * j] : 0.0f;
         }
-        if constexpr (L::turbo) {
-            constexpr int B = L::block / 32;
 #pragma unroll
-            for (int b = 0; b < P / B; ++b) {
-                float part[B];
+        for (int i = 0; i < 4; ++i) {
+            const int c = c0 + i;
+            if constexpr (L::turbo) {
+                constexpr int B = L::block / 32;
 #pragma unroll
-                for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
-                rotate_warp<L::block>(part);
+                for (int b = 0; b < P / B; ++b) {
+                    float part[B];
 #pragma unroll
-                for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+                    for (int j = 0; j < B; ++j) part[j] = y[i][b * B + j];
+                    rotate_warp<L::block>(part);
+#pragma unroll
+                    for (int j = 0; j < B; ++j) y[i][b * B + j] = part[j];
+                }
             }
-        }
-        if constexpr (L::bits == 16) {
+            if constexpr (L::bits == 16) {
 #pragma unroll
-            for (int j = 0; j < P; ++j)
-                reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[j] * a.scale);
-        } else {
-            uint32_t largest = 0;
+                for (int j = 0; j < P; ++j)
+                    reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[i][j] * a.scale);
+            } else {
+                uint32_t largest = 0;
 #pragma unroll
-            for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[j]) & 0x7fffffff);
-            const float top = __uint_as_float(warp_max(largest)); // NaN stays: the scores are NaN
-            const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
-            const float mine = top * (a.scale / 32512.0f);
-            if (g == c || (call.p.column_tile == 4 && g == c + 4)) factor = mine;
+                for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
+                const float top = __uint_as_float(warp_max(largest)); // NaN stays: the scores are NaN
+                const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
+                const float mine = top * (a.scale * Step<TK>::value / 32512.0f);
+                if (g == c || (call.p.column_tile == 4 && g == c + 4)) factor = mine;
 #pragma unroll
-            for (int j = 0; j < P; ++j) {
-                const int x = __float2int_rn(y[j] * inverse);
-                bytes[c * D + lane + 32 * j] = uint8_t((x + 128) >> 8);
-                bytes[(8 + c) * D + lane + 32 * j] = uint8_t(x);
+                for (int j = 0; j < P; ++j) {
+                    const int x = __float2int_rn(y[i][j] * inverse);
+                    bytes[c * D + lane + 32 * j] = uint8_t((x + 128) >> 8);
+                    bytes[(8 + c) * D + lane + 32 * j] = uint8_t(x);
+                }
             }
         }
     }
@@ -247,22 +252,30 @@ __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uin
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const uint8_t * block = row + b * L::block_bytes;
-            int c[4] = {};
+            int c[4] = {}, negative[4] = {};
 #pragma unroll
             for (int i = 0; i < steps; ++i) {
-                uint32_t lo, hi;
-                if constexpr (L::turbo) {
-                    const int unit = L::bits == 4 ? t + 4 * i : 2 * (t + 4 * (i >> 1)) + (i & 1);
-                    lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, unit), lo, hi);
-                } else {
-                    lo = load_u32(block + 2 + 4 * t);
-                    hi = load_u32(block + 18 + 4 * t);
-                }
                 const uint32_t (&x)[4] = q[b * steps + i];
-                mma_s8(c, x[0], x[1], x[2], x[3], lo, hi);
+                if constexpr (L::bits == 4) {
+                    const uint32_t n = unit_nibbles<4, L::block>(block + 2, t + 4 * i);
+                    uint32_t p0, p1, n0, n1;
+                    lookup_split(n, p0, n0);
+                    lookup_split(n >> 16, p1, n1);
+                    mma_s8(c, x, p0, p1, c);
+                    mma_s8(negative, x, n0, n1, negative);
+                } else {
+                    uint32_t lo, hi;
+                    if constexpr (L::turbo) {
+                        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, 2 * (t + 4 * (i >> 1)) + (i & 1)), lo, hi);
+                    } else {
+                        lo = load_u32(block + 2 + 4 * t);
+                        hi = load_u32(block + 18 + 4 * t);
+                    }
+                    mma_s8(c, x, lo, hi, c);
+                }
             }
-            s[0] += float(c[0] * 256 + c[2]) * row_scale<TK, D>(row0 + b * L::block_bytes);
-            s[1] += float(c[1] * 256 + c[3]) * row_scale<TK, D>(row1 + b * L::block_bytes);
+            s[0] += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * load_half(row0 + b * L::block_bytes);
+            s[1] += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * load_half(row1 + b * L::block_bytes);
         }
     }
 }
@@ -276,7 +289,7 @@ struct Weights {
     float scale; // of the lane's column
 };
 
-__device__ __forceinline__ Weights quantize_weights(const float (&w)[8], bool paired, int g) {
+template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], int g) {
     float top = w[0];
 #pragma unroll
     for (int i = 1; i < 8; ++i) top = fmaxf(top, w[i]);
@@ -285,7 +298,7 @@ __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], bool pa
     Weights out;
     const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f;
     out.scale = top * (1.0f / 32512.0f);
-    const bool low = paired && g >= 4;
+    const bool low = Paired && g >= 4;
     if (!low) out.scale *= 256.0f;
     const uint32_t round = low ? 0 : 128, select = low ? 0x0040 : 0x0051;
     uint32_t x[8];
@@ -300,52 +313,57 @@ __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], bool pa
     return out;
 }
 
-// Indices of one unit in four rows to levels by element: out[i] has nibble i of the rows.
-template <int Bits> __device__ __forceinline__ void lookup_columns(const uint32_t (&n)[4], uint32_t (&out)[8]) {
+// Indices of one unit in four rows, a nibble each, to selectors by element: the low (high) half of out[i] has nibble 2i
+// (2i + 1 of the same parity: 0 2, 4 6, 1 3, 5 7) of the four rows.
+__device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
     const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0), odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
     const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0), odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
-    lookup<Bits>(prmt(even01, even23, 0x5140), out[0], out[2]);
-    lookup<Bits>(prmt(even01, even23, 0x7362), out[4], out[6]);
-    lookup<Bits>(prmt(odd01, odd23, 0x5140), out[1], out[3]);
-    lookup<Bits>(prmt(odd01, odd23, 0x7362), out[5], out[7]);
+    out[0] = prmt(even01, even23, 0x5140);
+    out[1] = prmt(even01, even23, 0x7362);
+    out[2] = prmt(odd01, odd23, 0x5140);
+    out[3] = prmt(odd01, odd23, 0x7362);
 }
-
-constexpr float magic = 12582912.0f; // 1.5 * 2^23: an int32 accumulator that starts as its bits is a float when it ends
 
 struct OutputScale {
     float s0, s1, low0, low1; // of columns 2t and 2t + 1; of their low bytes, if these come separately
 };
 
-// o += one 16 x 8 product of V's levels and the weights
-__device__ __forceinline__ void accumulate(float (&o)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, const Weights & w,
-                                           bool paired, const OutputScale & s) {
-    constexpr int start = 0x4b400000;
-    int c[4] = {start, start, start, start};
-    mma_s8(c, a0, a1, a2, a3, w.high[0], w.high[1]);
+// An int32 accumulator that starts as the bits of 1.5 * 2^23 is, read as a float, that number plus its sum.
+constexpr int magic_bits = 0x4b400000;
+constexpr float magic = 12582912.0f;
+
+// o += one 16 x 8 product of V's levels and the weights. Split: the levels are positive - negative.
+template <bool Split, bool Paired>
+__device__ __forceinline__ void accumulate(float (&o)[4], const uint32_t (&positive)[4], const uint32_t (&negative)[4], const Weights & w,
+                                           const OutputScale & s) {
+    const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
+    int c[4], d[4];
+    mma_s8(c, positive, w.high[0], w.high[1], start);
+    if (Split) mma_s8(d, negative, w.high[0], w.high[1], start);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - magic) * (i & 1 ? s.s1 : s.s0);
-    if (!paired) {
-        int d[4] = {start, start, start, start};
-        mma_s8(d, a0, a1, a2, a3, w.low[0], w.low[1]);
+    for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.s1 : s.s0);
+    if constexpr (!Paired) {
+        mma_s8(c, positive, w.low[0], w.low[1], start);
+        if (Split) mma_s8(d, negative, w.low[0], w.low[1], start);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(d[i]) - magic) * (i & 1 ? s.low1 : s.low0);
+        for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.low1 : s.low0);
     }
 }
 
-// o += V of a tile's 32 rows times the weights p of the lane's eight rows: 2t, 2t + 1, then 8, 16 and 24 further on.
+// o += V of a tile's 32 rows times the weights p of the lane's eight rows: 2t (row0), 2t + 1 (row1), then 8, 16 and 24 on.
 // o[i]: of the D / 16 products, elements output_element<..>(i, g, 0) and (i, g, 1) of columns 2t and 2t + 1.
-template <KV TV, int D>
-__device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const StageRows & rows, bool paired, int lane) {
+template <KV TV, int D, bool Paired>
+__device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0, const uint8_t * row1, int pitch, int lane) {
     using L = Layout<TV, D>;
     const int g = lane / 4, t = lane % 4;
     const uint8_t * row[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) row[i] = rows.row(2 * t + (i & 1) + 8 * (i / 2));
+    for (int i = 0; i < 8; ++i) row[i] = (i & 1 ? row1 : row0) + i / 2 * 8 * pitch;
     if constexpr (L::bits == 16) {
         uint32_t b[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const half2 pair = paired && g >= 4 ? __floats2half2_rn(0, 0) : __floats2half2_rn(p[2 * i], p[2 * i + 1]);
+            const half2 pair = Paired && g >= 4 ? __floats2half2_rn(0, 0) : __floats2half2_rn(p[2 * i], p[2 * i + 1]);
             b[i] = *reinterpret_cast<const uint32_t *>(&pair);
         }
 #pragma unroll
@@ -363,8 +381,9 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
         for (int b = 0; b < D / L::block; ++b) {
             float w[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) w[i] = p[i] > 0 ? p[i] * row_scale<TV, D>(row[i] + b * L::block_bytes) : 0.0f;
-            const Weights weights = quantize_weights(w, paired, g);
+            for (int i = 0; i < 8; ++i) w[i] = p[i] > 0 ? p[i] * load_half(row[i] + b * L::block_bytes) : 0.0f;
+            Weights weights = quantize_weights<Paired>(w, g);
+            weights.scale *= Step<TV>::value;
             OutputScale s;
             s.s0 = __shfl_sync(all_lanes, weights.scale, 8 * t);
             s.s1 = __shfl_sync(all_lanes, weights.scale, 8 * t + 4);
@@ -375,17 +394,27 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
 #pragma unroll
                 for (int j = 0; j < units; ++j) {
                     const int unit = L::bits == 4 ? g + 8 * j : units == 2 ? 2 * g + j : g;
-                    uint32_t first[8], second[8], n[4];
+                    uint32_t n[4], first[4], second[4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) n[i] = unit_nibbles<L::bits, L::block>(row[i] + b * L::block_bytes + 2, unit);
-                    lookup_columns<L::bits>(n, first);
+                    transpose_nibbles(n, first);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) n[i] = unit_nibbles<L::bits, L::block>(row[4 + i] + b * L::block_bytes + 2, unit);
-                    lookup_columns<L::bits>(n, second);
+                    transpose_nibbles(n, second);
 #pragma unroll
-                    for (int m = 0; m < 4; ++m)
-                        accumulate(o[(b * units + j) * 4 + m], first[2 * m], first[2 * m + 1], second[2 * m], second[2 * m + 1],
-                                   weights, paired, s);
+                    for (int m = 0; m < 4; ++m) { // nibbles 2m and 2m + 1
+                        const int shift = 16 * (m % 2);
+                        uint32_t x[4], negative[4] = {};
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
+                            if constexpr (L::bits == 4)
+                                lookup_split(selector, x[i], negative[i]);
+                            else
+                                x[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+                        }
+                        accumulate<L::bits == 4, Paired>(o[(b * units + j) * 4 + m], x, negative, weights, s);
+                    }
                 }
             } else {
                 uint32_t x[2][4];
@@ -402,8 +431,10 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
                     x[h][3] = prmt(y, z, 0x7632);
                 }
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
-                    accumulate(o[b * 2 + m], x[0][2 * m], x[0][2 * m + 1], x[1][2 * m], x[1][2 * m + 1], weights, paired, s);
+                for (int m = 0; m < 2; ++m) {
+                    const uint32_t a[4] = {x[0][2 * m], x[0][2 * m + 1], x[1][2 * m], x[1][2 * m + 1]};
+                    accumulate<false, Paired>(o[b * 2 + m], a, a, weights, s);
+                }
             }
         }
     }
@@ -473,7 +504,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
     float slope = log2e;
     if (a.max_bias > 0)
         slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1)) : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    const float to_score = LK::bits == 16 ? 1.0f : factor; // times the scale: attention scores in natural units
+    const float to_score = LK::bits == 16 ? 1.0f : factor;               // of the products, to natural units
+    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e;    // of what the soft cap leaves, to powers of two
 
     float largest = -1e30f, sum = 0; // of column g, over the lane's rows
     float o[D / 16][4];
@@ -482,15 +514,16 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
 #pragma unroll
         for (int j = 0; j < 4; ++j) o[i][j] = 0;
 
-    StageRows k_rows, v_rows;
-    k_rows.pitch = p.pitch_k;
-    k_rows.stride = uint32_t(a.k_row) & 15;
-    v_rows.pitch = p.pitch_v;
-    v_rows.stride = uint32_t(a.v_row) & 15;
-    const uint32_t k_low = (uint32_t(reinterpret_cast<uintptr_t>(k)) + uint32_t(begin + row_tile * tile) * uint32_t(a.k_row)) & 15;
-    const uint32_t v_low = (uint32_t(reinterpret_cast<uintptr_t>(v)) + uint32_t(begin + row_tile * tile) * uint32_t(a.v_row)) & 15;
-    k_rows.low = k_low; // a step advances by a multiple of 32 rows: the same modulo 16
-    v_rows.low = v_low;
+    // Where the lane's rows lie in a stage. A step advances by a multiple of 32 rows: the same modulo 16.
+    const uint32_t row = uint32_t(begin + row_tile * tile), k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
+    const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride, v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
+    const int k_at = row_tile * tile * p.pitch_k + head_in_block * LK::bytes;
+    const int v_at = rows * p.pitch_k + row_tile * tile * p.pitch_v + head_in_block * LV::bytes;
+    const int k_operand = k_at + g * p.pitch_k + row_offset(k_low, k_stride, g);
+    const int k_scale0 = k_at + 2 * t * p.pitch_k + row_offset(k_low, k_stride, 2 * t);
+    const int k_scale1 = k_at + (2 * t + 1) * p.pitch_k + row_offset(k_low, k_stride, 2 * t + 1);
+    const int v_row0 = v_at + 2 * t * p.pitch_v + row_offset(v_low, v_stride, 2 * t);
+    const int v_row1 = v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1);
 
     for (int step = 0; step < steps; ++step) {
         if (p.stages == 3) copy_wait<1>(); else copy_wait<0>();
@@ -500,42 +533,46 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
         if (first >= end) continue;
 
         float bias[8];
+        if (first + tile <= a.n_kv && mask_pairs) {
+            const char * at = mask + 2 * (first + 2 * t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int64_t r = first + 8 * i + 2 * t;
-            bias[2 * i] = r < a.n_kv ? 0.0f : -INFINITY;
-            bias[2 * i + 1] = r + 1 < a.n_kv ? 0.0f : -INFINITY;
-            if (mask) {
-                if (mask_pairs && r + 1 < a.n_kv) {
-                    const float2 m = __half22float2(*reinterpret_cast<const half2 *>(mask + 2 * r));
-                    bias[2 * i] = m.x;
-                    bias[2 * i + 1] = m.y;
-                } else {
-                    if (r < a.n_kv) bias[2 * i] = __half2float(*reinterpret_cast<const half *>(mask + 2 * r));
-                    if (r + 1 < a.n_kv) bias[2 * i + 1] = __half2float(*reinterpret_cast<const half *>(mask + 2 * r + 2));
-                }
+            for (int i = 0; i < 4; ++i) {
+                const float2 m = mask ? __half22float2(*reinterpret_cast<const half2 *>(at + 16 * i)) : make_float2(0, 0);
+                bias[2 * i] = m.x;
+                bias[2 * i + 1] = m.y;
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < 8; ++i) {
+                const int64_t r = first + 8 * (i / 2) + 2 * t + i % 2;
+                const float value = r >= a.n_kv ? -INFINITY : mask ? __half2float(*reinterpret_cast<const half *>(mask + 2 * r)) : 0.0f;
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+                    if (i == j) bias[j] = value;
             }
         }
 
         const uint8_t * stage = shared + step % p.stages * stage_bytes;
-        k_rows.first = stage + row_tile * tile * p.pitch_k + head_in_block * LK::bytes;
-        v_rows.first = stage + rows * p.pitch_k + row_tile * tile * p.pitch_v + head_in_block * LV::bytes;
 
         float s[8];
-        float top = -INFINITY;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float pair[2];
-            scores<TK, D>(q, k_rows.row(8 * i + g), k_rows.row(8 * i + 2 * t), k_rows.row(8 * i + 2 * t + 1), t, pair);
+            const uint8_t * group = stage + 8 * i * p.pitch_k;
+            scores<TK, D>(q, group + k_operand, group + k_scale0, group + k_scale1, t, pair);
+            s[2 * i] = pair[0];
+            s[2 * i + 1] = pair[1];
+        }
+        if (a.soft_cap != 0) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float x = pair[h] * to_score;
-                if (a.soft_cap != 0) x = a.soft_cap * tanhf(x / a.soft_cap);
-                x = x * log2e + slope * bias[2 * i + h];
-                if (bias[2 * i + h] == -INFINITY) x = -INFINITY; // whatever bytes the row has
-                s[2 * i + h] = x;
-                top = fmaxf(top, x);
-            }
+            for (int i = 0; i < 8; ++i) s[i] = a.soft_cap * tanhf(s[i] * to_score / a.soft_cap);
+        }
+        float top = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            s[i] = s[i] * to_log2 + slope * bias[i];
+            if (bias[i] == -INFINITY) s[i] = -INFINITY; // whatever bytes the row has
+            top = fmaxf(top, s[i]);
         }
         top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
         top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
@@ -557,9 +594,15 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
         }
         // sparse V: a tile of weights that are all small, or zero
         if (!__any_sync(all_lanes, valid && !(exp2f(top - largest) <= a.sparse_v))) continue;
-        output<TV, D>(o, s, v_rows, paired, lane);
+        if (paired)
+            output<TV, D, true>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
+        else
+            output<TV, D, false>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
     }
 
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;"); // merge_kernel waits for the results all the same
+#endif
     sum += __shfl_xor_sync(all_lanes, sum, 1);
     sum += __shfl_xor_sync(all_lanes, sum, 2);
     const int part = blockIdx.x * p.row_tiles + row_tile;

@@ -42,6 +42,10 @@ constexpr uint32_t sign_word(const uint8_t * signs, int word) {
            uint32_t(signs[4 * word + 3]) << 24;
 }
 
+constexpr uint32_t pack4_magnitudes(const int8_t * c) {
+    return uint32_t(-c[0]) | uint32_t(-c[1]) << 8 | uint32_t(-c[2]) << 16 | uint32_t(-c[3]) << 24;
+}
+
 template <int Bits> struct Table {
     static constexpr uint32_t c0 = pack4(Codebook<Bits>::centroids), c1 = pack4(Codebook<Bits>::centroids + 4),
                               c2 = pack4(Codebook<Bits>::centroids + 8), c3 = pack4(Codebook<Bits>::centroids + 12);
@@ -52,6 +56,10 @@ struct Signs {
                               s13 = sign_word(signs1, 3), s20 = sign_word(signs2, 0), s21 = sign_word(signs2, 1),
                               s22 = sign_word(signs2, 2), s23 = sign_word(signs2, 3);
 };
+struct Magnitudes4 { // of the lower half of the centroids
+    static constexpr uint32_t low0 = pack4_magnitudes(centroids4), low1 = pack4_magnitudes(centroids4 + 4);
+};
+
 __device__ __forceinline__ uint32_t s1_word(int word) {
     return word < 2 ? (word == 0 ? Signs::s10 : Signs::s11) : (word == 2 ? Signs::s12 : Signs::s13);
 }
@@ -82,6 +90,14 @@ template <int Bits> __device__ __forceinline__ void lookup(uint32_t nibbles, uin
         lo = prmt(T::c0, T::c1, nibbles);
         hi = prmt(T::c0, T::c1, nibbles >> 16);
     }
+}
+
+// Four 4-bit indices, in the low 16 bits, to int8 levels = positive - negative: of the two, one byte is a magnitude and the
+// other zero, because a selector's upper bit makes prmt repeat the sign of a positive byte.
+__device__ __forceinline__ void lookup_split(uint32_t nibbles, uint32_t & positive, uint32_t & negative) {
+    constexpr uint32_t low0 = Magnitudes4::low0, low1 = Magnitudes4::low1;
+    negative = prmt(low0, low1, nibbles);
+    positive = prmt(Table<4>::c2, Table<4>::c3, nibbles ^ 0x8888);
 }
 
 // A block's bytes start at an even address.
