@@ -1,5 +1,6 @@
 // Attention: plans, launches and merges. The kernel is in attention.cuh.
 #include "attention.cuh"
+#include "launch.h"
 
 #include <atomic>
 #include <cmath>
@@ -86,7 +87,9 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     if (p.column_tiles > most_column_tiles) return false;
 
     const bool adjacent = a.k_head == bytes_k && a.v_head == bytes_v;
-    for (int heads = adjacent ? most_warps : 1; heads >= 1; --heads) {
+    // A short cache is one run of rows, finished by the thread blocks that computed it: all their warps take rows.
+    const bool shortest = a.n_kv <= 2 * most_warps * tile;
+    for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
         if (a.kv_heads % heads) continue;
         p.block_heads = heads;
         p.head_groups = a.kv_heads / heads;
@@ -109,9 +112,13 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const int64_t at_once = int64_t(device.multiprocessors) * (p.shared_bytes <= share ? resident : 1);
         const int64_t wanted = at_once / beside > 1 ? at_once / beside : 1;
         const int64_t step = int64_t(p.row_tiles) * tile, steps = (a.n_kv + step - 1) / step;
-        p.chunk_rows = (steps + wanted - 1) / wanted * step;
+        p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
         p.parts = p.chunks * p.row_tiles;
+        if (p.chunks == 1) { // the warps' results meet in the same memory
+            const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
+            p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
+        }
         return true;
     }
     return false;
@@ -133,9 +140,7 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
     partial += row * parts * D;
     meta += row * parts;
 
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory"); // for attention_kernel, if it was launched as its dependent
-#endif
+    wait_for_previous();
     const float sink = sinks ? sinks[row % heads] * 1.44269504f : -INFINITY;
     float largest = fmaxf(sink, -1e30f);
     for (int i = thread % 32; i < parts; i += 32) largest = fmaxf(largest, meta[i].x); // every warp for itself
@@ -173,21 +178,11 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
     for (int j = 0; j < block / 32; ++j) dst[row * D + e / 32 * block + e % 32 + 32 * j] = y[j];
 }
 
-template <int D> cudaError_t launch_merge(const AttentionCall & call, int version, cudaStream_t stream) {
+template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     int groups = 1;
     while (groups < call.p.parts && groups * D < 1024) groups *= 2;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(query_rows(call.a)));
-    config.blockDim = dim3(D, unsigned(groups));
-    config.dynamicSmemBytes = (size_t(groups) * D + groups) * sizeof(float);
-    config.stream = stream;
-    cudaLaunchAttribute early; // its launch overlaps the end of attention_kernel
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = version >= 90 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, merge_kernel<D>, static_cast<const float *>(call.partial), static_cast<const float2 *>(call.meta),
-                              call.a.sinks, call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
+    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(D, unsigned(groups)), (size_t(groups) * D + groups) * sizeof(float),
+                  stream, call.partial, call.meta, call.a.sinks, call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
 }
 
 // Kernels need leave for more than 48 KB of shared memory, once per device.
@@ -235,13 +230,13 @@ cudaError_t attention(const Attention & a, void * workspace, cudaStream_t stream
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const dim3 grid(unsigned(call.p.chunks), unsigned(call.p.head_groups * call.p.column_tiles), unsigned(a.streams));
-    kernel<<<grid, unsigned(32 * call.p.block_heads * call.p.row_tiles), size_t(call.p.shared_bytes), stream>>>(call);
-    const cudaError_t launched = cudaGetLastError();
-    if (launched != cudaSuccess) return launched;
+    const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * call.p.block_heads * call.p.row_tiles)),
+                                        size_t(call.p.shared_bytes), stream, call);
+    if (launched != cudaSuccess || call.p.chunks == 1) return launched; // a single run of rows is finished where it was computed
     switch (a.head) {
-        case 64: return launch_merge<64>(call, device.version, stream);
-        case 128: return launch_merge<128>(call, device.version, stream);
-        default: return launch_merge<256>(call, device.version, stream);
+        case 64: return launch_merge<64>(call, stream);
+        case 128: return launch_merge<128>(call, stream);
+        default: return launch_merge<256>(call, stream);
     }
 }
 

@@ -13,6 +13,7 @@
 #define TURBOQUANT_CUDA_ATTENTION_H
 
 #include "device.cuh"
+#include "launch.h"
 #include "turboquant_cuda.h"
 
 namespace turboquant {
@@ -121,13 +122,13 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint
         }
         return;
     }
-    const int warps = blockDim.x / 32;
-#pragma unroll 1
-    for (int r = threadIdx.x / 32; r < rows; r += warps) {
+    const int lanes = pitch <= 128 ? 8 : pitch <= 256 ? 16 : 32; // of a row
+#pragma unroll 2
+    for (int r = threadIdx.x / lanes; r < rows; r += blockDim.x / lanes) {
         const uint8_t * from = base + (first + r) * stride;
         const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), end = first + r < n_kv ? offset + chunk : 0;
 #pragma unroll 1
-        for (int at = threadIdx.x % 32 * 16; at < offset + chunk; at += 32 * 16) {
+        for (int at = threadIdx.x % lanes * 16; at < offset + chunk; at += lanes * 16) {
             const int valid = min(max(end - at, 0), 16);
             copy_async(shared + r * pitch + at, valid > 0 ? from - offset + at : base - (reinterpret_cast<uintptr_t>(base) & 15), valid);
         }
@@ -461,6 +462,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     extern __shared__ __align__(16) uint8_t shared[];
+    wait_for_previous();
+    if (gridDim.x > 1) let_next_start(); // merge_kernel, which waits for the results all the same
     const Attention & a = call.a;
     const AttentionPlan & p = call.p;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -600,33 +603,90 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
             output<TV, D, false>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
     }
 
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;"); // merge_kernel waits for the results all the same
-#endif
     sum += __shfl_xor_sync(all_lanes, sum, 1);
     sum += __shfl_xor_sync(all_lanes, sum, 2);
-    const int part = blockIdx.x * p.row_tiles + row_tile;
-    const auto query_row = [&](int c) {
-        return (int64_t(stream) * a.tokens + c / p.group) * a.heads + kv_head * p.group + c % p.group;
-    };
-    if (valid && t == 0 && (!paired || g < 4)) call.meta[query_row(column) * p.parts + part] = make_float2(largest, sum);
     if (paired) {
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)
 #pragma unroll
             for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(all_lanes, o[i][j], 2); // the low bytes' columns
-        if (t >= 2) return;
     }
+    const bool has_meta = t == 0 && (!paired || g < 4), has_output = !paired || t < 2;
+    const auto query_row = [&](int c) {
+        return (int64_t(stream) * a.tokens + c / p.group) * a.heads + c % p.group; // of the first KV head
+    };
+
+    if (gridDim.x > 1) { // merge_kernel goes on
+        const int part = blockIdx.x * p.row_tiles + row_tile;
+        if (valid && has_meta) call.meta[(query_row(column) + kv_head * p.group) * p.parts + part] = make_float2(largest, sum);
+        if (!has_output) return;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        const int c = column_tile * p.column_tile + 2 * t + j;
-        if (c >= p.columns) continue;
-        float * out = call.partial + (query_row(c) * p.parts + part) * D;
+        for (int j = 0; j < 2; ++j) {
+            const int c = column_tile * p.column_tile + 2 * t + j;
+            if (c >= p.columns) continue;
+            float * out = call.partial + ((query_row(c) + kv_head * p.group) * p.parts + part) * D;
 #pragma unroll
-        for (int i = 0; i < D / 16; ++i) {
-            out[output_element<TV, D>(i, g, 0)] = o[i][j];
-            out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
+            for (int i = 0; i < D / 16; ++i) {
+                out[output_element<TV, D>(i, g, 0)] = o[i][j];
+                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
+            }
         }
+        return;
+    }
+
+    // The warps' results meet in shared memory: [warp][column][D], then [warp][column] of largest score and sum.
+    __syncthreads();
+    const int warps = blockDim.x / 32;
+    float * results = reinterpret_cast<float *>(shared);
+    float2 * metas = reinterpret_cast<float2 *>(results + warps * p.column_tile * D);
+    if (has_meta) metas[warp * p.column_tile + g] = make_float2(largest, sum);
+    if (has_output) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float * out = results + (warp * p.column_tile + 2 * t + j) * D;
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                out[output_element<TV, D>(i, g, 0)] = o[i][j];
+                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
+            }
+        }
+    }
+    __syncthreads();
+    for (int task = warp; task < p.block_heads * p.column_tile; task += warps) {
+        const int h = task / p.column_tile, c = task % p.column_tile, at = column_tile * p.column_tile + c;
+        if (at >= p.columns) continue;
+        const int query_head = (first_head + h) * p.group + at % p.group;
+        const float sink = a.sinks ? a.sinks[query_head] * log2e : -INFINITY;
+        float top = fmaxf(sink, -1e30f);
+        for (int r = 0; r < p.row_tiles; ++r) top = fmaxf(top, metas[(r * p.block_heads + h) * p.column_tile + c].x);
+        float total = exp2f(sink - top), y[D / 32];
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[j] = 0;
+        for (int r = 0; r < p.row_tiles; ++r) {
+            const int from = (r * p.block_heads + h) * p.column_tile + c;
+            const float weight = exp2f(metas[from].x - top);
+            total += weight * metas[from].y;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) y[j] += weight * results[from * D + lane + 32 * j];
+        }
+        const float inverse = total == 0 ? 0.0f : 1.0f / total; // a NaN is not hidden
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[j] *= inverse;
+        if constexpr (LV::turbo) {
+            constexpr int B = LV::block / 32;
+#pragma unroll
+            for (int b = 0; b < D / LV::block; ++b) {
+                float part[B];
+#pragma unroll
+                for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
+                unrotate_warp<LV::block>(part);
+#pragma unroll
+                for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+            }
+        }
+        float * out = a.dst + (query_row(at) + (first_head + h) * p.group) * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) out[lane + 32 * j] = y[j];
     }
 }
 

@@ -4,6 +4,7 @@
 #include "turboquant_cuda.h"
 
 #include "device.cuh"
+#include "launch.h"
 
 namespace turboquant {
 namespace cuda {
@@ -240,6 +241,7 @@ template <int Bits, int N>
 __global__ void __launch_bounds__(32 * encode_warps)
 encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2, const int64_t ne3,
               const Index index) {
+    wait_for_previous();
     const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
     if (item >= blocks * ne1) return;
     const int64_t i1 = blocks == 1 ? item : uint64_t(item) / uint64_t(blocks), b = item - i1 * blocks;
@@ -416,11 +418,10 @@ cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const 
     if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block_of(type), encode_warps, grid)) return cudaSuccess;
-#define CALL(BITS, N) \
-    encode_kernel<BITS, N><<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index)
+#define CALL(BITS, N) return launch(encode_kernel<BITS, N>, grid.size, 32 * encode_warps, 0, stream, src, dst, grid.blocks, ne[1], ne[2], ne[3], index)
     TURBOQUANT_CUDA_TYPES(type, CALL)
 #undef CALL
-    return cudaGetLastError();
+    return cudaErrorNotSupported;
 }
 
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index, bool half,

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cstring>
 
 using namespace turboquant::cuda;
 
@@ -129,17 +130,20 @@ void rotation_equals_cpu(int block) {
 
 } // namespace
 
-int main() {
+// "quick": a few cases of every kernel, for compute-sanitizer.
+int main(int argc, char ** argv) {
     need_device(75);
+    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
     for (int i = 0; i < TQ_TYPE_COUNT; ++i) {
         const tq_type type = type_at(i);
         for (const Input & input : inputs()) {
             encode_equals_cpu(type, input, 1, 1);
             encode_equals_cpu(type, input, 3, 5);
+            if (quick) break;
             encode_equals_cpu(type, input, 8, 300);
         }
-        encode_equals_cpu(type, inputs().front(), 1, 20000);
-        encode_equals_cpu(type, inputs()[1], 8, 4000);
+        if (!quick) encode_equals_cpu(type, inputs().front(), 1, 20000);
+        if (!quick) encode_equals_cpu(type, inputs()[1], 8, 4000);
         scatter_and_gather<int32_t>(type);
         scatter_and_gather<int64_t>(type);
         for (const int64_t blocks : {1, 2, 9})
