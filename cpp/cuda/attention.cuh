@@ -104,6 +104,18 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+// As copy_async where only `valid` bytes, an even number, may be read; if none, `any` is a readable address.
+__device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
+    if (valid >= 16 || valid <= 0) {
+        copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
+        return;
+    }
+    for (int i = 0; i < 16; i += 2) {
+        const uint16_t x = i < valid ? uint16_t(load_u16(global + i)) : uint16_t(0);
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + i), "h"(x) : "memory");
+    }
+}
+
 // Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its address
 // modulo 16, which row_offset gives back.
 __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk, int rows,
@@ -117,8 +129,7 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint
         }
         const int end = int(n_kv - first) * pitch;
         for (int at = threadIdx.x * 16; at < int(all); at += step, from += step) {
-            const int valid = min(max(end - at, 0), 16);
-            copy_async(shared + at, valid > 0 ? from : base, valid);
+            copy_end(shared + at, from, base, end - at);
         }
         return;
     }
@@ -126,11 +137,13 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint
 #pragma unroll 2
     for (int r = threadIdx.x / lanes; r < rows; r += blockDim.x / lanes) {
         const uint8_t * from = base + (first + r) * stride;
-        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), end = first + r < n_kv ? offset + chunk : 0;
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15);
+        // what follows the row may be read, but nothing behind the last row
+        const int64_t left = first + r < n_kv ? (n_kv - 1 - first - r) * stride + chunk + offset : 0;
 #pragma unroll 1
         for (int at = threadIdx.x % lanes * 16; at < offset + chunk; at += lanes * 16) {
-            const int valid = min(max(end - at, 0), 16);
-            copy_async(shared + r * pitch + at, valid > 0 ? from - offset + at : base - (reinterpret_cast<uintptr_t>(base) & 15), valid);
+            copy_end(shared + r * pitch + at, from - offset + at, base - (reinterpret_cast<uintptr_t>(base) & 15),
+                     left - at < 16 ? int(left - at) : 16);
         }
     }
 }
