@@ -1,7 +1,9 @@
 // turbo-cpu.cpp: GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the codec's tile engine. Part of ggml-cpu.
 //
 // One unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded
-// tile. With fewer units than threads can share, the KV range is cut into chunks whose partial results are merged.
+// tile. A prefill has many units, which the threads share. A decode has one run of tokens, and reading the cache is what
+// takes time: there the KV range is cut into chunks, the threads share these, and walk through all heads of a chunk,
+// whose rows lie side by side in the cache, while the next chunk is fetched.
 
 #include "turbo-ggml.h"
 
@@ -17,7 +19,8 @@
 namespace {
 
 constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
-constexpr int64_t least_kv_chunk = 256; // KV rows; less is not worth a merge
+constexpr int64_t chunk_bytes    = 256 << 10; // of K and V: this chunk and the next fit the L2 cache
+constexpr int64_t chunk_rows_max = 512;
 
 int row_type(ggml_type type) {
     switch (type) {
@@ -29,17 +32,22 @@ int row_type(ggml_type type) {
     }
 }
 
+struct Chunk {
+    int32_t stream, index;
+};
+
 struct Plan {
     tq_attention_kv kv;
     int64_t group;        // query heads of a KV head
     int64_t tokens;       // of a unit
     int64_t token_runs;   // units of a KV head
     int64_t units;
+    int64_t chunk_rows;   // KV rows, if there is one run of tokens: then the threads share chunks, else units
     int64_t chunks;       // of the KV range
-    int64_t chunk_rows;   // KV rows
     int64_t unit_rows;    // most query rows of a unit
-    size_t  scratch;      // bytes of a thread
-    size_t  partial;      // bytes of the partial results of a unit's chunk
+    size_t  scratch;      // bytes of a thread: the engine's, the query rows', the list of chunks
+    size_t  partial;      // bytes of a unit's partial results
+    size_t  results;      // bytes of a thread: partial results of all units, and those of a chunk
     size_t  total;        // bytes
     float   max_bias;
 };
@@ -85,7 +93,7 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     memcpy(params, op->op_params, sizeof(params));
     plan.max_bias = params[1];
     plan.kv = { type_k, type_v, k->ne[0], v->ne[0], nullptr, nullptr, k->nb[1], v->nb[1], params[0], params[2],
-                turbo_sparse_v() };
+                turbo_sparse_v(), {}, {} };
 
     const int64_t n_kv = k->ne[1];
     plan.group      = q->ne[2] / k->ne[2];
@@ -93,17 +101,17 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     plan.token_runs = (q->ne[1] + plan.tokens - 1) / plan.tokens;
     plan.units      = q->ne[3] * k->ne[2] * plan.token_runs;
     plan.unit_rows  = plan.tokens * plan.group;
-    // Two units for each thread let the threads finish together.
-    const int64_t wanted = (2 * n_threads + plan.units - 1) / plan.units;
-    plan.chunks     = std::max<int64_t>(1, std::min(plan.units >= n_threads && plan.units % n_threads == 0 ? 1 : wanted,
-                                                    n_kv / least_kv_chunk));
-    plan.chunk_rows = ((n_kv + plan.chunks - 1) / plan.chunks + 63) / 64 * 64;
+    const int64_t token_bytes = k->ne[2] * (ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
+    const int64_t share       = (n_kv * k->ne[2] * q->ne[3] / n_threads + k->ne[2] - 1) / k->ne[2]; // rows of a thread
+    plan.chunk_rows = std::max<int64_t>(64, std::min({ chunk_rows_max, chunk_bytes / token_bytes, share }) / 64 * 64);
+    plan.chunks     = (n_kv + plan.chunk_rows - 1) / plan.chunk_rows;
 
     plan.scratch = align(tq_attention_scratch(&plan.kv, plan.unit_rows)) +
-                   align(plan.unit_rows * (sizeof(float *) + sizeof(void *) + sizeof(float)));
+                   align(plan.unit_rows * (sizeof(float *) + sizeof(void *) + sizeof(float))) +
+                   align(q->ne[3] * plan.chunks * sizeof(Chunk));
     plan.partial = align(plan.unit_rows * (plan.kv.head_v + 2) * sizeof(float));
-    plan.total   = 64 + n_threads * plan.scratch +
-                   (plan.chunks == 1 ? (int64_t) n_threads : plan.units * plan.chunks) * plan.partial;
+    plan.results = plan.partial * (plan.token_runs == 1 ? plan.units + 1 : 1);
+    plan.total   = 64 + n_threads * (plan.scratch + plan.results);
     return true;
 }
 
@@ -130,12 +138,21 @@ Unit unit_at(const Plan & plan, const ggml_tensor * op, int64_t index) {
     return unit;
 }
 
-void compute_chunk(const Plan & plan, const ggml_tensor * op, const Unit & unit, int64_t first, int64_t last,
-                   float * partial, char * memory) {
-    const ggml_tensor * q    = op->src[0];
-    const ggml_tensor * k    = op->src[1];
-    const ggml_tensor * v    = op->src[2];
+const ggml_fp16_t * mask_row(const ggml_tensor * op, int64_t token, int64_t head, int64_t stream) {
     const ggml_tensor * mask = op->src[3];
+    if (!mask) {
+        return nullptr;
+    }
+    return (const ggml_fp16_t *) ((const char *) mask->data + token * mask->nb[1] + head % mask->ne[2] * mask->nb[2] +
+                                  stream % mask->ne[3] * mask->nb[3]);
+}
+
+// Returns how many rows of V were left out. `next`: the chunk to fetch meanwhile, or null.
+int64_t compute_rows(const Plan & plan, const ggml_tensor * op, const Unit & unit, int64_t first, int64_t last,
+                     float * partial, char * memory, const Chunk * next, bool next_v) {
+    const ggml_tensor * q = op->src[0];
+    const ggml_tensor * k = op->src[1];
+    const ggml_tensor * v = op->src[2];
 
     char *         arrays  = memory + align(tq_attention_scratch(&plan.kv, plan.unit_rows));
     const float ** q_rows  = (const float **) arrays;
@@ -144,9 +161,9 @@ void compute_chunk(const Plan & plan, const ggml_tensor * op, const Unit & unit,
     int64_t        rows    = 0;
     for (int64_t t = unit.token; t < unit.token + unit.tokens; ++t) {
         for (int64_t h = unit.head * plan.group; h < (unit.head + 1) * plan.group; ++h, ++rows) {
-            q_rows[rows] = (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + unit.stream * q->nb[3]);
-            masks[rows]  = mask ? (const char *) mask->data + t * mask->nb[1] + h % mask->ne[2] * mask->nb[2] +
-                                      unit.stream % mask->ne[3] * mask->nb[3] : nullptr;
+            q_rows[rows] =
+                (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + unit.stream * q->nb[3]);
+            masks[rows]  = mask_row(op, t, h, unit.stream);
             slopes[rows] = alibi_slope(plan, h, q->ne[2]);
         }
     }
@@ -154,8 +171,37 @@ void compute_chunk(const Plan & plan, const ggml_tensor * op, const Unit & unit,
     const int64_t   stream = unit.stream / (q->ne[3] / k->ne[3]);
     kv.k = (const char *) k->data + unit.head * k->nb[2] + stream * k->nb[3];
     kv.v = (const char *) v->data + unit.head * v->nb[2] + stream * v->nb[3];
+    const ggml_tensor * cache[2] = { k, v };
+    for (int i = 0; next && i < (next_v ? 2 : 1); ++i) {
+        const ggml_tensor * t = cache[i];
+        const int64_t heads = t->ne[2];
+        if (t->nb[1] < heads * t->nb[2]) {
+            continue; // another layout: a chunk's heads do not lie side by side
+        }
+        // each head fetches its share
+        const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, t->ne[1]);
+        const size_t  share = ((end - begin) * t->nb[1] / heads + 63) / 64 * 64;
+        const char *  data  = (const char *) t->data + next->stream / (q->ne[3] / t->ne[3]) * t->nb[3];
+        kv.ahead[i]       = data + begin * t->nb[1] + unit.head * share;
+        kv.ahead_bytes[i] = share;
+    }
     const tq_attention_queries queries = { rows, q_rows, masks, 0, slopes };
-    tq_attention_partial(&kv, &queries, first, last, partial, memory);
+    return tq_attention_partial(&kv, &queries, first, last, partial, memory);
+}
+
+// A chunk that no query may see is not worth fetching.
+bool visible(const Plan & plan, const ggml_tensor * op, const Chunk & chunk) {
+    const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, op->src[1]->ne[1]);
+    const int64_t heads = op->src[3] ? op->src[3]->ne[2] : 1; // masks that differ
+    for (int64_t token = 0; token < op->src[0]->ne[1]; ++token) {
+        for (int64_t head = 0; head < heads; ++head) {
+            const ggml_fp16_t * mask = mask_row(op, token, head, chunk.stream);
+            if (!mask || std::any_of(mask + first, mask + last, [](ggml_fp16_t x) { return x != 0xFC00; })) {
+                return true;
+            }
+        }
+    }
+    return false;
 }
 
 void finish_row(const Plan & plan, ggml_tensor * op, const Unit & unit, int64_t row, float * partial) {
@@ -164,7 +210,48 @@ void finish_row(const Plan & plan, ggml_tensor * op, const Unit & unit, int64_t 
     const ggml_tensor * sinks = op->src[4];
     float * out = (float *) ((char *) op->data +
                              (unit.stream * op->ne[2] * op->ne[1] + head + token * op->ne[1]) * op->nb[1]);
-    tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, sinks ? (const float *) sinks->data + head : nullptr, out);
+    const float * sink = sinks ? (const float *) sinks->data + head : nullptr;
+    tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, sink, out);
+}
+
+// This thread's share of the chunks: results[unit] = the partial results of all that it saw.
+void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, int64_t threads, char * scratch,
+                           char * results) {
+    const int64_t heads  = op->src[1]->ne[2];
+    const int64_t n_kv   = op->src[1]->ne[1];
+    const int64_t stride = plan.kv.head_v + 2;
+    float *       chunk_result = (float *) (results + plan.units * plan.partial);
+    for (int64_t u = 0; u < plan.units; ++u) {
+        float * row = (float *) (results + u * plan.partial);
+        for (int64_t m = 0; m < plan.unit_rows; ++m, row += stride) {
+            std::fill(row, row + stride, 0.0f);
+            row[plan.kv.head_v] = -INFINITY;
+        }
+    }
+    Chunk * list  = (Chunk *) (scratch + plan.scratch - align(op->src[0]->ne[3] * plan.chunks * sizeof(Chunk)));
+    int64_t count = 0;
+    for (int32_t stream = 0; stream < op->src[0]->ne[3]; ++stream) {
+        for (int32_t index = 0; index < plan.chunks; ++index) {
+            const Chunk chunk = { stream, index };
+            if (visible(plan, op, chunk)) {
+                list[count++] = chunk;
+            }
+        }
+    }
+    const int64_t items = count * heads, begin = items * thread / threads, end = items * (thread + 1) / threads;
+    bool fetch_v = true;
+    for (int64_t item = begin; item < end; ++item) {
+        const Chunk & chunk = list[item / heads];
+        const Chunk * next  = (item / heads + 1) * heads < end ? &chunk + 1 : nullptr;
+        const Unit    unit  = unit_at(plan, op, chunk.stream * heads + item % heads);
+        const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, n_kv);
+        const int64_t left_out = compute_rows(plan, op, unit, first, last, chunk_result, scratch, next, fetch_v);
+        fetch_v = left_out < (last - first) / 2; // sparse V
+        float * into = (float *) (results + (unit.stream * heads + unit.head) * plan.partial);
+        for (int64_t m = 0; m < plan.unit_rows; ++m) {
+            tq_attention_merge(into + m * stride, chunk_result + m * stride, plan.kv.head_v);
+        }
+    }
 }
 
 } // namespace
@@ -176,42 +263,30 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     }
     char *        base    = (char *) align((size_t) params->wdata);
     char *        scratch = base + params->ith * plan.scratch;
-    char *        results = base + params->nth * plan.scratch;
-    const int64_t n_kv    = op->src[1]->ne[1];
+    char *        results = base + params->nth * plan.scratch; // of all threads
+    char *        mine    = results + params->ith * plan.results;
     const int64_t stride  = plan.kv.head_v + 2;
 
-    if (plan.chunks == 1) {
-        float * partial = (float *) (results + params->ith * plan.partial);
+    if (plan.token_runs > 1) {
         for (int64_t u = params->ith; u < plan.units; u += params->nth) {
             const Unit unit = unit_at(plan, op, u);
-            compute_chunk(plan, op, unit, 0, n_kv, partial, scratch);
+            compute_rows(plan, op, unit, 0, op->src[1]->ne[1], (float *) mine, scratch, nullptr, false);
             for (int64_t row = 0; row < unit.tokens * plan.group; ++row) {
-                finish_row(plan, op, unit, row, partial + row * stride);
+                finish_row(plan, op, unit, row, (float *) mine + row * stride);
             }
         }
         return true;
     }
-    for (int64_t item = params->ith; item < plan.units * plan.chunks; item += params->nth) {
-        const int64_t chunk = item % plan.chunks;
-        const int64_t first = std::min(chunk * plan.chunk_rows, n_kv);
-        const int64_t last  = std::min(first + plan.chunk_rows, n_kv);
-        compute_chunk(plan, op, unit_at(plan, op, item / plan.chunks), first, last,
-                      (float *) (results + item * plan.partial), scratch);
-    }
+    compute_chunks(plan, op, params->ith, params->nth, scratch, mine);
     ggml_barrier(params->threadpool);
     for (int64_t item = params->ith; item < plan.units * plan.unit_rows; item += params->nth) {
-        const int64_t u    = item / plan.unit_rows;
-        const int64_t row  = item % plan.unit_rows;
-        const Unit    unit = unit_at(plan, op, u);
-        if (row >= unit.tokens * plan.group) {
-            continue;
-        }
-        char *  first = results + u * plan.chunks * plan.partial;
+        const int64_t u = item / plan.unit_rows, row = item % plan.unit_rows;
+        char *  first = results + u * plan.partial;
         float * into  = (float *) first + row * stride;
-        for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-            tq_attention_merge(into, (const float *) (first + chunk * plan.partial) + row * stride, plan.kv.head_v);
+        for (int64_t thread = 1; thread < params->nth; ++thread) {
+            tq_attention_merge(into, (const float *) (first + thread * plan.results) + row * stride, plan.kv.head_v);
         }
-        finish_row(plan, op, unit, row, into);
+        finish_row(plan, op, unit_at(plan, op, u), row, into);
     }
     return true;
 }

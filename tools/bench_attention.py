@@ -2,7 +2,7 @@
 """Speed of attention over a quantized KV cache, next to llama.cpp's own f16 in the same run.
 
 Two tables: one layer's attention alone (microseconds, GB/s of cache, and the limits that the machine sets), and a whole
-model's decode and prefill (llama-bench). Needs `turboquant build`, a C++ compiler, and `pip install .[plot]`.
+model's decode and prefill (llama-bench). Needs `turboquant build`, a C++ compiler, and `pip install .[bench]`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import turboquant
 from turboquant.llama.build import where
 from turboquant.llama.paths import cache_dir
 
@@ -38,6 +41,8 @@ limits   bytes: the cache's bytes over the memory bandwidth of as many threads; 
          over the machine's peak in 8-bit integers, the fastest that it could do. Both are measured in the same run. A
          cache that fits the CPU's own caches can be read faster than memory, so its share of the bytes limit may exceed
          100%.
+V left   the share of V's rows that sparse V left out in a decode, at its default threshold: counted by the same kernels
+out      on the same numbers. LLAMA_ARG_CACHE_SPARSE_V=0 in the environment switches it off.
 
 examples
   python3 tools/bench_attention.py
@@ -142,6 +147,32 @@ def run_layer(helper: Path, given: argparse.Namespace) -> Iterator[dict[str, Any
         raise Problem(f"{helper.name} ended with {process.returncode}: {problem.strip()[-2000:]}")
 
 
+def left_out(pair: str, depth: int, spread: float) -> float | None:
+    """Share of V's rows that sparse V leaves out for one token; None where llama.cpp computes attention for itself."""
+    type_k, type_v = pair.split(":")
+    if not any(name.startswith("turbo") for name in (type_k, type_v)):
+        return None
+    threshold = float(os.environ.get("LLAMA_ARG_CACHE_SPARSE_V") or 1e-6)
+    rng = np.random.default_rng(1)
+
+    def rows(name: str) -> np.ndarray:
+        """As the helper fills a cache: 256 different rows, again and again."""
+        x = rng.standard_normal((KV_HEADS, 256, HEAD), np.float32)
+        if name in ("f16", "bf16"):
+            coded = x.astype(np.float16).view(np.uint8) if name == "f16" else (x.view(np.uint32) >> 16).astype("<u2")
+            coded = coded.view(np.uint8)
+        elif name.startswith("turbo"):
+            coded = turboquant.quantize(x, name)
+        else:
+            coded = gguf.quantize(x, gguf.GGMLQuantizationType[name.upper()])
+        return np.tile(coded, (1, -(-depth // 256), 1))[:, :depth]
+
+    q = spread * rng.standard_normal((HEADS, 1, HEAD), np.float32)
+    _, rate = turboquant.attention(q, rows(type_k), rows(type_v), type_k=type_k, type_v=type_v, sparse_v=threshold,
+                                   return_skip_rate=True)
+    return rate
+
+
 def make_model(folder: Path) -> Path:
     """The two-layer model with Q8_0 weights, made once."""
     target = cache_dir() / "tools" / f"attention-{HEADS}x{KV_HEADS}x{HEAD}-{LAYERS}-{WIDTH}-{FF}-q8_0.gguf"
@@ -182,7 +213,7 @@ def layer_table(rows: list[dict[str, Any]], limits: dict[int, dict[str, float]])
     table = Table(title=f"attention of one layer, {HEADS} query heads, {KV_HEADS} KV heads of {HEAD}")
     for name in ("tokens", "depth", "threads", "cache K/V"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("µs", "GB/s", "of f16", "bytes limit", "MACs limit"):
+    for name in ("µs", "GB/s", "of f16", "bytes limit", "MACs limit", "V left out"):
         table.add_column(name, justify="right", no_wrap=True)
     baseline = {(r["queries"], r["depth"], r["threads"]): r["seconds"] for r in rows if r["pair"] == "f16:f16"}
     order = sorted(rows, key=lambda r: (r["queries"], r["threads"], r["depth"]))
@@ -195,7 +226,8 @@ def layer_table(rows: list[dict[str, Any]], limits: dict[int, dict[str, float]])
                       f"{row['seconds'] * 1e6:.0f}", f"{row['cache_bytes'] / row['seconds'] / 1e9:.2f}",
                       f"{ratio:.2f}x",
                       f"{row['cache_bytes'] / limit['read'] / row['seconds']:.0%}",
-                      f"{macs / limit['byte_macs'] / row['seconds']:.0%}", end_section=last)
+                      f"{macs / limit['byte_macs'] / row['seconds']:.0%}",
+                      "–" if row["left_out"] is None else f"{row['left_out']:.1%}", end_section=last)
     return table
 
 
@@ -226,7 +258,7 @@ def draw(rows: list[dict[str, Any]], limits: dict[int, dict[str, float]], file: 
         matplotlib.use("Agg")
         from matplotlib import pyplot  # noqa: PLC0415
     except ImportError:
-        raise Problem("--plot needs matplotlib: pip install 'turboquant[plot]'") from None
+        raise Problem("--plot needs matplotlib: pip install 'turboquant[bench]'") from None
     threads = max(limits)
     queries = sorted({r["queries"] for r in rows})
     figure, axes = pyplot.subplots(1, len(queries), figsize=(6 * len(queries), 4.5), layout="constrained")
@@ -265,6 +297,8 @@ def main() -> int:
                     if row.pop("limit", False):
                         limits[row["threads"]] = row
                     else:
+                        one = row["queries"] == 1
+                        row["left_out"] = left_out(row["pair"], row["depth"], given.spread) if one else None
                         layer.append(row)
                     progress.advance(task)
             for threads, limit in limits.items():

@@ -326,8 +326,24 @@ def run_pytest(context: Context, folder: str) -> Count:
         return junit(report)
 
 
+def browser(context: Context) -> None:
+    """Chromium and its driver, for the tests of pages."""
+    has_browser = lambda: bool(shutil.which("chromium") and shutil.which("chromedriver"))  # noqa: E731
+    require_packages(context, has_browser, "chromium", "chromium-driver")
+
+
+def wasm_compiler(context: Context) -> None:
+    """Clang and its linker for WebAssembly, for the test that rebuilds codec.wasm."""
+    require_packages(context, lambda: bool(shutil.which("clang++") and shutil.which("wasm-ld")), "clang", "lld")
+
+
 def python_tests(context: Context) -> Count:
     """The Python package."""
+    for wanted in (browser, wasm_compiler):  # without one, the tests that need it are skipped
+        try:
+            wanted(context)
+        except Skip as reason:
+            print(f"some tests will be skipped: {reason}", flush=True)
     return run_pytest(context, "tests/python")
 
 

@@ -169,6 +169,8 @@ typedef struct tq_attention_kv {
     float        scale, soft_cap;    /* as in tq_attention_args */
     float        sparse_v;           /* rows of V whose weight, relative to the largest so far, is at most this are left
                                         out of the sum (but count in the softmax); 0 = only weights of 0 */
+    const void * ahead[2];           /* two pieces of memory that are fetched meanwhile, as the caller reads them next */
+    size_t       ahead_bytes[2];     /* 0 = none */
 } tq_attention_kv;
 
 typedef struct tq_attention_queries {

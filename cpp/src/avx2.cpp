@@ -33,7 +33,20 @@ __m256 flip(__m256 x, const uint32_t * bits, int r) {
 // exact, so the sum rounds as in scalar.cpp.
 __m256 butterfly(__m256 x, __m256 s, __m256 lane) { return _mm256_fmadd_ps(x, lane, s); }
 
-template <int R> void hadamard(__m256 * y) {
+// The stages between registers; templates, so that the compiler unrolls them all.
+template <int R, int H> TURBOQUANT_INLINE void across_registers(__m256 * y) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const __m256 a = y[j], b = y[j + H];
+            y[j] = _mm256_add_ps(a, b);
+            y[j + H] = _mm256_sub_ps(a, b);
+        }
+        across_registers<R, 2 * H>(y);
+    }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(__m256 * y) {
     const __m256 lane1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
     const __m256 lane2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
     const __m256 lane4 = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
@@ -42,26 +55,26 @@ template <int R> void hadamard(__m256 * y) {
         y[r] = butterfly(y[r], _mm256_permute_ps(y[r], 0x4E), lane2);
         y[r] = butterfly(y[r], _mm256_permute2f128_ps(y[r], y[r], 1), lane4);
     }
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const __m256 a = y[j], b = y[j + h];
-                y[j] = _mm256_add_ps(a, b);
-                y[j + h] = _mm256_sub_ps(a, b);
-            }
+    across_registers<R, 1>(y);
 }
 
 // The same in 16-bit integers, 16 to a register. Exact, so the order of the stages is free.
 __m256i butterfly(__m256i x, __m256i s, __m256i sign) { return _mm256_add_epi16(s, _mm256_sign_epi16(x, sign)); }
 
-template <int R> void hadamard(__m256i * w) {
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const __m256i a = w[j], b = w[j + h];
-                w[j] = _mm256_add_epi16(a, b);
-                w[j + h] = _mm256_sub_epi16(a, b);
-            }
+template <int R, int H> TURBOQUANT_INLINE void across_registers(__m256i * w) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const __m256i a = w[j], b = w[j + H];
+            w[j] = _mm256_add_epi16(a, b);
+            w[j + H] = _mm256_sub_epi16(a, b);
+        }
+        across_registers<R, 2 * H>(w);
+    }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(__m256i * w) {
+    across_registers<R, 1>(w);
     const __m256i sign1 = _mm256_set1_epi32(int(0xFFFF0001));
     const __m256i sign2 = _mm256_set1_epi64x(int64_t(0xFFFFFFFF00010001));
     const __m256i sign4 = _mm256_setr_epi32(0x00010001, 0x00010001, -1, -1, 0x00010001, 0x00010001, -1, -1);
@@ -82,7 +95,7 @@ int32_t reduce_add(__m256i x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
-template <int N> uint32_t largest_bits(const __m256 * x) {
+template <int N> TURBOQUANT_INLINE uint32_t largest_bits(const __m256 * x) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i largest = _mm256_setzero_si256();
     for (int r = 0; r < N / lanes; ++r)
@@ -92,11 +105,11 @@ template <int N> uint32_t largest_bits(const __m256 * x) {
     return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1))));
 }
 
-template <int N> void load(const float * src, __m256 * x) {
+template <int N> TURBOQUANT_INLINE void load(const float * src, __m256 * x) {
     for (int r = 0; r < N / lanes; ++r) x[r] = _mm256_loadu_ps(src + lanes * r);
 }
 
-template <int N> void forward(const __m256 * x, float scale, __m256 * y) {
+template <int N> TURBOQUANT_INLINE void forward(const __m256 * x, float scale, __m256 * y) {
     const __m256 s = _mm256_set1_ps(scale);
     for (int r = 0; r < N / lanes; ++r) y[r] = flip(_mm256_mul_ps(x[r], s), sign_tables.bits1, r);
     hadamard<N / lanes>(y);
@@ -160,7 +173,7 @@ __m256i spread_third_bits(const uint8_t * high) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, bit), _mm256_set1_epi8(4));
 }
 
-template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
     constexpr int registers = Levels<N>::registers;
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(Format<Bits, N>::centroids)));

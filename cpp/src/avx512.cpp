@@ -11,19 +11,26 @@ namespace {
 
 constexpr int lanes = 16;
 
-// 16 bits of a sign vector as a lane mask for register r.
-constexpr __mmask16 sign_mask(const uint8_t * signs, int r) {
-    return __mmask16(signs[2 * r] | (signs[2 * r + 1] << 8));
-}
 constexpr uint64_t sign_mask64(const uint8_t * signs, int r) {
     uint64_t m = 0;
     for (int i = 0; i < 8; ++i) m |= uint64_t(signs[8 * r + i]) << (8 * i);
     return m;
 }
 
-__m512 flip(__m512 x, const uint8_t * signs, int r) {
-    return _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(x), sign_mask(signs, r),
-                                                     _mm512_castps_si512(x), _mm512_set1_epi32(int(0x80000000))));
+// The sign vectors as operands: float sign bits.
+struct SignTables {
+    alignas(64) uint32_t bits1[128] = {}, bits2[128] = {};
+    constexpr SignTables() {
+        for (int i = 0; i < 128; ++i) {
+            bits1[i] = sign_bit(signs1, i) ? 0x80000000 : 0;
+            bits2[i] = sign_bit(signs2, i) ? 0x80000000 : 0;
+        }
+    }
+};
+constexpr SignTables sign_tables;
+
+__m512 flip(__m512 x, const uint32_t * bits, int r) {
+    return _mm512_xor_ps(x, _mm512_load_ps(bits + lanes * r));
 }
 
 // +1, or -1 in the lanes whose bit h is set: those take the difference.
@@ -35,20 +42,25 @@ template <int H> __m512 difference_lanes() {
 // One stage inside a register, s being each lane's partner. The product is exact, so the sum rounds as in scalar.cpp.
 template <int H> __m512 butterfly(__m512 x, __m512 s) { return _mm512_fmadd_ps(x, difference_lanes<H>(), s); }
 
-template <int R> void hadamard(__m512 * y) {
-    for (int r = 0; r < R; ++r) {
-        y[r] = butterfly<1>(y[r], _mm512_permute_ps(y[r], 0xB1));
-        y[r] = butterfly<2>(y[r], _mm512_permute_ps(y[r], 0x4E));
-        y[r] = butterfly<4>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xB1));
-        y[r] = butterfly<8>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0x4E));
+// The stages between registers; templates, so that the compiler unrolls them all and keeps y in registers.
+template <int R, int H> TURBOQUANT_INLINE void across_registers(__m512 * y) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const __m512 a = y[j], b = y[j + H];
+            y[j] = _mm512_add_ps(a, b);
+            y[j + H] = _mm512_sub_ps(a, b);
+        }
+        across_registers<R, 2 * H>(y);
     }
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const __m512 a = y[j], b = y[j + h];
-                y[j] = _mm512_add_ps(a, b);
-                y[j + h] = _mm512_sub_ps(a, b);
-            }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(__m512 * y) {
+    for (int r = 0; r < R; ++r) y[r] = butterfly<1>(y[r], _mm512_permute_ps(y[r], 0xB1));
+    for (int r = 0; r < R; ++r) y[r] = butterfly<2>(y[r], _mm512_permute_ps(y[r], 0x4E));
+    for (int r = 0; r < R; ++r) y[r] = butterfly<4>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0xB1));
+    for (int r = 0; r < R; ++r) y[r] = butterfly<8>(y[r], _mm512_shuffle_f32x4(y[r], y[r], 0x4E));
+    across_registers<R, 1>(y);
 }
 
 // The same in 16-bit integers, 32 to a register. Exact, so the order of the stages is free.
@@ -56,14 +68,20 @@ __m512i butterfly(__m512i x, __m512i s, __mmask32 upper) {
     return _mm512_mask_sub_epi16(_mm512_add_epi16(x, s), upper, s, x);
 }
 
-template <int R> void hadamard(__m512i * w) {
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const __m512i a = w[j], b = w[j + h];
-                w[j] = _mm512_add_epi16(a, b);
-                w[j + h] = _mm512_sub_epi16(a, b);
-            }
+template <int R, int H> TURBOQUANT_INLINE void across_registers(__m512i * w) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const __m512i a = w[j], b = w[j + H];
+            w[j] = _mm512_add_epi16(a, b);
+            w[j + H] = _mm512_sub_epi16(a, b);
+        }
+        across_registers<R, 2 * H>(w);
+    }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(__m512i * w) {
+    across_registers<R, 1>(w);
     for (int r = 0; r < R; ++r) {
         w[r] = butterfly(w[r], _mm512_shuffle_i64x2(w[r], w[r], 0x4E), 0xFFFF0000);
         w[r] = butterfly(w[r], _mm512_shuffle_i64x2(w[r], w[r], 0xB1), 0xFF00FF00);
@@ -73,7 +91,7 @@ template <int R> void hadamard(__m512i * w) {
     }
 }
 
-template <int N> uint32_t largest_bits(const __m512 * x) {
+template <int N> TURBOQUANT_INLINE uint32_t largest_bits(const __m512 * x) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512();
     for (int r = 0; r < N / lanes; ++r)
@@ -81,15 +99,15 @@ template <int N> uint32_t largest_bits(const __m512 * x) {
     return _mm512_reduce_max_epu32(largest);
 }
 
-template <int N> void load(const float * src, __m512 * x) {
+template <int N> TURBOQUANT_INLINE void load(const float * src, __m512 * x) {
     for (int r = 0; r < N / lanes; ++r) x[r] = _mm512_loadu_ps(src + lanes * r);
 }
 
-template <int N> void forward(const __m512 * x, float scale, __m512 * y) {
+template <int N> TURBOQUANT_INLINE void forward(const __m512 * x, float scale, __m512 * y) {
     const __m512 s = _mm512_set1_ps(scale);
-    for (int r = 0; r < N / lanes; ++r) y[r] = flip(_mm512_mul_ps(x[r], s), signs1, r);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(_mm512_mul_ps(x[r], s), sign_tables.bits1, r);
     hadamard<N / lanes>(y);
-    for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs2, r);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
 }
 
 template <int N> float sum_of_squares(const __m512 * y) {
@@ -136,7 +154,7 @@ template <int N> struct Levels {
 };
 
 // The index bytes are copied to every part of the register that they serve and shifted by a different amount in each.
-template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
     const __m128i * p = reinterpret_cast<const __m128i *>(q);
     const __m512i table =
         _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(Format<Bits, N>::centroids)));
@@ -191,10 +209,10 @@ template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
     for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
         __m512 y[N / lanes];
         load<N>(src, y);
-        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs1, r);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits1, r);
         hadamard<N / lanes>(y);
         for (int r = 0; r < N / lanes; ++r)
-            _mm512_storeu_ps(dst + lanes * r, _mm512_mul_ps(flip(y[r], signs2, r), norm));
+            _mm512_storeu_ps(dst + lanes * r, _mm512_mul_ps(flip(y[r], sign_tables.bits2, r), norm));
     }
 }
 
@@ -203,10 +221,10 @@ template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
     for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
         __m512 y[N / lanes];
         load<N>(src, y);
-        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], signs2, r);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
         hadamard<N / lanes>(y);
         for (int r = 0; r < N / lanes; ++r)
-            _mm512_storeu_ps(dst + lanes * r, flip(_mm512_mul_ps(y[r], norm), signs1, r));
+            _mm512_storeu_ps(dst + lanes * r, flip(_mm512_mul_ps(y[r], norm), sign_tables.bits1, r));
     }
 }
 
@@ -444,8 +462,8 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
         for (int r = 0; r < words; ++r) {
             const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(w[r])));
             const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(w[r], 1)));
-            _mm512_storeu_ps(dst + 32 * r, flip(_mm512_mul_ps(scale, low), signs1, 2 * r));
-            _mm512_storeu_ps(dst + 32 * r + 16, flip(_mm512_mul_ps(scale, high), signs1, 2 * r + 1));
+            _mm512_storeu_ps(dst + 32 * r, flip(_mm512_mul_ps(scale, low), sign_tables.bits1, 2 * r));
+            _mm512_storeu_ps(dst + 32 * r + 16, flip(_mm512_mul_ps(scale, high), sign_tables.bits1, 2 * r + 1));
         }
     }
 }

@@ -15,6 +15,13 @@
 #include <immintrin.h>
 #endif
 
+// For the steps of a kernel that must stay in registers; GCC calls them otherwise once they are used twice.
+#ifdef __GNUC__
+#define TURBOQUANT_INLINE inline __attribute__((always_inline))
+#else
+#define TURBOQUANT_INLINE inline
+#endif
+
 namespace turboquant {
 namespace {
 

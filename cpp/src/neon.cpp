@@ -44,15 +44,22 @@ void hadamard_lanes(float32x4_t & a, float32x4_t & b) { // h = 1, 2
     b = vuzp2q_f32(sum, difference);
 }
 
-template <int R> void hadamard(float32x4_t * y) {
+// The stages between registers; templates, so that the compiler unrolls them all.
+template <int R, int H> TURBOQUANT_INLINE void across_registers(float32x4_t * y) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const float32x4_t a = y[j], b = y[j + H];
+            y[j] = vaddq_f32(a, b);
+            y[j + H] = vsubq_f32(a, b);
+        }
+        across_registers<R, 2 * H>(y);
+    }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(float32x4_t * y) {
     for (int r = 0; r < R; r += 2) hadamard_lanes(y[r], y[r + 1]);
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const float32x4_t a = y[j], b = y[j + h];
-                y[j] = vaddq_f32(a, b);
-                y[j + h] = vsubq_f32(a, b);
-            }
+    across_registers<R, 1>(y);
 }
 
 // The same in 16-bit integers, 8 to a register. Exact, so the order of the stages is free.
@@ -71,18 +78,24 @@ void hadamard_lanes(int16x8_t & a, int16x8_t & b) { // h = 1, 2, 4
     b = vuzp2q_s16(sum, difference);
 }
 
-template <int R> void hadamard(int16x8_t * w) {
-    for (int h = 1; h < R; h *= 2)
-        for (int i = 0; i < R; i += 2 * h)
-            for (int j = i; j < i + h; ++j) {
-                const int16x8_t a = w[j], b = w[j + h];
-                w[j] = vaddq_s16(a, b);
-                w[j + h] = vsubq_s16(a, b);
-            }
+template <int R, int H> TURBOQUANT_INLINE void across_registers(int16x8_t * w) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const int16x8_t a = w[j], b = w[j + H];
+            w[j] = vaddq_s16(a, b);
+            w[j + H] = vsubq_s16(a, b);
+        }
+        across_registers<R, 2 * H>(w);
+    }
+}
+
+template <int R> TURBOQUANT_INLINE void hadamard(int16x8_t * w) {
+    across_registers<R, 1>(w);
     for (int r = 0; r < R; r += 2) hadamard_lanes(w[r], w[r + 1]);
 }
 
-template <int N> uint32_t largest_bits(const float32x4_t * x) {
+template <int N> TURBOQUANT_INLINE uint32_t largest_bits(const float32x4_t * x) {
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
     uint32x4_t largest = vdupq_n_u32(0);
     for (int r = 0; r < N / lanes; ++r)
@@ -90,11 +103,11 @@ template <int N> uint32_t largest_bits(const float32x4_t * x) {
     return vmaxvq_u32(largest);
 }
 
-template <int N> void load(const float * src, float32x4_t * x) {
+template <int N> TURBOQUANT_INLINE void load(const float * src, float32x4_t * x) {
     for (int r = 0; r < N / lanes; ++r) x[r] = vld1q_f32(src + lanes * r);
 }
 
-template <int N> void forward(const float32x4_t * x, float scale, float32x4_t * y) {
+template <int N> TURBOQUANT_INLINE void forward(const float32x4_t * x, float scale, float32x4_t * y) {
     for (int r = 0; r < N / lanes; ++r) y[r] = flip(vmulq_n_f32(x[r], scale), sign_tables.bits1, r);
     hadamard<N / lanes>(y);
     for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
@@ -164,7 +177,7 @@ uint8x16_t spread_third_bits(uint8x16_t high, int r) {
     return vandq_u8(vtstq_u8(vqtbl1q_u8(high, source), place), vdupq_n_u8(4));
 }
 
-template <int Bits, int N> Levels<N> expand(const uint8_t * q) {
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
     using F = Format<Bits, N>;
     constexpr int registers = Levels<N>::registers;
     const int8x16_t table = vld1q_s8(F::centroids);

@@ -27,7 +27,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="turboquant",
-    help="TurboQuant cache types for llama.cpp: patch a llama.cpp tree, or fetch and build one.",
+    help="TurboQuant cache types for llama.cpp: patch a llama.cpp tree, or fetch and build one; explore how they work.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -263,6 +263,33 @@ def dump_kv(
     layers = [name for name in shapes if name.startswith("k.")]
     _tell(f"{_plural(len(layers), 'layer')} of {tokens} tokens")
     print(target)
+
+
+@command
+def explore(
+    target: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The page to write; - writes it to stdout.")
+    ] = Path("turboquant-explore.html"),
+    open_: Annotated[
+        bool | None,
+        typer.Option("--open/--no-open", help="Show it in the browser.", show_default="if there is a screen"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+) -> None:
+    """Write a page to play with the codec in the browser, and show it.
+
+    Outliers and bits, rotation step by step, the bell curve, Lloyd-Max levels, the stored bytes, and why the signs are
+    random. One HTML file, with the codec itself as WebAssembly: it needs no server and no network.
+    """
+    from .explore import page, show, write_page
+
+    if str(target) == "-":
+        sys.stdout.write(page())
+        return
+    write_page(target, force=force)
+    print(target)
+    if open_ is not False and not show(target, wanted=bool(open_)):
+        _tell(f"turboquant: no browser could be started; open {target} yourself")
 
 
 @command

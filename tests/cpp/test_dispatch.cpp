@@ -6,6 +6,7 @@
 #include "check.h"
 #include "inputs.h"
 
+#include <iterator>
 #include <thread>
 
 namespace {
@@ -69,7 +70,7 @@ void list() {
     int last = -1;
     for (int i = 0; i < tq_kernels_count(); ++i) {
         int position = -1;
-        for (int o = 0; o < 7; ++o)
+        for (int o = 0; o < int(std::size(order)); ++o)
             if (std::strcmp(order[o], tq_kernels_name(i)) == 0) position = o;
         CHECK(position > last); // known, and in the documented order
         last = position;
