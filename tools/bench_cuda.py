@@ -2,7 +2,7 @@
 """Speed of a quantized KV cache on an NVIDIA GPU, next to llama.cpp's own f16 in the same run.
 
 Two tables: one layer's attention by TurboQuant's kernel alone (microseconds, cache bytes per second and their share of
-the card's measured copy bandwidth), and a whole model's decode and prefill by llama-bench, with ratios to f16. Needs
+what cudaMemcpy moves on the card, bytes read and written), and a whole model's decode and prefill by llama-bench, with ratios to f16. Needs
 `turboquant build --backend cuda` and nvcc; --plot also needs `pip install .[plot]`.
 """
 
@@ -101,8 +101,8 @@ def kernel_rows(program: Path, given: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def kernel_table(device: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"one layer's attention, {device['device']}, copy {device['copy_tb_s']:.2f} TB/s")
-    for name in ("K/V", "depth", "µs", "TB/s of cache", "of copy"):
+    table = Table(title=f"one layer's attention, {device['device']}, cudaMemcpy {device['copy_tb_s']:.2f} TB/s")
+    for name in ("K/V", "depth", "µs", "TB/s of cache", "of cudaMemcpy"):
         table.add_column(name, justify="left" if name == "K/V" else "right")
     for row in rows:
         if "pair" in row:
