@@ -1,8 +1,8 @@
 // turbo-cuda.cu: the turbo types in ggml's CUDA backend, by the kernels of cpp/cuda. Part of ggml-cuda.
 //
-// Attention takes one of two ways. A few query tokens go to the kernel that reads the blocks as they are. Everything else,
-// prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them; queries are
-// rotated before, the output is rotated back after.
+// Attention takes one of two ways. A few query tokens go to the kernel that reads the blocks as they are. Everything
+// else, prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them;
+// queries are rotated before, the output is rotated back after.
 
 #include "turbo-cuda.h"
 
@@ -32,7 +32,9 @@ tq::Rows dense_rows(void * data, const ggml_tensor * t, int64_t row) {
 }
 
 tq::Index index_of(const ggml_tensor * t) {
-    return { t->data, t->type == GGML_TYPE_I64, { t->ne[0], t->ne[1], t->ne[2] },
+    return { t->data,
+             t->type == GGML_TYPE_I64,
+             { t->ne[0], t->ne[1], t->ne[2] },
              { (int64_t) t->nb[0], (int64_t) t->nb[1], (int64_t) t->nb[2] } };
 }
 
@@ -74,15 +76,15 @@ bool is_get_rows(const ggml_tensor * op) {
 // The type as the decode kernel knows it, whose blocks are the largest that divide the head.
 bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
     switch (type) {
-        case GGML_TYPE_TURBO4:    kv = tq::KV::turbo4; return head != 64;
-        case GGML_TYPE_TURBO3:    kv = tq::KV::turbo3; return head != 64;
-        case GGML_TYPE_TURBO2:    kv = tq::KV::turbo2; return head != 64;
+        case GGML_TYPE_TURBO4: kv = tq::KV::turbo4; return head != 64;
+        case GGML_TYPE_TURBO3: kv = tq::KV::turbo3; return head != 64;
+        case GGML_TYPE_TURBO2: kv = tq::KV::turbo2; return head != 64;
         case GGML_TYPE_TURBO4_64: kv = tq::KV::turbo4; return head == 64;
         case GGML_TYPE_TURBO3_64: kv = tq::KV::turbo3; return head == 64;
         case GGML_TYPE_TURBO2_64: kv = tq::KV::turbo2; return head == 64;
-        case GGML_TYPE_Q8_0:      kv = tq::KV::q8_0;   return true;
-        case GGML_TYPE_F16:       kv = tq::KV::f16;    return true;
-        default:                  return false;
+        case GGML_TYPE_Q8_0: kv = tq::KV::q8_0; return true;
+        case GGML_TYPE_F16: kv = tq::KV::f16; return true;
+        default: return false;
     }
 }
 
@@ -92,16 +94,17 @@ bool has_turbo(const ggml_tensor * op) {
 
 // What both ways demand.
 bool is_attention(const ggml_tensor * op) {
-    const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
-    return has_turbo(op) && q->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && whole_rows(q) && whole_rows(k) && whole_rows(v) &&
-           k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0 &&
-           (!mask || (mask->type == GGML_TYPE_F16 && whole_rows(mask)));
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    return has_turbo(op) && q->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && whole_rows(q) && whole_rows(k) &&
+           whole_rows(v) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
+           q->ne[3] % k->ne[3] == 0 && (!mask || (mask->type == GGML_TYPE_F16 && whole_rows(mask)));
 }
 
 // Describes op for the decode kernel; false if that does not cover it.
 bool describe(const ggml_tensor * op, tq::Attention & a) {
-    const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3], * sinks = op->src[4];
-    if (!is_attention(op) || q->ne[0] != v->ne[0] || !kv_type(k->type, k->ne[0], a.type_k) || !kv_type(v->type, v->ne[0], a.type_v)) {
+    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
+    if (!is_attention(op) || q->ne[0] != v->ne[0] || !kv_type(k->type, k->ne[0], a.type_k) ||
+        !kv_type(v->type, v->ne[0], a.type_v)) {
         return false;
     }
     a.head       = (int) q->ne[0];
@@ -148,13 +151,14 @@ bool describe(const ggml_tensor * op, tq::Attention & a) {
 // K and V of an op as dense f16 tensors, and the op on them.
 struct HalfAttention {
     ggml_tensor q, k, v, op;
-    bool        shared;  // V is the front of K's rows
+    bool        shared; // V is the front of K's rows
 
-    explicit HalfAttention(const ggml_tensor * original) :
-        q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
-        const ggml_tensor * k_src = original->src[1], * v_src = original->src[2];
-        shared = v_src->type == k_src->type && v_src->view_src &&
-                 (v_src->view_src == k_src || (v_src->view_src == k_src->view_src && v_src->view_offs == k_src->view_offs));
+    explicit HalfAttention(const ggml_tensor * original)
+        : q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
+        const ggml_tensor *k_src = original->src[1], *v_src = original->src[2];
+        shared =
+            v_src->type == k_src->type && v_src->view_src &&
+            (v_src->view_src == k_src || (v_src->view_src == k_src->view_src && v_src->view_offs == k_src->view_offs));
         to_half(k);
         if (shared) {
             for (int i = 0; i < GGML_MAX_DIMS; ++i) {
@@ -176,10 +180,10 @@ struct HalfAttention {
     HalfAttention(const HalfAttention &) = delete;
 
     static void set_strides(ggml_tensor & t, size_t element) {
-        t.nb[0] = element;
-        t.nb[1] = element * t.ne[0];
-        t.nb[2] = t.nb[1] * t.ne[1];
-        t.nb[3] = t.nb[2] * t.ne[2];
+        t.nb[0]     = element;
+        t.nb[1]     = element * t.ne[0];
+        t.nb[2]     = t.nb[1] * t.ne[1];
+        t.nb[3]     = t.nb[2] * t.ne[2];
         t.view_src  = nullptr;
         t.view_offs = 0;
     }
@@ -189,11 +193,11 @@ struct HalfAttention {
         if (t.type == GGML_TYPE_F16) {
             return;
         }
-        t.type  = GGML_TYPE_F16;
-        t.nb[0] = sizeof(half);
-        t.nb[2] = sizeof(half) * t.ne[0];
-        t.nb[1] = t.nb[2] * t.ne[2];
-        t.nb[3] = t.nb[1] * t.ne[1];
+        t.type      = GGML_TYPE_F16;
+        t.nb[0]     = sizeof(half);
+        t.nb[2]     = sizeof(half) * t.ne[0];
+        t.nb[1]     = t.nb[2] * t.ne[2];
+        t.nb[3]     = t.nb[1] * t.ne[1];
         t.view_src  = nullptr;
         t.view_offs = 0;
     }
@@ -216,13 +220,13 @@ bool half_supports(int device, const ggml_tensor * op) {
 // Decode t, a cache of turbo or another type, to the tensor that HalfAttention made of it.
 void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t stream) {
     const size_t row    = ggml_row_size(t->type, t->ne[0]);
-    const bool   beside = t->nb[2] == row;  // the heads of a token lie side by side: rows of all of them
+    const bool   beside = t->nb[2] == row; // the heads of a token lie side by side: rows of all of them
     if (!turbo_is_type(t->type)) {
         const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
-        const int64_t           size    = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
+        const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
         if (beside) {
             convert(t->data, (half *) out.data, t->ne[0] * t->ne[2], t->ne[1], 1, t->ne[3], s1, s1, s3, stream);
-        } else {  // it writes dense rows in the order of its arguments
+        } else { // it writes dense rows in the order of its arguments
             convert(t->data, (half *) out.data, t->ne[0], t->ne[2], t->ne[1], t->ne[3], s2, s1, s3, stream);
         }
         return;
@@ -236,11 +240,11 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
 }
 
 void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2];
-    cudaStream_t                 stream = ctx.stream();
+    const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
+    cudaStream_t                stream = ctx.stream();
     ggml_cuda_pool_alloc<half>  k_half(ctx.pool()), v_half(ctx.pool());
     ggml_cuda_pool_alloc<float> q_rotated(ctx.pool());
-    HalfAttention                halves(dst);
+    HalfAttention               halves(dst);
     if (k->type != GGML_TYPE_F16) {
         halves.k.data = k_half.alloc(ggml_nelements(k));
         decode_half(k, halves.k, stream);
@@ -263,7 +267,7 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
-}  // namespace
+} // namespace
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
     switch (op->op) {
@@ -271,19 +275,16 @@ bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
         case GGML_OP_RESHAPE:
         case GGML_OP_VIEW:
         case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE:
-            return true;
+        case GGML_OP_TRANSPOSE: return true;
         case GGML_OP_DUP:
         case GGML_OP_CONT:
         case GGML_OP_CPY:
             if (op->src[0]->type == op->type) {
-                return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op);  // bytes
+                return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op); // bytes
             }
             return is_copy(op->src[0], op);
-        case GGML_OP_SET_ROWS:
-            return is_set_rows(op);
-        case GGML_OP_GET_ROWS:
-            return is_get_rows(op);
+        case GGML_OP_SET_ROWS: return is_set_rows(op);
+        case GGML_OP_GET_ROWS: return is_get_rows(op);
         case GGML_OP_FLASH_ATTN_EXT: {
             int before = 0;
             if (!has_turbo(op) || cudaGetDevice(&before) != cudaSuccess) {
@@ -291,12 +292,11 @@ bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
             }
             ggml_cuda_set_device(device);
             tq::Attention a;
-            const bool supported = half_supports(device, op) || describe(op, a);
+            const bool    supported = half_supports(device, op) || describe(op, a);
             ggml_cuda_set_device(before);
             return supported;
         }
-        default:
-            return false;
+        default: return false;
     }
 }
 
@@ -305,7 +305,8 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     GGML_ASSERT(is_set_rows(dst));
-    CUDA_CHECK(tq::encode_rows(to_tq(dst->type), rows_of(dst->src[0]), rows_of(dst), dst->src[0]->ne, index_of(dst->src[1]), ctx.stream()));
+    CUDA_CHECK(tq::encode_rows(to_tq(dst->type), rows_of(dst->src[0]), rows_of(dst), dst->src[0]->ne,
+                               index_of(dst->src[1]), ctx.stream()));
     return true;
 }
 
@@ -314,8 +315,8 @@ bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     GGML_ASSERT(is_get_rows(dst));
-    CUDA_CHECK(tq::decode_rows(to_tq(dst->src[0]->type), rows_of(dst->src[0]), rows_of(dst), dst->ne, index_of(dst->src[1]), false, false,
-                               ctx.stream()));
+    CUDA_CHECK(tq::decode_rows(to_tq(dst->src[0]->type), rows_of(dst->src[0]), rows_of(dst), dst->ne,
+                               index_of(dst->src[1]), false, false, ctx.stream()));
     return true;
 }
 
@@ -327,8 +328,8 @@ bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, gg
     if (turbo_is_type(dst->type)) {
         CUDA_CHECK(tq::encode_rows(to_tq(dst->type), rows_of(src), rows_of(dst), src->ne, no_index, ctx.stream()));
     } else {
-        CUDA_CHECK(tq::decode_rows(to_tq(src->type), rows_of(src), rows_of(dst), src->ne, no_index, dst->type == GGML_TYPE_F16, false,
-                                   ctx.stream()));
+        CUDA_CHECK(tq::decode_rows(to_tq(src->type), rows_of(src), rows_of(dst), src->ne, no_index,
+                                   dst->type == GGML_TYPE_F16, false, ctx.stream()));
     }
     return true;
 }

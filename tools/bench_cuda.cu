@@ -1,8 +1,8 @@
-// Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py compiles
-// and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens].
+// Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
+// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens].
 //
-// Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than the
-// card's L2 cache, as a model's layers are.
+// Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
+// the card's L2 cache, as a model's layers are.
 #include "turboquant_cuda.h"
 
 #include <algorithm>
@@ -36,8 +36,11 @@ struct Type {
     KV kv;
     int block, bytes; // at heads of 128
 };
-const Type types[] = {{"turbo4", KV::turbo4, 128, 66}, {"turbo3", KV::turbo3, 128, 50}, {"turbo2", KV::turbo2, 128, 34},
-                      {"q8_0", KV::q8_0, 32, 34}, {"f16", KV::f16, 1, 2}};
+const Type types[] = {{"turbo4", KV::turbo4, 128, 66},
+                      {"turbo3", KV::turbo3, 128, 50},
+                      {"turbo2", KV::turbo2, 128, 34},
+                      {"q8_0", KV::q8_0, 32, 34},
+                      {"f16", KV::f16, 1, 2}};
 const Type & type_of(const std::string & name) {
     for (const Type & type : types)
         if (name == type.name) return type;
@@ -51,7 +54,9 @@ __global__ void fill(uint16_t * data, size_t words, int block_words) {
         uint64_t z = i * 0x9e3779b97f4a7c15u + 12345;
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
         z ^= z >> 27;
-        data[i] = block_words == 1 ? uint16_t(0x3400 + (z & 0x87ff)) : i % block_words ? uint16_t(z) : uint16_t(0x3800 + (z & 0x3ff));
+        data[i] = block_words == 1  ? uint16_t(0x3400 + (z & 0x87ff))
+                  : i % block_words ? uint16_t(z)
+                                    : uint16_t(0x3800 + (z & 0x3ff));
     }
 }
 
@@ -121,12 +126,14 @@ int main(int argc, char ** argv) {
     must(cudaMalloc(&from, copy_bytes), "cudaMalloc");
     must(cudaMalloc(&to, copy_bytes), "cudaMalloc");
     fill<<<4096, 256>>>(static_cast<uint16_t *>(from), copy_bytes / 2, 1);
-    const double copy = microseconds(4, [&](int, cudaStream_t s) { cudaMemcpyAsync(to, from, copy_bytes, cudaMemcpyDeviceToDevice, s); });
+    const double copy = microseconds(
+        4, [&](int, cudaStream_t s) { cudaMemcpyAsync(to, from, copy_bytes, cudaMemcpyDeviceToDevice, s); });
     const double copy_tb = 2.0 * double(copy_bytes) / copy * 1e-6;
     must(cudaFree(from), "free");
     must(cudaFree(to), "free");
-    std::printf("{\"device\": \"%s\", \"multiprocessors\": %d, \"l2_bytes\": %d, \"cuda\": \"%d.%d\", \"copy_tb_s\": %.3f}\n", device.name,
-                device.multiProcessorCount, device.l2CacheSize, runtime / 1000, runtime % 1000 / 10, copy_tb);
+    std::printf(
+        "{\"device\": \"%s\", \"multiprocessors\": %d, \"l2_bytes\": %d, \"cuda\": \"%d.%d\", \"copy_tb_s\": %.3f}\n",
+        device.name, device.multiProcessorCount, device.l2CacheSize, runtime / 1000, runtime % 1000 / 10, copy_tb);
 
     float *q, *dst;
     const size_t row_floats = size_t(heads) * tokens * head;
@@ -145,9 +152,11 @@ int main(int argc, char ** argv) {
         for (const std::string & pair : split(argv[1], ',')) {
             const std::vector<std::string> names = split(pair, ':');
             const Type &tk = type_of(names[0]), &tv = type_of(names.back());
-            const int64_t row_k = int64_t(kv_heads) * head / tk.block * tk.bytes, row_v = int64_t(kv_heads) * head / tv.block * tv.bytes;
+            const int64_t row_k = int64_t(kv_heads) * head / tk.block * tk.bytes,
+                          row_v = int64_t(kv_heads) * head / tv.block * tv.bytes;
             const size_t bytes = size_t(depth) * size_t(row_k + row_v);
-            const int layers = int(std::min<size_t>(64, (size_t(3) * size_t(device.l2CacheSize) + bytes - 1) / bytes + 1));
+            const int layers =
+                int(std::min<size_t>(64, (size_t(3) * size_t(device.l2CacheSize) + bytes - 1) / bytes + 1));
             std::vector<void *> k, v;
             for (int i = 0; i < layers; ++i) {
                 k.push_back(random_cache(tk, size_t(depth) * size_t(row_k)));
@@ -188,8 +197,10 @@ int main(int argc, char ** argv) {
                 layer.v = v[size_t(i)];
                 must(attention(layer, workspace, s), "attention");
             });
-            std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, \"share\": %.3f}\n",
-                        pair.c_str(), static_cast<long long>(depth), us, bytes, double(bytes) / us * 1e-6, double(bytes) / us * 1e-6 / copy_tb);
+            std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
+                        "\"share\": %.3f}\n",
+                        pair.c_str(), static_cast<long long>(depth), us, bytes, double(bytes) / us * 1e-6,
+                        double(bytes) / us * 1e-6 / copy_tb);
             std::fflush(stdout);
             must(cudaFree(workspace), "free");
             for (void * p : k) cudaFree(p);
@@ -212,18 +223,23 @@ int main(int argc, char ** argv) {
         for (const int64_t tokens_in : {int64_t(1), int64_t(512)}) {
             const int64_t ne[4] = {width, tokens_in, 1, 1};
             const double us = microseconds(16, [&](int, cudaStream_t s) {
-                must(encode_rows(type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, ne, none, s), "encode_rows");
+                must(encode_rows(type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, ne, none, s),
+                     "encode_rows");
             });
-            std::printf("{\"encode\": \"turbo%d\", \"tokens\": %lld, \"us\": %.2f}\n", bits, static_cast<long long>(tokens_in), us);
+            std::printf("{\"encode\": \"turbo%d\", \"tokens\": %lld, \"us\": %.2f}\n", bits,
+                        static_cast<long long>(tokens_in), us);
         }
         const int64_t ne[4] = {width, rows, 1, 1};
         for (const bool rotated : {false, true}) {
             const double us = microseconds(4, [&](int, cudaStream_t s) {
-                must(decode_rows(type, {encoded, {row, 0, 0}}, {decoded, {width * 2, 0, 0}}, ne, none, true, rotated, s), "decode_rows");
+                must(
+                    decode_rows(type, {encoded, {row, 0, 0}}, {decoded, {width * 2, 0, 0}}, ne, none, true, rotated, s),
+                    "decode_rows");
             });
             const double moved = double(rows * (row + width * 2));
-            std::printf("{\"decode\": \"turbo%d\", \"rotated\": %s, \"rows\": %lld, \"us\": %.2f, \"share\": %.3f}\n", bits, rotated ? "true" : "false",
-                        static_cast<long long>(rows), us, moved / us * 1e-6 / copy_tb);
+            std::printf("{\"decode\": \"turbo%d\", \"rotated\": %s, \"rows\": %lld, \"us\": %.2f, \"share\": %.3f}\n",
+                        bits, rotated ? "true" : "false", static_cast<long long>(rows), us,
+                        moved / us * 1e-6 / copy_tb);
         }
         cudaFree(values);
         cudaFree(encoded);

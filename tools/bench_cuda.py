@@ -2,8 +2,8 @@
 """Speed of a quantized KV cache on an NVIDIA GPU, next to llama.cpp's own f16 in the same run.
 
 Two tables: one layer's attention by TurboQuant's kernel alone (microseconds, cache bytes per second and their share of
-what cudaMemcpy moves on the card, bytes read and written), and a whole model's decode and prefill by llama-bench, with ratios to f16. Needs
-`turboquant build --backend cuda` and nvcc; --plot also needs `pip install .[plot]`.
+what cudaMemcpy moves on the card, bytes read and written), and a whole model's decode and prefill by llama-bench, with
+ratios to f16. Needs `turboquant build --backend cuda` and nvcc; --plot also needs `pip install .[plot]`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=fal
 
 EPILOG = """\
 The model has two layers with the attention of an 8B model (32 query heads, 8 KV heads of 128) and little else, so that
-attention shows. A token of it also costs what does not depend on the cache's type: some 170 microseconds of small kernels
-on an H200.
+attention shows. A token of it also costs what does not depend on the cache's type: some 170 microseconds of small
+kernels on an H200.
 
 examples
   python3 tools/bench_cuda.py
@@ -107,7 +107,8 @@ def kernel_table(device: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         if "pair" in row:
             pair = row["pair"] if ":" in row["pair"] else f"{row['pair']}:{row['pair']}"
-            table.add_row(shown(pair), str(row["depth"]), f"{row['layer_us']:.1f}", f"{row['tb_s']:.2f}", f"{row['share']:.0%}")
+            table.add_row(shown(pair), str(row["depth"]), f"{row['layer_us']:.1f}", f"{row['tb_s']:.2f}",
+                          f"{row['share']:.0%}")
     return table
 
 
@@ -148,7 +149,8 @@ def draw(rows: list[dict[str, Any]], given: argparse.Namespace, title: str) -> N
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for pair in given.types:
         points = [row for row in rows if row["pair"] == pair and row["what"] == "decode"]
-        axes.plot([str(row["depth"]) for row in points], [row["ratio"] for row in points], marker="o", label=shown(pair))
+        ratios = [row["ratio"] for row in points]
+        axes.plot([str(row["depth"]) for row in points], ratios, marker="o", label=shown(pair))
     axes.set(xlabel="tokens in the cache", ylabel="decode speed, f16 = 1", title=title)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -71,8 +71,9 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 bool plan_attention(const Attention & a, AttentionPlan & p) {
     Device device;
     int id;
-    if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 || a.streams % a.kv_streams ||
-        a.n_kv < 1 || a.streams > 65535 || !current_device(device, id) || device.version < 80 || !kernel_of(a))
+    if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
+        a.streams % a.kv_streams || a.n_kv < 1 || a.streams > 65535 || !current_device(device, id) ||
+        device.version < 80 || !kernel_of(a))
         return false;
     const int bytes_k = row_bytes(a.type_k, a.head), bytes_v = row_bytes(a.type_v, a.head);
     // f16 is read as words, everything else as half words
@@ -132,8 +133,8 @@ size_t partial_bytes(const Attention & a, const AttentionPlan & p) {
 
 // One thread block to a query row: adds its partial results up, with the sink, and un-rotates the sum.
 template <int D>
-__global__ void merge_kernel(const float * partial, const float2 * meta, const float * sinks, float * dst, int heads, int parts,
-                             bool turbo) {
+__global__ void merge_kernel(const float * partial, const float2 * meta, const float * sinks, float * dst, int heads,
+                             int parts, bool turbo) {
     extern __shared__ float memory[]; // [groups][D]; before that the largest scores of the warps
     const int64_t row = blockIdx.x;
     const int e = threadIdx.x, group = threadIdx.y, groups = blockDim.y, thread = group * D + e;
@@ -181,8 +182,9 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     int groups = 1;
     while (groups < call.p.parts && groups * D < 1024) groups *= 2;
-    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(D, unsigned(groups)), (size_t(groups) * D + groups) * sizeof(float),
-                  stream, call.partial, call.meta, call.a.sinks, call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
+    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(D, unsigned(groups)),
+                  (size_t(groups) * D + groups) * sizeof(float), stream, call.partial, call.meta, call.a.sinks,
+                  call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
 }
 
 // Kernels need leave for more than 48 KB of shared memory, once per device.
@@ -194,8 +196,8 @@ cudaError_t allow_shared(AttentionKernel kernel, const Attention & a, int id, in
     if (known.load(std::memory_order_relaxed) >= bytes) return cudaSuccess;
     Device device;
     if (!current_device(device, id)) return cudaErrorNoDevice;
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   device.shared_per_block);
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     if (error == cudaSuccess) known.store(device.shared_per_block, std::memory_order_relaxed);
     return error;
 }
@@ -232,7 +234,8 @@ cudaError_t attention(const Attention & a, void * workspace, cudaStream_t stream
     const dim3 grid(unsigned(call.p.chunks), unsigned(call.p.head_groups * call.p.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * call.p.block_heads * call.p.row_tiles)),
                                         size_t(call.p.shared_bytes), stream, call);
-    if (launched != cudaSuccess || call.p.chunks == 1) return launched; // a single run of rows is finished where it was computed
+    if (launched != cudaSuccess || call.p.chunks == 1)
+        return launched; // a single run of rows is finished where it was computed
     switch (a.head) {
         case 64: return launch_merge<64>(call, stream);
         case 128: return launch_merge<128>(call, stream);

@@ -2,13 +2,14 @@
 // launches; the instances are compiled in files of their own.
 //
 // A thread block takes a run of KV rows for several KV heads, whose rows lie side by side, and for up to eight query
-// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async. Each warp takes one KV
-// head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores: K's and V's levels come
-// from byte permutes straight into the operands' registers; as an inner index may be summed in any order, the operands
-// keep the order in which values lie packed.
+// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async. Each warp takes one
+// KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores: K's and V's levels
+// come from byte permutes straight into the operands' registers; as an inner index may be summed in any order, the
+// operands keep the order in which values lie packed.
 //   scores:  A = queries (rows 0-7: high bytes of 16-bit integers, rows 8-15: low bytes), B = K
 //   output:  A = V transposed, B = softmax weights times V's scales, as 15-bit integers of a common scale per tile
-// Queries are rotated once, the output is un-rotated once (attention.cu). The partial results of the runs are merged there.
+// Queries are rotated once, the output is un-rotated once (attention.cu). The partial results of the runs are merged
+// there.
 #ifndef TURBOQUANT_CUDA_ATTENTION_H
 #define TURBOQUANT_CUDA_ATTENTION_H
 
@@ -25,26 +26,26 @@ constexpr int most_warps = 8;
 
 // How a call is cut into thread blocks.
 struct AttentionPlan {
-    int group;          // query heads of a KV head
-    int columns;        // group * tokens
-    int column_tile;    // 4 or 8: columns of a thread block
+    int group;       // query heads of a KV head
+    int columns;     // group * tokens
+    int column_tile; // 4 or 8: columns of a thread block
     int column_tiles;
-    int block_heads;    // KV heads of a thread block
-    int head_groups;    // thread blocks beside each other
-    int row_tiles;      // warps beside each other on the rows of a head
-    int stages;         // of the pipeline
+    int block_heads;      // KV heads of a thread block
+    int head_groups;      // thread blocks beside each other
+    int row_tiles;        // warps beside each other on the rows of a head
+    int stages;           // of the pipeline
     int pitch_k, pitch_v; // bytes of a row in shared memory
-    int chunks;         // runs of KV rows
-    int64_t chunk_rows; // a multiple of row_tiles * tile
-    int parts;          // partial results of a query row: chunks * row_tiles
+    int chunks;           // runs of KV rows
+    int64_t chunk_rows;   // a multiple of row_tiles * tile
+    int parts;            // partial results of a query row: chunks * row_tiles
     int shared_bytes;
 };
 
 struct AttentionCall {
     Attention a;
     AttentionPlan p;
-    float * partial; // [query row][part][head]
-    float2 * meta;   // [query row][part]: largest score (log2), sum of weights
+    float * partial;      // [query row][part][head]
+    float2 * meta;        // [query row][part]: largest score (log2), sum of weights
     float slope0, slope1; // ALiBi
     int slope_heads;
 };
@@ -52,11 +53,21 @@ struct AttentionCall {
 namespace {
 
 template <KV T> struct Kind;
-template <> struct Kind<KV::turbo4> { static constexpr int bits = 4; };
-template <> struct Kind<KV::turbo3> { static constexpr int bits = 3; };
-template <> struct Kind<KV::turbo2> { static constexpr int bits = 2; };
-template <> struct Kind<KV::q8_0>   { static constexpr int bits = 8; };
-template <> struct Kind<KV::f16>    { static constexpr int bits = 16; };
+template <> struct Kind<KV::turbo4> {
+    static constexpr int bits = 4;
+};
+template <> struct Kind<KV::turbo3> {
+    static constexpr int bits = 3;
+};
+template <> struct Kind<KV::turbo2> {
+    static constexpr int bits = 2;
+};
+template <> struct Kind<KV::q8_0> {
+    static constexpr int bits = 8;
+};
+template <> struct Kind<KV::f16> {
+    static constexpr int bits = 16;
+};
 
 // A row of one head as the kernels see it: blocks of `block` values that share a scale.
 template <KV T, int D> struct Layout {
@@ -67,19 +78,29 @@ template <KV T, int D> struct Layout {
     static constexpr int bytes = D / block * block_bytes;
 };
 // What a level of a block counts is the block's stored scale times this.
-template <KV T> struct Step { static constexpr float value = 1.0f; };
-template <> struct Step<KV::turbo4> { static constexpr float value = Codebook<4>::step; };
-template <> struct Step<KV::turbo3> { static constexpr float value = Codebook<3>::step; };
-template <> struct Step<KV::turbo2> { static constexpr float value = Codebook<2>::step; };
+template <KV T> struct Step {
+    static constexpr float value = 1.0f;
+};
+template <> struct Step<KV::turbo4> {
+    static constexpr float value = Codebook<4>::step;
+};
+template <> struct Step<KV::turbo3> {
+    static constexpr float value = Codebook<3>::step;
+};
+template <> struct Step<KV::turbo2> {
+    static constexpr float value = Codebook<2>::step;
+};
 
-__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                       const int (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #endif
 }
-__device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                        uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -90,7 +111,8 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1,
 // 16 bytes from global to shared memory, of which those from `valid` on become zeros.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void * global, int valid) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid)
+                 : "memory");
 #endif
 }
 __device__ __forceinline__ void copy_commit() {
@@ -116,10 +138,10 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
     }
 }
 
-// Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its address
-// modulo 16, which row_offset gives back.
-__device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk, int rows,
-                                          int64_t first, int64_t n_kv) {
+// Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its
+// address modulo 16, which row_offset gives back.
+__device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk,
+                                          int rows, int64_t first, int64_t n_kv) {
     if (stride == pitch && chunk == pitch) { // rows that follow each other: one run
         const uint8_t * from = base + first * stride + threadIdx.x * 16;
         const uint32_t step = blockDim.x * 16, all = uint32_t(rows) * uint32_t(pitch);
@@ -149,12 +171,14 @@ __device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint
 }
 
 // The address of row r of a tile modulo 16. With an even stride it depends on r mod 8 only.
-__device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) { return int((low + uint32_t(r) * stride) & 15); }
+__device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
+    return int((low + uint32_t(r) * stride) & 15);
+}
 
 // ---- the query as operand A
 
-// The warp's columns as operands: of int8 matrices, if K is integer; else of binary16 ones. `bytes` is scratch memory of
-// the warp, 16 * D bytes. Returns the factor that turns integers into scores (of column lane / 4).
+// The warp's columns as operands: of int8 matrices, if K is integer; else of binary16 ones. `bytes` is scratch memory
+// of the warp, 16 * D bytes. Returns the factor that turns integers into scores (of column lane / 4).
 template <KV TK, int D>
 __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
                                                  uint8_t * bytes, uint32_t (&operand)[D / 32][4]) {
@@ -171,7 +195,8 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
             const char * row = reinterpret_cast<const char *>(a.q) + column / call.p.group * a.q_token +
                                (kv_head * call.p.group + column % call.p.group) * a.q_head + stream * a.q_stream;
 #pragma unroll
-            for (int j = 0; j < P; ++j) y[i][j] = column < call.p.columns ? reinterpret_cast<const float *>(row)[lane + 32 * j] : 0.0f;
+            for (int j = 0; j < P; ++j)
+                y[i][j] = column < call.p.columns ? reinterpret_cast<const float *>(row)[lane + 32 * j] : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -196,7 +221,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
                 uint32_t largest = 0;
 #pragma unroll
                 for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
-                const float top = __uint_as_float(warp_max(largest)); // NaN stays: the scores are NaN
+                const float top = __uint_as_float(warp_max(largest));  // NaN stays: the scores are NaN
                 const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
                 const float mine = top * (a.scale * Step<TK>::value / 32512.0f);
                 if (g == c || (call.p.column_tile == 4 && g == c + 4)) factor = mine;
@@ -232,7 +257,8 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
                         constexpr int steps = L::block / 32;
                         const int block = s / steps, step = s % steps;
                         const int unit = L::bits == 4 ? t + 4 * step : 2 * (t + 4 * (step >> 1)) + (step & 1);
-                        e = block * L::block + unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, (r >> 1) * 4 + i);
+                        e = block * L::block +
+                            unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, (r >> 1) * 4 + i);
                     } else {
                         e = 32 * s + 16 * (r >> 1) + 4 * t + i;
                     }
@@ -246,8 +272,8 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
 
 // ---- scores
 
-// Scores of rows 2t and 2t + 1 of a group of eight KV rows for column g, without the query's factor. `row` is row g of the
-// eight, `row0` and `row1` rows 2t and 2t + 1.
+// Scores of rows 2t and 2t + 1 of a group of eight KV rows for column g, without the query's factor. `row` is row g of
+// the eight, `row0` and `row1` rows 2t and 2t + 1.
 template <KV TK, int D>
 __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uint8_t * row, const uint8_t * row0,
                                        const uint8_t * row1, int t, float (&s)[2]) {
@@ -280,7 +306,8 @@ __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uin
                 } else {
                     uint32_t lo, hi;
                     if constexpr (L::turbo) {
-                        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, 2 * (t + 4 * (i >> 1)) + (i & 1)), lo, hi);
+                        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, 2 * (t + 4 * (i >> 1)) + (i & 1)),
+                                        lo, hi);
                     } else {
                         lo = load_u32(block + 2 + 4 * t);
                         hi = load_u32(block + 18 + 4 * t);
@@ -330,8 +357,10 @@ template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const
 // Indices of one unit in four rows, a nibble each, to selectors by element: the low (high) half of out[i] has nibble 2i
 // (2i + 1 of the same parity: 0 2, 4 6, 1 3, 5 7) of the four rows.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
-    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0), odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
-    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0), odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
+    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
+                   odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
+    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0),
+                   odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
     out[0] = prmt(even01, even23, 0x5140);
     out[1] = prmt(even01, even23, 0x7362);
     out[2] = prmt(odd01, odd23, 0x5140);
@@ -348,26 +377,29 @@ constexpr float magic = 12582912.0f;
 
 // o += one 16 x 8 product of V's levels and the weights. Split: the levels are positive - negative.
 template <bool Split, bool Paired>
-__device__ __forceinline__ void accumulate(float (&o)[4], const uint32_t (&positive)[4], const uint32_t (&negative)[4], const Weights & w,
-                                           const OutputScale & s) {
+__device__ __forceinline__ void accumulate(float (&o)[4], const uint32_t (&positive)[4], const uint32_t (&negative)[4],
+                                           const Weights & w, const OutputScale & s) {
     const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
     int c[4], d[4];
     mma_s8(c, positive, w.high[0], w.high[1], start);
     if (Split) mma_s8(d, negative, w.high[0], w.high[1], start);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.s1 : s.s0);
+    for (int i = 0; i < 4; ++i)
+        o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.s1 : s.s0);
     if constexpr (!Paired) {
         mma_s8(c, positive, w.low[0], w.low[1], start);
         if (Split) mma_s8(d, negative, w.low[0], w.low[1], start);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.low1 : s.low0);
+        for (int i = 0; i < 4; ++i)
+            o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.low1 : s.low0);
     }
 }
 
-// o += V of a tile's 32 rows times the weights p of the lane's eight rows: 2t (row0), 2t + 1 (row1), then 8, 16 and 24 on.
-// o[i]: of the D / 16 products, elements output_element<..>(i, g, 0) and (i, g, 1) of columns 2t and 2t + 1.
+// o += V of a tile's 32 rows times the weights p of the lane's eight rows: 2t (row0), 2t + 1 (row1), then 8, 16 and 24
+// on. o[i]: of the D / 16 products, elements output_element<..>(i, g, 0) and (i, g, 1) of columns 2t and 2t + 1.
 template <KV TV, int D, bool Paired>
-__device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0, const uint8_t * row1, int pitch, int lane) {
+__device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0,
+                                       const uint8_t * row1, int pitch, int lane) {
     using L = Layout<TV, D>;
     const int g = lane / 4, t = lane % 4;
     const uint8_t * row[8];
@@ -385,10 +417,10 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             uint32_t x[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) x[i] = reinterpret_cast<const uint32_t *>(row[i])[g + 8 * m];
-            mma_f16(o[m], prmt(x[0], x[1], 0x5410), prmt(x[0], x[1], 0x7632), prmt(x[2], x[3], 0x5410), prmt(x[2], x[3], 0x7632),
-                    b[0], b[1]);
-            mma_f16(o[m], prmt(x[4], x[5], 0x5410), prmt(x[4], x[5], 0x7632), prmt(x[6], x[7], 0x5410), prmt(x[6], x[7], 0x7632),
-                    b[2], b[3]);
+            mma_f16(o[m], prmt(x[0], x[1], 0x5410), prmt(x[0], x[1], 0x7632), prmt(x[2], x[3], 0x5410),
+                    prmt(x[2], x[3], 0x7632), b[0], b[1]);
+            mma_f16(o[m], prmt(x[4], x[5], 0x5410), prmt(x[4], x[5], 0x7632), prmt(x[6], x[7], 0x5410),
+                    prmt(x[6], x[7], 0x7632), b[2], b[3]);
         }
     } else {
 #pragma unroll
@@ -410,10 +442,12 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
                     const int unit = L::bits == 4 ? g + 8 * j : units == 2 ? 2 * g + j : g;
                     uint32_t n[4], first[4], second[4];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) n[i] = unit_nibbles<L::bits, L::block>(row[i] + b * L::block_bytes + 2, unit);
+                    for (int i = 0; i < 4; ++i)
+                        n[i] = unit_nibbles<L::bits, L::block>(row[i] + b * L::block_bytes + 2, unit);
                     transpose_nibbles(n, first);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) n[i] = unit_nibbles<L::bits, L::block>(row[4 + i] + b * L::block_bytes + 2, unit);
+                    for (int i = 0; i < 4; ++i)
+                        n[i] = unit_nibbles<L::bits, L::block>(row[4 + i] + b * L::block_bytes + 2, unit);
                     transpose_nibbles(n, second);
 #pragma unroll
                     for (int m = 0; m < 4; ++m) { // nibbles 2m and 2m + 1
@@ -422,10 +456,8 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
                             const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
-                            if constexpr (L::bits == 4)
-                                lookup_split(selector, x[i], negative[i]);
-                            else
-                                x[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+                            if constexpr (L::bits == 4) lookup_split(selector, x[i], negative[i]);
+                            else x[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
                         }
                         accumulate<L::bits == 4, Paired>(o[(b * units + j) * 4 + m], x, negative, weights, s);
                     }
@@ -471,7 +503,8 @@ template <KV TV, int D> __device__ __forceinline__ int output_element(int produc
 // ---- the kernel
 
 template <KV TK, KV TV, int D>
-__global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_kernel(const __grid_constant__ AttentionCall call) {
+__global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
+    attention_kernel(const __grid_constant__ AttentionCall call) {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     extern __shared__ __align__(16) uint8_t shared[];
@@ -499,7 +532,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
         if (step < steps) {
             const uint32_t at = shared_address + step % p.stages * stage_bytes;
             load_rows(at, p.pitch_k, k, a.k_row, p.block_heads * LK::bytes, rows, begin + int64_t(step) * rows, a.n_kv);
-            load_rows(at + rows * p.pitch_k, p.pitch_v, v, a.v_row, p.block_heads * LV::bytes, rows, begin + int64_t(step) * rows, a.n_kv);
+            load_rows(at + rows * p.pitch_k, p.pitch_v, v, a.v_row, p.block_heads * LV::bytes, rows,
+                      begin + int64_t(step) * rows, a.n_kv);
         }
         copy_commit();
     };
@@ -514,14 +548,16 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
     const int column = column_tile * p.column_tile + (paired ? g % 4 : g);
     const bool valid = column < p.columns;
     const int token = valid ? column / p.group : 0, head = kv_head * p.group + (valid ? column % p.group : 0);
-    const char * mask = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token + head % a.mask_heads * a.mask_head +
-                                     stream % a.mask_streams * a.mask_stream : nullptr;
+    const char * mask = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
+                                     head % a.mask_heads * a.mask_head + stream % a.mask_streams * a.mask_stream
+                               : nullptr;
     const bool mask_pairs = (reinterpret_cast<uintptr_t>(mask) & 3) == 0;
     float slope = log2e;
     if (a.max_bias > 0)
-        slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1)) : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    const float to_score = LK::bits == 16 ? 1.0f : factor;               // of the products, to natural units
-    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e;    // of what the soft cap leaves, to powers of two
+        slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
+                                         : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
+    const float to_score = LK::bits == 16 ? 1.0f : factor;            // of the products, to natural units
+    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e; // of what the soft cap leaves, to powers of two
 
     float largest = -1e30f, sum = 0; // of column g, over the lane's rows
     float o[D / 16][4];
@@ -532,7 +568,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
 
     // Where the lane's rows lie in a stage. A step advances by a multiple of 32 rows: the same modulo 16.
     const uint32_t row = uint32_t(begin + row_tile * tile), k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
-    const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride, v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
+    const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
+                   v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
     const int k_at = row_tile * tile * p.pitch_k + head_in_block * LK::bytes;
     const int v_at = rows * p.pitch_k + row_tile * tile * p.pitch_v + head_in_block * LV::bytes;
     const int k_operand = k_at + g * p.pitch_k + row_offset(k_low, k_stride, g);
@@ -542,7 +579,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
     const int v_row1 = v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1);
 
     for (int step = 0; step < steps; ++step) {
-        if (p.stages == 3) copy_wait<1>(); else copy_wait<0>();
+        if (p.stages == 3) copy_wait<1>();
+        else copy_wait<0>();
         __syncthreads();
         load(step + p.stages - 1);
         const int64_t first = begin + int64_t(step) * rows + row_tile * tile;
@@ -553,7 +591,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
             const char * at = mask + 2 * (first + 2 * t);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float2 m = mask ? __half22float2(*reinterpret_cast<const half2 *>(at + 16 * i)) : make_float2(0, 0);
+                const float2 m =
+                    mask ? __half22float2(*reinterpret_cast<const half2 *>(at + 16 * i)) : make_float2(0, 0);
                 bias[2 * i] = m.x;
                 bias[2 * i + 1] = m.y;
             }
@@ -561,7 +600,9 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
 #pragma unroll 1
             for (int i = 0; i < 8; ++i) {
                 const int64_t r = first + 8 * (i / 2) + 2 * t + i % 2;
-                const float value = r >= a.n_kv ? -INFINITY : mask ? __half2float(*reinterpret_cast<const half *>(mask + 2 * r)) : 0.0f;
+                const float value = r >= a.n_kv ? -INFINITY
+                                    : mask      ? __half2float(*reinterpret_cast<const half *>(mask + 2 * r))
+                                                : 0.0f;
 #pragma unroll
                 for (int j = 0; j < 8; ++j)
                     if (i == j) bias[j] = value;
@@ -602,7 +643,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
             sum += s[i];
         }
         if (__any_sync(all_lanes, correction != 1.0f)) {
-            const float c0 = __shfl_sync(all_lanes, correction, 8 * t), c1 = __shfl_sync(all_lanes, correction, 8 * t + 4);
+            const float c0 = __shfl_sync(all_lanes, correction, 8 * t),
+                        c1 = __shfl_sync(all_lanes, correction, 8 * t + 4);
 #pragma unroll
             for (int i = 0; i < D / 16; ++i)
 #pragma unroll
@@ -610,10 +652,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
         }
         // sparse V: a tile of weights that are all small, or zero
         if (!__any_sync(all_lanes, valid && !(exp2f(top - largest) <= a.sparse_v))) continue;
-        if (paired)
-            output<TV, D, true>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
-        else
-            output<TV, D, false>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
+        if (paired) output<TV, D, true>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
+        else output<TV, D, false>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
     }
 
     sum += __shfl_xor_sync(all_lanes, sum, 1);
@@ -631,7 +671,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1) attention_k
 
     if (gridDim.x > 1) { // merge_kernel goes on
         const int part = blockIdx.x * p.row_tiles + row_tile;
-        if (valid && has_meta) call.meta[(query_row(column) + kv_head * p.group) * p.parts + part] = make_float2(largest, sum);
+        if (valid && has_meta)
+            call.meta[(query_row(column) + kv_head * p.group) * p.parts + part] = make_float2(largest, sum);
         if (!has_output) return;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -712,32 +753,32 @@ AttentionKernel attention_kernel_64(KV type_k, KV type_v);
 AttentionKernel attention_kernel_128(KV type_k, KV type_v);
 AttentionKernel attention_kernel_256(KV type_k, KV type_v);
 
-#define TURBOQUANT_ATTENTION_KERNELS(D)                                                             \
-    namespace {                                                                                     \
-    template <KV TK> AttentionKernel kernel_for(KV type_v) {                                        \
-        switch (type_v) {                                                                           \
-            case KV::turbo4: return attention_kernel<TK, KV::turbo4, D>;                            \
-            case KV::turbo3: return attention_kernel<TK, KV::turbo3, D>;                            \
-            case KV::turbo2: return attention_kernel<TK, KV::turbo2, D>;                            \
-            case KV::q8_0:                                                                          \
-                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::q8_0, D>;        \
-                break;                                                                              \
-            case KV::f16:                                                                           \
-                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::f16, D>;         \
-                break;                                                                              \
-        }                                                                                           \
-        return nullptr;                                                                             \
-    }                                                                                               \
-    }                                                                                               \
-    AttentionKernel attention_kernel_##D(KV type_k, KV type_v) {                                    \
-        switch (type_k) {                                                                           \
-            case KV::turbo4: return kernel_for<KV::turbo4>(type_v);                                 \
-            case KV::turbo3: return kernel_for<KV::turbo3>(type_v);                                 \
-            case KV::turbo2: return kernel_for<KV::turbo2>(type_v);                                 \
-            case KV::q8_0:   return kernel_for<KV::q8_0>(type_v);                                   \
-            case KV::f16:    return kernel_for<KV::f16>(type_v);                                    \
-        }                                                                                           \
-        return nullptr;                                                                             \
+#define TURBOQUANT_ATTENTION_KERNELS(D)                                                      \
+    namespace {                                                                              \
+    template <KV TK> AttentionKernel kernel_for(KV type_v) {                                 \
+        switch (type_v) {                                                                    \
+            case KV::turbo4: return attention_kernel<TK, KV::turbo4, D>;                     \
+            case KV::turbo3: return attention_kernel<TK, KV::turbo3, D>;                     \
+            case KV::turbo2: return attention_kernel<TK, KV::turbo2, D>;                     \
+            case KV::q8_0:                                                                   \
+                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::q8_0, D>; \
+                break;                                                                       \
+            case KV::f16:                                                                    \
+                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::f16, D>;  \
+                break;                                                                       \
+        }                                                                                    \
+        return nullptr;                                                                      \
+    }                                                                                        \
+    }                                                                                        \
+    AttentionKernel attention_kernel_##D(KV type_k, KV type_v) {                             \
+        switch (type_k) {                                                                    \
+            case KV::turbo4: return kernel_for<KV::turbo4>(type_v);                          \
+            case KV::turbo3: return kernel_for<KV::turbo3>(type_v);                          \
+            case KV::turbo2: return kernel_for<KV::turbo2>(type_v);                          \
+            case KV::q8_0: return kernel_for<KV::q8_0>(type_v);                              \
+            case KV::f16: return kernel_for<KV::f16>(type_v);                                \
+        }                                                                                    \
+        return nullptr;                                                                      \
     }
 
 } // namespace cuda

@@ -57,7 +57,9 @@ __device__ const SearchTable search_table3 = make_search_table<3>();
 __device__ const SearchTable search_table2 = make_search_table<2>();
 
 template <int Bits> __device__ __forceinline__ uint2 search_entry(int coarse) {
-    return Bits == 4 ? search_table4.steps[coarse] : Bits == 3 ? search_table3.steps[coarse] : search_table2.steps[coarse];
+    return Bits == 4   ? search_table4.steps[coarse]
+           : Bits == 3 ? search_table3.steps[coarse]
+                       : search_table2.steps[coarse];
 }
 
 // Four words to the four words of their first, second, ... bytes.
@@ -111,7 +113,8 @@ template <int Bits, int P> __device__ __forceinline__ float search_scale(const i
 
 // Device code reads constants, not host arrays; t is known after unrolling.
 template <int Bits, int T> struct Midpoint {
-    static constexpr float value = T < (1 << (Bits - 1)) - 1 ? Codebook<Bits>::midpoints[T % ((1 << (Bits - 1)) - 1)] : 0;
+    static constexpr float value =
+        T < (1 << (Bits - 1)) - 1 ? Codebook<Bits>::midpoints[T % ((1 << (Bits - 1)) - 1)] : 0;
 };
 template <int Bits> __device__ __forceinline__ float midpoint(int t) {
     switch (t) {
@@ -126,7 +129,8 @@ template <int Bits> __device__ __forceinline__ float midpoint(int t) {
 }
 
 // index[j] is that of element lane + 32 j.
-template <int Bits, int N> __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], uint8_t * q, int lane) {
+template <int Bits, int N>
+__device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], uint8_t * q, int lane) {
     constexpr int P = N / 32;
     if constexpr (Bits == 4) {
         if constexpr (N == 32) {
@@ -161,8 +165,7 @@ template <int Bits, int N> __device__ __forceinline__ void store_indices(const u
     }
 }
 
-template <int Bits, int N>
-__device__ void encode_block(const float * x, uint8_t * dst, int lane) {
+template <int Bits, int N> __device__ void encode_block(const float * x, uint8_t * dst, int lane) {
     using F = Format<Bits, N>;
     constexpr int P = N / 32, M = F::half_levels;
     float y[P];
@@ -225,8 +228,8 @@ __device__ void encode_block(const float * x, uint8_t * dst, int lane) {
             index[j] = uint32_t(z[j] < 0 ? M - 1 - m[j] : M + m[j]);
         }
         a = warp_sum(a);
-        const double exact = double(energy) / double(a) * double(rms) * F::scale_unit *
-                             double(__uint_as_float(uint32_t(127 + k) << 23));
+        const double exact =
+            double(energy) / double(a) * double(rms) * F::scale_unit * double(__uint_as_float(uint32_t(127 + k) << 23));
         d = exact >= 65520.0 ? uint16_t(0x7bff) : __half_as_ushort(__float2half_rn(float(exact)));
     }
     if (d == 0) {
@@ -239,8 +242,8 @@ __device__ void encode_block(const float * x, uint8_t * dst, int lane) {
 
 template <int Bits, int N>
 __global__ void __launch_bounds__(32 * encode_warps)
-encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2, const int64_t ne3,
-              const Index index) {
+    encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3, const Index index) {
     wait_for_previous();
     const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
     if (item >= blocks * ne1) return;
@@ -268,14 +271,17 @@ __device__ __forceinline__ void store4(half * dst, const float (&x)[4]) {
 // differences of low + 65536 high are right as they are, and every |W| <= 128 * 127 fits.
 template <int Bits, int N, typename T, bool Rotated>
 __global__ void __launch_bounds__(decode_threads)
-decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2, const int64_t ne3,
-              const Index index) {
+    decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3, const Index index) {
     using F = Format<Bits, N>;
     constexpr int lanes = N / 8;
     const int unit = threadIdx.x % lanes;
     const int64_t item = (int64_t(blockIdx.x) * decode_threads + threadIdx.x) / lanes;
     const bool live = item < blocks * ne1;
-    const int64_t i1 = !live ? 0 : blocks == 1 ? item : uint64_t(item) / uint64_t(blocks), b = live ? item - i1 * blocks : 0;
+    const int64_t i1 = !live         ? 0
+                       : blocks == 1 ? item
+                                     : uint64_t(item) / uint64_t(blocks),
+                  b = live ? item - i1 * blocks : 0;
     uint32_t sign_in = 0, sign_out = 0; // of the unit's eight elements
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -285,8 +291,8 @@ decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_
     }
     for (int64_t i3 = blockIdx.z; i3 < ne3; i3 += gridDim.z)
         for (int64_t i2 = blockIdx.y; i2 < ne2; i2 += gridDim.y) {
-            const uint8_t * block = reinterpret_cast<const uint8_t *>(row_at(src, row_of(index, i1, i2, i3), i2, i3)) +
-                                    b * F::bytes;
+            const uint8_t * block =
+                reinterpret_cast<const uint8_t *>(row_at(src, row_of(index, i1, i2, i3), i2, i3)) + b * F::bytes;
             T * out = reinterpret_cast<T *>(row_at(dst, i1, i2, i3)) + b * N;
             uint32_t lo = 0, hi = 0;
             lookup<Bits>(unit_nibbles<Bits, N>(block + 2, unit), lo, hi);
@@ -342,7 +348,8 @@ decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_
 
 template <int N, bool Inverse>
 __global__ void __launch_bounds__(32 * encode_warps)
-rotate_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2, const int64_t ne3) {
+    rotate_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3) {
     const int lane = threadIdx.x % 32;
     const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
     if (item >= blocks * ne1) return;
@@ -354,10 +361,8 @@ rotate_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_
             float y[N / 32];
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) y[j] = in[lane + 32 * j];
-            if (Inverse)
-                unrotate_warp<N>(y);
-            else
-                rotate_warp<N>(y);
+            if (Inverse) unrotate_warp<N>(y);
+            else rotate_warp<N>(y);
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
         }
@@ -384,33 +389,37 @@ bool known(tq_type type) { return type >= 0 && type < TQ_TYPE_COUNT; }
 int block_of(tq_type type) { return 128 >> (int(type) % 3); }
 
 template <int Bits, int N>
-void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index, bool half_out,
-                   bool rotated, cudaStream_t stream) {
+void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                   bool half_out, bool rotated, cudaStream_t stream) {
     if (half_out && rotated)
-        decode_kernel<Bits, N, half, true><<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+        decode_kernel<Bits, N, half, true>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else if (half_out)
-        decode_kernel<Bits, N, half, false><<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+        decode_kernel<Bits, N, half, false>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else if (rotated)
-        decode_kernel<Bits, N, float, true><<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+        decode_kernel<Bits, N, float, true>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else
-        decode_kernel<Bits, N, float, false><<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+        decode_kernel<Bits, N, float, false>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
 }
 
 } // namespace
 
 // Calls f with the bits and the block of `type` as constants.
-#define TURBOQUANT_CUDA_TYPES(type, CALL)            \
-    switch (type) {                                  \
-        case TQ_TURBO4:    CALL(4, 128); break;      \
-        case TQ_TURBO4_64: CALL(4, 64); break;       \
-        case TQ_TURBO4_32: CALL(4, 32); break;       \
-        case TQ_TURBO3:    CALL(3, 128); break;      \
-        case TQ_TURBO3_64: CALL(3, 64); break;       \
-        case TQ_TURBO3_32: CALL(3, 32); break;       \
-        case TQ_TURBO2:    CALL(2, 128); break;      \
-        case TQ_TURBO2_64: CALL(2, 64); break;       \
-        case TQ_TURBO2_32: CALL(2, 32); break;       \
-        default: return cudaErrorNotSupported;       \
+#define TURBOQUANT_CUDA_TYPES(type, CALL)      \
+    switch (type) {                            \
+        case TQ_TURBO4: CALL(4, 128); break;   \
+        case TQ_TURBO4_64: CALL(4, 64); break; \
+        case TQ_TURBO4_32: CALL(4, 32); break; \
+        case TQ_TURBO3: CALL(3, 128); break;   \
+        case TQ_TURBO3_64: CALL(3, 64); break; \
+        case TQ_TURBO3_32: CALL(3, 32); break; \
+        case TQ_TURBO2: CALL(2, 128); break;   \
+        case TQ_TURBO2_64: CALL(2, 64); break; \
+        case TQ_TURBO2_32: CALL(2, 32); break; \
+        default: return cudaErrorNotSupported; \
     }
 
 cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
@@ -418,14 +427,16 @@ cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const 
     if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block_of(type), encode_warps, grid)) return cudaSuccess;
-#define CALL(BITS, N) return launch(encode_kernel<BITS, N>, grid.size, 32 * encode_warps, 0, stream, src, dst, grid.blocks, ne[1], ne[2], ne[3], index)
+#define CALL(BITS, N)                                                                                            \
+    return launch(encode_kernel<BITS, N>, grid.size, 32 * encode_warps, 0, stream, src, dst, grid.blocks, ne[1], \
+                  ne[2], ne[3], index)
     TURBOQUANT_CUDA_TYPES(type, CALL)
 #undef CALL
     return cudaErrorNotSupported;
 }
 
-cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index, bool half,
-                        bool rotated, cudaStream_t stream) {
+cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                        bool half, bool rotated, cudaStream_t stream) {
     if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block_of(type), decode_threads / (block_of(type) / 8), grid)) return cudaSuccess;
@@ -435,14 +446,16 @@ cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const 
     return cudaGetLastError();
 }
 
-cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4], cudaStream_t stream) {
+cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
+                        cudaStream_t stream) {
     if ((block != 128 && block != 64 && block != 32) || ne[0] % block) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block, encode_warps, grid)) return cudaSuccess;
-#define CALL(N)                                                                                                              \
-    if (inverse)                                                                                                             \
-        rotate_kernel<N, true><<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3]);     \
-    else                                                                                                                     \
+#define CALL(N)                                                                                        \
+    if (inverse)                                                                                       \
+        rotate_kernel<N, true>                                                                         \
+            <<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3]); \
+    else                                                                                               \
         rotate_kernel<N, false><<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3])
     if (block == 128) {
         CALL(128);

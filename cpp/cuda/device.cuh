@@ -92,8 +92,8 @@ template <int Bits> __device__ __forceinline__ void lookup(uint32_t nibbles, uin
     }
 }
 
-// Four 4-bit indices, in the low 16 bits, to int8 levels = positive - negative: of the two, one byte is a magnitude and the
-// other zero, because a selector's upper bit makes prmt repeat the sign of a positive byte.
+// Four 4-bit indices, in the low 16 bits, to int8 levels = positive - negative: of the two, one byte is a magnitude and
+// the other zero, because a selector's upper bit makes prmt repeat the sign of a positive byte.
 __device__ __forceinline__ void lookup_split(uint32_t nibbles, uint32_t & positive, uint32_t & negative) {
     constexpr uint32_t low0 = Magnitudes4::low0, low1 = Magnitudes4::low1;
     negative = prmt(low0, low1, nibbles);
@@ -159,8 +159,7 @@ template <int N> __device__ __forceinline__ void rotate_warp(float (&y)[N / 32])
     for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], s1_word(j), lane);
     hadamard_warp<N>(y);
 #pragma unroll
-    for (int j = 0; j < N / 32; ++j)
-        y[j] = __fmul_rn(flip_sign(y[j], s2_word(j), lane), Block<N>::one_over_sqrt_n);
+    for (int j = 0; j < N / 32; ++j) y[j] = __fmul_rn(flip_sign(y[j], s2_word(j), lane), Block<N>::one_over_sqrt_n);
 }
 
 template <int N> __device__ __forceinline__ void unrotate_warp(float (&y)[N / 32]) {
@@ -169,8 +168,7 @@ template <int N> __device__ __forceinline__ void unrotate_warp(float (&y)[N / 32
     for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
     hadamard_warp<N>(y);
 #pragma unroll
-    for (int j = 0; j < N / 32; ++j)
-        y[j] = flip_sign(__fmul_rn(y[j], Block<N>::one_over_sqrt_n), s1_word(j), lane);
+    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(__fmul_rn(y[j], Block<N>::one_over_sqrt_n), s1_word(j), lane);
 }
 
 } // namespace

@@ -1,5 +1,5 @@
-// Launches that may overlap the end of the kernel before them (programmatic dependent launch, Hopper and newer). Kernels
-// launched so call wait_for_previous first.
+// Launches that may overlap the end of the kernel before them (programmatic dependent launch, Hopper and newer).
+// Kernels launched so call wait_for_previous first.
 #ifndef TURBOQUANT_CUDA_LAUNCH_H
 #define TURBOQUANT_CUDA_LAUNCH_H
 
@@ -17,8 +17,8 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// The next kernel in the stream may be launched as soon as all thread blocks have called this. Only where that kernel is
-// known to call wait_for_previous.
+// The next kernel in the stream may be launched as soon as all thread blocks have called this. Only where that kernel
+// is known to call wait_for_previous.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -41,7 +41,8 @@ inline bool can_overlap(const void * kernel) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments... arguments) {
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

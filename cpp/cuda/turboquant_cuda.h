@@ -1,6 +1,6 @@
-// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. Every function only
-// launches; it returns what cudaGetLastError says, or cudaErrorNotSupported for a type, shape or device that the kernels
-// do not cover (nothing was launched then). All memory is the caller's.
+// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. Every function
+// only launches; it returns what cudaGetLastError says, or cudaErrorNotSupported for a type, shape or device that the
+// kernels do not cover (nothing was launched then). All memory is the caller's.
 #ifndef TURBOQUANT_CUDA_H
 #define TURBOQUANT_CUDA_H
 
@@ -20,8 +20,8 @@ struct Rows {
     int64_t nb[3];
 };
 
-// Which rows of the other side a row goes to (encode) or comes from (decode): the element (i1, i2 mod ne[1], i3 mod ne[2])
-// of a tensor of int32 or int64. data = nullptr: row i1.
+// Which rows of the other side a row goes to (encode) or comes from (decode): the element (i1, i2 mod ne[1], i3 mod
+// ne[2]) of a tensor of int32 or int64. data = nullptr: row i1.
 struct Index {
     const void * data;
     bool is64;
@@ -37,8 +37,8 @@ cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const 
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                         bool half, bool rotated, cudaStream_t stream);
 
-// The transform of a block's length and its inverse, per block: floats of tq_rotate_row and tq_unrotate_row. src and dst
-// may be the same.
+// The transform of a block's length and its inverse, per block: floats of tq_rotate_row and tq_unrotate_row. src and
+// dst may be the same.
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream);
 
@@ -48,24 +48,24 @@ enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(
 
 struct Attention {
     KV type_k, type_v;
-    int head;                       // 64, 128 or 256, of K and of V
-    int heads, kv_heads;            // heads is a multiple of kv_heads
-    int tokens, streams;            // of the queries
-    int kv_streams;                 // divides streams
-    int64_t n_kv;                   // KV rows
-    const float * q;                // [streams][heads][tokens][head] by strides
+    int head;            // 64, 128 or 256, of K and of V
+    int heads, kv_heads; // heads is a multiple of kv_heads
+    int tokens, streams; // of the queries
+    int kv_streams;      // divides streams
+    int64_t n_kv;        // KV rows
+    const float * q;     // [streams][heads][tokens][head] by strides
     int64_t q_token, q_head, q_stream;
     const void * k;
     int64_t k_row, k_head, k_stream;
     const void * v;
     int64_t v_row, v_head, v_stream;
-    const void * mask;              // binary16 [..][tokens][n_kv], or nullptr
+    const void * mask; // binary16 [..][tokens][n_kv], or nullptr
     int64_t mask_token, mask_head, mask_stream;
-    int mask_heads, mask_streams;   // broadcast
-    const float * sinks;            // [heads], or nullptr
+    int mask_heads, mask_streams;    // broadcast
+    const float * sinks;             // [heads], or nullptr
     float scale, max_bias, soft_cap; // soft_cap 0 = none
-    float sparse_v;                 // tiles of V whose weights are all at most this, relative to the largest, are left out
-    float * dst;                    // [streams][tokens][heads][head], dense
+    float sparse_v; // tiles of V whose weights are all at most this, relative to the largest, are left out
+    float * dst;    // [streams][tokens][heads][head], dense
 };
 
 // Whether attention() covers the call on the current device.

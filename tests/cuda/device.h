@@ -26,7 +26,8 @@ inline void need_device(int least_version) {
     must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "compute capability");
     must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "compute capability");
     if (10 * major + minor < least_version) {
-        std::printf("skipped: compute capability %d.%d is below %d.%d\n", major, minor, least_version / 10, least_version % 10);
+        std::printf("skipped: compute capability %d.%d is below %d.%d\n", major, minor, least_version / 10,
+                    least_version % 10);
         std::exit(check::exit_skipped);
     }
 }

@@ -24,7 +24,9 @@ tq_type codec_type(KV type, int head) {
     return tq_type(int(base) + (head == 64));
 }
 int row_bytes(KV type, int head) {
-    return type == KV::f16 ? 2 * head : type == KV::q8_0 ? head / 32 * 34 : int(tq_row_bytes(codec_type(type, head), head));
+    return type == KV::f16    ? 2 * head
+           : type == KV::q8_0 ? head / 32 * 34
+                              : int(tq_row_bytes(codec_type(type, head), head));
 }
 
 // x as a row of `type`, and the values that it then has.
@@ -77,10 +79,11 @@ double error(const std::vector<float> & got, const std::vector<double> & want) {
 }
 
 void equals_reference(const Shape & s, double bound) {
-    check::Case c(name_of(s.type_k), "/", name_of(s.type_v), " head ", s.head, ", heads ", s.heads, "/", s.kv_heads, ", ", s.tokens,
-                  " tokens, ", s.streams, "/", s.kv_streams, " streams, ", s.n_kv, " rows", s.heads_adjacent ? "" : ", heads apart",
-                  s.pad ? ", padded" : "", s.mask ? "" : ", no mask", s.sinks ? ", sinks" : "", ", bias ", s.max_bias, ", cap ",
-                  s.soft_cap, ", sparse ", s.sparse, ", spread ", s.spread);
+    check::Case c(name_of(s.type_k), "/", name_of(s.type_v), " head ", s.head, ", heads ", s.heads, "/", s.kv_heads,
+                  ", ", s.tokens, " tokens, ", s.streams, "/", s.kv_streams, " streams, ", s.n_kv, " rows",
+                  s.heads_adjacent ? "" : ", heads apart", s.pad ? ", padded" : "", s.mask ? "" : ", no mask",
+                  s.sinks ? ", sinks" : "", ", bias ", s.max_bias, ", cap ", s.soft_cap, ", sparse ", s.sparse,
+                  ", spread ", s.spread);
     Random random(uint64_t(s.head * 1000 + s.heads * 10 + s.tokens + s.n_kv));
     const int head = s.head;
     const size_t cells = size_t(s.kv_streams) * size_t(s.n_kv) * size_t(s.kv_heads);
@@ -88,14 +91,16 @@ void equals_reference(const Shape & s, double bound) {
     // K and V: bytes by strides, values as [stream][row][head]
     const auto cache = [&](KV type, Attention & a, bool key, std::vector<double> & values) {
         const int64_t bytes = row_bytes(type, head);
-        const int64_t row = (s.heads_adjacent ? bytes * s.kv_heads : bytes) + s.pad, apart = s.heads_adjacent ? bytes : row * s.n_kv;
+        const int64_t row = (s.heads_adjacent ? bytes * s.kv_heads : bytes) + s.pad,
+                      apart = s.heads_adjacent ? bytes : row * s.n_kv;
         const int64_t stream = (s.heads_adjacent ? row : row * s.kv_heads) * s.n_kv;
         std::vector<uint8_t> data(size_t(stream * s.kv_streams), poison);
         values.resize(cells * size_t(head));
         std::vector<float> x(static_cast<size_t>(head));
         for (size_t cell = 0; cell < cells; ++cell) {
             for (float & v : x) v = random.normal();
-            const int64_t h = int64_t(cell) % s.kv_heads, r = int64_t(cell) / s.kv_heads % s.n_kv, st = int64_t(cell) / s.kv_heads / s.n_kv;
+            const int64_t h = int64_t(cell) % s.kv_heads, r = int64_t(cell) / s.kv_heads % s.n_kv,
+                          st = int64_t(cell) / s.kv_heads / s.n_kv;
             encode_row(type, x, data.data() + st * stream + r * row + h * apart, values.data() + cell * size_t(head));
         }
         (key ? a.k_row : a.v_row) = row;
@@ -162,9 +167,10 @@ void equals_reference(const Shape & s, double bound) {
             for (int h = 0; h < s.heads; ++h) {
                 const int kv_head = h / (s.heads / s.kv_heads), kv_stream = st / (s.streams / s.kv_streams);
                 const float * query = q.data() + ((size_t(st) * s.tokens + token) * s.heads + h) * head;
-                const double slope = s.max_bias <= 0 ? 1.0
+                const double slope = s.max_bias <= 0  ? 1.0
                                      : h < log2_heads ? std::pow(std::pow(2.0, -double(s.max_bias) / log2_heads), h + 1)
-                                                      : std::pow(std::pow(2.0, -double(s.max_bias) / 2 / log2_heads), 2 * (h - log2_heads) + 1);
+                                                      : std::pow(std::pow(2.0, -double(s.max_bias) / 2 / log2_heads),
+                                                                 2 * (h - log2_heads) + 1);
                 std::vector<double> score(size_t(s.n_kv));
                 double largest = s.sinks ? sinks[size_t(h)] : -INFINITY;
                 for (int64_t r = 0; r < s.n_kv; ++r) {

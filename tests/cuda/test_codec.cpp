@@ -15,7 +15,9 @@ namespace {
 
 const Index no_index = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
 
-Rows dense(void * data, int64_t row, int64_t ne1 = 1, int64_t ne2 = 1) { return {data, {row, row * ne1, row * ne1 * ne2}}; }
+Rows dense(void * data, int64_t row, int64_t ne1 = 1, int64_t ne2 = 1) {
+    return {data, {row, row * ne1, row * ne1 * ne2}};
+}
 
 tq_type type_at(int i) { return tq_type(i); }
 
@@ -33,7 +35,8 @@ void encode_equals_cpu(tq_type type, const Input & input, int64_t blocks, int64_
     DeviceArray<float> src(x);
     DeviceArray<uint8_t> dst(want.size());
     const int64_t ne[4] = {n, rows, 1, 1};
-    must(encode_rows(type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), ne, no_index, nullptr), "encode_rows");
+    must(encode_rows(type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), ne, no_index, nullptr),
+         "encode_rows");
     const std::vector<uint8_t> got = dst.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
 }
@@ -58,15 +61,20 @@ template <typename I> void scatter_and_gather(tq_type type) {
     for (int64_t i3 = 0; i3 < ne3; ++i3)
         for (int64_t i2 = 0; i2 < ne2; ++i2)
             for (int64_t r = 0; r < rows; ++r)
-                tq_encode_row(type, x.data() + ((i3 * ne2 + i2) * rows + r) * (n + pad),
-                              want.data() + size_t((i3 * ne2 + i2) * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes, n);
+                tq_encode_row(
+                    type, x.data() + ((i3 * ne2 + i2) * rows + r) * (n + pad),
+                    want.data() + size_t((i3 * ne2 + i2) * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes, n);
 
     DeviceArray<float> src(x);
     DeviceArray<I> index_data(where);
     DeviceArray<uint8_t> cache(want.size());
-    const Index index = {index_data.get(), sizeof(I) == 8, {rows, 1, ne3}, {int64_t(2 * sizeof(I)), int64_t(2 * sizeof(I)) * rows, int64_t(2 * sizeof(I)) * rows}};
+    const Index index = {index_data.get(),
+                         sizeof(I) == 8,
+                         {rows, 1, ne3},
+                         {int64_t(2 * sizeof(I)), int64_t(2 * sizeof(I)) * rows, int64_t(2 * sizeof(I)) * rows}};
     const int64_t ne[4] = {n, rows, ne2, ne3};
-    const Rows from = dense(src.get(), (n + pad) * 4, rows, ne2), to = dense(cache.get(), int64_t(bytes), cache_rows, ne2);
+    const Rows from = dense(src.get(), (n + pad) * 4, rows, ne2),
+               to = dense(cache.get(), int64_t(bytes), cache_rows, ne2);
     must(encode_rows(type, from, to, ne, index, nullptr), "encode_rows");
     const std::vector<uint8_t> got = cache.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1)); // other rows are untouched
@@ -77,7 +85,8 @@ template <typename I> void scatter_and_gather(tq_type type) {
     std::vector<float> row(static_cast<size_t>(n));
     for (int64_t i = 0; i < rows * ne2 * ne3; ++i) {
         const int64_t r = i % rows, i23 = i / rows, i3 = i23 / ne2;
-        tq_decode_row(type, want.data() + size_t(i23 * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes, row.data(), n);
+        tq_decode_row(type, want.data() + size_t(i23 * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes,
+                      row.data(), n);
         CHECK_EQ(first_difference(values.data() + i * n, row.data(), n), int64_t(-1));
     }
 }
@@ -89,7 +98,8 @@ void decode_equals_cpu(tq_type type, int64_t blocks, int64_t rows) {
     const size_t bytes = tq_row_bytes(type, n), pitch = bytes + 6; // rows at any even address
     Random random{uint64_t(blocks * 77 + rows)};
     std::vector<uint8_t> encoded(pitch * size_t(rows));
-    for (int64_t r = 0; r < rows; ++r) fill_blocks(random, encoded.data() + size_t(r) * pitch, blocks, info.block_bytes);
+    for (int64_t r = 0; r < rows; ++r)
+        fill_blocks(random, encoded.data() + size_t(r) * pitch, blocks, info.block_bytes);
     std::vector<float> want(size_t(n * rows)), want_rotated(want.size());
     CHECK_EQ(tq_decode(type, encoded.data(), pitch, want.data(), n, rows, n, 1), TQ_OK);
     CHECK_EQ(tq_decode_rotated(type, encoded.data(), pitch, want_rotated.data(), n, rows, n, 1), TQ_OK);
@@ -101,13 +111,18 @@ void decode_equals_cpu(tq_type type, int64_t blocks, int64_t rows) {
     for (const bool rotated : {false, true}) {
         check::Case c2(rotated ? "rotated" : "original");
         const std::vector<float> & w = rotated ? want_rotated : want;
-        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst.get(), n * 4), ne, no_index, false, rotated, nullptr), "decode_rows");
+        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst.get(), n * 4), ne, no_index, false, rotated,
+                         nullptr),
+             "decode_rows");
         const std::vector<float> got = dst.host();
         CHECK_EQ(first_difference(got.data(), w.data(), n * rows), int64_t(-1));
-        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst16.get(), n * 2), ne, no_index, true, rotated, nullptr), "decode_rows");
+        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst16.get(), n * 2), ne, no_index, true, rotated,
+                         nullptr),
+             "decode_rows");
         const std::vector<__half> got16 = dst16.host();
         int64_t differ = 0;
-        for (size_t i = 0; i < w.size(); ++i) differ += !same(__half2float(got16[i]), __half2float(__float2half_rn(w[i])));
+        for (size_t i = 0; i < w.size(); ++i)
+            differ += !same(__half2float(got16[i]), __half2float(__float2half_rn(w[i])));
         CHECK_EQ(differ, int64_t(0));
     }
 }
@@ -122,7 +137,8 @@ void rotation_equals_cpu(int block) {
         CHECK_EQ((inverse ? tq_unrotate : tq_rotate)(block, x.data(), want.data(), n * rows, 1), TQ_OK);
         DeviceArray<float> data(x);
         const int64_t ne[4] = {n, rows, 1, 1};
-        must(rotate_rows(block, inverse, dense(data.get(), n * 4), dense(data.get(), n * 4), ne, nullptr), "rotate_rows");
+        must(rotate_rows(block, inverse, dense(data.get(), n * 4), dense(data.get(), n * 4), ne, nullptr),
+             "rotate_rows");
         const std::vector<float> got = data.host();
         CHECK_EQ(first_difference(got.data(), want.data(), n * rows), int64_t(-1));
     }
@@ -151,7 +167,8 @@ int main(int argc, char ** argv) {
     }
     for (const int block : {128, 64, 32}) rotation_equals_cpu(block);
     const int64_t ne[4] = {100, 1, 1, 1};
-    CHECK_EQ(encode_rows(TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), ne, no_index, nullptr), cudaErrorNotSupported);
+    CHECK_EQ(encode_rows(TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), ne, no_index, nullptr),
+             cudaErrorNotSupported);
     must(cudaDeviceSynchronize(), "at the end");
     return check::summary();
 }

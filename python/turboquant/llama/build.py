@@ -199,8 +199,9 @@ def _option(arg: str) -> str:
 def _arch_options(arch: str | None) -> list[str]:
     if arch is None:
         return []
-    if not re.fullmatch(r"native|all|all-major|\d{2,3}[af]?(-real|-virtual)?([,;]\d{2,3}[af]?(-real|-virtual)?)*", arch):
-        raise BuildError(f"{arch!r} names no GPUs; write native, or compute capabilities without the point, as in 80,90")
+    one = r"\d{2,3}[af]?(-real|-virtual)?"
+    if not re.fullmatch(rf"native|all|all-major|{one}([,;]{one})*", arch):
+        raise BuildError(f"{arch!r} names no GPUs; write native, or compute capabilities as in 80,90")
     return [f"-DCMAKE_CUDA_ARCHITECTURES={arch.replace(',', ';')}"]
 
 

@@ -103,8 +103,8 @@ def cuda_compiler() -> tuple[Path, str]:
     if asked:
         raise ToolError(f"the CUDA compiler that CUDACXX names, {asked!r}, does not run")
     raise ToolError(
-        f"no CUDA compiler: nvcc is neither in PATH nor in {', '.join(map(str, folders))}; install NVIDIA's CUDA toolkit, "
-        f"or point CUDACXX at its nvcc"
+        f"no CUDA compiler: nvcc is neither in PATH nor in {', '.join(map(str, folders))}; install NVIDIA's CUDA "
+        f"toolkit, or point CUDACXX at its nvcc"
     )
 
 
