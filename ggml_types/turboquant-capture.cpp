@@ -3,7 +3,8 @@
 //
 //   turboquant-capture MODEL TEXT TOKENS CONTEXT THREADS GPU_LAYERS
 //
-// The first TOKENS tokens of the file TEXT are evaluated in pieces of CONTEXT tokens, each with an empty cache of f16.
+// The first TOKENS tokens of the file TEXT are evaluated in pieces of CONTEXT tokens, each with an empty cache of f16; if
+// the model wants a token for the beginning of a text, it takes the place of each piece's first, as in llama-perplexity.
 // stdout is a stream of records: a line of JSON, and if it has "bytes", that many bytes of float32 after it.
 //
 //   {"record":"model", "tokens":n, "available":n, "context":n}     once, first; `available` tokens are in the text
@@ -315,7 +316,8 @@ int main(int argc, char ** argv) {
         return fail("llama.cpp could not make a context for this model");
     }
 
-    llama_batch batch = llama_batch_init((int32_t) params.n_batch, 0, 1);
+    const bool  with_bos = llama_vocab_get_add_bos(vocab);
+    llama_batch batch    = llama_batch_init((int32_t) params.n_batch, 0, 1);
     for (size_t start = 0; start < tokens.size(); start += batch.n_tokens) {
         const size_t in_piece = start % n_ctx;
         if (in_piece == 0) {
@@ -326,7 +328,7 @@ int main(int argc, char ** argv) {
         count        = count < tokens.size() - start ? count : tokens.size() - start;
         batch.n_tokens = (int32_t) count;
         for (size_t i = 0; i < count; i++) {
-            batch.token[i]     = tokens[start + i];
+            batch.token[i]     = with_bos && in_piece + i == 0 ? llama_vocab_bos(vocab) : tokens[start + i];
             batch.pos[i]       = (llama_pos) (in_piece + i);
             batch.n_seq_id[i]  = 1;
             batch.seq_id[i][0] = 0;

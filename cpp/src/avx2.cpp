@@ -737,12 +737,15 @@ template <int Rows, int Registers>
 void accumulate_levels_rows(const int8_t * tile, const float * scale, int block, int count, int64_t head,
                             const float * weights, const SoftmaxState * state, float * sum, int64_t stride) {
     Weights rounded[Rows];
-    bool fine = false;
-    for (int m = 0; m < Rows; ++m) fine = fine || needs_16_bits(weights + m * tile_rows, count, state[m]);
+    bool fine[Rows], any_fine = false; // each row for itself, so that it does not matter which rows go together
+    for (int m = 0; m < Rows; ++m) {
+        fine[m] = needs_16_bits(weights + m * tile_rows, count, state[m]);
+        any_fine = any_fine || fine[m];
+    }
     for (int64_t b = 0; b < head / block; ++b, scale += tile_rows) {
-        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine, rounded[m]);
+        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine[m], rounded[m]);
         for (int64_t c = b * block; c < (b + 1) * block; c += Registers * lanes)
-            accumulate_levels_block<Rows, Registers>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+            accumulate_levels_block<Rows, Registers>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c, stride);
     }
 }
 

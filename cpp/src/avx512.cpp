@@ -789,10 +789,8 @@ void round_weights(const float * weights, const float * scale, int count, bool f
     const __m512i byte = _mm512_set1_epi16(255);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
-    if (fine) {
-        const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
-        _mm512_store_si512(out.high, _mm512_permutexvar_epi32(order, high));
-    }
+    const __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)); // 0 unless fine
+    _mm512_store_si512(out.high, _mm512_permutexvar_epi32(order, high));
     _mm512_store_si512(out.low, _mm512_permutexvar_epi32(order, low));
 }
 
@@ -833,15 +831,18 @@ template <int Rows>
 void accumulate_levels_rows(const int8_t * tile, const float * scale, int block, int count, int64_t head,
                             const float * weights, const SoftmaxState * state, float * sum, int64_t stride) {
     Weights rounded[Rows];
-    bool fine = false;
-    for (int m = 0; m < Rows; ++m) fine = fine || needs_16_bits(weights + m * tile_rows, count, state[m]);
+    bool fine[Rows], any_fine = false; // each row for itself, so that it does not matter which rows go together
+    for (int m = 0; m < Rows; ++m) {
+        fine[m] = needs_16_bits(weights + m * tile_rows, count, state[m]);
+        any_fine = any_fine || fine[m];
+    }
     for (int64_t b = 0; b < head / block; ++b, scale += tile_rows) {
-        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine, rounded[m]);
+        for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine[m], rounded[m]);
         for (int64_t c = b * block; c < (b + 1) * block; c += block == 32 ? 32 : 64)
             if (block == 32)
-                accumulate_levels_block<Rows, 2>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+                accumulate_levels_block<Rows, 2>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c, stride);
             else
-                accumulate_levels_block<Rows, 4>(tile + 4 * c, count, head, rounded, fine, state, sum + c, stride);
+                accumulate_levels_block<Rows, 4>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c, stride);
     }
 }
 

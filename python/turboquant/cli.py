@@ -220,11 +220,12 @@ def convert(
     if exact and pow2:
         raise LlamaError("give --exact or --pow2, not both")
     _need("gguf", "convert")
-    if plot:
-        _need("matplotlib", "--plot")
+    from ._plot import check_plot
     from .convert import report
     from .convert.run import convert as run_convert
 
+    if plot:
+        check_plot(plot)
     done = run_convert(
         source, target, text, mode="exact" if exact else "pow2" if pow2 else "auto", values=values, tokens=tokens,
         bin=bin, threads=threads, gpu_layers=gpu_layers,
@@ -232,7 +233,7 @@ def convert(
     report.show(done, Console(highlight=False))
     if plot:
         report.plot(done, plot, source.name)
-    print(target)
+    _tell(f"wrote {target}")
 
 
 def _need(package: str, what: str) -> None:
@@ -263,6 +264,49 @@ def dump_kv(
     layers = [name for name in shapes if name.startswith("k.")]
     _tell(f"{_plural(len(layers), 'layer')} of {tokens} tokens")
     print(target)
+
+
+@command
+def analyze(
+    file: Annotated[
+        Path, typer.Argument(metavar="KV.safetensors", help="What dump-kv has written.", show_default=False)
+    ],
+    types: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Cache types, comma-separated.", show_default="turbo4,turbo3,turbo2,q8_0,q4_0"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (PNG, SVG, PDF).", show_default=False)
+    ] = None,
+) -> None:
+    """Tell what cache types do to the K and V that dump-kv has written: per layer, outliers, errors, what to protect.
+
+    Layers to protect are judged by the first of the types.
+    """
+    from ._plot import check_plot
+    from .analyze import report
+    from .analyze.measure import TYPES, check_types
+    from .analyze.measure import analyze as run_analyze
+    from .llama.progress import Reporter
+
+    for package in ("safetensors", "gguf"):
+        _need(package, "analyze")
+    chosen = [name.strip() for name in types.split(",")] if types is not None else TYPES
+    check_types(chosen)
+    if plot:
+        check_plot(plot)
+    with Reporter().track("analyzing layers") as track:
+        found = run_analyze(file, chosen, track.update)
+    if as_json:
+        print(report.to_json(found))
+    else:
+        report.show(found, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    if plot:
+        report.plot(found, plot)
+        _tell(f"drawn: {plot}")
 
 
 @command

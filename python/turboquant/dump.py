@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._output import check_new, partial_file, publish
 from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
 
-__all__ = ["DumpError", "dump"]
+__all__ = ["FORMAT", "DumpError", "dump"]
+
+#: What the file says that it is.
+FORMAT = "turboquant-kv 1"
 
 
 class DumpError(LlamaError):
@@ -52,20 +55,20 @@ def dump(
         DumpError, CaptureError: the text says what to do. Nothing is left behind.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ModuleNotFoundError as error:
         raise DumpError("dump-kv needs the package safetensors: pip install 'turboquant[convert]'") from error
-    if not target.parent.is_dir():
-        raise DumpError(f"{target.parent}: no such folder")
-    if target.exists():
-        raise DumpError(f"{target} exists already: remove it, or give another name")
+    check_new(target)
     pieces: dict[tuple[str, int, int], list[NDArray[np.float32]]] = {}
     attentions: list[Attention] = []
     with Capture(
         model, text, tokens=tokens, context=tokens, bin=bin, threads=threads, gpu_layers=gpu_layers
     ) as capture:
         if capture.tokens < tokens:
-            raise CaptureError(f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer")
+            raise CaptureError(
+                f"{text} has {capture.tokens} tokens, {tokens} were asked for: give a longer text or fewer --tokens"
+            )
         for item in capture:
             if isinstance(item, Attention):
                 attentions.append(item)
@@ -80,21 +83,16 @@ def dump(
         "text": text.name,
         "tokens": str(tokens),
         "scale": json.dumps(scales),
-        "format": "turboquant-kv 1",
+        "format": FORMAT,
     }
-    descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(descriptor)
-    try:
+    with partial_file(target) as partial:
         try:
             save_file(tensors, partial, metadata)
-        except Exception as error:  # the library has an error of its own for a full disk
-            raise DumpError(f"{target} cannot be written: {error}") from error
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)
-        os.replace(partial, target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        except SafetensorError as error:  # the library's own error for a full disk
+            raise DumpError(
+                f"{target} cannot be written ({error}): make room, or give a file on another disk"
+            ) from error
+        publish(partial, target)
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 

@@ -54,7 +54,7 @@ class Builder:
         self.temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         self.w = gguf.GGUFWriter(self.temporary, shape.arch)
         w, s = self.w, shape
-        w.add_name(f"random-{s.arch}-{s.head}")
+        w.add_name(f"random-{s.head}")  # llama.cpp has rules for some names (phi3)
         w.add_context_length(s.context)
         w.add_embedding_length(s.width)
         w.add_block_count(s.layers)
@@ -232,6 +232,26 @@ def _gpt_oss(b: Builder) -> None:
             w.add_tensor(f"blk.{i}.ffn_{name}_exps.bias", np.zeros((experts, rows), np.float32))
 
 
+def _phi3(b: Builder) -> None:
+    """Q, K and V are rows of one matrix, gate and up of another. Width must be heads * head."""
+    s = b.shape
+    b.w.add_head_count_kv(s.kv_heads)
+    b.ends()
+    for i in range(s.layers):
+        b.ones(f"blk.{i}.attn_norm.weight", s.width)
+        b.add(f"blk.{i}.attn_qkv.weight", (s.heads + 2 * s.kv_heads) * s.head, s.width, 1.25)
+        b.add(f"blk.{i}.attn_output.weight", s.width, s.heads * s.head, 2.0)
+        b.ones(f"blk.{i}.ffn_norm.weight", s.width)
+        b.add(f"blk.{i}.ffn_up.weight", 2 * s.ff, s.width)
+        b.add(f"blk.{i}.ffn_down.weight", s.width, s.ff, 0.5)
+
+
+def _qwen2vl(b: Builder) -> None:
+    """M-RoPE: positions of several kinds share a head. Width must be heads * head."""
+    b.w.add_rope_dimension_sections([b.shape.head // 8, b.shape.head // 8, b.shape.head // 4, 0])
+    _llama(b)
+
+
 _WRITERS: dict[str, Callable[[Builder], None]] = {
     "llama": _llama,
     "gemma2": _gemma2,
@@ -239,6 +259,8 @@ _WRITERS: dict[str, Callable[[Builder], None]] = {
     "deepseek2": _deepseek2,
     "lfm2": _lfm2,
     "gpt-oss": _gpt_oss,
+    "phi3": _phi3,
+    "qwen2vl": _qwen2vl,
 }
 
 SHAPES: dict[str, Shape] = {
@@ -251,6 +273,8 @@ SHAPES: dict[str, Shape] = {
     "sinks": Shape(arch="gpt-oss", layers=4, window=32),
     "partial": Shape(arch="stablelm", heads=2, kv_heads=1, width=256, rope=32),
     "mla": Shape(arch="deepseek2", head=MLA_RANK + MLA_ROPE, rope=MLA_ROPE),
+    "fused": Shape(arch="phi3", heads=4, kv_heads=2, width=256, head=64),
+    "mrope": Shape(arch="qwen2vl", heads=2, kv_heads=1, width=256),
     "hybrid": Shape(arch="lfm2", heads=2, kv_heads=1, width=256, layers=8),
 }
 

@@ -18,6 +18,8 @@ turboquant = pytest.importorskip("turboquant")
 
 #: KLD between two ways of summing the same numbers (measured: 2e-13 between kernels, 2e-8 between the paths).
 ROUNDING = 1e-6
+#: KLD of the fused attention to ggml's generic one; some kernels round softmax weights to 8 bits (measured: up to 5e-6).
+FUSED = 2e-5
 #: KLD to the oracle, whose queries are not rounded to int8 (measured: 5e-5 to 8e-5, and 2e-9 with K in f16).
 ORACLE = 1.5e-4
 HEADS = (64, 96, 128, 192, 256, 512)
@@ -58,7 +60,7 @@ def test_fused_and_generic_attention(build, tmp_path: Path, pair: tuple[str, str
         with Probe(build, model, tmp_path, {"TURBOQUANT_GENERIC_ATTENTION": generic}) as probe:
             probe.context(*pair, n_ctx=1024, n_batch=600, n_ubatch=600)
             logits.append(probe.logits(TOKENS, step=step))
-    assert 0 < kld(*logits) <= ROUNDING
+    assert 0 < kld(*logits) <= FUSED
 
 
 def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.ndarray:

@@ -11,8 +11,9 @@ RESOLVED = {64: "_64", 96: "_32", 128: "", 192: "_64", 256: "", 512: ""}
 
 #: KLD on the random models. The largest measured over all shapes is 0.052, 0.214 and 0.728 (q4_0: 0.050).
 BOUND = {"turbo4": 0.065, "turbo3": 0.26, "turbo2": 0.88}
-#: A sequence among others in a batch: exactly the same with turbo types, but float sums may be ordered otherwise.
-SAME = 1e-4
+#: A sequence among others in a batch: its rows lie elsewhere in the cache, so sums are ordered otherwise and weights
+#: rounded with others. Measured: up to 1.1e-4, a hundredth of the least error of a type.
+SAME = 4e-4
 
 TOKENS = random_tokens(160)
 

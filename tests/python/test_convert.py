@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
+from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
-from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_text
+from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
+from turboquant.convert.plan import Measurement, make_plan
+from turboquant.convert.stream import Attention, Route
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -71,6 +74,13 @@ def test_powers_of_two() -> None:
     assert limited.min() >= 0.5 and limited.max() <= 4 and limited[4] <= 1
     assert found < noise(p, limited) <= before
     assert (solve_powers(p, free * 0, free * 0) == 1).all()
+
+
+def test_powers_stay_near_one() -> None:
+    """All multiples of a scale by a power of two leave the same noise; K and Q are stored in fp16."""
+    p, free = problem(), np.full(64, 100)
+    scale = solve_powers(p, -free, free)
+    assert np.abs(np.log2(scale / solve(p))).max() <= 1
 
 
 def test_silent_channels_stay_finite() -> None:
@@ -134,7 +144,9 @@ def test_channels_outside_of_a_partial_rope_are_free() -> None:
     assert same(trace(k_steps(2, dims=4), rows(8)[:8]), 8) == [[0, 2], [1, 3], [4], [5], [6], [7]]
 
 
-@pytest.mark.parametrize(("mode", "name"), [(8, "M-RoPE"), (24, "vision RoPE"), (40, "interleaved M-RoPE"), (3, "mode 3")])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(8, "M-RoPE"), (24, "vision RoPE"), (40, "interleaved M-RoPE"), (3, "mode 3")]
+)
 def test_other_ropes_are_refused_by_name(mode: int, name: str) -> None:
     with pytest.raises(Refusal, match=name):
         trace(k_steps(mode), rows(16))
@@ -320,18 +332,22 @@ SCALINGS = {
 
 
 def test_write_changes_what_it_must_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    written = tmp_path / "out.gguf"
+    added = {"turboquant.a": "text  ", "turboquant.b": 7, "turboquant.c": [1.5, 2.5], "turboquant.d": ["x", "yz"]}
+    later = {"turboquant.a": "new", "turboquant.d": ["x", "z"], "turboquant.c": [0.5], "turboquant.b": "n"}
     with ModelFile(model) as opened:
-        added = {"turboquant.a": "text  ", "turboquant.b": 7, "turboquant.c": [1.5, 2.5], "turboquant.d": ["x", "yz"]}
-        written = opened.write(tmp_path / "out.gguf", SCALINGS, added)
-    replace_text(written, "turboquant.a", "new")
-    with pytest.raises(ValueError, match="longer than the 6 bytes"):
-        replace_text(written, "turboquant.a", "much longer")
+        opened.write(written, SCALINGS, added)
+    with pytest.raises(ValueError, match="4 keys of .* bytes cannot take the place of 4"):
+        replace_metadata(written, added, {**later, "turboquant.a": "much longer than it was"})
+    with pytest.raises(ValueError, match="3 keys of"):
+        replace_metadata(written, added, {key: later[key] for key in list(later)[:3]})
+    replace_metadata(written, added, later)
     old, new = gguf.GGUFReader(model), gguf.GGUFReader(written)
     own = [name for name in old.fields if not name.startswith("GGUF.")]
     assert [old.fields[name].contents() for name in own] == [new.fields[name].contents() for name in own]
-    assert new.fields["turboquant.a"].contents() == "new   "
-    assert [new.fields[f"turboquant.{key}"].contents() for key in "bcd"] == [7, [1.5, 2.5], ["x", "yz"]]
-    assert new.fields.keys() - old.fields.keys() == added.keys()
+    found = [new.fields[name].contents() for name in later]
+    assert found[:3] == ["new", ["x", "z"], [0.5]] and found[3].rstrip() == "n"
+    assert new.fields.keys() - old.fields.keys() == later.keys()
     before, after = ({t.name: t for t in reader.tensors} for reader in (old, new))
     assert list(before) == list(after)
     assert [t.tensor_type for t in old.tensors] == [t.tensor_type for t in new.tensors]
@@ -342,37 +358,146 @@ def test_write_changes_what_it_must_and_nothing_else(model: Path, tmp_path: Path
 
 
 def test_tensors_in_pieces(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     with ModelFile(model) as opened:
-        whole = opened.write(tmp_path / "whole", SCALINGS, {}).read_bytes()
+        opened.write(whole, SCALINGS, {})
         monkeypatch.setattr("turboquant.convert.modelfile._PIECE", 40)  # a row and a bit
-        assert opened.write(tmp_path / "pieces", SCALINGS, {}).read_bytes() == whole
+        opened.write(pieces, SCALINGS, {})
+    assert pieces.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("kept", [3, 30, 200, -60])
 def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(model.read_bytes()[:kept])
-    with pytest.raises(ModelError, match=r"short\.gguf (cannot be read|is truncated).*get (it|the file) again"):
+    with pytest.raises(ModelError, match=r"short\.gguf is truncated.*: get the file again"):
         ModelFile(short)
 
 
-_LIMITED = """
-import resource, signal, sys
-from pathlib import Path
-from turboquant.convert.modelfile import ModelFile
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-with ModelFile(Path(sys.argv[1])) as model:
-    model.write(Path(sys.argv[2]), {}, {"key": "x" * 8192})
-"""
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
-    target = tmp_path / "folder" / "out.gguf"
-    target.parent.mkdir()
-    done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
-    assert done.returncode != 0 and "OSError" in done.stderr
-    assert list(target.parent.iterdir()) == []
+HEADS, HEAD = 2, 32
+
+
+def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = None, **options: object) -> dict:
+    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    for name, shape in {"q": (64, 256), "k": (32, 256), "v": (32, 256), "o": (256, 64)}.items():
+        kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
+        raw = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), kind)
+        writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def rotated(heads: int, weight: str) -> list[dict]:
+        return [
+            tensor("ROPE", [HEAD, heads, 5], mode=2, dims=HEAD, **source([HEAD, heads, 5])),
+            tensor("RESHAPE", [HEAD, heads, 5], offset=0, **source([HEAD * heads, 5])),
+            tensor("MUL_MAT", [HEAD * heads, 5], weight=weight, wne=[256, HEAD * heads, 1, 1]),
+        ]
+
+    seen = tensor("PERMUTE", [HEAD, 5, HEADS], [4, 256, 128, 1280], offset=0, **source([HEAD, HEADS, 5]))
+    q = [seen, *rotated(2, "q")]
+    k = [tensor("VIEW", [HEAD, 5], offset=0, **source([HEAD, 1, 5])), *rotated(1, "k")]
+    o = [
+        tensor("MUL_MAT", [256, 5], weight="o", wne=[64, 256, 1, 1]),
+        tensor("RESHAPE", [64, 5], offset=0, **source([HEAD, HEADS, 5])),
+    ]
+    measured = Measurement(100, 100, [Attention(0, 0, HEAD**-0.5, HEAD, HEAD, HEADS, 1)])
+    for role, number, steps in (("q", 0, q), ("k", 0, k), ("v", 0, v_steps), ("o", 0, o)):
+        measured.routes[role, number] = [Route(role, number, 0, steps)]
+    for role, count in (("q", HEADS * HEAD), ("k", HEAD), ("v", HEAD)):
+        measured.moments[role, 0] = np.exp(rng.standard_normal(count) * 2)
+    with ModelFile(tmp_path / "model.gguf") as model:
+        plan = make_plan(model, measured, options.pop("mode", "auto"), **options)
+    return {"scalings": plan.scalings, "mode": plan.mode, **{part.what: part for part in plan.parts}}
+
+
+def from_matrix(weight: str) -> list[dict]:
+    return [tensor("MUL_MAT", [HEAD, 5], weight=weight, wne=[256, HEAD, 1, 1])]
+
+
+def test_a_layer_is_balanced(tmp_path: Path) -> None:
+    found = planned(tmp_path, from_matrix("v"))
+    assert found["K"].ratio < 0.8 and found["V"].ratio < 0.8 and found["mode"] == "exact"
+    q, k, v, o = (found["scalings"][name][0] for name in "qkvo")
+    assert (q.axis, k.axis, v.axis, o.axis) == ("rows", "rows", "rows", "columns")
+    assert np.allclose(q.factors.reshape(2, HEAD) * k.factors, 1)
+    assert np.allclose(o.factors.reshape(2, HEAD) * v.factors, 1)
+    assert np.array_equal(k.factors[:16], k.factors[16:])  # RoPE's pairs
+    assert set(planned(tmp_path, from_matrix("v"), values=False)["scalings"]) == {"q", "k"}
+
+
+@pytest.mark.parametrize("values", [True, False])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_keys_that_are_values_too_stay(tmp_path: Path, values: bool, normalised: bool) -> None:
+    """V comes from K's matrix: scaling its rows for K would scale V, asked for or not."""
+    steps = [tensor("RMS_NORM", [HEAD, 5])] * normalised + from_matrix("k")
+    found = planned(tmp_path, steps, values=values)
+    assert found["K"].refused == "k has another use, too" and not found["scalings"]
+
+
+@pytest.mark.parametrize(
+    ("types", "mode", "k", "v", "scales"),
+    [
+        ({"q": "Q8_0", "k": "F16"}, "auto", "", "", "mixed"),
+        ({"q": "Q8_0"}, "exact", "q is Q8_0, which takes powers of two only: convert without --exact", "", "exact"),
+        ({"q": "BF16"}, "auto", "", "", "mixed"),
+        ({"q": "BF16"}, "exact", "", "", "exact"),
+        ({"k": "TQ1_0"}, "pow2", "k is TQ1_0, which cannot be scaled", "", "pow2"),
+        ({}, "pow2", "", "", "pow2"),
+    ],
+)
+def test_types_decide(tmp_path: Path, types: dict[str, str], mode: str, k: str, v: str, scales: str) -> None:
+    found = planned(tmp_path, from_matrix("v"), types, mode=mode)
+    assert (found["K"].refused, found["V"].refused, found["mode"]) == (k, v, scales)
+    if not k and mode != "exact":
+        exponents = np.log2(found["scalings"]["k"][0].factors)
+        assert np.array_equal(exponents, np.round(exponents)) == (not found["K"].exact)
+
+
+# ---- files that appear whole -----------------------------------------------------------------------------------------
+
+
+def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    check_new(target)
+    with partial_file(target) as partial:
+        partial.write_text("whole")
+        assert not target.exists() and partial.parent == tmp_path
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
+    (tmp_path / "plain").touch()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OutputError, match="made by something else"), partial_file(target) as partial:
+        target.write_text("of the user")
+        publish(partial, target)
+    assert target.read_text() == "of the user" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="exists already: remove it, or give another name"):
+        check_new(target)
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    target = tmp_path / "out"
+    with partial_file(target) as partial:
+        partial.write_text("whole")
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(OutputError, match="exists already"), partial_file(target) as partial:
+        publish(partial, target)
+    assert target.read_text() == "whole" and list(tmp_path.iterdir()) == [target]
 
 
 def test_an_interruption_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
@@ -381,9 +506,36 @@ def test_an_interruption_leaves_nothing_behind(model: Path, tmp_path: Path) -> N
 
     target = tmp_path / "folder" / "out.gguf"
     target.parent.mkdir()
-    with ModelFile(model) as opened, pytest.raises(KeyboardInterrupt):
-        opened.write(target, {}, {}, interrupt)
+    with ModelFile(model) as opened, pytest.raises(KeyboardInterrupt), partial_file(target) as partial:
+        opened.write(partial, {}, {}, interrupt)
     assert list(target.parent.iterdir()) == []
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from turboquant._output import OutputError, partial_file
+from turboquant.convert.modelfile import ModelFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with ModelFile(Path(sys.argv[1])) as model, partial_file(Path(sys.argv[2])) as partial:
+        model.write(partial, {}, {"key": "x" * 8192})
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "out.gguf"
+    target.parent.mkdir()
+    done = subprocess.run([sys.executable, "-c", _LIMITED, model, target], capture_output=True, text=True)
+    wanted = f"{target} cannot be written (File too large): make room, or give a file on another disk\n"
+    assert done.stdout == wanted, done.stderr
+    assert list(target.parent.iterdir()) == []
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 _MEMORY = """

@@ -1,9 +1,9 @@
 """The scales that make the quantization noise of a cache as small as it can be without touching the cache.
 
-A block of n channels is rotated before it is quantized, so its noise is the same in every channel: proportional to
-A = Σ s² E|k|². It is read through the query, as B = Σ E|q|² / s². Scaling k by s and q by 1/s leaves q·k as it is, and
-A·B is least, by Cauchy-Schwarz, at s⁴ = E|q|² / E|k|². For V the same holds with the second moments of V and, for q, the
-squared length of the columns of the output matrix.
+A block of n channels is rotated before it is quantized, so its noise is the same in every channel: proportional to A
+= Σ s² E|k|². It is read through the query, as B = Σ E|q|² / s². Scaling k by s and q by 1/s leaves q·k as it is, and
+A·B is least, by Cauchy-Schwarz, at s⁴ = E|q|² / E|k|². For V the same holds with the second moments of V and, for q,
+the squared length of the columns of the output matrix.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def noise(problem: Problem, scale: Floats) -> float:
 def solve(problem: Problem) -> Floats:
     """The best scales, (channels,), for real numbers. Blocks keep their energy or lose some.
 
-    Where groups lie within blocks this is s⁴ = Σ reader / Σ cached over the group. A group that several blocks share (one
-    norm's weight for all heads) weighs each by its A and B, which depend on the scales: a few rounds settle them.
+    Where groups lie within blocks this is s⁴ = Σ reader / Σ cached over the group. A group that several blocks share
+    (one norm's weight for all heads) weighs each by its A and B, which depend on the scales: a few rounds settle them.
     """
     cached, reader = problem.floored()
     scale = np.ones_like(cached)
@@ -85,14 +85,15 @@ def solve_powers(problem: Problem, low: Ints, high: Ints) -> Floats:
     """The best scales among the powers of two from 2**low to 2**high; `low` and `high` are (channels,).
 
     Only ratios matter within a block, so the exact scales may all be moved by a common factor before they are rounded:
-    the factor that leaves the least noise is taken. 1 everywhere if nothing is better than that.
+    the factor that leaves the least noise is taken, and of several the one nearest to 1, as K and Q must stay within
+    the range of fp16. 1 everywhere if nothing is better than that.
     """
     exact = np.log2(solve(problem))
     low = _per(problem.group, low, np.maximum)[problem.group]
     high = _per(problem.group, high, np.minimum)[problem.group]
     best = np.ones_like(exact)
     least = noise(problem, best)
-    for shift in np.arange(-8, 8, 0.125):
+    for shift in sorted(np.arange(-8, 8.125, 0.125), key=abs):
         scale = 2.0 ** np.clip(np.round(exact + shift), np.minimum(low, 0), np.maximum(high, 0))
         found = noise(problem, scale)
         if found < least * (1 - 1e-9):

@@ -14,6 +14,7 @@ from ..evaluate.programs import ProgramError, Programs
 from ..llama.build import where
 from ..llama.files import LlamaError
 from ..llama.paths import cache_dir
+from ..llama.progress import Reporter
 
 __all__ = ["CheckError", "Checker", "checker", "shape"]
 
@@ -38,23 +39,35 @@ def shape(text: Path, available: int) -> tuple[int, int]:
 class Checker:
     """KLDs from the predictions of one model with an f16 cache, on the first tokens of a text."""
 
-    def __init__(self, programs: Programs, base: Path, context: int, chunks: int) -> None:
+    def __init__(self, programs: Programs, base: Path, context: int, chunks: int, reporter: Reporter) -> None:
         self._programs, self._base, self._context, self._chunks = programs, base, context, chunks
+        self._reporter = reporter
 
-    def kld(self, model: Path, k: str = "f16", v: str = "f16") -> float:
-        """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run."""
-        try:
-            found, _ = run_divergence(
-                self._programs, model, self._base, CachePair(k, v), ctx=self._context, chunks=self._chunks
-            )
-        except ProgramError as error:
-            raise CheckError(str(error)) from error
+    def kld(self, model: Path, k: str = "f16", v: str = "f16", *, what: str) -> float:
+        """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run.
+
+        `what` is told the user.
+        """
+        with self._reporter.track(f"predicting with {what}", self._chunks) as track:
+            try:
+                found, _ = run_divergence(
+                    self._programs, model, self._base, CachePair(k, v), ctx=self._context, chunks=self._chunks,
+                    on_chunk=track.update,
+                )  # fmt: skip
+            except ProgramError as error:
+                raise CheckError(str(error)) from error
         return found.kld
 
 
 @contextmanager
 def checker(
-    model: Path, text: Path, context: int, chunks: int, bin: str | os.PathLike[str] | None, threads: int | None
+    model: Path,
+    text: Path,
+    context: int,
+    chunks: int,
+    bin: str | os.PathLike[str] | None,
+    threads: int | None,
+    reporter: Reporter,
 ) -> Iterator[Checker]:
     """Predict with `model`, for comparison with others; the predictions are deleted in the end."""
     folder = cache_dir() / "convert"
@@ -63,7 +76,8 @@ def checker(
         programs = Programs(Path(bin) if bin else where(), folder / "logs", threads)
         with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as scratch:
             base = Path(scratch) / "f16.kld"
-            run_base(programs, model, text, base, ctx=context, chunks=chunks)
-            yield Checker(programs, base, context, chunks)
+            with reporter.track("predicting with the original", chunks) as track:
+                run_base(programs, model, text, base, ctx=context, chunks=chunks, on_chunk=track.update)
+            yield Checker(programs, base, context, chunks, reporter)
     except ProgramError as error:
         raise CheckError(str(error)) from error

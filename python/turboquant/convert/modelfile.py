@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from ..llama.files import LlamaError
 from .weights import scale_columns, scale_rows
 
-__all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_text"]
+__all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_metadata"]
 
 _PIECE = 4 << 20  # bytes of a tensor in memory at a time
 _HEADER = 24  # magic, version, count of tensors, count of metadata
@@ -65,9 +64,7 @@ class ModelFile:
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # whatever the package stumbles over in a damaged file
-            raise ModelError(
-                f"{path} cannot be read as a GGUF file ({error}); it is damaged or incomplete: get it again"
-            ) from error
+            raise ModelError(f"{path} is truncated or damaged ({error}): get the file again") from error
         if reader.byte_order != "I":
             raise ModelError(f"{path} has the byte order of another kind of machine; gguf-convert-endian changes it")
         if not reader.tensors:
@@ -86,7 +83,7 @@ class ModelFile:
         del reader  # and with it the mapping of the file
         end = max(tensor.offset + tensor.bytes for tensor in self.tensors.values())
         if end > size:
-            raise ModelError(f"{path} is truncated: {size} bytes, but its tensors end at {end}; get the file again")
+            raise ModelError(f"{path} is truncated ({size} bytes, and its tensors end at {end}): get the file again")
         self.size = size
         self._file = path.open("rb")
 
@@ -117,8 +114,8 @@ class ModelFile:
         scalings: Mapping[str, Sequence[Scaling]],
         metadata: Mapping[str, Any],
         progress: Callable[[int], None] = lambda done: None,
-    ) -> Path:
-        """Write the scaled model to a new file beside `target` and return its path; `target` is not touched.
+    ) -> None:
+        """Write the scaled model to `target`, in place of what is there.
 
         Args:
             scalings: what to do to which tensors; they keep their types and sizes.
@@ -126,31 +123,25 @@ class ModelFile:
             progress: called with the bytes written so far.
 
         Raises:
-            OSError: as a full disk; what was written is removed, as with any other interruption.
+            OSError: as a full disk.
+            ValueError: a scaled weight leaves the range of its type.
         """
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as out:
-                self._write_head(out, metadata)
-                shift = out.tell() - self.data
-                at = self.data
-                for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
-                    self._copy(out, at, tensor.offset)
-                    for first, rows in self.pieces(tensor):
-                        for scaling in scalings.get(tensor.name, ()):
-                            rows = _apply(rows, first, tensor, scaling)
-                        out.write(rows.data)
-                        progress(out.tell())
-                    at = tensor.offset + tensor.bytes
-                    assert out.tell() == at + shift
-                self._copy(out, at, self.size)
-                out.flush()
-                os.fsync(out.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        return Path(name)
+        with target.open("wb") as out:
+            self._write_head(out, metadata)
+            shift = out.tell() - self.data
+            at = self.data
+            for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+                self._copy(out, at, tensor.offset)
+                for first, rows in self.pieces(tensor):
+                    for scaling in scalings.get(tensor.name, ()):
+                        rows = _apply(rows, first, tensor, scaling)
+                    out.write(rows.data)
+                    progress(out.tell())
+                at = tensor.offset + tensor.bytes
+                assert out.tell() == at + shift
+            self._copy(out, at, self.size)
+            out.flush()
+            os.fsync(out.fileno())
 
     def _write_head(self, out: Any, metadata: Mapping[str, Any]) -> None:
         tensors, fields = self._counts
@@ -158,8 +149,7 @@ class ModelFile:
         out.write(self._file.read(8))
         out.write(struct.pack("<QQ", tensors, fields + len(metadata)))
         self._copy(out, _HEADER, self._infos)
-        for key, value in metadata.items():
-            out.write(_text(key) + _value(value))
+        out.write(_packed(metadata))
         self._copy(out, self._infos, self._infos_end)
         out.write(b"\0" * (-out.tell() % self.alignment))
 
@@ -173,17 +163,27 @@ class ModelFile:
             start += len(data)
 
 
-def replace_text(path: Path, key: str, text: str) -> None:
-    """Replace a string of the metadata that `ModelFile.write` has written, with spaces up to the old one's length."""
-    head = _text(key) + struct.pack("<I", gguf.GGUFValueType.STRING)
+def replace_metadata(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Replace metadata `old` that `ModelFile.write` has added by `new`, which may not take more bytes.
+
+    What remains of the old one's bytes becomes spaces at the end of the last value of `new`, a string.
+
+    Raises:
+        ValueError: `old` is not there as it was written, or `new` takes more bytes or has another number of keys.
+    """
+    before, after = _packed(old), _packed(new)
+    if len(after) > len(before) or len(new) != len(old):
+        raise ValueError(f"{len(new)} keys of {len(after)} bytes cannot take the place of {len(old)} of {len(before)}")
+    *_, last = new
+    after = _packed({**new, last: new[last] + " " * (len(before) - len(after))})
     with path.open("r+b") as file:
-        start = file.read(gguf.GGUFReader(path).data_offset).index(head) + len(head)
-        file.seek(start)
-        (length,) = struct.unpack("<Q", file.read(8))
-        raw = text.encode().ljust(length)
-        if len(raw) > length:
-            raise ValueError(f"{key}: {text!r} is longer than the {length} bytes that are kept for it")
-        file.write(raw)
+        head = file.read(gguf.GGUFReader(path).data_offset)
+        file.seek(head.index(before))
+        file.write(after)
+
+
+def _packed(metadata: Mapping[str, Any]) -> bytes:
+    return b"".join(_text(key) + _value(value) for key, value in metadata.items())
 
 
 def _apply(rows: NDArray[np.uint8], first: int, tensor: Tensor, scaling: Scaling) -> NDArray[np.uint8]:
@@ -223,9 +223,3 @@ def _value(value: Any) -> bytes:
         return struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, len(value)) + body
     kind, pack = _KINDS[type(value)]
     return struct.pack("<I", kind) + pack(value)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

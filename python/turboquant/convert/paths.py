@@ -1,9 +1,10 @@
 """Follow the channels of q, k, v and of attention's output to the elements of the weights that they come from.
 
-A model file says nothing about how its weights are used; llama.cpp's graph does. So the graph is followed backwards from
-the tensor that attention reads, one operation at a time, through everything that keeps channels apart: views and copies,
-RoPE (which mixes the two channels of a pair), factors, biases. The way ends at the first weight that scales each channel:
-the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; what is not known is refused.
+A model file says nothing about how its weights are used; llama.cpp's graph does. So the graph is followed backwards
+from the tensor that attention reads, one operation at a time, through everything that keeps channels apart: views and
+copies, RoPE (which mixes the two channels of a pair), factors, biases. The way ends at the first weight that scales
+each channel: the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; what is
+not known is refused.
 """
 
 from __future__ import annotations

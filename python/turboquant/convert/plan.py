@@ -17,7 +17,7 @@ from .paths import Leaf, Refusal, Trace, trace, trace_output
 from .stream import Attention, Capture, CaptureError, Data, Route
 from .weights import FLOATS, block, exponents
 
-__all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure"]
+__all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure", "ranges"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -89,7 +89,7 @@ class Balanced:
     layer: int
     what: str  #: "K" or "V"
     exact: bool = True
-    before: float = 0.0  #: K: variance of a score; V: of the output, summed over the model's width
+    before: float = 0.0  #: K: variance of a score's error; V: of the output's, relative to the output's own
     after: float = 0.0
     largest: float = 1.0  #: the largest and the smallest scale
     smallest: float = 1.0
@@ -127,19 +127,21 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
     """Balance every layer of `measured` that can be.
 
     Args:
-        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": that everywhere.
+        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": everywhere.
         values: balance V, too.
     """
     plan = Plan()
     sides: dict[tuple[int, str], list[_Side] | Refusal] = {}
     for layer in measured.layers():
-        for what in ("K", "V") if values else ("K",):
+        for what, follow in (("K", _sides_k), ("V", _sides_v)):
             try:
-                sides[layer, what] = (_sides_k if what == "K" else _sides_v)(measured, layer)
+                sides[layer, what] = follow(measured, layer)
             except Refusal as refusal:
                 sides[layer, what] = refusal
-    shared = _shared(sides)
+    shared = _shared(sides) | _opaque(measured)
     for (layer, what), found in sides.items():
+        if what == "V" and not values:
+            continue
         try:
             if isinstance(found, Refusal):
                 raise found
@@ -150,6 +152,17 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
             part = Balanced(layer, what, refused=str(refusal))
         plan.parts.append(part)
     return plan
+
+
+def ranges(layers: list[int]) -> str:
+    """layers 0-3, 7"""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1][1:] = [layer]
+        else:
+            parts.append([layer])
+    return f"layer{'s' * (len(layers) > 1)} " + ", ".join("-".join(map(str, part)) for part in parts)
 
 
 # ---- where the channels come from ------------------------------------------------------------------------------------
@@ -214,6 +227,18 @@ def _shared(sides: dict[tuple[int, str], list[_Side] | Refusal]) -> set[str]:
     return result
 
 
+def _opaque(measured: Measurement) -> set[str]:
+    """Weights that V comes from in a way that cannot be followed: where K comes from them, too, K must stay."""
+    result = set()
+    for (role, _), routes in measured.routes.items():
+        for route in routes if role == "v" else ():
+            try:
+                trace(route.steps, _rows(route.steps[0]["ne"][0]))
+            except Refusal:
+                result |= {step["weight"] for step in route.steps if "weight" in step}
+    return result
+
+
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +261,7 @@ def _balance(
     exact, pairs = _constraints(model, sides, mode)
     size = next((n for n in (128, 64, 32) if head % n == 0), head)
     problem = Problem(cached, reader, np.arange(len(cached)) // size, groups(len(cached), pairs))
+    signal = 1.0 if what == "K" else max(float(cached @ reader), 1e-30)
     before = balance.noise(problem, np.ones_like(cached))
     if exact:
         scale = balance.solve(problem)
@@ -249,7 +275,8 @@ def _balance(
                 _add(model, scalings, leaf, factors)
     else:
         scale = np.ones_like(scale)
-    return Balanced(layer, what, exact, before, min(before, after), float(scale.max()), float(scale.min()))
+    before, after = before / signal, min(before, after) / signal
+    return Balanced(layer, what, exact, before, after, float(scale.max()), float(scale.min()))
 
 
 def _constraints(model: ModelFile, sides: list[_Side], mode: str) -> tuple[bool, list[tuple[Ints, Ints]]]:

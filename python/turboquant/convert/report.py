@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from rich.bar import Bar
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from .._codec import dequantize, quantize
+from .._plot import figure
 from .plan import Balanced
 from .run import Converted, reasons
 
 __all__ = ["plot", "show", "unit_error"]
 
 _TYPE = "turbo4"
+_SCALES = {"exact": "exact scales", "pow2": "powers of two", "mixed": "exact scales and powers of two"}
 
 
 def unit_error(type: str = _TYPE) -> float:
@@ -25,56 +29,60 @@ def unit_error(type: str = _TYPE) -> float:
 
 def show(done: Converted, console: Console) -> None:
     """Print the predicted noise of every layer before and after, and the check."""
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
     error = unit_error()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", f"K: score error, {_TYPE}", "after", "ratio", "V: noise ratio", "K scales", "V scales"):
-        table.add_column(heading, justify="right")
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"Predicted error with a {_TYPE} cache")
+    table.add_column("\nlayer", justify="right")
+    for heading in ("K scores", "V output"):
+        table.add_column(f"{heading}\nbefore", justify="right", min_width=8)
+        table.add_column("\nafter", justify="right")
+        table.add_column("noise\nleft", width=8)
+        table.add_column("\nscales", justify="right", no_wrap=True)
     for layer in sorted({part.layer for part in done.parts}):
-        k, v = (_part(done, layer, what) for what in "KV")
-        row = [str(layer)]
-        if k is None or k.refused:
-            row += ["–", "–", "–"]
-        else:
-            row += [f"{np.sqrt(error * value):.3f}" for value in (k.before, k.after)] + [f"{k.ratio:.3f}"]
-        row += ["–" if v is None or v.refused else f"{v.ratio:.3f}", _scales(k), _scales(v)]
+        row: list[RenderableType] = [str(layer)]
+        for what in "KV":
+            part = _part(done, layer, what)
+            if part is None or part.refused:
+                row += ["–", "–", "–", "–"]
+                continue
+            for power in (part.before, part.after):
+                root = np.sqrt(error * power)
+                row.append(f"{root:.3f}" if what == "K" else f"{root:.1%}")
+            row += [Bar(1, 0, part.ratio), f"{part.smallest:.2g}–{part.largest:.2g}"]
         table.add_row(*row)
     console.print(table)
-    console.print(f"\nScore error: predicted standard deviation of an attention score with K in {_TYPE}. Ratio: of the noise power.")
+    console.print()
+    say("Standard deviations: of attention scores, before the softmax; of a layer's output, relative to it.")
     if refused := reasons(done.parts):
-        console.print(f"Left alone:\n{refused}", markup=False)
-    console.print(
-        f"Check: {done.kld:.1e} nats from the original with an f16 cache (limit {done.limit:.1e}); {done.mode} scales."
+        say(f"Left alone:\n{refused}")
+    say(
+        f"Check: {done.kld:.1e} nats from the original with an f16 cache (limit {done.limit:.1e}); "
+        f"{_SCALES[done.mode]}."
     )
     k_type, v_type = done.recommended
-    console.print(f"Recommended: -ctk {k_type} -ctv {v_type}")
+    say(f"Recommended: -ctk {k_type} -ctv {v_type}")
 
 
 def plot(done: Converted, path: Path, title: str) -> None:
-    """Draw the predicted noise per layer before and after; the file's suffix says in which format."""
-    import matplotlib
+    """Draw the table's predicted errors per layer before and after; the file's suffix says in which format.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, what in zip(axes, "KV", strict=True):
-        parts = [part for part in done.parts if part.what == what and not part.refused]
-        places = np.arange(len(parts))
-        axis.bar(places - 0.2, [part.before for part in parts], 0.4, label="before", color="#b0b0b0")
-        axis.bar(places + 0.2, [part.after for part in parts], 0.4, label="after", color="#1f77b4")
-        axis.set_xticks(places, [str(part.layer) for part in parts])
-        axis.set_yscale("log")
-        axis.set(title=f"{what}: noise in {'the scores' if what == 'K' else 'the output'}", xlabel="layer")
-        axis.legend()
-    axes[0].set_ylabel("power, in units of the type's relative squared error")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    Raises:
+        OutputError: the file cannot be written, or its suffix is that of no picture.
+    """
+    error = unit_error()
+    with figure(path, 2, f"{title}: predicted error with a {_TYPE} cache") as axes:
+        for axis, what in zip(axes, "KV", strict=True):
+            parts = [part for part in done.parts if part.what == what and not part.refused]
+            places = np.arange(len(parts))
+            for shift, name, color in ((-0.2, "before", "#b0b0b0"), (0.2, "after", "#1f77b4")):
+                heights = [np.sqrt(error * getattr(part, name)) for part in parts]
+                axis.bar(places + shift, heights, 0.4, label=name, color=color)
+            axis.set_xticks(places, [str(part.layer) for part in parts])
+            axis.set(title="K: of a score" if what == "K" else "V: of the output, relative to it", xlabel="layer")
+            if parts:
+                axis.legend()
+        axes[0].set_ylabel("standard deviation")
 
 
 def _part(done: Converted, layer: int, what: str) -> Balanced | None:
     return next((part for part in done.parts if (part.layer, part.what) == (layer, what)), None)
-
-
-def _scales(part: Balanced | None) -> str:
-    return "–" if part is None or part.refused else f"{part.smallest:.3g}..{part.largest:.3g}"

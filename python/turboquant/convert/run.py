@@ -11,12 +11,13 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from .._output import check_new, partial_file, publish
 from ..llama.files import LlamaError
 from ..llama.paths import native_dir
 from ..llama.progress import Reporter
 from .check import Checker, CheckError, checker, shape
-from .modelfile import ModelFile, replace_text
-from .plan import Balanced, Plan, make_plan, measure
+from .modelfile import ModelFile, replace_metadata
+from .plan import Balanced, Plan, make_plan, measure, ranges
 from .stream import check_model
 
 __all__ = ["MARK", "ConvertError", "Converted", "convert", "default_text", "reasons"]
@@ -32,7 +33,13 @@ CANDIDATES = (
 )  # fmt: skip
 GOOD = 0.02
 _CONTEXT = 512
-_TYPE, _WIDTH = "turboquant.cache_type_", 10  # written with spaces first, as they are known last
+_WIDTH = 10  # of a cache type's name
+_NOTE = "K is balanced against Q, and V against the output, inside the weights"
+_ADVICE = {
+    "auto": "with --no-v only K is balanced",
+    "exact": "without --exact, powers of two are used where that is better",
+    "pow2": "with --no-v only K is balanced",
+}
 
 
 class ConvertError(LlamaError):
@@ -79,22 +86,19 @@ def convert(
         tokens: how much of the text to measure on.
 
     Raises:
-        ConvertError, ModelError, CaptureError, CheckError: nothing is written.
-        OSError: as a full disk; nothing is left behind.
+        ConvertError, ModelError, CaptureError, CheckError, OutputError: the text says why; nothing is left behind.
     """
     reporter = reporter or Reporter()
     text = text or default_text()
     check_model(source)
-    if not target.parent.is_dir():
-        raise ConvertError(f"{target.parent}: no such folder")
-    if target.exists():
-        raise ConvertError(f"{target} exists already: remove it, or give another name")
+    check_new(target)
     with ModelFile(source) as model:
         _refuse(model)
         free = shutil.disk_usage(target.parent).free
         if free < model.size:
             raise ConvertError(
-                f"{target.parent} has {free / 1e9:.1f} GB left, and {target.name} will have {model.size / 1e9:.1f} GB"
+                f"{target.parent} has {free / 1e9:.2f} GB left, and {target.name} needs {model.size / 1e9:.2f} GB: "
+                "make room, or give a file on another disk"
             )
         with reporter.track(f"measuring {tokens} tokens", tokens) as track:
             measured = measure(
@@ -105,61 +109,56 @@ def convert(
         with reporter.busy("planning"):
             plan = make_plan(model, measured, mode, values)
         if not plan.scalings:
-            raise ConvertError(f"{source}: nothing in it can be balanced:\n{reasons(plan.parts)}")
+            raise ConvertError(
+                f"{source}: nothing in it can be balanced, so nothing was written:\n{reasons(plan.parts)}"
+            )
         about = {
+            MARK: _version(),
             "turboquant.convert.calibration_sha256": _sha256(text),
             "turboquant.convert.calibration_tokens": measured.tokens,
         }
-        reporter.say(f"predicting {chunks * context} tokens with the original")
-        with checker(source, text, context, chunks, bin, threads) as check:
-            partial, kld, limit = _written(model, target, plan, about, check, reporter)
+        with checker(source, text, context, chunks, bin, threads, reporter) as check, partial_file(target) as partial:
+            kld, limit, metadata = _write(model, partial, plan, about, check, reporter)
             if kld > limit and mode == "auto" and plan.mode != "pow2":
                 reporter.say(f"exact scales cost {kld:.1e} nats, over {limit:.0e}: trying powers of two")
-                partial.unlink()
                 plan = make_plan(model, measured, "pow2", values)
-                partial, kld, limit = _written(model, target, plan, about, check, reporter)
-            try:
-                if kld > limit:
-                    raise ConvertError(
-                        f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, and "
-                        f"{limit:.2g} is the limit: it was not written"
-                    )
-                k, v = _recommend(partial, check, reporter)
-                for key, value in (("k", k), ("v", v)):
-                    replace_text(partial, f"{_TYPE}{key}", value)
-                os.link(partial, target)  # unlike a rename this cannot replace a file that came in the meantime
-            finally:
-                partial.unlink(missing_ok=True)
-    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, (k, v))
+                kld, limit, metadata = _write(model, partial, plan, about, check, reporter)
+            if kld > limit:
+                raise ConvertError(
+                    f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, over the "
+                    f"limit of {limit:.2g}, so it was not written: {_ADVICE[mode]}"
+                )
+            recommended = _recommend(partial, check, reporter)
+            replace_metadata(partial, metadata, _with_types(metadata, *recommended))
+            publish(partial, target)
+    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, recommended)
 
 
-def _written(
-    model: ModelFile, target: Path, plan: Plan, about: dict[str, Any], check: Checker, reporter: Reporter
-) -> tuple[Path, float, float]:
-    """Write the file under a temporary name and measure it: its path, its KLD, and what that may be."""
-    metadata = {MARK: _version(), **about, "turboquant.convert.mode": plan.mode, **_summary(plan)}
-    metadata |= {f"{_TYPE}{key}": " " * _WIDTH for key in "kv"}
+def _write(
+    model: ModelFile, partial: Path, plan: Plan, about: dict[str, Any], check: Checker, reporter: Reporter
+) -> tuple[float, float, dict[str, Any]]:
+    """Write the file under a temporary name and measure it: its KLD, what that may be, and the metadata that it has."""
+    metadata = {**about, "turboquant.convert.mode": plan.mode, **_summary(plan)}
+    metadata = _with_types(metadata, " " * _WIDTH, " " * _WIDTH)  # known last: room for them
     with reporter.track("writing", model.size, "bytes") as track:
-        partial = model.write(target, plan.scalings, metadata, track.update)
-    try:
-        reporter.say("predicting with the converted model")
-        kld, limit = check.kld(partial), EXACT
-        if kld > limit and plan.mode == "pow2":
-            # The weights are the same but for powers of two; what is left is how rounding in fp16 falls out. A cache of
-            # f32 changes the original's own rounding: that is the floor.
-            limit = max(limit, check.kld(model.path, "f32", "f32"))
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return partial, kld, limit
+        model.write(partial, plan.scalings, metadata, track.update)
+    kld, limit = check.kld(partial, what="the converted model"), EXACT
+    if kld > limit and plan.mode == "pow2":
+        # The weights are the same but for powers of two; what is left is how rounding in fp16 falls out. A cache of f32
+        # changes the original's own rounding: that is the floor.
+        limit = max(limit, check.kld(model.path, "f32", "f32", what="the original with an f32 cache"))
+    return kld, limit, metadata
+
+
+def _with_types(metadata: dict[str, Any], k: str, v: str) -> dict[str, Any]:
+    return {**metadata, "turboquant.cache_type_k": k, "turboquant.cache_type_v": v, "turboquant.convert.note": _NOTE}
 
 
 def _recommend(model: Path, check: Checker, reporter: Reporter) -> tuple[str, str]:
     """The pair of cache types with the fewest bits that is good, or the best there is."""
-    reporter.say("looking for the smallest good cache")
     for k, v in CANDIDATES:
         try:
-            if check.kld(model, k, v) <= GOOD:
+            if check.kld(model, k, v, what=f"a cache of {k}/{v}") <= GOOD:
                 return k, v
         except CheckError:  # heads that no block divides, or other types that this model cannot have
             continue
@@ -182,18 +181,7 @@ def reasons(parts: list[Balanced]) -> str:
         if part.refused:
             reason = part.refused.replace(f"blk.{part.layer}.", "blk.*.")
             found.setdefault(f"{part.what}: {reason}", []).append(part.layer)
-    return "\n".join(f"  {reason} ({_ranges(layers)})" for reason, layers in found.items())
-
-
-def _ranges(layers: list[int]) -> str:
-    """layers 0-3, 7"""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1][1:] = [layer]
-        else:
-            parts.append([layer])
-    return f"layer{'s' * (len(layers) > 1)} " + ", ".join("-".join(map(str, part)) for part in parts)
+    return "\n".join(f"  {reason} ({ranges(layers)})" for reason, layers in found.items())
 
 
 def _summary(plan: Plan) -> dict[str, Any]:

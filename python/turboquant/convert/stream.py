@@ -67,10 +67,10 @@ class Data:
 def check_model(model: Path) -> None:
     """CaptureError if `model` is not there or no GGUF file."""
     if not model.is_file():
-        raise CaptureError(f"{model}: no such file")
+        raise CaptureError(f"{model}: no such file; give a GGUF model")
     with model.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise CaptureError(f"{model} is not a GGUF file: it does not start with GGUF")
+            raise CaptureError(f"{model} is not a GGUF file, as it does not start with GGUF: give a GGUF model")
 
 
 class Capture:
@@ -92,10 +92,10 @@ class Capture:
         threads: int | None = None,
         gpu_layers: int = 0,
     ) -> None:
-        """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that know nothing of each other."""
+        """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that are not connected."""
         check_model(model)
         if not text.is_file():
-            raise CaptureError(f"{text}: no such file")
+            raise CaptureError(f"{text}: no such file; give a text with -f")
         self._model, self._text = model, text
         numbers = (tokens, context, threads or _cpus(), gpu_layers)
         self._command = [str(program(_PROGRAM, bin)), str(model), str(text), *map(str, numbers)]
@@ -163,7 +163,9 @@ class Capture:
         log = self._log.read().decode("utf-8", "replace")
         own = [line.partition(": ")[2] for line in log.splitlines() if line.startswith(f"{_PROGRAM}: ")]
         if "not within the file bounds" in log or "failed to read" in log:
-            return CaptureError(f"{self._model} is truncated: it ends before its last tensor; get the file again")
+            return CaptureError(f"{self._model} is truncated (it ends before its last tensor): get the file again")
+        if own and own[-1].endswith("has no text in it"):
+            return CaptureError(f"{own[-1]}: give another text with -f")
         if own and not own[-1].startswith("cannot load"):
             return CaptureError(own[-1])
         how = f"was ended by signal {-status}" if status < 0 else f"failed (status {status})"

@@ -1,8 +1,8 @@
 """Scale rows, columns or elements of a tensor as it lies in a GGUF file, without ever quantizing anew.
 
-Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only: then every
-weight is exactly that power of two times what it was. `exponents` tells how far that goes before fp16 would overflow, or
-lose a bit as a subnormal.
+Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only: then
+every weight is exactly that power of two times what it was. `exponents` tells how far that goes before fp16 would
+overflow, or lose a bit as a subnormal.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
 _USED = ("llama-perplexity", "llama-completion")
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 
 
 class ProgramError(RuntimeError):
