@@ -203,4 +203,4 @@ table(("cache K/V", "", [label(pair) for pair in shown]),
 # - Run `turboquant convert` on the model first. It costs nothing at run time, changes little on a tame model, and is
 #   what saves one with outliers.
 #
-# And measure on your own model and text: `python3 -m turboquant.evaluate` prints such tables.
+# And measure on your own model and text: [`turboquant compare`](../docs/compare.md) makes such tables.
