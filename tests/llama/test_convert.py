@@ -198,7 +198,7 @@ def test_latent_attention_is_left_alone(build: Build, tiny, heldout: str, tmp_pa
 
 
 def test_the_floor_is_what_rounding_does(build: Build, tiny, prose_model: Path, text: Path) -> None:
-    """Quantized weights amplify it: 0.0003 to 0.003 were seen. Float weights do not."""
+    """Quantized weights amplify it: 0.0006 and 0.0034 were seen. Float weights do not."""
     for model, low, high in ((prose_model, EXACT, 0.02), (tiny("mha"), -EXACT, EXACT)):
         with checker(model, text, 256, 2, build.bin, None, Reporter()) as check:
             assert low < check.floor(model) < high
