@@ -236,11 +236,11 @@ def convert(
     _tell(f"wrote {target}")
 
 
-def _need(package: str, what: str) -> None:
+def _need(package: str, what: str, extra: str = "convert") -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise LlamaError(f"{what} needs the package {package}: pip install 'turboquant[convert]'")
+        raise LlamaError(f"{what} needs the package {package}: pip install 'turboquant[{extra}]'")
 
 
 @command
@@ -264,6 +264,85 @@ def dump_kv(
     layers = [name for name in shapes if name.startswith("k.")]
     _tell(f"{_plural(len(layers), 'layer')} of {tokens} tokens")
     print(target)
+
+
+@command
+def compare(
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model.", show_default="the bundled prose-8m"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text.", show_default="the bundled one"),
+    ] = None,
+    types: Annotated[
+        str, typer.Option("--types", metavar="LIST", help="Cache types: TYPE or TYPE_K:TYPE_V, comma-separated.")
+    ] = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3",
+    ctx: Annotated[int, typer.Option("--ctx", "-c", min=128, help="Tokens in a chunk; its second half is scored.")] = 2048,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks; more of them, smaller errors.")] = 12,
+    decode_chunks: Annotated[
+        int, typer.Option("--decode-chunks", min=1, help="Chunks of 512 tokens to measure token by token as well.")
+    ] = 2,
+    depths: Annotated[
+        str, typer.Option("--depths", metavar="LIST", help="Tokens in the cache at which to time; '' times nothing.")
+    ] = "0,4096,16384",
+    needle_depths: Annotated[
+        str | None,
+        typer.Option(
+            "--needle-depths", metavar="LIST", help="Tokens of context for retrieval; '' asks nothing.",
+            show_default="a quarter, half and all of the model's context, at most the deepest of --depths",
+        ),
+    ] = None,
+    positions: Annotated[
+        int, typer.Option("--positions", min=1, help="Needles at each depth, evenly over the text.")
+    ] = 5,
+    needle_template: Annotated[
+        str | None,
+        typer.Option(
+            "--needle-template", metavar="NAME|FILE", show_default="plain; notes for the bundled model",
+            help="The prompt: 'plain' for any model, 'notes' for the bundled ones, or a file with {before}, {name}, "
+            "{number}, {after}.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where report.html, .md and .json go.", show_default="compare-MODEL"),
+    ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option("--fail-above", metavar="KLD", min=0, show_default=False,
+                     help="Exit with status 3 if a pair's KLD is above this, or a pair cannot be measured."),
+    ] = None,
+    time_again: Annotated[
+        bool, typer.Option("--time-again", help="Measure speeds anew: the machine was busy the last time.")
+    ] = False,
+    bin: _Bin = None,
+    threads: _Threads = None,
+    gpu_layers: Annotated[
+        int | None,
+        typer.Option("--gpu-layers", "-ngl", min=0, help="Layers to evaluate on a GPU.", show_default="llama.cpp's choice"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Measure what cache types do to a model: quality, retrieval, memory and speed, as one page.
+
+    Each pair of a K and a V type is compared with the model's own f16 cache, in batches and token by token. The report
+    recommends a setting and says why. Results are remembered: an interrupted run goes on where it was, and one with
+    more types measures only those.
+    """
+    for package in ("gguf", "jinja2", "plotly"):
+        _need(package, "compare", "compare")
+    from .evaluate.command import run
+
+    over = run(
+        model, text, types=types, ctx=ctx, chunks=chunks, decode_chunks=decode_chunks, depths=depths,
+        needle_depths=needle_depths, positions=positions, template=needle_template, out=out, fail_above=fail_above,
+        time_again=time_again, bin=bin, threads=threads, gpu_layers=gpu_layers,
+    )  # fmt: skip
+    for line in over:
+        _tell(f"turboquant: {line}")
+    if over:
+        raise typer.Exit(3)
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,13 @@ class Browser:
     def console(self) -> list[str]:
         """Messages of the console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def screenshot(self, height: int | None = None) -> bytes:
+        """The page from its top, whole or so many pixels of it, as PNG."""
+        width, whole = self.run("return [innerWidth, document.documentElement.scrollHeight];")
+        clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
+        shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+        return base64.b64decode(shot["data"])
 
 
 @contextmanager

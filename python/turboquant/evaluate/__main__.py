@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +20,7 @@ from .needle import ask, make_needles
 from .pairs import CachePair, parse_pairs
 from .programs import ProgramError, Programs
 from .report import table, to_json, to_markdown
-from .results import Results, file_hash
+from .results import Results, file_hash, write_text
 
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
 
@@ -75,10 +73,10 @@ def evaluate(
             rows = measure(options, programs, results, folder, display.update)
         _show(console, rows, options, programs, started, display.runs)
         if markdown:
-            _write(markdown, to_markdown(rows))
+            write_text(markdown, to_markdown(rows))
         if json_path:
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
-            _write(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
+            write_text(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
     except (ProgramError, OSError, ValueError) as error:
         _console(sys.stderr.isatty(), stderr=True).print(
             f"error: {error}", markup=False, highlight=False, soft_wrap=True
@@ -199,24 +197,6 @@ def _file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def main() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-__all__ = ["CacheSize", "parse_cache_size"]
+__all__ = ["Cache", "CacheSize", "Caches", "parse_cache_size", "parse_caches"]
 
 _LINE = re.compile(
-    r"size\s*=\s*[\d.]+ MiB \(\s*(\d+) cells,\s*(\d+) layers,[^)]*\), "
+    r"size\s*=\s*[\d.]+ MiB \(\s*(\d+) cells,\s*(\d+) layers,\s*\d+/(\d+) seqs\), "
     r"K \(([^)]+)\):\s*([\d.]+) MiB, V \(([^)]+)\):\s*([\d.]+) MiB"
 )
+_WINDOW = re.compile(r"n_swa\s*=\s*(\d+)")
+_UBATCH = 512  # llama.cpp's default; its sliding-window caches keep this much more than the window
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,55 @@ class CacheSize:
         return self.k_mib + self.v_mib
 
 
-def parse_cache_size(log: str) -> CacheSize:
-    """Add up the caches of a context (a model with sliding-window layers has two).
+@dataclass(frozen=True)
+class Cache:
+    """One line of the log: the cache of some layers, with `cells` tokens for each of `streams` sequences."""
 
-    Several types in one place are joined with ``+``.
+    cells: int
+    streams: int
+    size: CacheSize
+
+
+@dataclass(frozen=True)
+class Caches:
+    """The caches of a context in the order of the log, and the model's sliding window (0: it has none).
+
+    A model with such a window has two: first that of the other layers, then that of the layers with the window.
+    """
+
+    caches: list[Cache]
+    window: int
+
+    def total(self) -> CacheSize:
+        """As logged. Several types in one place are joined with ``+``."""
+        return _sum([cache.size for cache in self.caches])
+
+    def at(self, context: int) -> CacheSize:
+        """What one sequence would take with a context of that many tokens.
+
+        Every cache grows with the context, but that of layers with a sliding window only up to the window and a batch.
+        """
+        sizes = []
+        for index, cache in enumerate(self.caches):
+            cells = context
+            if self.window and index:
+                cells = min(context, -(-(self.window + _UBATCH) // 256) * 256)
+            scale, size = cells / (cache.cells * cache.streams), cache.size
+            sizes.append(CacheSize(size.k_mib * scale, size.v_mib * scale, size.type_k, size.type_v))
+        return _sum(sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the results cache; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Caches:
+        caches = [Cache(**{**cache, "size": CacheSize(**cache["size"])}) for cache in stored["caches"]]
+        return cls(caches, stored["window"])
+
+
+def parse_caches(log: str) -> Caches:
+    """Read the caches of a context from llama.cpp's log.
 
     Raises:
         ValueError: the log has no such line.
@@ -38,9 +86,27 @@ def parse_cache_size(log: str) -> CacheSize:
     found = _LINE.findall(log)
     if not found:
         raise ValueError("no line 'size = … MiB (… cells, … layers, …), K (…): … MiB, V (…): … MiB' in the log")
+    window = _WINDOW.search(log)
+    caches = [
+        Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), type_k, type_v))
+        for cells, _, streams, type_k, k_mib, type_v, v_mib in found
+    ]
+    return Caches(caches, int(window[1]) if window else 0)
+
+
+def parse_cache_size(log: str) -> CacheSize:
+    """`parse_caches`, added up.
+
+    Raises:
+        ValueError: the log has no such line.
+    """
+    return parse_caches(log).total()
+
+
+def _sum(sizes: list[CacheSize]) -> CacheSize:
     return CacheSize(
-        k_mib=round(sum(float(line[3]) for line in found), 2),
-        v_mib=round(sum(float(line[5]) for line in found), 2),
-        type_k="+".join(dict.fromkeys(line[2] for line in found)),
-        type_v="+".join(dict.fromkeys(line[4] for line in found)),
+        k_mib=round(sum(size.k_mib for size in sizes), 2),
+        v_mib=round(sum(size.v_mib for size in sizes), 2),
+        type_k="+".join(dict.fromkeys(size.type_k for size in sizes)),
+        type_v="+".join(dict.fromkeys(size.type_v for size in sizes)),
     )

@@ -1,25 +1,28 @@
-"""Measure a list of cache types: the table's rows, each from the results cache or from a run."""
+"""Measure a model with a list of cache types: every result comes from the results cache, or from a run.
+
+`Measurer` measures one thing at a time; `measure` makes the quickstart's table of it, `compare` a whole report.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import needle, perplexity
-from .kvsize import CacheSize
+from . import needle, perplexity, speed
+from .kvsize import Caches
 from .pairs import CachePair, bits_per_value
 from .programs import ProgramError, Programs
 from .results import Results, file_hash
 
-__all__ = ["BASELINE", "Options", "Row", "measure"]
+__all__ = ["BASELINE", "Measurer", "Options", "Quality", "Row", "Run", "format_bits", "measure"]
 
 BASELINE = CachePair("f16", "f16")
-_FORMAT = 1  # raise it when a stored result changes its meaning
+_FORMAT = 2  # raise it when a stored result changes its meaning
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and the steps in all."""
@@ -81,6 +84,198 @@ class Row:
         return sum(got == wanted for got, wanted in zip(self.answers, self.expected, strict=True))
 
 
+@dataclass(frozen=True)
+class Run:
+    """One perplexity run: ``ctx`` tokens in each of ``chunks`` chunks, as batches or (`decode`) token by token."""
+
+    pair: CachePair
+    ctx: int
+    chunks: int
+    decode: bool = False
+
+    @property
+    def label(self) -> str:
+        how = ", token by token" if self.decode else ""
+        return f"perplexity {self.pair} ({self.chunks} x {self.ctx}{how})"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a run found. The base's own run has a perplexity alone."""
+
+    values: perplexity.Base | perplexity.Divergence
+    caches: Caches
+
+
+class Measurer:
+    """Measures one model and text with one build. What is stored already is not run again."""
+
+    def __init__(
+        self,
+        model: Path,
+        text: Path,
+        programs: Programs,
+        results: Results,
+        scratch: str | Path,
+        progress: Progress | None = None,
+    ) -> None:
+        """Hash what the results depend on.
+
+        Args:
+            results: where results are remembered, keyed by the build, the model, the text and the options.
+            scratch: a folder for the f16 predictions, which can take gigabytes; they are deleted at the end.
+            progress: see `Progress`; called only for what is really run.
+
+        Raises:
+            OSError: the model, the text or the build cannot be read.
+        """
+        self.model, self.text, self.programs, self.results = model, text, programs, results
+        self.progress = progress
+        self._scratch = Path(scratch)
+        self.model_hash, self.text_hash = file_hash(model, results), file_hash(text, results)
+        self.build = programs.fingerprint()
+        self._common = {
+            "format": _FORMAT,
+            "build": self.build,
+            "model": self.model_hash,
+            "threads": programs.threads,
+            "gpu_layers": programs.gpu_layers,
+        }
+
+    # ---- perplexity ----
+
+    def _quality_key(self, run: Run, base: bool = False) -> dict[str, Any]:
+        return {
+            **self._common,
+            "what": "base" if base else "perplexity", "text": self.text_hash, "pair": str(run.pair),
+            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode,
+        }
+
+    def base(self, ctx: int, chunks: int) -> Quality | None:
+        """The f16 run's own perplexity, if it is stored: `quality` stores it."""
+        return _quality(self.results.get(self._quality_key(Run(BASELINE, ctx, chunks), base=True)))
+
+    def stored_quality(self, run: Run) -> Quality | None:
+        """The result of a run, if it is stored."""
+        return _quality(self.results.get(self._quality_key(run)))
+
+    def quality(self, runs: Sequence[Run], failed: dict[Run, str] | None = None) -> dict[Run, Quality]:
+        """Compare every run with the batched f16 run of the same chunks.
+
+        Args:
+            runs: all with the same chunks; those of f16 compare it with itself.
+            failed: gets the reasons of runs that fail; without it the first failure is raised.
+
+        Raises:
+            ProgramError: the f16 run failed, or another without `failed`.
+        """
+        found = {run: stored for run in runs if (stored := self.stored_quality(run)) is not None}
+        missing = [run for run in runs if run not in found]
+        ctx, chunks = runs[0].ctx, runs[0].chunks
+        if not missing and self.base(ctx, chunks):
+            return found
+        known = self.programs.cache_types() if missing else []
+        missing = [run for run in missing if self._can_run(run, known, failed)]
+        if not missing and self.base(ctx, chunks):
+            return found
+        with _scratch_folder(self._scratch) as folder:
+            base = Path(folder) / "f16.kld"
+            # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
+            own = Run(BASELINE, ctx, chunks)
+            step = _stepper(self.progress, f"{own.label}, base", chunks)
+            limits = {"ctx": ctx, "chunks": chunks}
+            values, caches = perplexity.run_base(self.programs, self.model, self.text, base, **limits, on_chunk=step)
+            self.results.put(
+                self._quality_key(own, base=True), {"values": asdict(values), "caches": caches.as_dict()}
+            )
+            for run in missing:
+                step = _stepper(self.progress, run.label, chunks)
+                try:
+                    divergence, caches = perplexity.run_divergence(
+                        self.programs, self.model, base, run.pair, **limits, decode=run.decode, on_chunk=step
+                    )
+                except ProgramError as error:
+                    if failed is None:
+                        raise
+                    failed[run] = error.reason
+                    continue
+                found[run] = Quality(divergence, caches)
+                self.results.put(
+                    self._quality_key(run), {"values": asdict(divergence), "caches": caches.as_dict()}
+                )
+        return found
+
+    def _can_run(self, run: Run, known: Sequence[str], failed: dict[Run, str] | None) -> bool:
+        """Whether the build has the run's types, as far as it tells (`known` may be empty)."""
+        for name in (run.pair.k, run.pair.v):
+            if known and name not in known:
+                reason = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}"
+                if failed is None:
+                    raise ProgramError(reason)
+                failed[run] = reason
+                return False
+        return True
+
+    # ---- needles ----
+
+    def stored_answer(self, one: needle.Needle, pair: CachePair, ctx: int) -> str | None:
+        """The answer to one question, if it is stored."""
+        stored = self.results.get(self._answer_key(one, pair, ctx))
+        return stored if isinstance(stored, str) else None
+
+    def answer(self, one: needle.Needle, pair: CachePair, ctx: int) -> str:
+        """Ask one question. ProgramError if llama-completion fails."""
+        stored = self.stored_answer(one, pair, ctx)
+        if stored is None:
+            (stored,) = needle.ask(self.programs, self.model, [one], pair, ctx=ctx)
+            self.results.put(self._answer_key(one, pair, ctx), stored)
+        return stored
+
+    def _answer_key(self, one: needle.Needle, pair: CachePair, ctx: int) -> dict[str, Any]:
+        return {**self._common, "what": "answer", "pair": str(pair), "prompt": one.prompt, "ctx": ctx}
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens the model makes of `prompt`. ProgramError if llama-completion fails."""
+        key = {"what": "tokens", "model": self.model_hash, "prompt": prompt}
+        count = self.results.get(key)
+        if not isinstance(count, int):
+            count = needle.count_tokens(self.programs, self.model, prompt)
+            self.results.put(key, count)
+        return count
+
+    # ---- speed ----
+
+    def stored_speed(self, pair: CachePair, depth: int) -> tuple[speed.Speed, dict[str, Any]] | None:
+        """The speed at a depth, and what llama-bench says of the machine, if they are stored."""
+        stored = self.results.get(self._speed_key(pair, depth))
+        return None if stored is None else (speed.Speed(**stored["speed"]), stored["machine"])
+
+    def speed(self, pair: CachePair, depth: int, again: bool = False) -> tuple[speed.Speed, dict[str, Any]]:
+        """Measure the speed at a depth, with `again` even if it is stored. ProgramError if llama-bench fails."""
+        known = None if again else self.stored_speed(pair, depth)
+        if known is None:
+            step = _stepper(self.progress, self.speed_label(pair, depth), 2)
+            known = speed.run_speed(self.programs, self.model, pair, depth, step)
+            self.results.put(self._speed_key(pair, depth), {"speed": asdict(known[0]), "machine": known[1]})
+        return known
+
+    def speed_label(self, pair: CachePair, depth: int) -> str:
+        """What `progress` calls this measurement."""
+        return f"speed {pair} at depth {depth}"
+
+    def _speed_key(self, pair: CachePair, depth: int) -> dict[str, Any]:
+        settings = {"depth": depth, "tests": [speed.PROMPT, speed.GENERATED, speed.REPETITIONS]}
+        return {**self._common, "what": "speed", "pair": str(pair), **settings}
+
+
+def _quality(stored: Any) -> Quality | None:
+    if stored is None:
+        return None
+    values = stored["values"]
+    kind = perplexity.Divergence if "kld" in values else perplexity.Base
+    return Quality(kind(**values), Caches.from_dict(stored["caches"]))
+
+
 def measure(
     options: Options, programs: Programs, results: Results, scratch: str | Path, progress: Progress | None = None
 ) -> list[Row]:
@@ -89,24 +284,20 @@ def measure(
     Args:
         options: what to measure.
         programs: the build to measure with.
-        results: where results are remembered, keyed by the build, the model, the text and the options.
-        scratch: a folder for the f16 predictions, which can take gigabytes; they are deleted at the end.
-        progress: see `Progress`; called only for what is really run.
+        results, scratch, progress: see `Measurer`.
 
     Raises:
         ProgramError: a program failed.
         OSError: the model or the text cannot be read.
         ValueError: the text is too short for the needles.
     """
-    common = {
-        "format": _FORMAT,
-        "build": programs.fingerprint(),
-        "model": file_hash(options.model, results),
-        "text": file_hash(options.text, results),
-        "threads": programs.threads,
-    }
+    measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
     pairs = list(dict.fromkeys([BASELINE, *options.pairs]))
-    quality = _measure_quality(pairs, options, programs, results, Path(scratch), common, progress)
+    runs = [Run(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
+    found = measurer.quality(runs or [Run(BASELINE, options.ctx, options.chunks)])
+    base = measurer.base(options.ctx, options.chunks)
+    assert base is not None
+    quality = {BASELINE: base, **{run.pair: found[run] for run in runs}}
 
     needles: list[needle.Needle] = []
     if options.needles:
@@ -114,61 +305,15 @@ def measure(
         needles = needle.make_needles(text, options.needles, options.distance)
     answers: dict[CachePair, list[str]] = {}
     for pair in pairs if needles else []:
-        key = {
-            **common,
-            "what": "needle",
-            "pair": str(pair),
-            "count": options.needles,
-            "distance": options.distance,
-            "ctx": options.needle_ctx,
-        }
-        stored = results.get(key)
-        if stored is None:
-            step = _stepper(progress, f"needle {pair}", len(needles))
-            stored = needle.ask(programs, options.model, needles, pair, ctx=options.needle_ctx, on_answer=step)
-            results.put(key, stored)
-        answers[pair] = stored
+        step = None
+        answers[pair] = []
+        for done, one in enumerate(needles, 1):
+            if measurer.stored_answer(one, pair, options.needle_ctx) is None and step is None:
+                step = _stepper(progress, f"needle {pair}", len(needles))
+            answers[pair].append(measurer.answer(one, pair, options.needle_ctx))
+            if step:
+                step(done)
     return [_row(pair, quality, answers.get(pair, []), needles) for pair in pairs]
-
-
-def _measure_quality(
-    pairs: list[CachePair],
-    options: Options,
-    programs: Programs,
-    results: Results,
-    scratch: Path,
-    common: dict[str, Any],
-    progress: Progress | None,
-) -> dict[CachePair, dict[str, Any]]:
-    def key(pair: CachePair) -> dict[str, Any]:
-        return {**common, "what": "perplexity", "pair": str(pair), "ctx": options.ctx, "chunks": options.chunks}
-
-    quality = {pair: stored for pair in pairs if (stored := results.get(key(pair))) is not None}
-    missing = [pair for pair in pairs if pair not in quality]
-    if not missing:
-        return quality
-    known = programs.cache_types()
-    for name in dict.fromkeys(name for pair in missing for name in (pair.k, pair.v)):
-        if known and name not in known:
-            raise ProgramError(f"{programs.folder} knows no cache type {name!r}; it has {', '.join(known)}")
-    limits = {"ctx": options.ctx, "chunks": options.chunks}
-    with _scratch_folder(scratch) as folder:
-        base = Path(folder) / "f16.kld"
-        # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
-        step = _stepper(progress, f"perplexity {BASELINE}", options.chunks)
-        values, size = perplexity.run_base(programs, options.model, options.text, base, **limits, on_chunk=step)
-        quality[BASELINE] = {"values": asdict(values), "size": asdict(size)}
-        results.put(key(BASELINE), quality[BASELINE])
-        for pair in missing:
-            if pair == BASELINE:
-                continue
-            step = _stepper(progress, f"perplexity {pair}", options.chunks)
-            divergence, size = perplexity.run_divergence(
-                programs, options.model, base, pair, **limits, on_chunk=step
-            )
-            quality[pair] = {"values": asdict(divergence), "size": asdict(size)}
-            results.put(key(pair), quality[pair])
-    return quality
 
 
 def _scratch_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
@@ -201,35 +346,36 @@ def _stepper(progress: Progress | None, what: str, total: int) -> Callable[[int]
 
 
 def _row(
-    pair: CachePair, quality: dict[CachePair, dict[str, Any]], answers: list[str], needles: list[needle.Needle]
+    pair: CachePair, quality: dict[CachePair, Quality], answers: list[str], needles: list[needle.Needle]
 ) -> Row:
-    values, size = quality[pair]["values"], CacheSize(**quality[pair]["size"])
-    f16 = CacheSize(**quality[BASELINE]["size"])
+    values, size, f16 = quality[pair].values, quality[pair].caches.total(), quality[BASELINE].caches.total()
+    divergence = values if isinstance(values, perplexity.Divergence) and pair != BASELINE else None
     return Row(
         k=pair.k,
         v=pair.v,
-        bits_k=_bits(size.type_k, size.k_mib, f16.k_mib),
-        bits_v=_bits(size.type_v, size.v_mib, f16.v_mib),
+        bits_k=format_bits(size.type_k, size.k_mib, f16.k_mib),
+        bits_v=format_bits(size.type_v, size.v_mib, f16.v_mib),
         k_mib=size.k_mib,
         v_mib=size.v_mib,
-        ppl=values["ppl"],
-        ppl_error=values["ppl_error"],
-        kld=values.get("kld"),
-        kld_error=values.get("kld_error"),
-        same_top=values.get("same_top"),
-        same_top_error=values.get("same_top_error"),
+        ppl=values.ppl,
+        ppl_error=values.ppl_error,
+        kld=divergence.kld if divergence else None,
+        kld_error=divergence.kld_error if divergence else None,
+        same_top=divergence.same_top if divergence else None,
+        same_top_error=divergence.same_top_error if divergence else None,
         answers=answers,
         expected=[one.number for one in needles],
     )
 
 
-def _bits(name: str, mib: float, f16_mib: float) -> float:
-    """Bits per value: the format's own if the logged size agrees with it, else what the size says.
+def format_bits(name: str, mib: float, f16_mib: float) -> float:
+    """Bits per value of K or V: the format's own if the logged size agrees with it, else what the size says.
 
     The log rounds to 0.01 MiB. It disagrees when layers differ, as with --cache-boundary-v.
     """
-    measured = 16 * mib / f16_mib
     known = bits_per_value(name)
+    if not f16_mib:  # there is no V of its own, as with multi-head latent attention
+        return known or 0.0
     if known is not None and abs(known / 16 * f16_mib - mib) <= 0.0101:
         return known
-    return round(measured, 2)
+    return round(16 * mib / f16_mib, 2)

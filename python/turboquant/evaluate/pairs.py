@@ -31,12 +31,12 @@ class CachePair:
 
     @classmethod
     def parse(cls, text: str) -> CachePair:
-        """Read ``"turbo4"`` (both) or ``"q8_0/turbo3"`` (K/V).
+        """Read ``"turbo4"`` (both) or ``"q8_0/turbo3"`` (K/V; a colon separates them as well).
 
         Raises:
-            ValueError: an empty name, or more than one slash.
+            ValueError: an empty name, or more than one separator.
         """
-        parts = [part.strip() for part in text.split("/")]
+        parts = [part.strip() for part in re.split("[/:]", text)]
         if len(parts) > 2 or not all(parts):
             raise ValueError(f"cache types: expected TYPE or TYPE_K/TYPE_V, got {text!r}")
         return cls(parts[0], parts[-1])

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .kvsize import CacheSize, parse_cache_size
+from .kvsize import Caches, parse_caches
 from .pairs import CachePair
 from .programs import ProgramError, Programs
 
-__all__ = ["Base", "Divergence", "parse_base", "parse_divergence", "run_base", "run_divergence"]
+__all__ = [
+    "Base",
+    "Divergence",
+    "base_bytes",
+    "parse_base",
+    "parse_divergence",
+    "run_base",
+    "run_divergence",
+]
 
 _NUMBER = r"(-?(?:\d+(?:\.\d+)?|nan|inf))"
 _FINAL = re.compile(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}")
 _PPL = re.compile(rf"Mean PPL\(Q\)\s*:\s*{_NUMBER} ±\s*{_NUMBER}")
+_RATIO = re.compile(rf"Mean ln\(PPL\(Q\)/PPL\(base\)\)\s*:\s*{_NUMBER} ±\s*{_NUMBER}")
 _KLD = re.compile(rf"Mean\s+KLD:\s*{_NUMBER} ±\s*{_NUMBER}")
+_MEDIAN = re.compile(rf"Median\s+KLD:\s*{_NUMBER}")
+_TAIL = re.compile(rf"99\.9%\s+KLD:\s*{_NUMBER}")
+_RMS = re.compile(rf"RMS Δp\s*:\s*{_NUMBER} ±\s*{_NUMBER} %")
 _TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
 _SHORT = re.compile(r"you need at least \d+ tokens")
 _CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
@@ -35,22 +48,30 @@ class Base:
 class Divergence:
     """A run against the f16 predictions: values with their standard errors.
 
-    kld is the mean over tokens in nats; same_top is the percentage of tokens whose likeliest successor is the same.
+    ln_ratio is the mean over tokens of ln(perplexity / f16's perplexity), kld the mean KL divergence, kld_median and
+    kld_999 its median and 99.9th percentile, all in nats; rms_dp is the root mean square change of the probability of
+    the text's own token, same_top how often the likeliest token is the same, both in percent.
     """
 
     ppl: float
     ppl_error: float
+    ln_ratio: float
+    ln_ratio_error: float
     kld: float
     kld_error: float
+    kld_median: float
+    kld_999: float
+    rms_dp: float
+    rms_dp_error: float
     same_top: float
     same_top_error: float
 
 
-def _pair(pattern: re.Pattern[str], text: str, what: str) -> tuple[float, float]:
+def _numbers(pattern: re.Pattern[str], text: str, what: str) -> list[float]:
     match = pattern.search(text)
     if match is None:
         raise ValueError(f"llama-perplexity printed no line '{what}'")
-    return float(match[1]), float(match[2])
+    return [float(number) for number in match.groups()]
 
 
 def parse_base(text: str) -> Base:
@@ -59,7 +80,7 @@ def parse_base(text: str) -> Base:
     Raises:
         ValueError: the line is missing (fewer tokens than two contexts, an interrupted run).
     """
-    return Base(*_pair(_FINAL, text, "Final estimate: PPL = … +/- …"))
+    return Base(*_numbers(_FINAL, text, "Final estimate: PPL = … +/- …"))
 
 
 def parse_divergence(text: str) -> Divergence:
@@ -68,10 +89,27 @@ def parse_divergence(text: str) -> Divergence:
     Raises:
         ValueError: one of the lines is missing.
     """
-    ppl, ppl_error = _pair(_PPL, text, "Mean PPL(Q) : … ± …")
-    kld, kld_error = _pair(_KLD, text, "Mean KLD: … ± …")
-    top, top_error = _pair(_TOP, text, "Same top p: … ± … %")
-    return Divergence(ppl, ppl_error, kld, kld_error, top, top_error)
+    found = Divergence(
+        *_numbers(_PPL, text, "Mean PPL(Q) : … ± …"),
+        *_numbers(_RATIO, text, "Mean ln(PPL(Q)/PPL(base)) : … ± …"),
+        *_numbers(_KLD, text, "Mean KLD: … ± …"),
+        *_numbers(_MEDIAN, text, "Median KLD: …"),
+        *_numbers(_TAIL, text, "99.9% KLD: …"),
+        *_numbers(_RMS, text, "RMS Δp : … ± … %"),
+        *_numbers(_TOP, text, "Same top p: … ± … %"),
+    )
+    # Where two runs agree to the last digit, llama-perplexity may divide by zero for an error: there is none.
+    errors = {name: 0.0 for name, value in vars(found).items() if name.endswith("_error") and not math.isfinite(value)}
+    return replace(found, **errors)
+
+
+def base_bytes(vocabulary: int, ctx: int, chunks: int) -> int:
+    """The size of the file of f16 predictions, short of its small header.
+
+    One uint16 per vocabulary entry and scored token (the second half of each chunk).
+    """
+    entry = 2 * (2 * ((vocabulary + 1) // 2) + 4)
+    return chunks * (ctx - 1 - ctx // 2) * entry
 
 
 def _arguments(model: Path, pair: CachePair, ctx: int, chunks: int, base: Path) -> list[str]:
@@ -105,7 +143,7 @@ def run_base(
     ctx: int,
     chunks: int,
     on_chunk: Callable[[int], None] | None = None,
-) -> tuple[Base, CacheSize]:
+) -> tuple[Base, Caches]:
     """Measure the f16 cache and write its predictions to `base` (about ``ctx * vocabulary`` bytes per chunk).
 
     Raises:
@@ -125,15 +163,16 @@ def run_base(
     counted = _CHUNKS.search(printed)
     if _SHORT.search(printed) or (counted and int(counted[1]) < chunks):
         available = f"has {counted[1]} chunks" if counted else "is shorter than two chunks"
-        raise ProgramError(f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text or fewer")
+        raise ProgramError(
+            f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text, or smaller --chunks or "
+            "--ctx"
+        )
     try:
-        values, size = parse_base(printed), parse_cache_size(result.log)
+        values, size = parse_base(printed), parse_caches(result.log)
     except ValueError as error:
         raise ProgramError(f"cache {pair}: {error}. Log: {result.log_path}") from error
     if vocabulary := _VOCABULARY.search(result.log):
-        # One uint16 per vocabulary entry and scored token (the second half of each chunk), after a small header.
-        entry = 2 * (2 * ((int(vocabulary[1]) + 1) // 2) + 4)
-        expected = chunks * (ctx - 1 - ctx // 2) * entry
+        expected = base_bytes(int(vocabulary[1]), ctx, chunks)
         if (written := base.stat().st_size) < expected:
             raise ProgramError(f"{base}: {written} bytes written, {expected} expected; is the disk full?")
     return values, size
@@ -147,14 +186,18 @@ def run_divergence(
     *,
     ctx: int,
     chunks: int,
+    decode: bool = False,
     on_chunk: Callable[[int], None] | None = None,
-) -> tuple[Divergence, CacheSize]:
+) -> tuple[Divergence, Caches]:
     """Measure a pair of cache types against the predictions in `base` (made by `run_base` with the same model).
+
+    With `decode` every token is evaluated alone, as when text is generated: other kernels run than for a batch.
 
     Raises:
         ProgramError: the run failed or printed something unexpected.
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
+    arguments += ["-b", "1", "-ub", "1"] if decode else []
     result = programs.run(
         "llama-perplexity",
         arguments,
@@ -163,11 +206,6 @@ def run_divergence(
         complete=lambda result: _TOP.search(result.out + result.log) is not None,
     )
     try:
-        return parse_divergence(result.out + result.log), parse_cache_size(result.log)
+        return parse_divergence(result.out + result.log), parse_caches(result.log)
     except ValueError as error:
         raise ProgramError(f"cache {pair}: {error}. Log: {result.log_path}") from error
-
-
-def as_dict(values: Base | Divergence) -> dict[str, float]:
-    """Plain numbers for the results cache."""
-    return asdict(values)

@@ -12,17 +12,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..llama.files import LlamaError
+
 __all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 
 # Environment variables that change what the programs compute belong to a result's identity.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
-_USED = ("llama-perplexity", "llama-completion")
+_USED = ("llama-perplexity", "llama-completion", "llama-bench")
 _ATTEMPTS = 5
+_ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
 
 
-class ProgramError(RuntimeError):
-    """A llama.cpp program is missing, failed, or printed something else than expected."""
+class ProgramError(LlamaError):
+    """A llama.cpp program is missing, failed, or printed something else than expected.
+
+    ``reason`` says why in one line, where the text goes on with the command and the end of its log.
+    """
+
+    def __init__(self, text: str, reason: str | None = None) -> None:
+        super().__init__(text)
+        self.reason = reason or text.split("\n", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,16 @@ class Result:
 class Programs:
     """The programs in one ``bin`` folder."""
 
-    def __init__(self, folder: str | Path, logs: str | Path, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, logs: str | Path, threads: int | None = None, gpu_layers: int | None = None
+    ) -> None:
         """Use the programs in `folder`; write their logs to `logs` (created when needed).
 
         Args:
-            folder: holds llama-perplexity, llama-completion and their libraries.
+            folder: holds llama-perplexity, llama-completion, llama-bench and their libraries.
             logs: one file per kind of run, overwritten by the next run of that kind.
             threads: of every program; default: the CPUs this process may use.
+            gpu_layers: how many layers a GPU evaluates; default: what llama.cpp does by itself.
 
         Raises:
             ProgramError: the folder does not exist.
@@ -51,6 +64,7 @@ class Programs:
         self.folder = Path(folder).expanduser().resolve()
         self.logs = Path(logs)
         self.threads = threads or _cpus()
+        self.gpu_layers = gpu_layers
         if not self.folder.is_dir():
             raise ProgramError(f"{self.folder}: no such folder; `turboquant build` makes one and prints its path")
 
@@ -101,6 +115,7 @@ class Programs:
         log: str,
         on_text: Callable[[str], None] | None = None,
         complete: Callable[[Result], bool] | None = None,
+        log_options: bool = True,
     ) -> Result:
         """Run a program to its end.
 
@@ -113,20 +128,29 @@ class Programs:
             log: the log file's name without suffix.
             on_text: called with each piece of stdout as it arrives.
             complete: tells a whole result from a truncated one; None takes whatever comes.
+            log_options: whether the program has llama.cpp's log options (llama-bench has not).
 
         Raises:
             ProgramError: it could not be started, did not exit with 0, or its output was never whole. An interrupt
                 ends the program, too.
         """
+        command = [str(self.path(name)), *arguments, "-t", str(self.threads)]
+        command += [] if self.gpu_layers is None else ["-ngl", str(self.gpu_layers)]
         # Trace level: only there does llama.cpp print the cache's size.
-        command = [str(self.path(name)), *arguments, "-t", str(self.threads), "-lv", "4", "--log-colors", "off"]
+        command += ["-lv", "4", "--log-colors", "off"] if log_options else []
         self.logs.mkdir(parents=True, exist_ok=True)
         log_path = self.logs / f"{log.replace('/', '-')}.log"
-        for _ in range(_ATTEMPTS):
-            result = _run(command, log_path, on_text)
+        for attempt in range(_ATTEMPTS):
+            result, code = _run(command, log_path, on_text)
+            if code != 0:
+                # A failure whose reason got lost is tried again for its reason, a crash is not.
+                if code > 0 and log_options and not _ERROR.search(result.log) and attempt + 1 < _ATTEMPTS:
+                    continue
+                how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
+                raise _failure(command, how, result)
             if complete is None or complete(result):
                 return result
-        raise ProgramError(_failure(command, "ended without printing its result", result))
+        raise _failure(command, "ended without printing its result", result)
 
 
 def parse_cache_types(usage: str) -> list[str]:
@@ -135,7 +159,7 @@ def parse_cache_types(usage: str) -> list[str]:
     return [name.strip() for name in match[1].replace("\n", " ").split(",")] if match else []
 
 
-def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> Result:
+def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> tuple[Result, int]:
     pieces: list[str] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # The log is written under a temporary name, so that two runs at once do not mix theirs.
@@ -163,17 +187,17 @@ def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | No
             logged = log_file.read().decode("utf-8", errors="replace")
     finally:
         os.replace(partial, log_path)
-    result = Result("".join(pieces), logged, log_path)
-    if code != 0:
-        how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
-        raise ProgramError(_failure(command, how, result))
-    return result
+    return Result("".join(pieces), logged, log_path), code
 
 
-def _failure(command: Sequence[str], how: str, result: Result) -> str:
+def _failure(command: Sequence[str], how: str, result: Result) -> ProgramError:
     tail = [line for line in result.log.splitlines() if line.strip()][-8:]
-    lines = [f"{Path(command[0]).name} {how}", f"  command: {' '.join(command)}", f"  log: {result.log_path}"]
-    return "\n".join(lines + [f"  | {line}" for line in tail])
+    program = Path(command[0]).name
+    lines = [f"{program} {how}", f"  command: {' '.join(command)}", f"  log: {result.log_path}"]
+    errors = _ERROR.findall(result.log)
+    # The first error names the cause; those after it say what could not be done because of it.
+    reason = f"{program} {how}: {errors[0]}" if errors else f"{program} {how}; its log: {result.log_path}"
+    return ProgramError("\n".join(lines + [f"  | {line}" for line in tail]), reason)
 
 
 def _cpus() -> int:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Results", "file_hash"]
+__all__ = ["Results", "file_hash", "write_text"]
 
 
 class Results:
@@ -32,16 +32,8 @@ class Results:
 
     def put(self, key: dict[str, Any], value: Any) -> None:
         """Store a value that JSON can hold."""
-        path = self._path(key)
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix="partial-", dir=self.folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"key": key, "value": value}, file, indent=1)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_text(self._path(key), json.dumps({"key": key, "value": value}, indent=1))
 
 
 def file_hash(path: Path, results: Results) -> str:
@@ -60,3 +52,26 @@ def file_hash(path: Path, results: Results) -> str:
             digest.update(block)
     results.put(key, digest.hexdigest())
     return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        OSError: its folder is missing or read-only, the disk is full; `path` is as it was.
+    """
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

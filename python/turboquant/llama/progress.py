@@ -15,6 +15,7 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,7 +23,8 @@ from rich.progress import (
 
 __all__ = ["Reporter", "Track", "duration"]
 
-Unit = Literal["steps", "bytes"]
+Unit = Literal["steps", "bytes", "work"]
+"""What is counted; "work" is shown as a percentage alone."""
 
 
 def duration(seconds: float) -> str:
@@ -44,11 +46,11 @@ class Track:
         self._start = self._said_at = time.monotonic()
         self._said_tenth = 0
 
-    def update(self, done: int, total: int | None = None) -> None:
-        """`done` of `total` (both since the start of this track); a `total` of None leaves it as it was."""
-        self._total = total or self._total
+    def update(self, done: int, total: int | None = None, label: str | None = None) -> None:
+        """`done` of `total` (both since the start of this track); what is None stays as it was."""
+        self._total, self._label = total or self._total, label or self._label
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, total=self._total)
+            self._bar.update(self._task, completed=done, total=self._total, description=self._label)
         elif self._total:
             # Sparse: at every tenth, but not every moment; and once a minute while something happens.
             now, tenth = time.monotonic(), 10 * done // self._total
@@ -58,9 +60,10 @@ class Track:
                 self._reporter.say(self._line(done, self._total, now - self._start))
 
     def _line(self, done: int, total: int, elapsed: float) -> str:
-        count = f"{done / 1e6:.0f}/{total / 1e6:.0f} MB" if self._unit == "bytes" else f"{done}/{total}"
+        percent = f"{100 * done // total}%"
+        count = {"bytes": f"{done / 1e6:.0f}/{total / 1e6:.0f} MB ({percent})", "work": percent}
         left = elapsed * (total - done) / done
-        text = f"{self._label} {count} ({100 * done // total}%), {duration(elapsed)}"
+        text = f"{self._label} {count.get(self._unit, f'{done}/{total} ({percent})')}, {duration(elapsed)}"
         return text + (f", about {duration(left)} left" if done < total and elapsed >= 5 else "")
 
 
@@ -85,7 +88,7 @@ class Reporter:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
+            {"bytes": DownloadColumn, "steps": MofNCompleteColumn, "work": TaskProgressColumn}[unit](),
             TimeElapsedColumn(),
             TextColumn("left"),
             # Files differ much in how long they compile: a long window gives a calmer estimate.

@@ -1,0 +1,482 @@
+"""Compare cache types on a user's own model: quality on two paths, retrieval, memory and speed, as one report.
+
+The report is a dict of plain values; docs/compare.md describes it. `page` draws it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..llama.files import LlamaError
+from . import needle, verdict
+from .measure import BASELINE, Measurer, Quality, Run, format_bits
+from .pairs import CachePair
+from .perplexity import Divergence, base_bytes
+from .programs import ProgramError, Programs
+from .results import Results
+from .speed import GENERATED, PROMPT, REPETITIONS
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "CompareError",
+    "CompareOptions",
+    "Model",
+    "above",
+    "check",
+    "compare",
+    "read_model",
+    "to_json",
+]
+
+FORMAT, VERSION = "turboquant-compare", 1
+_LEAST_TOKENS = 100  # llama-perplexity gives no statistics of fewer scored tokens
+_DECODE_COST = 8  # a token alone takes about so many times as long as one in a batch; only progress depends on it
+
+Update = Callable[[str, float, float], None]
+"""Called with what is being measured, the work done and the work in all (in tokens of a batch, roughly)."""
+
+
+class CompareError(LlamaError):
+    """The comparison cannot be made. The text says what to do."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What to compare.
+
+    Quality is measured on ``chunks`` pieces of ``ctx`` tokens, and token by token on ``decode_chunks`` pieces of
+    ``decode_ctx`` tokens. ``depths`` are for the speed, ``needle_depths`` for retrieval (empty: neither is measured),
+    with ``positions`` needles at each depth. All are counted in tokens. With ``time_again`` stored speeds are not used.
+    """
+
+    model: Path
+    text: Path
+    pairs: list[CachePair]
+    ctx: int = 2048
+    chunks: int = 12
+    decode_ctx: int = 512
+    decode_chunks: int = 2
+    depths: Sequence[int] = (0, 4096, 16384)
+    needle_depths: Sequence[int] | None = None
+    positions: int = 5
+    template: str = needle.TEMPLATES["plain"]
+    time_again: bool = False
+    command: Sequence[str] = field(default_factory=list)
+
+    @property
+    def all_pairs(self) -> list[CachePair]:
+        """The f16 cache first: it is what the others are compared with."""
+        return list(dict.fromkeys([BASELINE, *self.pairs]))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the model's file says of it."""
+
+    name: str
+    architecture: str
+    context: int
+    vocabulary: int
+    layers: int
+    bytes: int
+
+
+# ---- before anything is run ------------------------------------------------------------------------------------------
+
+
+def read_model(path: Path) -> Model:
+    """Read a model's metadata, and see that the file is whole.
+
+    Raises:
+        CompareError: it is not there, no GGUF model, or truncated. The text says what to do.
+    """
+    from ..convert.modelfile import ModelFile
+
+    if not path.is_file():
+        raise CompareError(f"{path}: no such file; give a GGUF model with -m")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CompareError(
+                f"{path} is not a GGUF model; convert it with llama.cpp's convert_hf_to_gguf.py, or get a GGUF"
+            )
+    with ModelFile(path) as opened:
+        metadata, tensors = opened.metadata, opened.tensors
+    architecture = str(metadata.get("general.architecture", ""))
+    context = metadata.get(f"{architecture}.context_length")
+    embedding = tensors.get("token_embd.weight")
+    if not isinstance(context, int) or embedding is None:
+        raise CompareError(
+            f"{path} holds no language model (architecture {architecture or 'unknown'!r}); give another with -m"
+        )
+    return Model(
+        name=str(metadata.get("general.name", path.stem)),
+        architecture=architecture,
+        context=context,
+        vocabulary=embedding.shape[1],
+        layers=int(metadata.get(f"{architecture}.block_count", 0)),
+        bytes=path.stat().st_size,
+    )
+
+
+def check(options: CompareOptions, model: Model, scratch: Path) -> None:
+    """Say at once what would fail after minutes.
+
+    Raises:
+        CompareError: an option, the text or the disk does not allow it. The text says what to do.
+    """
+    if not options.text.is_file():
+        raise CompareError(f"{options.text}: no such file; give a UTF-8 text with -f")
+    if not options.text.read_bytes().strip():
+        raise CompareError(f"{options.text} is empty; give a text of at least {2 * options.ctx} tokens with -f")
+    if options.ctx > model.context:
+        raise CompareError(f"--ctx {options.ctx} is more than the model's context; give --ctx {model.context} or less")
+    for ctx, chunks in ((options.ctx, options.chunks), (options.decode_ctx, options.decode_chunks)):
+        if (ctx - 1 - ctx // 2) * chunks < _LEAST_TOKENS:
+            raise CompareError(
+                f"{chunks} chunks of {ctx} tokens have fewer than {_LEAST_TOKENS} scored ones; give a larger --ctx or "
+                "--chunks"
+            )
+    # A byte can be a token, a token has some bytes: what is shorter than that in bytes is too short for certain.
+    least = max(2, options.chunks) * options.ctx
+    if options.text.stat().st_size < least:
+        raise CompareError(
+            f"{options.text} has {options.text.stat().st_size} bytes, too few for {max(2, options.chunks)} chunks of "
+            f"{options.ctx} tokens; give a longer text, or smaller --chunks or --ctx"
+        )
+    needed = base_bytes(model.vocabulary, options.ctx, options.chunks)
+    folder = next(path for path in (scratch, *scratch.parents) if path.is_dir())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise CompareError(
+            f"f16's predictions take {needed / 1e9:.1f} GB in {scratch}, where {free / 1e9:.1f} GB are free; free "
+            "some, give fewer --chunks, or set TURBOQUANT_CACHE to a folder on another disk"
+        )
+
+
+def needle_depths(options: CompareOptions, model: Model) -> list[int]:
+    """As given, or a quarter, half and all of the context, which counts up to the deepest of the speed's depths."""
+    if options.needle_depths is not None:
+        return list(options.needle_depths)
+    deepest = min(model.context, max([*options.depths, 4096]))
+    return [deepest // 4, deepest // 2, deepest]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One needle, or why there is none."""
+
+    depth: int
+    position: float
+    needle: needle.Needle | None
+    reason: str = ""
+
+
+class _Work:
+    """Adds the measurements up for the progress bar. Each has a label of its own; what is stored is not in it."""
+
+    def __init__(self, update: Update | None) -> None:
+        self._update = update
+        self._costs: dict[str, float] = {}
+        self._done = 0.0
+        self._current = ""
+
+    def plan(self, label: str, cost: float) -> None:
+        self._costs[label] = self._costs.get(label, 0.0) + cost
+
+    def step(self, label: str, done: int, total: int) -> None:
+        if label != self._current:
+            self.end()
+            self._current = label
+        if self._update:
+            part = self._costs.get(label, 0.0) * done / max(1, total)
+            self._update(label, self._done + part, sum(self._costs.values()))
+
+    def end(self) -> None:
+        """What runs now is over, finished or failed."""
+        self._done += self._costs.get(self._current, 0.0)
+        self._current = ""
+
+
+def compare(
+    options: CompareOptions,
+    model: Model,
+    programs: Programs,
+    results: Results,
+    scratch: Path,
+    update: Update | None = None,
+) -> dict[str, Any]:
+    """Measure every pair and return the report; what is stored is not run again.
+
+    Args:
+        results, scratch: see `Measurer`.
+        update: see `Update`.
+
+    Raises:
+        CompareError, ProgramError: the f16 cache, with which all are compared, could not be measured.
+        OSError: a file cannot be read or written.
+    """
+    work = _Work(update)
+    measurer = Measurer(options.model, options.text, programs, results, scratch, work.step)
+    depths = needle_depths(options, model)
+    cells = _cells(measurer, options, model, depths)
+    batched = {pair: Run(pair, options.ctx, options.chunks) for pair in options.all_pairs}
+    short = {pair: Run(pair, options.decode_ctx, options.decode_chunks) for pair in options.all_pairs}
+    single = {pair: Run(pair, options.decode_ctx, options.decode_chunks, decode=True) for pair in options.all_pairs}
+    _plan(work, measurer, options, cells, list(batched.values()), [*short.values(), *single.values()])
+
+    failed: dict[Run, str] = {}
+    found = measurer.quality(list(batched.values()), failed)
+    alive = [pair for pair in options.all_pairs if batched[pair] not in failed]
+    found |= measurer.quality([run[pair] for pair in alive for run in (short, single)], failed)
+    base = [run[BASELINE] for run in (batched, short, single)]
+    for reason in [failed[run] for run in base if run in failed] or _not_finite([found[run] for run in base]):
+        raise CompareError(f"the f16 cache, with which all are compared, could not be measured: {reason}")
+    noise_decode = _divergence(found[single[BASELINE]])
+    noise = verdict.Noise(
+        max(_divergence(found[run[BASELINE]]).kld for run in (batched, short)), noise_decode.kld, noise_decode.kld_error
+    )
+    scale = verdict.bands(noise)
+
+    rows = []
+    machine: dict[str, Any] = {}
+    for pair in options.all_pairs:
+        runs = [run[pair] for run in (batched, short, single)]
+        reasons = [failed[run] for run in runs if run in failed] or _not_finite([found[run] for run in runs])
+        row: dict[str, Any] = {"k": pair.k, "v": pair.v, "label": str(pair), "failure": reasons[0] if reasons else None}
+        if not reasons:
+            main, short_run, alone = (found[run] for run in runs)
+            row |= _memory(main, found[batched[BASELINE]], model)
+            row |= _quality(pair, main, short_run, alone, noise, scale)
+            row["needles"] = [_ask(measurer, pair, cell, work) for cell in cells]
+            row["speed"] = [_speed(measurer, pair, depth, machine, options.time_again) for depth in options.depths]
+        rows.append(row)
+    work.end()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "turboquant": __version__,
+        "command": list(options.command),
+        "model": {
+            "path": str(options.model),
+            "sha256": measurer.model_hash,
+            **asdict(model),
+            "type": machine.get("model_type"),
+            "parameters": machine.get("model_n_params"),
+        },
+        "text": {
+            "path": str(options.text),
+            "sha256": measurer.text_hash,
+            "bytes": options.text.stat().st_size,
+        },
+        "build": {
+            "bin": str(programs.folder),
+            "sha256": measurer.build,
+            "commit": machine.get("build_commit"),
+            "number": machine.get("build_number"),
+        },
+        "machine": {
+            "cpu": machine.get("cpu_info") or platform.processor(),
+            "gpu": machine.get("gpu_info") or None,
+            "backends": machine.get("backends"),
+            "system": platform.platform(),
+            "threads": programs.threads,
+            "gpu_layers": programs.gpu_layers,
+        },
+        "settings": {
+            "ctx": options.ctx,
+            "chunks": options.chunks,
+            "decode_ctx": options.decode_ctx,
+            "decode_chunks": options.decode_chunks,
+            "depths": list(options.depths),
+            "prompt": PROMPT,
+            "generated": GENERATED,
+            "repetitions": REPETITIONS,
+            "needle_depths": depths,
+            "positions": options.positions,
+            "template": options.template,
+        },
+        "noise": {**asdict(noise), "floor": noise.floor},
+        "bands": [{**asdict(one), "up_to": None if one is scale[-1] else one.up_to} for one in scale],
+        "pairs": rows,
+        "recommendation": _recommendation(rows, scale),
+    }
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """The report as indented JSON, ending with a newline."""
+    return json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def above(report: dict[str, Any], limit: float) -> list[str]:
+    """Why a report is not within a KLD of `limit` on either path: one line for each pair that is not."""
+    lines = []
+    for row in report["pairs"]:
+        if row["failure"]:
+            lines.append(f"{row['label']} could not be measured: {row['failure']}")
+            continue
+        worst = max(row["quality"]["kld"], row["decode"]["kld"])
+        if worst > limit:
+            lines.append(f"{row['label']} has a KLD of {worst:.6f}, above {limit:g}")
+    return lines
+
+
+def _plan(
+    work: _Work, measurer: Measurer, options: CompareOptions, cells: list[_Cell], main: list[Run], path: list[Run]
+) -> None:
+    """Enter what is not stored yet."""
+    for runs in (main, [run for run in path if run not in main]):
+        missing = [run for run in runs if measurer.stored_quality(run) is None]
+        for run in missing:
+            work.plan(run.label, run.ctx * run.chunks * (_DECODE_COST if run.decode else 1))
+        if missing:
+            base = Run(BASELINE, missing[0].ctx, missing[0].chunks)
+            work.plan(f"{base.label}, base", base.ctx * base.chunks)
+    for pair in options.all_pairs:
+        for cell in cells:
+            if cell.needle and measurer.stored_answer(cell.needle, pair, cell.depth) is None:
+                work.plan(_needle_label(pair, cell), cell.depth)
+        for depth in options.depths:
+            if options.time_again or measurer.stored_speed(pair, depth) is None:
+                cost = depth + REPETITIONS * (PROMPT + GENERATED * _DECODE_COST)
+                work.plan(measurer.speed_label(pair, depth), cost)
+
+
+def _needle_label(pair: CachePair, cell: _Cell) -> str:
+    return f"needle {pair} at depth {cell.depth}, {cell.position:.0%}"
+
+
+def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: list[int]) -> list[_Cell]:
+    text = options.text.read_text(encoding="utf-8", errors="replace") if depths else ""
+    cells: list[_Cell] = []
+    for depth in depths:
+        for place in range(options.positions):
+            position = (place + 0.5) / options.positions  # never the very start or end, which are easy or odd places
+            try:
+                one = _fitting(measurer, options, model, text, depth, position, len(cells))
+                cells.append(_Cell(depth, position, one))
+            except (ValueError, ProgramError) as error:
+                cells.append(
+                    _Cell(depth, position, None, error.reason if isinstance(error, ProgramError) else str(error))
+                )
+    return cells
+
+
+def _fitting(
+    measurer: Measurer, options: CompareOptions, model: Model, text: str, depth: int, position: float, index: int
+) -> needle.Needle:
+    """A needle whose prompt fills `depth` tokens nearly; the characters in a token are counted on the prompt itself."""
+    if depth > model.context:
+        raise ValueError(f"beyond the model's context of {model.context} tokens")
+    characters = min(4 * depth, len(text))
+    trial = needle.make_grid_needle(text, characters, depth, position, index, options.template)
+    per_token = len(trial.prompt) / max(1, measurer.count_tokens(trial.prompt))
+    # Other characters of the text may make more tokens; and the answer needs some.
+    characters = int((0.97 * depth - 16) * per_token)
+    return needle.make_grid_needle(text, characters, depth, position, index, options.template)
+
+
+def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> dict[str, Any]:
+    asked: dict[str, Any] = {"depth": cell.depth, "position": cell.position}
+    reason, answer = cell.reason, None
+    if cell.needle is not None:
+        if measurer.stored_answer(cell.needle, pair, cell.depth) is None:
+            work.step(_needle_label(pair, cell), 0, 1)
+        try:
+            answer = measurer.answer(cell.needle, pair, cell.depth)
+        except ProgramError as error:
+            reason = error.reason
+    expected = cell.needle and cell.needle.number
+    found = None if answer is None else answer == expected
+    return {**asked, "expected": expected, "answer": answer, "found": found, "reason": reason or None}
+
+
+def _speed(
+    measurer: Measurer, pair: CachePair, depth: int, machine: dict[str, Any], again: bool
+) -> dict[str, Any]:
+    try:
+        speed, told = measurer.speed(pair, depth, again)
+    except ProgramError as error:
+        values = dict.fromkeys(("prefill", "prefill_error", "decode", "decode_error"))
+        return {"depth": depth, **values, "reason": error.reason}
+    machine |= told
+    return {**asdict(speed), "reason": None}
+
+
+# ---- rows of the report ----------------------------------------------------------------------------------------------
+
+
+def _divergence(quality: Quality) -> Divergence:
+    assert isinstance(quality.values, Divergence)
+    return quality.values
+
+
+def _not_finite(found: list[Quality]) -> list[str]:
+    """A reason if any of the numbers is none."""
+    broken = [quality for quality in found if not math.isfinite(_divergence(quality).kld)]
+    return [f"its predictions are not finite (KLD {_divergence(broken[0]).kld})"] if broken else []
+
+
+def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
+    size, whole = quality.caches.total(), f16.caches.total()
+    bits_k = format_bits(size.type_k, size.k_mib, whole.k_mib)
+    bits_v = format_bits(size.type_v, size.v_mib, whole.v_mib)
+    # From f16's size, where the log's rounding weighs least.
+    full = f16.caches.at(model.context)
+    k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
+    return {
+        "type_k": size.type_k,
+        "type_v": size.type_v,
+        "bits_k": bits_k,
+        "bits_v": bits_v,
+        "bits": round(16 * (k_mib + v_mib) / full.mib, 4),
+        "k_mib": round(k_mib, 2),
+        "v_mib": round(v_mib, 2),
+        "mib": round(k_mib + v_mib, 2),
+    }
+
+
+def _quality(
+    pair: CachePair, batched: Quality, short: Quality, single: Quality, noise: verdict.Noise, scale: list[verdict.Band]
+) -> dict[str, Any]:
+    paths = verdict.agreement(_divergence(short), _divergence(single), noise)
+    if pair == BASELINE:  # its own difference is the noise, so the yardstick is the band of small losses
+        paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
+    return {
+        "quality": asdict(_divergence(batched)),
+        "decode": asdict(_divergence(single)),
+        "batched": asdict(_divergence(short)),
+        "paths": {"difference": paths.decode - paths.batched, "allowed": paths.allowed, "agree": paths.agree},
+        "verdict": verdict.band(_divergence(batched).kld, scale).name,
+    }
+
+
+def _recommendation(rows: list[dict[str, Any]], scale: list[verdict.Band]) -> dict[str, Any]:
+    candidates = [
+        verdict.Candidate(
+            label=row["label"],
+            bits=row["bits"],
+            mib=row["mib"],
+            kld=row["quality"]["kld"],
+            found=sum(cell["found"] is True for cell in row["needles"]),
+            asked=sum(cell["found"] is not None for cell in row["needles"]),
+            agree=row["paths"]["agree"],
+        )
+        for row in rows
+        if not row["failure"]
+    ]
+    best, reason = verdict.recommend(candidates, candidates[0], scale)
+    chosen = CachePair.parse(best.label if best else str(BASELINE))
+    return {"pair": best and best.label, "arguments": " ".join(chosen.arguments), "reason": reason}

@@ -1,0 +1,90 @@
+"""Stand-ins for llama.cpp's programs, for `turboquant compare`: small scripts that print what the real ones print.
+
+`perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, `bench` is
+slower with depth. Each notes in runs.txt what it was asked for. Files beside the programs change what they do: the pair
+named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, and "slow" makes
+llama-perplexity wait, token by token, until it is killed.
+"""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+#: KLD in batches and token by token, by pair.
+KLD = {
+    "f16": (0.0, 0.0004),
+    "q8_0": (0.0007, 0.0008),
+    "q4_0": (0.0132, 0.0135),
+    "turbo4": (0.0092, 0.0093),
+    "turbo3": (0.0434, 0.0441),
+    "turbo2": (0.19, 0.192),
+    "q8_0/turbo3": (0.0112, 0.0111),
+}
+MIB = {"f16": 8.0, "q8_0": 4.25, "q4_0": 2.25, "turbo4": 2.0625, "turbo3": 1.5625, "turbo2": 1.0625}
+
+SCRIPT = '''#!{python}
+import json, re, sys, time
+from pathlib import Path
+
+KLD, MIB, HELP, BASE, DIVERGENCE = {texts!r}
+args, here = sys.argv[1:], Path(__file__).parent
+name = Path(__file__).name
+if args == ["--help"]:
+    print(HELP)
+    sys.exit()
+value = lambda option: args[args.index(option) + 1]
+k, v = value("-ctk"), value("-ctv")
+pair = k if k == v else k + "/" + v
+log = lambda text: print("0.00.001.000 " + text, file=sys.stderr)
+named = lambda file: (here / file).exists() and (here / file).read_text() == pair
+with open(here / "runs.txt", "a") as file:
+    file.write(name + " " + pair + (" token by token" if "-ub" in args else "") + "\\n")
+
+if name == "llama-bench":
+    depth = int(value("-d"))
+    common = dict(build_commit="abc1234", build_number=7, cpu_info="A CPU", gpu_info="", backends="CPU", n_depth=depth)
+    for prompt, generated, speed in ((512, 0, 900), (0, 32, 100)):
+        rate = speed / (1 + depth / 1000)
+        print(json.dumps(dict(common, n_prompt=prompt, n_gen=generated, avg_ts=rate, stddev_ts=rate / 50)))
+elif name == "llama-completion":
+    prompt = Path(value("-f")).read_text()
+    tokens = len(prompt) // 4
+    if tokens > int(value("-c")) - 4:
+        log(f"E main: prompt is too long ({{tokens}} tokens, max {{int(value('-c')) - 4}})")
+        sys.exit(1)
+    number = re.search(r"is (\\d{{5}})", prompt)[1]
+    print("", "00000" if v == "turbo2" else number)
+    log("I common_perf_print: total time = 119.14 ms / 217 tokens")
+else:
+    if k == "q5_0":
+        log("E llama_init_from_model: K type q5_0 does not work with this model: use -ctk f16")
+        log("E common_init_from_params: failed to create context")
+        sys.exit(1)
+    log(f"I llama_kv_cache: size = {{MIB[k] + MIB[v]:7.2f}} MiB (  2048 cells,   6 layers,  1/1 seqs), "
+        f"K ({{k}}): {{MIB[k]:7.2f}} MiB, V ({{v}}): {{MIB[v]:7.2f}} MiB")
+    base = Path(value("--kl-divergence-base"))
+    if "--kl-divergence" not in args:
+        base.write_text("predictions")
+        print(BASE.replace("over 4 chunks", f"over {{value('--chunks')}} chunks"))
+        sys.exit()
+    assert base.read_text() == "predictions"
+    alone = "-ub" in args
+    if alone and (here / "slow").exists():
+        (here / "sleeping").touch()
+        time.sleep(600)
+    kld = 1.5 if alone and named("broken") else KLD[pair][alone]
+    told = f"{{kld:10.6f}} ± {{kld / 40:10.6f}}" if not named("nan") else "nan ± nan"
+    print(DIVERGENCE.replace("0.010706 ±   0.000272", told))
+'''
+
+
+def write_programs(folder: Path, help: str, base: str, divergence: str) -> None:
+    """Write llama-perplexity, llama-completion and llama-bench to `folder`, with what they print."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = SCRIPT.format(python=sys.executable, texts=(KLD, MIB, help, base, divergence))
+    for name in ("llama-perplexity", "llama-completion", "llama-bench"):
+        program = folder / name
+        program.write_text(script, encoding="utf-8")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
