@@ -66,7 +66,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(command: list[object]) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    except FileNotFoundError:
+        hint = " (is NVIDIA's driver installed?)" if command[0] == "nvidia-smi" else ""
+        raise Problem(f"{command[0]} is not on this machine{hint}") from None
     if done.returncode:
         raise Problem(f"{Path(str(command[0])).name} failed:\n{done.stderr[-2000:] or done.stdout[-2000:]}")
     return done.stdout
