@@ -14,6 +14,7 @@ if (NOT TURBOQUANT_PATCHED)
 endif()
 
 include("${TURBOQUANT_CORE_DIR}/turboquant.cmake")
+include("${TURBOQUANT_CORE_DIR}/turboquant-cuda.cmake")
 
 # ggml-base does not exist yet; this runs at the end of ggml's CMakeLists.txt.
 function(turboquant_attach)
@@ -26,6 +27,11 @@ function(turboquant_attach)
     target_include_directories(ggml-base PUBLIC
         $<BUILD_INTERFACE:${TURBOQUANT_GLUE_DIR}>
         $<BUILD_INTERFACE:${TURBOQUANT_CORE_DIR}/include>)
+    if (TARGET ggml-cuda)
+        turboquant_add_cuda(ggml-cuda)
+        target_sources(ggml-cuda PRIVATE "${TURBOQUANT_GLUE_DIR}/turbo-cuda.h" "${TURBOQUANT_GLUE_DIR}/turbo-cuda.cu")
+        target_include_directories(ggml-cuda PRIVATE "${PROJECT_SOURCE_DIR}/src/ggml-cuda")
+    endif()
     if (WIN32 AND BUILD_SHARED_LIBS)
         target_compile_definitions(turboquant_objects PRIVATE TURBOQUANT_SHARED TURBOQUANT_BUILD)
         target_compile_definitions(ggml-base PRIVATE TURBOQUANT_BUILD PUBLIC TURBOQUANT_SHARED)

@@ -310,6 +310,25 @@ def fuzz(context: Context) -> Count:
     return Count(passed=1)
 
 
+def cuda(context: Context) -> Count:
+    """CUDA kernels: with a GPU all their tests; with nvcc alone they are compiled, not assembled."""
+    nvcc = shutil.which("nvcc", path=f"{context.path}{os.pathsep}/usr/local/cuda/bin")
+    if not nvcc:
+        raise Skip("needs NVIDIA's nvcc")
+    folder = context.cache / "tests" / f"cuda-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not works(context, "nvidia-smi"):
+        kernels = ROOT / "cpp" / "cuda"
+        for source in sorted(kernels.glob("*.cu")):
+            flags = ["-std=c++17", "-arch=compute_90", f"-I{ROOT / 'cpp' / 'include'}", "-Werror", "all-warnings"]
+            run(context, [nvcc, *flags, "-ptx", source, "-o", folder / f"{source.stem}.ptx"])
+        raise Skip("there is no NVIDIA GPU to run the tests; the kernels compile")
+    command = ["cmake", "-S", ROOT / "tests" / "cuda", "-B", folder, "-G", "Ninja", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    run(context, [*command, "-DCMAKE_CUDA_ARCHITECTURES=native"], log=folder / "configure.log")
+    run(context, ["ninja", "-C", folder], log=folder / "build.log")
+    return run_ctest(context, folder)
+
+
 def run_pytest(context: Context, folder: str) -> Count:
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
@@ -373,6 +392,7 @@ SUITES = (
     Suite("sanitized", sanitized, ("install",)),
     Suite("neon", neon, ("install",)),
     Suite("fuzz", fuzz, ("install",)),
+    Suite("cuda", cuda, ("install",)),
     Suite("python", python_tests, ("install",)),
     Suite("builds", builds, ("install",)),
     Suite("llama", llama, ("install", "builds")),

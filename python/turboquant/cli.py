@@ -152,6 +152,17 @@ def build(
         list[str] | None,
         typer.Option(metavar="-DNAME=VALUE", help="A further option for CMake; repeatable.", show_default=False),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, or cuda: NVIDIA GPUs too; needs the CUDA toolkit's nvcc.")
+    ] = "cpu",
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="For cuda: native (this machine's GPUs), or compute capabilities such as 80,90.",
+            show_default="native if there is a GPU, else all usual ones",
+        ),
+    ] = None,
 ) -> None:
     """Build llama.cpp with the turbo types, and print the folder with the programs.
 
@@ -160,7 +171,7 @@ def build(
     """
     from .llama.build import build as run_build
 
-    print(run_build(source, version, target or (), jobs, cmake_arg or ()))
+    print(run_build(source, version, target or (), jobs, cmake_arg or (), backend=backend, arch=arch))
 
 
 @command

@@ -1,4 +1,4 @@
-"""`turboquant dump-kv`: queries, keys and values of a model on a text, in a safetensors file.
+"""`turboquant dump-kv`: queries, keys and values of a model on a text, in a safetensors file; and `load` to read it.
 
 Tensors, float32, as attention sees them (after RoPE, biases and norms):
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,57 @@ from ._output import check_new, partial_file, publish
 from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
 
-__all__ = ["FORMAT", "DumpError", "dump"]
+__all__ = ["FORMAT", "DumpError", "KVLayer", "dump", "load"]
 
 #: What the file says that it is.
 FORMAT = "turboquant-kv 1"
 
 
 class DumpError(LlamaError):
-    """The file cannot be written. The text says what to do."""
+    """The file cannot be written or read. The text says what to do."""
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer of a dump, float32, heads first as `turboquant.attention` takes them."""
+
+    q: NDArray[np.float32]  #: (n_head, tokens, head_k)
+    k: NDArray[np.float32]  #: (n_kv_head, tokens, head_k)
+    v: NDArray[np.float32]  #: (n_kv_head, tokens, head_v)
+    scale: float  #: what attention multiplies q k by
+
+
+def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
+    """Read a file that `dump` wrote, or a part of one in 16-bit floats: layers by number.
+
+    Further attentions over a layer's cache (q.LAYER.N) are left out.
+
+    Raises:
+        DumpError: it is no such file, or has a layer without V of its own (multi-head latent attention).
+        OSError: it cannot be read.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise DumpError("a dump is read with the package safetensors: pip install 'turboquant[convert]'") from error
+    layers: dict[int, KVLayer] = {}
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DumpError(f"{path} is not a dump of queries, keys and values: its format is "
+                                f"{metadata.get('format')!r}, wanted {FORMAT!r}")
+            names, scales = set(file.keys()), json.loads(metadata["scale"])
+            for number in sorted(int(name[2:]) for name in names if name.startswith("k.")):
+                missing = [f"{role}.{number}" for role in "qkv" if f"{role}.{number}" not in names]
+                if missing:
+                    raise DumpError(f"{path} has no {missing[0]}")
+                q, k, v = (np.ascontiguousarray(file.get_tensor(f"{role}.{number}").swapaxes(0, 1), dtype=np.float32)
+                           for role in "qkv")
+                layers[number] = KVLayer(q, k, v, scales[f"q.{number}"])
+    except SafetensorError as error:
+        raise DumpError(f"{path} is not a safetensors file: {error}") from error
+    return layers
 
 
 def dump(

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "FORMATS", "Format", "attention", "attention_weights", "codebook", "decode_rows", "density", "dequantize",
     "dot", "hadamard", "levels", "lloyd_max", "pack", "prepare", "quantize", "rotate", "rotation_matrix", "signs",
-    "step", "unpack", "unrotate", "upper_tail",
+    "softmax_weights", "step", "unpack", "unrotate", "upper_tail",
 ]
 
 Floats = NDArray[np.float64]
@@ -323,18 +323,19 @@ def decode_rows(rows: ArrayLike, type: str) -> Floats:
     return np.asarray((scale * level).reshape(*raw.shape[:-1], -1))
 
 
-def attention_weights(
-    q: ArrayLike, k: ArrayLike, *, type_k: str, scale: float | None = None, mask: ArrayLike | None = None,
+def softmax_weights(
+    queries: ArrayLike, keys: ArrayLike, *, scale: float | None = None, mask: ArrayLike | None = None,
     soft_cap: float = 0.0,
 ) -> Floats:
-    """softmax(scale * Q K^T + mask) with decoded K, float64 (n_head, n_query, n_kv); no rounding of the queries.
+    """softmax(scale * Q K^T + mask), float64 (n_head, n_query, n_kv).
 
-    q (n_head, n_query, head_k), k (n_kv_head, n_kv, row_bytes), mask (n_query, n_kv), added to the scores. A query row
-    that is masked everywhere gives zeros. Shapes and meanings as in `turboquant.attention`.
+    queries (n_head, n_query, head_k), keys (n_kv_head, n_kv, head_k): plain numbers. mask (n_query, n_kv) is added to
+    the scores. A query row that is masked everywhere gives zeros. Meanings as in `turboquant.attention`.
     """
-    queries, keys = np.asarray(q).astype(np.float64), decode_rows(k, type_k)
-    keys = np.repeat(keys, len(queries) // len(keys), axis=0)  # the query heads of a GQA group share a KV head
-    scores = queries @ keys.swapaxes(1, 2) * (1 / math.sqrt(queries.shape[-1]) if scale is None else scale)
+    query_rows, key_rows = np.asarray(queries).astype(np.float64), np.asarray(keys).astype(np.float64)
+    # the query heads of a GQA group share a KV head
+    key_rows = np.repeat(key_rows, len(query_rows) // len(key_rows), axis=0)
+    scores = query_rows @ key_rows.swapaxes(1, 2) * (1 / math.sqrt(query_rows.shape[-1]) if scale is None else scale)
     if soft_cap:
         scores = soft_cap * np.tanh(scores / soft_cap)
     if mask is not None:
@@ -343,6 +344,14 @@ def attention_weights(
     weights = np.exp(scores - np.where(np.isfinite(largest), largest, 0.0))
     total = weights.sum(axis=-1, keepdims=True)
     return np.asarray(weights / np.where(total > 0, total, 1.0))
+
+
+def attention_weights(
+    q: ArrayLike, k: ArrayLike, *, type_k: str, scale: float | None = None, mask: ArrayLike | None = None,
+    soft_cap: float = 0.0,
+) -> Floats:
+    """`softmax_weights` with decoded K; no rounding of the queries. k (n_kv_head, n_kv, row_bytes)."""
+    return softmax_weights(q, decode_rows(k, type_k), scale=scale, mask=mask, soft_cap=soft_cap)
 
 
 def attention(

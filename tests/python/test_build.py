@@ -358,6 +358,34 @@ def test_missing_compiler_names_the_way_out(monkeypatch, tmp_path):
         toolchain.compiler()
 
 
+def test_missing_cuda_compiler_names_the_way_out(native, tree, build, monkeypatch):
+    find = shutil.which
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name, **how: None if "nvcc" in name else find(name, **how))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    with pytest.raises(toolchain.ToolError, match="nvcc is neither in PATH nor in .*CUDACXX"):
+        build(tree, backend="cuda")
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    with pytest.raises(toolchain.ToolError, match="CUDACXX names, 'no-such-nvcc', does not run"):
+        build(tree, backend="cuda")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fake program is a shell script")
+def test_cuda_backend_asks_cmake_for_it(native, tree, build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    fake_program(nvcc, "Cuda compilation tools, release 13.0, V13.0.88")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    bin = build(tree, targets=["llama-bench"], backend="cuda", arch="80,90")
+    cache = (bin.parent / "CMakeCache.txt").read_text()
+    assert "GGML_CUDA:UNINITIALIZED=ON" in cache and "CMAKE_CUDA_ARCHITECTURES:UNINITIALIZED=80;90" in cache
+    assert build(tree, targets=["llama-bench"]) != bin
+    with pytest.raises(builds.BuildError, match="'sm_90' names no GPUs"):
+        build(tree, backend="cuda", arch="sm_90")
+    with pytest.raises(builds.BuildError, match="needs the backend cuda"):
+        build(tree, arch="native")
+    with pytest.raises(builds.BuildError, match="no backend 'vulkan'; it is one of cpu, cuda"):
+        build(tree, backend="vulkan")
+
+
 def fake_program(path: Path, output: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho {output}\n")

@@ -36,6 +36,14 @@ def shape(text: Path, available: int) -> tuple[int, int]:
     raise CheckError(f"{text} has {available} tokens, and at least 256 are needed: give a longer text with -f")
 
 
+class _Unfused(CachePair):
+    """The types of a cache that is read without flash attention; of two options the last one counts."""
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*super().arguments, "-fa", "off"]
+
+
 class Checker:
     """KLDs from the predictions of one model with an f16 cache, on the first tokens of a text."""
 
@@ -48,10 +56,20 @@ class Checker:
 
         `what` is told the user.
         """
+        return self._kld(model, CachePair(k, v), what)
+
+    def floor(self, model: Path) -> float:
+        """The KLD of the original, `model`, from itself if nothing but rounding differs: without flash attention.
+
+        Where weights are quantized, activations are, too, and any change, however small, moves some of them by a step.
+        """
+        return self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
+
+    def _kld(self, model: Path, pair: CachePair, what: str) -> float:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
             try:
                 found, _ = run_divergence(
-                    self._programs, model, self._base, CachePair(k, v), ctx=self._context, chunks=self._chunks,
+                    self._programs, model, self._base, pair, ctx=self._context, chunks=self._chunks,
                     on_chunk=track.update,
                 )  # fmt: skip
             except ProgramError as error:

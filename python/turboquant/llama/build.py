@@ -37,10 +37,10 @@ from . import source as sources
 from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, sync, write_json
 from .paths import cache_dir, native_dir
 from .progress import Reporter, duration
-from .toolchain import Tools, compiler, cpu, find_tools
+from .toolchain import Tools, compiler, cpu, cuda_compiler, find_tools
 from .toolchain import jobs as default_jobs
 
-__all__ = ["DEFAULT_TARGETS", "BuildError", "build", "is_outdated", "where"]
+__all__ = ["BACKENDS", "DEFAULT_TARGETS", "BuildError", "build", "is_outdated", "where"]
 
 DEFAULT_TARGETS = (
     "llama-cli",
@@ -51,6 +51,7 @@ DEFAULT_TARGETS = (
     "llama-quantize",
     "turboquant-capture",
 )
+BACKENDS = ("cpu", "cuda")  # "cuda": the CPU's too
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -94,6 +95,8 @@ def build(
     jobs: int | None = None,
     cmake_args: Sequence[str] = (),
     reporter: Reporter | None = None,
+    backend: str = "cpu",
+    arch: str | None = None,
 ) -> Path:
     """Build llama.cpp with the turbo types, as far as that is not done yet.
 
@@ -104,6 +107,9 @@ def build(
         jobs: compilers at once (default: one per CPU, fewer if memory is short).
         cmake_args: further options, "-DNAME=VALUE" or "NAME=VALUE".
         reporter: where messages and progress go (default: stderr).
+        backend: one of `BACKENDS`.
+        arch: for "cuda", the GPUs to compile for: "native" or compute capabilities, as in "80,90" (default: llama.cpp's
+            choice, which is native where a GPU is found).
 
     Returns:
         The folder with the programs.
@@ -122,6 +128,14 @@ def build(
             raise BuildError(f"{target!r} is no CMake target's name")
     options = [_option(arg) for arg in cmake_args]
     compilers = compiler()  # before anything is downloaded
+    if backend not in BACKENDS:
+        raise BuildError(f"there is no backend {backend!r}; it is one of {', '.join(BACKENDS)}")
+    if arch is not None and backend != "cuda":
+        raise BuildError("arch names GPUs: it needs the backend cuda")
+    if backend == "cuda":
+        program, identity = cuda_compiler()
+        compilers = [*compilers, identity]
+        options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={program.as_posix()}", *_arch_options(arch), *options]
 
     tools: Tools | None = None
     if source is not None:
@@ -180,6 +194,15 @@ def _option(arg: str) -> str:
     if not match:
         raise BuildError(f"{arg!r} is no CMake option; write it as -DNAME=VALUE")
     return f"-D{match[1]}"
+
+
+def _arch_options(arch: str | None) -> list[str]:
+    if arch is None:
+        return []
+    one = r"\d{2,3}[af]?(-real|-virtual)?"
+    if not re.fullmatch(rf"native|all|all-major|{one}([,;]{one})*", arch):
+        raise BuildError(f"{arch!r} names no GPUs; write native, or compute capabilities as in 80,90")
+    return [f"-DCMAKE_CUDA_ARCHITECTURES={arch.replace(',', ';')}"]
 
 
 def _make_plan(

@@ -25,7 +25,7 @@ from .files import LlamaError, last_lines, lock, remove_tree
 from .paths import cache_dir
 from .progress import Reporter
 
-__all__ = ["Tools", "ToolError", "compiler", "cpu", "find_tools", "jobs"]
+__all__ = ["Tools", "ToolError", "compiler", "cpu", "cuda_compiler", "find_tools", "jobs"]
 
 MINIMUM_CMAKE = (3, 19)  # ggml_types/inject.cmake defers calls
 _PACKAGES = ("cmake>=3.19,<5", "ninja>=1.10")
@@ -83,6 +83,29 @@ def _compiler(variable: str, names: tuple[str, ...]) -> str | None:
         if output:
             return f"{shlex.join([os.path.realpath(program), *command[1:]])}: {output.splitlines()[0].strip()}"
     return None
+
+
+def cuda_compiler() -> tuple[Path, str]:
+    """nvcc, and what identifies it: that of CUDACXX, of PATH, or of the usual folders of the CUDA toolkit.
+
+    Raises:
+        ToolError: there is none, or it does not run.
+    """
+    asked = os.environ.get("CUDACXX")
+    folders = [Path(root) / "bin" for root in (os.environ.get(name) for name in ("CUDA_PATH", "CUDA_HOME")) if root]
+    folders.append(Path("/usr/local/cuda/bin"))
+    candidates = [asked] if asked else ["nvcc", *(str(folder / "nvcc") for folder in folders)]
+    for candidate in candidates:
+        program = shutil.which(candidate)
+        release = re.search(r"release [\d.]+, V[\d.]+", _run([program, "--version"])) if program else None
+        if program and release:
+            return Path(program), f"{os.path.realpath(program)}: {release[0]}"
+    if asked:
+        raise ToolError(f"the CUDA compiler that CUDACXX names, {asked!r}, does not run")
+    raise ToolError(
+        f"no CUDA compiler: nvcc is neither in PATH nor in {', '.join(map(str, folders))}; install NVIDIA's CUDA "
+        f"toolkit, or point CUDACXX at its nvcc"
+    )
 
 
 def _how_to_get_a_compiler() -> str:

@@ -1,0 +1,787 @@
+// Attention of a few query tokens over a long cache (flash decoding): the kernel template. attention.cu plans and
+// launches; the instances are compiled in files of their own.
+//
+// A thread block takes a run of KV rows for several KV heads, whose rows lie side by side, and for up to eight query
+// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async. Each warp takes one
+// KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores: K's and V's levels
+// come from byte permutes straight into the operands' registers; as an inner index may be summed in any order, the
+// operands keep the order in which values lie packed.
+//   scores:  A = queries (rows 0-7: high bytes of 16-bit integers, rows 8-15: low bytes), B = K
+//   output:  A = V transposed, B = softmax weights times V's scales, as 15-bit integers of a common scale per tile
+// Queries are rotated once, the output is un-rotated once (attention.cu). The partial results of the runs are merged
+// there.
+#ifndef TURBOQUANT_CUDA_ATTENTION_H
+#define TURBOQUANT_CUDA_ATTENTION_H
+
+#include "device.cuh"
+#include "launch.h"
+#include "turboquant_cuda.h"
+
+namespace turboquant {
+namespace cuda {
+
+constexpr int tile = 32;        // KV rows of a warp at a time
+constexpr int most_columns = 8; // query columns of a thread block
+constexpr int most_warps = 8;
+
+// How a call is cut into thread blocks.
+struct AttentionPlan {
+    int group;       // query heads of a KV head
+    int columns;     // group * tokens
+    int column_tile; // 4 or 8: columns of a thread block
+    int column_tiles;
+    int block_heads;      // KV heads of a thread block
+    int head_groups;      // thread blocks beside each other
+    int row_tiles;        // warps beside each other on the rows of a head
+    int stages;           // of the pipeline
+    int pitch_k, pitch_v; // bytes of a row in shared memory
+    int chunks;           // runs of KV rows
+    int64_t chunk_rows;   // a multiple of row_tiles * tile
+    int parts;            // partial results of a query row: chunks * row_tiles
+    int shared_bytes;
+};
+
+struct AttentionCall {
+    Attention a;
+    AttentionPlan p;
+    float * partial;      // [query row][part][head]
+    float2 * meta;        // [query row][part]: largest score (log2), sum of weights
+    float slope0, slope1; // ALiBi
+    int slope_heads;
+};
+
+namespace {
+
+template <KV T> struct Kind;
+template <> struct Kind<KV::turbo4> {
+    static constexpr int bits = 4;
+};
+template <> struct Kind<KV::turbo3> {
+    static constexpr int bits = 3;
+};
+template <> struct Kind<KV::turbo2> {
+    static constexpr int bits = 2;
+};
+template <> struct Kind<KV::q8_0> {
+    static constexpr int bits = 8;
+};
+template <> struct Kind<KV::f16> {
+    static constexpr int bits = 16;
+};
+
+// A row of one head as the kernels see it: blocks of `block` values that share a scale.
+template <KV T, int D> struct Layout {
+    static constexpr int bits = Kind<T>::bits;
+    static constexpr bool turbo = bits <= 4;
+    static constexpr int block = turbo ? (D < 128 ? D : 128) : bits == 8 ? 32 : D;
+    static constexpr int block_bytes = bits == 16 ? 2 * block : 2 + block * bits / 8;
+    static constexpr int bytes = D / block * block_bytes;
+};
+// What a level of a block counts is the block's stored scale times this.
+template <KV T> struct Step {
+    static constexpr float value = 1.0f;
+};
+template <> struct Step<KV::turbo4> {
+    static constexpr float value = Codebook<4>::step;
+};
+template <> struct Step<KV::turbo3> {
+    static constexpr float value = Codebook<3>::step;
+};
+template <> struct Step<KV::turbo2> {
+    static constexpr float value = Codebook<2>::step;
+};
+
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                       const int (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#endif
+}
+__device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                        uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// 16 bytes from global to shared memory, of which those from `valid` on become zeros.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void * global, int valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid)
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> __device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// As copy_async where only `valid` bytes, an even number, may be read; if none, `any` is a readable address.
+__device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
+    if (valid >= 16 || valid <= 0) {
+        copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
+        return;
+    }
+    for (int i = 0; i < 16; i += 2) {
+        const uint16_t x = i < valid ? uint16_t(load_u16(global + i)) : uint16_t(0);
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + i), "h"(x) : "memory");
+    }
+}
+
+// Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its
+// address modulo 16, which row_offset gives back.
+__device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk,
+                                          int rows, int64_t first, int64_t n_kv) {
+    if (stride == pitch && chunk == pitch) { // rows that follow each other: one run
+        const uint8_t * from = base + first * stride + threadIdx.x * 16;
+        const uint32_t step = blockDim.x * 16, all = uint32_t(rows) * uint32_t(pitch);
+        if (first + rows <= n_kv) {
+            for (uint32_t at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+            return;
+        }
+        const int end = int(n_kv - first) * pitch;
+        for (int at = threadIdx.x * 16; at < int(all); at += step, from += step) {
+            copy_end(shared + at, from, base, end - at);
+        }
+        return;
+    }
+    const int lanes = pitch <= 128 ? 8 : pitch <= 256 ? 16 : 32; // of a row
+#pragma unroll 2
+    for (int r = threadIdx.x / lanes; r < rows; r += blockDim.x / lanes) {
+        const uint8_t * from = base + (first + r) * stride;
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15);
+        // what follows the row may be read, but nothing behind the last row
+        const int64_t left = first + r < n_kv ? (n_kv - 1 - first - r) * stride + chunk + offset : 0;
+#pragma unroll 1
+        for (int at = threadIdx.x % lanes * 16; at < offset + chunk; at += lanes * 16) {
+            copy_end(shared + r * pitch + at, from - offset + at, base - (reinterpret_cast<uintptr_t>(base) & 15),
+                     left - at < 16 ? int(left - at) : 16);
+        }
+    }
+}
+
+// The address of row r of a tile modulo 16. With an even stride it depends on r mod 8 only.
+__device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
+    return int((low + uint32_t(r) * stride) & 15);
+}
+
+// ---- the query as operand A
+
+// The warp's columns as operands: of int8 matrices, if K is integer; else of binary16 ones. `bytes` is scratch memory
+// of the warp, 16 * D bytes. Returns the factor that turns integers into scores (of column lane / 4).
+template <KV TK, int D>
+__device__ __forceinline__ float prepare_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
+                                                 uint8_t * bytes, uint32_t (&operand)[D / 32][4]) {
+    using L = Layout<TK, D>;
+    constexpr int P = D / 32;
+    const Attention & a = call.a;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float factor = 0;
+    for (int c0 = 0; c0 < call.p.column_tile; c0 += 4) {
+        float y[4][P]; // four columns' loads are under way at once
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int column = first_column + c0 + i;
+            const char * row = reinterpret_cast<const char *>(a.q) + column / call.p.group * a.q_token +
+                               (kv_head * call.p.group + column % call.p.group) * a.q_head + stream * a.q_stream;
+#pragma unroll
+            for (int j = 0; j < P; ++j)
+                y[i][j] = column < call.p.columns ? reinterpret_cast<const float *>(row)[lane + 32 * j] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = c0 + i;
+            if constexpr (L::turbo) {
+                constexpr int B = L::block / 32;
+#pragma unroll
+                for (int b = 0; b < P / B; ++b) {
+                    float part[B];
+#pragma unroll
+                    for (int j = 0; j < B; ++j) part[j] = y[i][b * B + j];
+                    rotate_warp<L::block>(part);
+#pragma unroll
+                    for (int j = 0; j < B; ++j) y[i][b * B + j] = part[j];
+                }
+            }
+            if constexpr (L::bits == 16) {
+#pragma unroll
+                for (int j = 0; j < P; ++j)
+                    reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[i][j] * a.scale);
+            } else {
+                uint32_t largest = 0;
+#pragma unroll
+                for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
+                const float top = __uint_as_float(warp_max(largest));  // NaN stays: the scores are NaN
+                const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
+                const float mine = top * (a.scale * Step<TK>::value / 32512.0f);
+                if (g == c || (call.p.column_tile == 4 && g == c + 4)) factor = mine;
+#pragma unroll
+                for (int j = 0; j < P; ++j) {
+                    const int x = __float2int_rn(y[i][j] * inverse);
+                    bytes[c * D + lane + 32 * j] = uint8_t((x + 128) >> 8);
+                    bytes[(8 + c) * D + lane + 32 * j] = uint8_t(x);
+                }
+            }
+        }
+    }
+    __syncwarp();
+    const int c = call.p.column_tile == 4 ? g % 4 : g; // with four columns, rows 4-7 repeat rows 0-3
+    if constexpr (L::bits == 16) {
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
+#pragma unroll
+        for (int s = 0; s < D / 16; ++s) { // two of each operand's registers
+            operand[s / 2][s % 2 * 2] = words[8 * s + t];
+            operand[s / 2][s % 2 * 2 + 1] = words[8 * s + 4 + t];
+        }
+    } else {
+#pragma unroll
+        for (int s = 0; s < D / 32; ++s)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) { // registers 0, 2: high bytes, 1, 3: low bytes; 0, 1: the first half of k
+                const uint8_t * from = bytes + ((r & 1) * 8 + c) * D;
+                uint32_t word = 0;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int e;
+                    if constexpr (L::turbo) {
+                        constexpr int steps = L::block / 32;
+                        const int block = s / steps, step = s % steps;
+                        const int unit = L::bits == 4 ? t + 4 * step : 2 * (t + 4 * (step >> 1)) + (step & 1);
+                        e = block * L::block +
+                            unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, (r >> 1) * 4 + i);
+                    } else {
+                        e = 32 * s + 16 * (r >> 1) + 4 * t + i;
+                    }
+                    word |= uint32_t(from[e]) << (8 * i);
+                }
+                operand[s][r] = word;
+            }
+    }
+    return factor;
+}
+
+// ---- scores
+
+// Scores of rows 2t and 2t + 1 of a group of eight KV rows for column g, without the query's factor. `row` is row g of
+// the eight, `row0` and `row1` rows 2t and 2t + 1.
+template <KV TK, int D>
+__device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uint8_t * row, const uint8_t * row0,
+                                       const uint8_t * row1, int t, float (&s)[2]) {
+    using L = Layout<TK, D>;
+    if constexpr (L::bits == 16) {
+        float c[4] = {};
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(row);
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i)
+            mma_f16(c, q[i / 2][i % 2 * 2], 0, q[i / 2][i % 2 * 2 + 1], 0, words[8 * i + t], words[8 * i + 4 + t]);
+        s[0] = c[0];
+        s[1] = c[1];
+    } else {
+        s[0] = s[1] = 0;
+        constexpr int steps = L::block / 32;
+#pragma unroll
+        for (int b = 0; b < D / L::block; ++b) {
+            const uint8_t * block = row + b * L::block_bytes;
+            int c[4] = {}, negative[4] = {};
+#pragma unroll
+            for (int i = 0; i < steps; ++i) {
+                const uint32_t (&x)[4] = q[b * steps + i];
+                if constexpr (L::bits == 4) {
+                    const uint32_t n = unit_nibbles<4, L::block>(block + 2, t + 4 * i);
+                    uint32_t p0, p1, n0, n1;
+                    lookup_split(n, p0, n0);
+                    lookup_split(n >> 16, p1, n1);
+                    mma_s8(c, x, p0, p1, c);
+                    mma_s8(negative, x, n0, n1, negative);
+                } else {
+                    uint32_t lo, hi;
+                    if constexpr (L::turbo) {
+                        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, 2 * (t + 4 * (i >> 1)) + (i & 1)),
+                                        lo, hi);
+                    } else {
+                        lo = load_u32(block + 2 + 4 * t);
+                        hi = load_u32(block + 18 + 4 * t);
+                    }
+                    mma_s8(c, x, lo, hi, c);
+                }
+            }
+            s[0] += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * load_half(row0 + b * L::block_bytes);
+            s[1] += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * load_half(row1 + b * L::block_bytes);
+        }
+    }
+}
+
+// ---- output
+
+// Weights times V's scales as integers of at most 15 bits of a common scale: operands of their high and low bytes. With
+// four columns, columns 4-7 take the low bytes and `low` is not used.
+struct Weights {
+    uint32_t high[2], low[2];
+    float scale; // of the lane's column
+};
+
+template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], int g) {
+    float top = w[0];
+#pragma unroll
+    for (int i = 1; i < 8; ++i) top = fmaxf(top, w[i]);
+    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
+    Weights out;
+    const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f;
+    out.scale = top * (1.0f / 32512.0f);
+    const bool low = Paired && g >= 4;
+    if (!low) out.scale *= 256.0f;
+    const uint32_t round = low ? 0 : 128, select = low ? 0x0040 : 0x0051;
+    uint32_t x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __float_as_uint(w[i] * inverse + 12582912.0f); // an integer in the low bits
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        out.high[h] = prmt(prmt(x[4 * h] + round, x[4 * h + 1] + round, select),
+                           prmt(x[4 * h + 2] + round, x[4 * h + 3] + round, select), 0x5410);
+        out.low[h] = prmt(prmt(x[4 * h], x[4 * h + 1], 0x0040), prmt(x[4 * h + 2], x[4 * h + 3], 0x0040), 0x5410);
+    }
+    return out;
+}
+
+// Indices of one unit in four rows, a nibble each, to selectors by element: the low (high) half of out[i] has nibble 2i
+// (2i + 1 of the same parity: 0 2, 4 6, 1 3, 5 7) of the four rows.
+__device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
+    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
+                   odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
+    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0),
+                   odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
+    out[0] = prmt(even01, even23, 0x5140);
+    out[1] = prmt(even01, even23, 0x7362);
+    out[2] = prmt(odd01, odd23, 0x5140);
+    out[3] = prmt(odd01, odd23, 0x7362);
+}
+
+struct OutputScale {
+    float s0, s1, low0, low1; // of columns 2t and 2t + 1; of their low bytes, if these come separately
+};
+
+// An int32 accumulator that starts as the bits of 1.5 * 2^23 is, read as a float, that number plus its sum.
+constexpr int magic_bits = 0x4b400000;
+constexpr float magic = 12582912.0f;
+
+// o += one 16 x 8 product of V's levels and the weights. Split: the levels are positive - negative.
+template <bool Split, bool Paired>
+__device__ __forceinline__ void accumulate(float (&o)[4], const uint32_t (&positive)[4], const uint32_t (&negative)[4],
+                                           const Weights & w, const OutputScale & s) {
+    const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
+    int c[4], d[4];
+    mma_s8(c, positive, w.high[0], w.high[1], start);
+    if (Split) mma_s8(d, negative, w.high[0], w.high[1], start);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.s1 : s.s0);
+    if constexpr (!Paired) {
+        mma_s8(c, positive, w.low[0], w.low[1], start);
+        if (Split) mma_s8(d, negative, w.low[0], w.low[1], start);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.low1 : s.low0);
+    }
+}
+
+// o += V of a tile's 32 rows times the weights p of the lane's eight rows: 2t (row0), 2t + 1 (row1), then 8, 16 and 24
+// on. o[i]: of the D / 16 products, elements output_element<..>(i, g, 0) and (i, g, 1) of columns 2t and 2t + 1.
+template <KV TV, int D, bool Paired>
+__device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0,
+                                       const uint8_t * row1, int pitch, int lane) {
+    using L = Layout<TV, D>;
+    const int g = lane / 4, t = lane % 4;
+    const uint8_t * row[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row[i] = (i & 1 ? row1 : row0) + i / 2 * 8 * pitch;
+    if constexpr (L::bits == 16) {
+        uint32_t b[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const half2 pair = Paired && g >= 4 ? __floats2half2_rn(0, 0) : __floats2half2_rn(p[2 * i], p[2 * i + 1]);
+            b[i] = *reinterpret_cast<const uint32_t *>(&pair);
+        }
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m) {
+            uint32_t x[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[i] = reinterpret_cast<const uint32_t *>(row[i])[g + 8 * m];
+            mma_f16(o[m], prmt(x[0], x[1], 0x5410), prmt(x[0], x[1], 0x7632), prmt(x[2], x[3], 0x5410),
+                    prmt(x[2], x[3], 0x7632), b[0], b[1]);
+            mma_f16(o[m], prmt(x[4], x[5], 0x5410), prmt(x[4], x[5], 0x7632), prmt(x[6], x[7], 0x5410),
+                    prmt(x[6], x[7], 0x7632), b[2], b[3]);
+        }
+    } else {
+#pragma unroll
+        for (int b = 0; b < D / L::block; ++b) {
+            float w[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) w[i] = p[i] > 0 ? p[i] * load_half(row[i] + b * L::block_bytes) : 0.0f;
+            Weights weights = quantize_weights<Paired>(w, g);
+            weights.scale *= Step<TV>::value;
+            OutputScale s;
+            s.s0 = __shfl_sync(all_lanes, weights.scale, 8 * t);
+            s.s1 = __shfl_sync(all_lanes, weights.scale, 8 * t + 4);
+            s.low0 = s.s0 * (1.0f / 256);
+            s.low1 = s.s1 * (1.0f / 256);
+            if constexpr (L::turbo) {
+                constexpr int units = L::block / 64; // of a lane
+#pragma unroll
+                for (int j = 0; j < units; ++j) {
+                    const int unit = L::bits == 4 ? g + 8 * j : units == 2 ? 2 * g + j : g;
+                    uint32_t n[4], first[4], second[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        n[i] = unit_nibbles<L::bits, L::block>(row[i] + b * L::block_bytes + 2, unit);
+                    transpose_nibbles(n, first);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        n[i] = unit_nibbles<L::bits, L::block>(row[4 + i] + b * L::block_bytes + 2, unit);
+                    transpose_nibbles(n, second);
+#pragma unroll
+                    for (int m = 0; m < 4; ++m) { // nibbles 2m and 2m + 1
+                        const int shift = 16 * (m % 2);
+                        uint32_t x[4], negative[4] = {};
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
+                            if constexpr (L::bits == 4) lookup_split(selector, x[i], negative[i]);
+                            else x[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+                        }
+                        accumulate<L::bits == 4, Paired>(o[(b * units + j) * 4 + m], x, negative, weights, s);
+                    }
+                }
+            } else {
+                uint32_t x[2][4];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    uint32_t r[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) r[i] = load_u32(row[4 * h + i] + b * L::block_bytes + 2 + 4 * g);
+                    const uint32_t u = prmt(r[0], r[1], 0x5140), v = prmt(r[2], r[3], 0x5140);
+                    const uint32_t y = prmt(r[0], r[1], 0x7362), z = prmt(r[2], r[3], 0x7362);
+                    x[h][0] = prmt(u, v, 0x5410);
+                    x[h][1] = prmt(u, v, 0x7632);
+                    x[h][2] = prmt(y, z, 0x5410);
+                    x[h][3] = prmt(y, z, 0x7632);
+                }
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    const uint32_t a[4] = {x[0][2 * m], x[0][2 * m + 1], x[1][2 * m], x[1][2 * m + 1]};
+                    accumulate<false, Paired>(o[b * 2 + m], a, a, weights, s);
+                }
+            }
+        }
+    }
+}
+
+template <KV TV, int D> __device__ __forceinline__ int output_element(int product, int g, int half) {
+    using L = Layout<TV, D>;
+    if constexpr (L::bits == 16) {
+        return 2 * (g + 8 * product) + half;
+    } else if constexpr (L::turbo) {
+        constexpr int units = L::block / 64;
+        const int b = product / (4 * units), j = product / 4 % units, m = product % 4;
+        const int unit = L::bits == 4 ? g + 8 * j : units == 2 ? 2 * g + j : g;
+        return b * L::block + unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, 2 * m + half);
+    } else {
+        return product / 2 * 32 + 4 * g + product % 2 * 2 + half;
+    }
+}
+
+// ---- the kernel
+
+template <KV TK, KV TV, int D>
+__global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
+    attention_kernel(const __grid_constant__ AttentionCall call) {
+    using LK = Layout<TK, D>;
+    using LV = Layout<TV, D>;
+    extern __shared__ __align__(16) uint8_t shared[];
+    wait_for_previous();
+    if (gridDim.x > 1) let_next_start(); // merge_kernel, which waits for the results all the same
+    const Attention & a = call.a;
+    const AttentionPlan & p = call.p;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int head_in_block = warp % p.block_heads, row_tile = warp / p.block_heads;
+    const int column_tile = blockIdx.y / p.head_groups, first_head = blockIdx.y % p.head_groups * p.block_heads;
+    const int kv_head = first_head + head_in_block, stream = blockIdx.z;
+    const int kv_stream = stream / (a.streams / a.kv_streams);
+    const bool paired = p.column_tile == 4;
+
+    const uint8_t * k = static_cast<const uint8_t *>(a.k) + kv_stream * a.k_stream + first_head * a.k_head;
+    const uint8_t * v = static_cast<const uint8_t *>(a.v) + kv_stream * a.v_stream + first_head * a.v_head;
+    const int rows = p.row_tiles * tile;
+    const int stage_bytes = rows * (p.pitch_k + p.pitch_v);
+    const uint32_t shared_address = uint32_t(__cvta_generic_to_shared(shared));
+    const int64_t begin = int64_t(blockIdx.x) * p.chunk_rows;
+    const int64_t end = begin + p.chunk_rows < a.n_kv ? begin + p.chunk_rows : a.n_kv;
+    const int steps = int((end - begin + rows - 1) / rows);
+
+    auto load = [&](int step) {
+        if (step < steps) {
+            const uint32_t at = shared_address + step % p.stages * stage_bytes;
+            load_rows(at, p.pitch_k, k, a.k_row, p.block_heads * LK::bytes, rows, begin + int64_t(step) * rows, a.n_kv);
+            load_rows(at + rows * p.pitch_k, p.pitch_v, v, a.v_row, p.block_heads * LV::bytes, rows,
+                      begin + int64_t(step) * rows, a.n_kv);
+        }
+        copy_commit();
+    };
+    for (int step = 0; step < p.stages - 1; ++step) load(step);
+
+    // the last stage is not in use yet
+    uint32_t q[D / 32][4];
+    const float factor = prepare_queries<TK, D>(call, stream, kv_head, column_tile * p.column_tile,
+                                                shared + (p.stages - 1) * stage_bytes + warp * 16 * D, q);
+
+    constexpr float log2e = 1.44269504f;
+    const int column = column_tile * p.column_tile + (paired ? g % 4 : g);
+    const bool valid = column < p.columns;
+    const int token = valid ? column / p.group : 0, head = kv_head * p.group + (valid ? column % p.group : 0);
+    const char * mask = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
+                                     head % a.mask_heads * a.mask_head + stream % a.mask_streams * a.mask_stream
+                               : nullptr;
+    const bool mask_pairs = (reinterpret_cast<uintptr_t>(mask) & 3) == 0;
+    float slope = log2e;
+    if (a.max_bias > 0)
+        slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
+                                         : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
+    const float to_score = LK::bits == 16 ? 1.0f : factor;            // of the products, to natural units
+    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e; // of what the soft cap leaves, to powers of two
+
+    float largest = -1e30f, sum = 0; // of column g, over the lane's rows
+    float o[D / 16][4];
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[i][j] = 0;
+
+    // Where the lane's rows lie in a stage. A step advances by a multiple of 32 rows: the same modulo 16.
+    const uint32_t row = uint32_t(begin + row_tile * tile), k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
+    const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
+                   v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
+    const int k_at = row_tile * tile * p.pitch_k + head_in_block * LK::bytes;
+    const int v_at = rows * p.pitch_k + row_tile * tile * p.pitch_v + head_in_block * LV::bytes;
+    const int k_operand = k_at + g * p.pitch_k + row_offset(k_low, k_stride, g);
+    const int k_scale0 = k_at + 2 * t * p.pitch_k + row_offset(k_low, k_stride, 2 * t);
+    const int k_scale1 = k_at + (2 * t + 1) * p.pitch_k + row_offset(k_low, k_stride, 2 * t + 1);
+    const int v_row0 = v_at + 2 * t * p.pitch_v + row_offset(v_low, v_stride, 2 * t);
+    const int v_row1 = v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1);
+
+    for (int step = 0; step < steps; ++step) {
+        if (p.stages == 3) copy_wait<1>();
+        else copy_wait<0>();
+        __syncthreads();
+        load(step + p.stages - 1);
+        const int64_t first = begin + int64_t(step) * rows + row_tile * tile;
+        if (first >= end) continue;
+
+        float bias[8];
+        if (first + tile <= a.n_kv && mask_pairs) {
+            const char * at = mask + 2 * (first + 2 * t);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 m =
+                    mask ? __half22float2(*reinterpret_cast<const half2 *>(at + 16 * i)) : make_float2(0, 0);
+                bias[2 * i] = m.x;
+                bias[2 * i + 1] = m.y;
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < 8; ++i) {
+                const int64_t r = first + 8 * (i / 2) + 2 * t + i % 2;
+                const float value = r >= a.n_kv ? -INFINITY
+                                    : mask      ? __half2float(*reinterpret_cast<const half *>(mask + 2 * r))
+                                                : 0.0f;
+#pragma unroll
+                for (int j = 0; j < 8; ++j)
+                    if (i == j) bias[j] = value;
+            }
+        }
+
+        const uint8_t * stage = shared + step % p.stages * stage_bytes;
+
+        float s[8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float pair[2];
+            const uint8_t * group = stage + 8 * i * p.pitch_k;
+            scores<TK, D>(q, group + k_operand, group + k_scale0, group + k_scale1, t, pair);
+            s[2 * i] = pair[0];
+            s[2 * i + 1] = pair[1];
+        }
+        if (a.soft_cap != 0) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[i] = a.soft_cap * tanhf(s[i] * to_score / a.soft_cap);
+        }
+        float top = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            s[i] = s[i] * to_log2 + slope * bias[i];
+            if (bias[i] == -INFINITY) s[i] = -INFINITY; // whatever bytes the row has
+            top = fmaxf(top, s[i]);
+        }
+        top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
+        const float before = largest;
+        largest = fmaxf(largest, top);
+        const float correction = exp2f(before - largest);
+        sum *= correction;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            s[i] = exp2f(s[i] - largest);
+            sum += s[i];
+        }
+        if (__any_sync(all_lanes, correction != 1.0f)) {
+            const float c0 = __shfl_sync(all_lanes, correction, 8 * t),
+                        c1 = __shfl_sync(all_lanes, correction, 8 * t + 4);
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) o[i][j] *= j & 1 ? c1 : c0;
+        }
+        // sparse V: a tile of weights that are all small, or zero
+        if (!__any_sync(all_lanes, valid && !(exp2f(top - largest) <= a.sparse_v))) continue;
+        if (paired) output<TV, D, true>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
+        else output<TV, D, false>(o, s, stage + v_row0, stage + v_row1, p.pitch_v, lane);
+    }
+
+    sum += __shfl_xor_sync(all_lanes, sum, 1);
+    sum += __shfl_xor_sync(all_lanes, sum, 2);
+    if (paired) {
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(all_lanes, o[i][j], 2); // the low bytes' columns
+    }
+    const bool has_meta = t == 0 && (!paired || g < 4), has_output = !paired || t < 2;
+    const auto query_row = [&](int c) {
+        return (int64_t(stream) * a.tokens + c / p.group) * a.heads + c % p.group; // of the first KV head
+    };
+
+    if (gridDim.x > 1) { // merge_kernel goes on
+        const int part = blockIdx.x * p.row_tiles + row_tile;
+        if (valid && has_meta)
+            call.meta[(query_row(column) + kv_head * p.group) * p.parts + part] = make_float2(largest, sum);
+        if (!has_output) return;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int c = column_tile * p.column_tile + 2 * t + j;
+            if (c >= p.columns) continue;
+            float * out = call.partial + ((query_row(c) + kv_head * p.group) * p.parts + part) * D;
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                out[output_element<TV, D>(i, g, 0)] = o[i][j];
+                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
+            }
+        }
+        return;
+    }
+
+    // The warps' results meet in shared memory: [warp][column][D], then [warp][column] of largest score and sum.
+    __syncthreads();
+    const int warps = blockDim.x / 32;
+    float * results = reinterpret_cast<float *>(shared);
+    float2 * metas = reinterpret_cast<float2 *>(results + warps * p.column_tile * D);
+    if (has_meta) metas[warp * p.column_tile + g] = make_float2(largest, sum);
+    if (has_output) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float * out = results + (warp * p.column_tile + 2 * t + j) * D;
+#pragma unroll
+            for (int i = 0; i < D / 16; ++i) {
+                out[output_element<TV, D>(i, g, 0)] = o[i][j];
+                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
+            }
+        }
+    }
+    __syncthreads();
+    for (int task = warp; task < p.block_heads * p.column_tile; task += warps) {
+        const int h = task / p.column_tile, c = task % p.column_tile, at = column_tile * p.column_tile + c;
+        if (at >= p.columns) continue;
+        const int query_head = (first_head + h) * p.group + at % p.group;
+        const float sink = a.sinks ? a.sinks[query_head] * log2e : -INFINITY;
+        float top = fmaxf(sink, -1e30f);
+        for (int r = 0; r < p.row_tiles; ++r) top = fmaxf(top, metas[(r * p.block_heads + h) * p.column_tile + c].x);
+        float total = exp2f(sink - top), y[D / 32];
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[j] = 0;
+        for (int r = 0; r < p.row_tiles; ++r) {
+            const int from = (r * p.block_heads + h) * p.column_tile + c;
+            const float weight = exp2f(metas[from].x - top);
+            total += weight * metas[from].y;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) y[j] += weight * results[from * D + lane + 32 * j];
+        }
+        const float inverse = total == 0 ? 0.0f : 1.0f / total; // a NaN is not hidden
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[j] *= inverse;
+        if constexpr (LV::turbo) {
+            constexpr int B = LV::block / 32;
+#pragma unroll
+            for (int b = 0; b < D / LV::block; ++b) {
+                float part[B];
+#pragma unroll
+                for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
+                unrotate_warp<LV::block>(part);
+#pragma unroll
+                for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+            }
+        }
+        float * out = a.dst + (query_row(at) + (first_head + h) * p.group) * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) out[lane + 32 * j] = y[j];
+    }
+}
+
+} // namespace
+
+using AttentionKernel = void (*)(AttentionCall);
+
+// The kernel for the types, or nullptr; one function per head size, each in a file of its own.
+AttentionKernel attention_kernel_64(KV type_k, KV type_v);
+AttentionKernel attention_kernel_128(KV type_k, KV type_v);
+AttentionKernel attention_kernel_256(KV type_k, KV type_v);
+
+#define TURBOQUANT_ATTENTION_KERNELS(D)                                                      \
+    namespace {                                                                              \
+    template <KV TK> AttentionKernel kernel_for(KV type_v) {                                 \
+        switch (type_v) {                                                                    \
+            case KV::turbo4: return attention_kernel<TK, KV::turbo4, D>;                     \
+            case KV::turbo3: return attention_kernel<TK, KV::turbo3, D>;                     \
+            case KV::turbo2: return attention_kernel<TK, KV::turbo2, D>;                     \
+            case KV::q8_0:                                                                   \
+                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::q8_0, D>; \
+                break;                                                                       \
+            case KV::f16:                                                                    \
+                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::f16, D>;  \
+                break;                                                                       \
+        }                                                                                    \
+        return nullptr;                                                                      \
+    }                                                                                        \
+    }                                                                                        \
+    AttentionKernel attention_kernel_##D(KV type_k, KV type_v) {                             \
+        switch (type_k) {                                                                    \
+            case KV::turbo4: return kernel_for<KV::turbo4>(type_v);                          \
+            case KV::turbo3: return kernel_for<KV::turbo3>(type_v);                          \
+            case KV::turbo2: return kernel_for<KV::turbo2>(type_v);                          \
+            case KV::q8_0: return kernel_for<KV::q8_0>(type_v);                              \
+            case KV::f16: return kernel_for<KV::f16>(type_v);                                \
+        }                                                                                    \
+        return nullptr;                                                                      \
+    }
+
+} // namespace cuda
+} // namespace turboquant
+
+#endif

@@ -1,0 +1,472 @@
+// Encoding, decoding and rotation of rows: one warp to a block of the encoder, eight lanes and more to one of the
+// decoder. The bytes and floats are those of scalar.cpp, so this file must be compiled without contraction and without
+// fast math.
+#include "turboquant_cuda.h"
+
+#include "device.cuh"
+#include "launch.h"
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+constexpr int encode_warps = 4; // of a thread block
+constexpr int decode_threads = 256;
+
+// ---- where rows are
+
+// Grids have blocks of work in x, and i2 and i3 in y and z as far as a grid goes.
+constexpr int64_t most_yz = 65535;
+
+__device__ __forceinline__ int64_t row_of(const Index & index, int64_t i1, int64_t i2, int64_t i3) {
+    if (!index.data) return i1;
+    const char * p = static_cast<const char *>(index.data) + i1 * index.nb[0] + i2 % index.ne[1] * index.nb[1] +
+                     i3 % index.ne[2] * index.nb[2];
+    return index.is64 ? *reinterpret_cast<const int64_t *>(p) : *reinterpret_cast<const int32_t *>(p);
+}
+
+__device__ __forceinline__ char * row_at(const Rows & rows, int64_t i1, int64_t i2, int64_t i3) {
+    return static_cast<char *>(rows.data) + i1 * rows.nb[0] + i2 * rows.nb[1] + i3 * rows.nb[2];
+}
+
+// ---- encode
+
+// For each coarse magnitude the centroid's magnitude under each of the search's scales.
+struct SearchTable {
+    uint2 steps[128];
+};
+
+template <int Bits> constexpr SearchTable make_search_table() {
+    SearchTable table{};
+    for (int r = 0; r < 128; ++r) {
+        uint32_t words[2] = {0, 0};
+        for (int s = 0; s < search_steps; ++s) {
+            int m = 0;
+            for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t) m += r > Codebook<Bits>::coarse_thresholds[s][t];
+            words[s / 4] |= uint32_t(Codebook<Bits>::magnitudes[m]) << (s % 4 * 8);
+        }
+        table.steps[r].x = words[0];
+        table.steps[r].y = words[1];
+    }
+    return table;
+}
+
+static_assert(search_steps == 8, "a table entry has eight bytes");
+__device__ const SearchTable search_table4 = make_search_table<4>();
+__device__ const SearchTable search_table3 = make_search_table<3>();
+__device__ const SearchTable search_table2 = make_search_table<2>();
+
+template <int Bits> __device__ __forceinline__ uint2 search_entry(int coarse) {
+    return Bits == 4   ? search_table4.steps[coarse]
+           : Bits == 3 ? search_table3.steps[coarse]
+                       : search_table2.steps[coarse];
+}
+
+// Four words to the four words of their first, second, ... bytes.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
+    const uint32_t a = prmt(w[0], w[1], 0x5140), b = prmt(w[2], w[3], 0x5140);
+    const uint32_t c = prmt(w[0], w[1], 0x7362), d = prmt(w[2], w[3], 0x7362);
+    w[0] = prmt(a, b, 0x5410);
+    w[1] = prmt(a, b, 0x7632);
+    w[2] = prmt(c, d, 0x5410);
+    w[3] = prmt(c, d, 0x7632);
+}
+
+// The scale under which the centroids leave the least squared error. Lanes s, s + 8, ... judge step s.
+template <int Bits, int P> __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lane) {
+    uint32_t coarse = 0, low[4] = {}, high[4] = {};
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+        const int r = min((magnitude[j] + coarse_unit / 2) / coarse_unit, 127);
+        coarse |= uint32_t(r) << (8 * j);
+        const uint2 entry = search_entry<Bits>(r);
+        low[j] = entry.x;
+        high[j] = entry.y;
+    }
+    transpose_bytes(low);
+    transpose_bytes(high);
+    int a = 0, b = 0;
+#pragma unroll
+    for (int s = 0; s < search_steps; ++s) {
+        const uint32_t m = s < 4 ? low[s % 4] : high[s % 4];
+        const int sum_a = warp_sum(__dp4a(int(coarse), int(m), 0)), sum_b = warp_sum(__dp4a(int(m), int(m), 0));
+        if (lane % search_steps == s) {
+            a = sum_a;
+            b = sum_b;
+        }
+    }
+    double best = double(a) * double(a) / double(b);
+    int step = lane % search_steps;
+#pragma unroll
+    for (int h = 1; h < search_steps; h *= 2) {
+        const double other = __shfl_xor_sync(all_lanes, best, h);
+        const int other_step = __shfl_xor_sync(all_lanes, step, h);
+        if (other > best || (other == best && other_step < step)) { // the first of the best
+            best = other;
+            step = other_step;
+        }
+    }
+    a = __shfl_sync(all_lanes, a, step);
+    b = __shfl_sync(all_lanes, b, step);
+    return float(double(coarse_unit) * double(a) / double(b));
+}
+
+// Device code reads constants, not host arrays; t is known after unrolling.
+template <int Bits, int T> struct Midpoint {
+    static constexpr float value =
+        T < (1 << (Bits - 1)) - 1 ? Codebook<Bits>::midpoints[T % ((1 << (Bits - 1)) - 1)] : 0;
+};
+template <int Bits> __device__ __forceinline__ float midpoint(int t) {
+    switch (t) {
+        case 0: return Midpoint<Bits, 0>::value;
+        case 1: return Midpoint<Bits, 1>::value;
+        case 2: return Midpoint<Bits, 2>::value;
+        case 3: return Midpoint<Bits, 3>::value;
+        case 4: return Midpoint<Bits, 4>::value;
+        case 5: return Midpoint<Bits, 5>::value;
+        default: return Midpoint<Bits, 6>::value;
+    }
+}
+
+// index[j] is that of element lane + 32 j.
+template <int Bits, int N>
+__device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], uint8_t * q, int lane) {
+    constexpr int P = N / 32;
+    if constexpr (Bits == 4) {
+        if constexpr (N == 32) {
+            const uint32_t upper = __shfl_down_sync(all_lanes, index[0], 16);
+            if (lane < 16) q[lane] = uint8_t(index[0] | upper << 4);
+        } else {
+#pragma unroll
+            for (int j = 0; j < P / 2; ++j) q[lane + 32 * j] = uint8_t(index[j] | index[j + P / 2] << 4);
+        }
+    } else {
+        // byte b of lo has elements b, b + N/4, b + N/2, b + 3N/4
+        uint32_t byte = 0;
+        if constexpr (N == 128) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) byte |= (index[j] & 3) << (2 * j);
+        } else if constexpr (N == 64) {
+            const uint32_t pair = (index[0] & 3) | (index[1] & 3) << 4;
+            byte = pair | __shfl_down_sync(all_lanes, pair, 16) << 2;
+        } else {
+            byte = index[0] & 3;
+            byte |= __shfl_down_sync(all_lanes, byte, 16) << 4;
+            byte |= __shfl_down_sync(all_lanes, byte, 8) << 2;
+        }
+        if (lane < N / 4) q[lane] = uint8_t(byte);
+        if constexpr (Bits == 3) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) {
+                const uint32_t word = __ballot_sync(all_lanes, index[j] & 4);
+                if (lane < 4) q[N / 4 + 4 * j + lane] = uint8_t(word >> (8 * lane));
+            }
+        }
+    }
+}
+
+template <int Bits, int N> __device__ void encode_block(const float * x, uint8_t * dst, int lane) {
+    using F = Format<Bits, N>;
+    constexpr int P = N / 32, M = F::half_levels;
+    float y[P];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+        y[j] = x[lane + 32 * j];
+        largest = max(largest, __float_as_uint(y[j]) & 0x7fffffff);
+    }
+    largest = warp_max(largest);
+    uint32_t index[P];
+    uint16_t d = 0;
+    if (largest != 0 && largest < 0x7f800000) {
+        const int k = min(max(int(largest >> 23) - 127, -126), 126);
+        const float shrink = __uint_as_float(uint32_t(127 - k) << 23);
+#pragma unroll
+        for (int j = 0; j < P; ++j) y[j] = flip_sign(__fmul_rn(y[j], shrink), s1_word(j), lane);
+        hadamard_warp<N>(y);
+#pragma unroll
+        for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
+
+        // sixteen running sums, as in the specification: lanes l and l + 16 hold every other term of sum l
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            const float own = __fmul_rn(y[j], y[j]), other = __shfl_xor_sync(all_lanes, own, 16);
+            sum = __fadd_rn(sum, lane < 16 ? own : other);
+            sum = __fadd_rn(sum, lane < 16 ? other : own);
+        }
+#pragma unroll
+        for (int h = 8; h > 0; h /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(all_lanes, sum, h));
+        const float rms = __fsqrt_rn(__fmul_rn(sum, 1.0f / N));
+        const float unit = __fdiv_rn(float(rms_unit), rms);
+
+        int z[P], magnitude[P], energy = 0;
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            z[j] = __float2int_rn(__fmul_rn(y[j], unit));
+            magnitude[j] = abs(z[j]);
+            energy += z[j] * z[j];
+        }
+        energy = warp_sum(energy);
+        const float scale = search_scale<Bits, P>(magnitude, lane);
+
+        int a = 0;
+        int m[P] = {};
+#pragma unroll
+        for (int t = 0; t < M - 1; ++t) {
+            const int threshold = __float2int_rn(__fmul_rn(midpoint<Bits>(t), scale));
+#pragma unroll
+            for (int j = 0; j < P; ++j) m[j] += magnitude[j] > threshold;
+        }
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            // the upper half of the centroids are the magnitudes
+            const uint32_t c = Bits == 4   ? prmt(Table<4>::c2, Table<4>::c3, m[j])
+                               : Bits == 3 ? prmt(Table<3>::c1, 0, m[j])
+                                           : prmt(Table<2>::c0, 0, 2 + m[j]);
+            a += magnitude[j] * int(c & 0xff);
+            index[j] = uint32_t(z[j] < 0 ? M - 1 - m[j] : M + m[j]);
+        }
+        a = warp_sum(a);
+        const double exact =
+            double(energy) / double(a) * double(rms) * F::scale_unit * double(__uint_as_float(uint32_t(127 + k) << 23));
+        d = exact >= 65520.0 ? uint16_t(0x7bff) : __half_as_ushort(__float2half_rn(float(exact)));
+    }
+    if (d == 0) {
+#pragma unroll
+        for (int j = 0; j < P; ++j) index[j] = 0;
+    }
+    if (lane == 0) *reinterpret_cast<uint16_t *>(dst) = d;
+    store_indices<Bits, N>(index, dst + 2, lane);
+}
+
+template <int Bits, int N>
+__global__ void __launch_bounds__(32 * encode_warps)
+    encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3, const Index index) {
+    wait_for_previous();
+    const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
+    if (item >= blocks * ne1) return;
+    const int64_t i1 = blocks == 1 ? item : uint64_t(item) / uint64_t(blocks), b = item - i1 * blocks;
+    for (int64_t i3 = blockIdx.z; i3 < ne3; i3 += gridDim.z)
+        for (int64_t i2 = blockIdx.y; i2 < ne2; i2 += gridDim.y)
+            encode_block<Bits, N>(reinterpret_cast<const float *>(row_at(src, i1, i2, i3)) + b * N,
+                                  reinterpret_cast<uint8_t *>(row_at(dst, row_of(index, i1, i2, i3), i2, i3)) +
+                                      b * Format<Bits, N>::bytes,
+                                  threadIdx.x % 32);
+}
+
+// ---- decode
+
+__device__ __forceinline__ void store4(float * dst, const float (&x)[4]) {
+    *reinterpret_cast<float4 *>(dst) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void store4(half * dst, const float (&x)[4]) {
+    const half2 a = __floats2half2_rn(x[0], x[1]), b = __floats2half2_rn(x[2], x[3]);
+    *reinterpret_cast<uint2 *>(dst) =
+        make_uint2(*reinterpret_cast<const uint32_t *>(&a), *reinterpret_cast<const uint32_t *>(&b));
+}
+
+// N / 8 lanes share a block; each decodes one unit. In the transform two int16 travel in one int32: sums and
+// differences of low + 65536 high are right as they are, and every |W| <= 128 * 127 fits.
+template <int Bits, int N, typename T, bool Rotated>
+__global__ void __launch_bounds__(decode_threads)
+    decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3, const Index index) {
+    using F = Format<Bits, N>;
+    constexpr int lanes = N / 8;
+    const int unit = threadIdx.x % lanes;
+    const int64_t item = (int64_t(blockIdx.x) * decode_threads + threadIdx.x) / lanes;
+    const bool live = item < blocks * ne1;
+    const int64_t i1 = !live         ? 0
+                       : blocks == 1 ? item
+                                     : uint64_t(item) / uint64_t(blocks),
+                  b = live ? item - i1 * blocks : 0;
+    uint32_t sign_in = 0, sign_out = 0; // of the unit's eight elements
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int e = unit_element<Bits, N>(unit, i);
+        sign_in |= (s2_word(e / 32) >> (e % 32) & 1) << i;
+        sign_out |= (s1_word(e / 32) >> (e % 32) & 1) << i;
+    }
+    for (int64_t i3 = blockIdx.z; i3 < ne3; i3 += gridDim.z)
+        for (int64_t i2 = blockIdx.y; i2 < ne2; i2 += gridDim.y) {
+            const uint8_t * block =
+                reinterpret_cast<const uint8_t *>(row_at(src, row_of(index, i1, i2, i3), i2, i3)) + b * F::bytes;
+            T * out = reinterpret_cast<T *>(row_at(dst, i1, i2, i3)) + b * N;
+            uint32_t lo = 0, hi = 0;
+            lookup<Bits>(unit_nibbles<Bits, N>(block + 2, unit), lo, hi);
+            int level[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) level[i] = int(int8_t((i < 4 ? lo : hi) >> (8 * (i % 4))));
+            float x[2][4]; // [half of the block][element]
+            if (Rotated) {
+                const float scale = __fmul_rn(load_half(block), F::step);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) x[i & 1][i >> 1] = __fmul_rn(scale, float(level[i]));
+            } else {
+                // nibbles 2m and 2m + 1 are half a block apart: that stage first, then the pairs are packed
+                int w[4];
+#pragma unroll
+                for (int m = 0; m < 4; ++m) {
+                    const int a = sign_in >> (2 * m) & 1 ? -level[2 * m] : level[2 * m];
+                    const int c = sign_in >> (2 * m + 1) & 1 ? -level[2 * m + 1] : level[2 * m + 1];
+                    w[m] = (a + c) + (a - c) * 65536;
+                }
+#pragma unroll
+                for (int h = 1; h < 4; h *= 2)
+#pragma unroll
+                    for (int m = 0; m < 4; ++m)
+                        if (!(m & h)) {
+                            const int a = w[m], c = w[m + h];
+                            w[m] = a + c;
+                            w[m + h] = a - c;
+                        }
+#pragma unroll
+                for (int h = 1; h < lanes; h *= 2)
+#pragma unroll
+                    for (int m = 0; m < 4; ++m) {
+                        const int other = __shfl_xor_sync(all_lanes, w[m], h);
+                        w[m] = unit & h ? other - w[m] : w[m] + other;
+                    }
+                const float scale = __fmul_rn(load_half(block), F::step_n);
+#pragma unroll
+                for (int m = 0; m < 4; ++m) {
+                    const int low = int(int16_t(w[m])), high = (w[m] - low) >> 16;
+                    x[0][m] = flip_sign(__fmul_rn(scale, float(low)), sign_out, 2 * m);
+                    x[1][m] = flip_sign(__fmul_rn(scale, float(high)), sign_out, 2 * m + 1);
+                }
+            }
+            if (live) {
+                store4(out + unit_element<Bits, N>(unit, 0), x[0]);
+                store4(out + unit_element<Bits, N>(unit, 1), x[1]);
+            }
+        }
+}
+
+// ---- rotate
+
+template <int N, bool Inverse>
+__global__ void __launch_bounds__(32 * encode_warps)
+    rotate_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
+                  const int64_t ne3) {
+    const int lane = threadIdx.x % 32;
+    const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
+    if (item >= blocks * ne1) return;
+    const int64_t i1 = blocks == 1 ? item : uint64_t(item) / uint64_t(blocks), b = item - i1 * blocks;
+    for (int64_t i3 = blockIdx.z; i3 < ne3; i3 += gridDim.z)
+        for (int64_t i2 = blockIdx.y; i2 < ne2; i2 += gridDim.y) {
+            const float * in = reinterpret_cast<const float *>(row_at(src, i1, i2, i3)) + b * N;
+            float * out = reinterpret_cast<float *>(row_at(dst, i1, i2, i3)) + b * N;
+            float y[N / 32];
+#pragma unroll
+            for (int j = 0; j < N / 32; ++j) y[j] = in[lane + 32 * j];
+            if (Inverse) unrotate_warp<N>(y);
+            else rotate_warp<N>(y);
+#pragma unroll
+            for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
+        }
+}
+
+// ---- launch
+
+struct Grid {
+    dim3 size;
+    int64_t blocks; // of a row
+};
+
+// False if there is nothing to do.
+bool grid_for(const int64_t ne[4], int block, int64_t items_per_group, Grid & grid) {
+    if (ne[0] <= 0 || ne[1] <= 0 || ne[2] <= 0 || ne[3] <= 0) return false;
+    grid.blocks = ne[0] / block;
+    grid.size = dim3(unsigned((grid.blocks * ne[1] + items_per_group - 1) / items_per_group),
+                     unsigned(ne[2] < most_yz ? ne[2] : most_yz), unsigned(ne[3] < most_yz ? ne[3] : most_yz));
+    return true;
+}
+
+bool known(tq_type type) { return type >= 0 && type < TQ_TYPE_COUNT; }
+
+int block_of(tq_type type) { return 128 >> (int(type) % 3); }
+
+template <int Bits, int N>
+void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                   bool half_out, bool rotated, cudaStream_t stream) {
+    if (half_out && rotated)
+        decode_kernel<Bits, N, half, true>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+    else if (half_out)
+        decode_kernel<Bits, N, half, false>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+    else if (rotated)
+        decode_kernel<Bits, N, float, true>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+    else
+        decode_kernel<Bits, N, float, false>
+            <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
+}
+
+} // namespace
+
+// Calls f with the bits and the block of `type` as constants.
+#define TURBOQUANT_CUDA_TYPES(type, CALL)      \
+    switch (type) {                            \
+        case TQ_TURBO4: CALL(4, 128); break;   \
+        case TQ_TURBO4_64: CALL(4, 64); break; \
+        case TQ_TURBO4_32: CALL(4, 32); break; \
+        case TQ_TURBO3: CALL(3, 128); break;   \
+        case TQ_TURBO3_64: CALL(3, 64); break; \
+        case TQ_TURBO3_32: CALL(3, 32); break; \
+        case TQ_TURBO2: CALL(2, 128); break;   \
+        case TQ_TURBO2_64: CALL(2, 64); break; \
+        case TQ_TURBO2_32: CALL(2, 32); break; \
+        default: return cudaErrorNotSupported; \
+    }
+
+cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                        cudaStream_t stream) {
+    if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
+    Grid grid;
+    if (!grid_for(ne, block_of(type), encode_warps, grid)) return cudaSuccess;
+#define CALL(BITS, N)                                                                                            \
+    return launch(encode_kernel<BITS, N>, grid.size, 32 * encode_warps, 0, stream, src, dst, grid.blocks, ne[1], \
+                  ne[2], ne[3], index)
+    TURBOQUANT_CUDA_TYPES(type, CALL)
+#undef CALL
+    return cudaErrorNotSupported;
+}
+
+cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                        bool half, bool rotated, cudaStream_t stream) {
+    if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
+    Grid grid;
+    if (!grid_for(ne, block_of(type), decode_threads / (block_of(type) / 8), grid)) return cudaSuccess;
+#define CALL(BITS, N) launch_decode<BITS, N>(grid, src, dst, ne, index, half, rotated, stream)
+    TURBOQUANT_CUDA_TYPES(type, CALL)
+#undef CALL
+    return cudaGetLastError();
+}
+
+cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
+                        cudaStream_t stream) {
+    if ((block != 128 && block != 64 && block != 32) || ne[0] % block) return cudaErrorNotSupported;
+    Grid grid;
+    if (!grid_for(ne, block, encode_warps, grid)) return cudaSuccess;
+#define CALL(N)                                                                                        \
+    if (inverse)                                                                                       \
+        rotate_kernel<N, true>                                                                         \
+            <<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3]); \
+    else                                                                                               \
+        rotate_kernel<N, false><<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3])
+    if (block == 128) {
+        CALL(128);
+    } else if (block == 64) {
+        CALL(64);
+    } else {
+        CALL(32);
+    }
+#undef CALL
+    return cudaGetLastError();
+}
+
+} // namespace cuda
+} // namespace turboquant

@@ -1,0 +1,63 @@
+// Launches that may overlap the end of the kernel before them (programmatic dependent launch, Hopper and newer).
+// Kernels launched so call wait_for_previous first.
+#ifndef TURBOQUANT_CUDA_LAUNCH_H
+#define TURBOQUANT_CUDA_LAUNCH_H
+
+#include <cuda_runtime.h>
+
+#include <unordered_map>
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel in the stream may be launched as soon as all thread blocks have called this. Only where that kernel
+// is known to call wait_for_previous.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Whether the kernel's code for the current device has the instruction: not if it was compiled for an older one.
+inline bool can_overlap(const void * kernel) {
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9)
+        return false;
+    static thread_local std::unordered_map<const void *, bool> known;
+    const auto found = known.find(kernel);
+    if (found != known.end()) return found->second;
+    cudaFuncAttributes attributes;
+    const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    known.emplace(kernel, can);
+    return can;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments... arguments) {
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = can_overlap(reinterpret_cast<const void *>(kernel)) ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif

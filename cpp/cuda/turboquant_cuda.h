@@ -1,0 +1,83 @@
+// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. Every function
+// only launches; it returns what cudaGetLastError says, or cudaErrorNotSupported for a type, shape or device that the
+// kernels do not cover (nothing was launched then). All memory is the caller's.
+#ifndef TURBOQUANT_CUDA_H
+#define TURBOQUANT_CUDA_H
+
+#include "turboquant.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace turboquant {
+namespace cuda {
+
+// Rows of ne[0] values at data + i1 * nb[0] + i2 * nb[1] + i3 * nb[2]; the values of a row follow each other.
+struct Rows {
+    void * data;
+    int64_t nb[3];
+};
+
+// Which rows of the other side a row goes to (encode) or comes from (decode): the element (i1, i2 mod ne[1], i3 mod
+// ne[2]) of a tensor of int32 or int64. data = nullptr: row i1.
+struct Index {
+    const void * data;
+    bool is64;
+    int64_t ne[3], nb[3];
+};
+
+// Encode float32 rows of ne[0] values; ne[1..3] count the rows of src. The bytes are those of tq_encode_row.
+cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                        cudaStream_t stream);
+
+// Decode to float32, or to binary16 if half; ne[1..3] count the rows of dst. The floats are those of tq_decode_row, or
+// of tq_decode_row_rotated if rotated. With an index, row (i1, i2, i3) of dst is row (index, i2, i3) of src.
+cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
+                        bool half, bool rotated, cudaStream_t stream);
+
+// The transform of a block's length and its inverse, per block: floats of tq_rotate_row and tq_unrotate_row. src and
+// dst may be the same.
+cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
+                        cudaStream_t stream);
+
+// ---- attention of a few query tokens over a long cache
+
+enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(head, 128)
+
+struct Attention {
+    KV type_k, type_v;
+    int head;            // 64, 128 or 256, of K and of V
+    int heads, kv_heads; // heads is a multiple of kv_heads
+    int tokens, streams; // of the queries
+    int kv_streams;      // divides streams
+    int64_t n_kv;        // KV rows
+    const float * q;     // [streams][heads][tokens][head] by strides
+    int64_t q_token, q_head, q_stream;
+    const void * k;
+    int64_t k_row, k_head, k_stream;
+    const void * v;
+    int64_t v_row, v_head, v_stream;
+    const void * mask; // binary16 [..][tokens][n_kv], or nullptr
+    int64_t mask_token, mask_head, mask_stream;
+    int mask_heads, mask_streams;    // broadcast
+    const float * sinks;             // [heads], or nullptr
+    float scale, max_bias, soft_cap; // soft_cap 0 = none
+    float sparse_v; // tiles of V whose weights are all at most this, relative to the largest, are left out
+    float * dst;    // [streams][tokens][heads][head], dense
+};
+
+// Whether attention() covers the call on the current device.
+bool attention_supports(const Attention & a);
+
+// Bytes of device memory that the call needs.
+size_t attention_workspace(const Attention & a);
+
+// workspace: aligned to 16 bytes.
+cudaError_t attention(const Attention & a, void * workspace, cudaStream_t stream);
+
+} // namespace cuda
+} // namespace turboquant
+
+#endif

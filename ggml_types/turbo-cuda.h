@@ -1,0 +1,41 @@
+// turbo-cuda.h: what the hooks in ggml-cuda call. Defined in turbo-cuda.cu, which is part of ggml-cuda.
+//
+// HIP and MUSA compile the same sources of ggml without our kernels: there the types are refused.
+#pragma once
+
+#include "turbo-ggml.h"
+
+struct ggml_backend_cuda_context;
+
+// True if op reads or writes a turbo type: then turbo_cuda_supports_op alone decides.
+inline bool turbo_cuda_touches(const ggml_tensor * op) {
+    bool touched = turbo_is_type(op->type);
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        touched = touched || (op->src[i] && turbo_is_type(op->src[i]->type));
+    }
+    return touched;
+}
+
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+
+inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) {
+    return op->op == GGML_OP_NONE || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_VIEW || op->op == GGML_OP_PERMUTE ||
+           op->op == GGML_OP_TRANSPOSE;
+}
+inline bool turbo_cuda_set_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
+inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
+inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
+inline bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
+
+#else
+
+// Exactly what the functions below compute on the device.
+bool turbo_cuda_supports_op(int device, const ggml_tensor * op);
+
+// Each returns false, and does nothing, if the op has no turbo type that is its business.
+bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
+bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+#endif

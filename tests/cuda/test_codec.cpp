@@ -1,0 +1,174 @@
+// The CUDA codec against the CPU's: the same bytes and the same floats.
+#include "check.h"
+#include "device.h"
+#include "inputs.h"
+#include "turboquant_cuda.h"
+
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+
+using namespace turboquant::cuda;
+
+namespace {
+
+const Index no_index = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
+
+Rows dense(void * data, int64_t row, int64_t ne1 = 1, int64_t ne2 = 1) {
+    return {data, {row, row * ne1, row * ne1 * ne2}};
+}
+
+tq_type type_at(int i) { return tq_type(i); }
+
+void encode_equals_cpu(tq_type type, const Input & input, int64_t blocks, int64_t rows) {
+    check::Case c(tq_type_get(type)->name, " ", input.name, " ", blocks, " blocks, ", rows, " rows");
+    const int block = tq_type_get(type)->block;
+    const int64_t n = blocks * block;
+    const size_t bytes = tq_row_bytes(type, n);
+    std::vector<float> x(size_t(n * rows));
+    Random random{uint64_t(blocks * 1000 + rows)};
+    input.fill(random, x.data(), n * rows, block);
+    std::vector<uint8_t> want(bytes * size_t(rows));
+    for (int64_t r = 0; r < rows; ++r) tq_encode_row(type, x.data() + r * n, want.data() + size_t(r) * bytes, n);
+
+    DeviceArray<float> src(x);
+    DeviceArray<uint8_t> dst(want.size());
+    const int64_t ne[4] = {n, rows, 1, 1};
+    must(encode_rows(type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), ne, no_index, nullptr),
+         "encode_rows");
+    const std::vector<uint8_t> got = dst.host();
+    CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
+}
+
+// Rows scattered by an index with strides and broadcasting, as ggml's SET_ROWS does; then gathered again.
+template <typename I> void scatter_and_gather(tq_type type) {
+    check::Case c(tq_type_get(type)->name, " scattered by int", 8 * sizeof(I));
+    const int64_t n = 3 * tq_type_get(type)->block, rows = 5, ne2 = 3, ne3 = 2, cache_rows = 17, pad = 8;
+    const size_t bytes = tq_row_bytes(type, n);
+    Random random(7);
+    std::vector<float> x(size_t((n + pad) * rows * ne2 * ne3));
+    for (float & v : x) v = random.normal();
+    // index [rows][1][ne3], with a gap between its elements
+    std::vector<I> where(size_t(2 * rows * ne3));
+    for (int64_t i3 = 0; i3 < ne3; ++i3) {
+        std::vector<I> all(static_cast<size_t>(cache_rows));
+        for (int64_t i = 0; i < cache_rows; ++i) all[size_t(i)] = I(i);
+        for (size_t i = all.size() - 1; i > 0; --i) std::swap(all[i], all[size_t(random.below(int(i + 1)))]);
+        for (int64_t r = 0; r < rows; ++r) where[size_t(2 * (r + i3 * rows))] = all[size_t(r)];
+    }
+    std::vector<uint8_t> want(bytes * size_t(cache_rows * ne2 * ne3), poison);
+    for (int64_t i3 = 0; i3 < ne3; ++i3)
+        for (int64_t i2 = 0; i2 < ne2; ++i2)
+            for (int64_t r = 0; r < rows; ++r)
+                tq_encode_row(
+                    type, x.data() + ((i3 * ne2 + i2) * rows + r) * (n + pad),
+                    want.data() + size_t((i3 * ne2 + i2) * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes, n);
+
+    DeviceArray<float> src(x);
+    DeviceArray<I> index_data(where);
+    DeviceArray<uint8_t> cache(want.size());
+    const Index index = {index_data.get(),
+                         sizeof(I) == 8,
+                         {rows, 1, ne3},
+                         {int64_t(2 * sizeof(I)), int64_t(2 * sizeof(I)) * rows, int64_t(2 * sizeof(I)) * rows}};
+    const int64_t ne[4] = {n, rows, ne2, ne3};
+    const Rows from = dense(src.get(), (n + pad) * 4, rows, ne2),
+               to = dense(cache.get(), int64_t(bytes), cache_rows, ne2);
+    must(encode_rows(type, from, to, ne, index, nullptr), "encode_rows");
+    const std::vector<uint8_t> got = cache.host();
+    CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1)); // other rows are untouched
+
+    DeviceArray<float> back(size_t(n * rows * ne2 * ne3));
+    must(decode_rows(type, to, dense(back.get(), n * 4, rows, ne2), ne, index, false, false, nullptr), "decode_rows");
+    const std::vector<float> values = back.host();
+    std::vector<float> row(static_cast<size_t>(n));
+    for (int64_t i = 0; i < rows * ne2 * ne3; ++i) {
+        const int64_t r = i % rows, i23 = i / rows, i3 = i23 / ne2;
+        tq_decode_row(type, want.data() + size_t(i23 * cache_rows + where[size_t(2 * (r + i3 * rows))]) * bytes,
+                      row.data(), n);
+        CHECK_EQ(first_difference(values.data() + i * n, row.data(), n), int64_t(-1));
+    }
+}
+
+void decode_equals_cpu(tq_type type, int64_t blocks, int64_t rows) {
+    check::Case c(tq_type_get(type)->name, " decode ", blocks, " blocks, ", rows, " rows");
+    const tq_type_info & info = *tq_type_get(type);
+    const int64_t n = blocks * info.block;
+    const size_t bytes = tq_row_bytes(type, n), pitch = bytes + 6; // rows at any even address
+    Random random{uint64_t(blocks * 77 + rows)};
+    std::vector<uint8_t> encoded(pitch * size_t(rows));
+    for (int64_t r = 0; r < rows; ++r)
+        fill_blocks(random, encoded.data() + size_t(r) * pitch, blocks, info.block_bytes);
+    std::vector<float> want(size_t(n * rows)), want_rotated(want.size());
+    CHECK_EQ(tq_decode(type, encoded.data(), pitch, want.data(), n, rows, n, 1), TQ_OK);
+    CHECK_EQ(tq_decode_rotated(type, encoded.data(), pitch, want_rotated.data(), n, rows, n, 1), TQ_OK);
+
+    DeviceArray<uint8_t> src(encoded);
+    DeviceArray<float> dst(want.size());
+    DeviceArray<__half> dst16(want.size());
+    const int64_t ne[4] = {n, rows, 1, 1};
+    for (const bool rotated : {false, true}) {
+        check::Case c2(rotated ? "rotated" : "original");
+        const std::vector<float> & w = rotated ? want_rotated : want;
+        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst.get(), n * 4), ne, no_index, false, rotated,
+                         nullptr),
+             "decode_rows");
+        const std::vector<float> got = dst.host();
+        CHECK_EQ(first_difference(got.data(), w.data(), n * rows), int64_t(-1));
+        must(decode_rows(type, dense(src.get(), int64_t(pitch)), dense(dst16.get(), n * 2), ne, no_index, true, rotated,
+                         nullptr),
+             "decode_rows");
+        const std::vector<__half> got16 = dst16.host();
+        int64_t differ = 0;
+        for (size_t i = 0; i < w.size(); ++i)
+            differ += !same(__half2float(got16[i]), __half2float(__float2half_rn(w[i])));
+        CHECK_EQ(differ, int64_t(0));
+    }
+}
+
+void rotation_equals_cpu(int block) {
+    check::Case c("rotation of ", block);
+    const int64_t n = 3 * block, rows = 7;
+    std::vector<float> x(size_t(n * rows)), want(x.size());
+    Random random{uint64_t(block)};
+    for (float & v : x) v = random.normal();
+    for (const bool inverse : {false, true}) {
+        CHECK_EQ((inverse ? tq_unrotate : tq_rotate)(block, x.data(), want.data(), n * rows, 1), TQ_OK);
+        DeviceArray<float> data(x);
+        const int64_t ne[4] = {n, rows, 1, 1};
+        must(rotate_rows(block, inverse, dense(data.get(), n * 4), dense(data.get(), n * 4), ne, nullptr),
+             "rotate_rows");
+        const std::vector<float> got = data.host();
+        CHECK_EQ(first_difference(got.data(), want.data(), n * rows), int64_t(-1));
+    }
+}
+
+} // namespace
+
+// "quick": a few cases of every kernel, for compute-sanitizer.
+int main(int argc, char ** argv) {
+    need_device(75);
+    const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+    for (int i = 0; i < TQ_TYPE_COUNT; ++i) {
+        const tq_type type = type_at(i);
+        for (const Input & input : inputs()) {
+            encode_equals_cpu(type, input, 1, 1);
+            encode_equals_cpu(type, input, 3, 5);
+            if (quick) break;
+            encode_equals_cpu(type, input, 8, 300);
+        }
+        if (!quick) encode_equals_cpu(type, inputs().front(), 1, 20000);
+        if (!quick) encode_equals_cpu(type, inputs()[1], 8, 4000);
+        scatter_and_gather<int32_t>(type);
+        scatter_and_gather<int64_t>(type);
+        for (const int64_t blocks : {1, 2, 9})
+            for (const int64_t rows : {1, 3, 131}) decode_equals_cpu(type, blocks, rows);
+    }
+    for (const int block : {128, 64, 32}) rotation_equals_cpu(block);
+    const int64_t ne[4] = {100, 1, 1, 1};
+    CHECK_EQ(encode_rows(TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), ne, no_index, nullptr),
+             cudaErrorNotSupported);
+    must(cudaDeviceSynchronize(), "at the end");
+    return check::summary();
+}

@@ -1,0 +1,249 @@
+// Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
+// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens].
+//
+// Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
+// the card's L2 cache, as a model's layers are.
+#include "turboquant_cuda.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+using namespace turboquant::cuda;
+
+namespace {
+
+void must(cudaError_t error, const char * what) {
+    if (error == cudaSuccess) return;
+    std::fprintf(stderr, "bench_cuda: %s: %s\n", what, cudaGetErrorString(error));
+    std::exit(EXIT_FAILURE);
+}
+
+std::vector<std::string> split(const std::string & text, char at) {
+    std::vector<std::string> parts;
+    std::stringstream in(text);
+    for (std::string part; std::getline(in, part, at);) parts.push_back(part);
+    return parts;
+}
+
+struct Type {
+    const char * name;
+    KV kv;
+    int block, bytes; // at heads of 128
+};
+const Type types[] = {{"turbo4", KV::turbo4, 128, 66},
+                      {"turbo3", KV::turbo3, 128, 50},
+                      {"turbo2", KV::turbo2, 128, 34},
+                      {"q8_0", KV::q8_0, 32, 34},
+                      {"f16", KV::f16, 1, 2}};
+const Type & type_of(const std::string & name) {
+    for (const Type & type : types)
+        if (name == type.name) return type;
+    std::fprintf(stderr, "bench_cuda: unknown type %s\n", name.c_str());
+    std::exit(EXIT_FAILURE);
+}
+
+// Random index bytes; scales near one.
+__global__ void fill(uint16_t * data, size_t words, int block_words) {
+    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < words; i += size_t(gridDim.x) * blockDim.x) {
+        uint64_t z = i * 0x9e3779b97f4a7c15u + 12345;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z ^= z >> 27;
+        data[i] = block_words == 1  ? uint16_t(0x3400 + (z & 0x87ff))
+                  : i % block_words ? uint16_t(z)
+                                    : uint16_t(0x3800 + (z & 0x3ff));
+    }
+}
+
+void * random_cache(const Type & type, size_t bytes) {
+    void * data;
+    must(cudaMalloc(&data, bytes), "cudaMalloc");
+    fill<<<4096, 256>>>(static_cast<uint16_t *>(data), bytes / 2, type.bytes / 2);
+    must(cudaDeviceSynchronize(), "fill");
+    return data;
+}
+
+// Microseconds of one launch: the median over replays of a graph of `launches`.
+double microseconds(int launches, const std::function<void(int, cudaStream_t)> & launch) {
+    cudaStream_t stream;
+    must(cudaStreamCreate(&stream), "stream");
+    launch(0, stream);
+    must(cudaStreamSynchronize(stream), "first launch");
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < launches; ++i) launch(i, stream);
+    must(cudaStreamEndCapture(stream, &graph), "capture");
+    must(cudaGraphInstantiate(&exec, graph, 0), "graph");
+    cudaEvent_t start, end;
+    must(cudaEventCreate(&start), "event");
+    must(cudaEventCreate(&end), "event");
+    std::vector<float> times;
+    for (int i = 0; i < 25; ++i) {
+        must(cudaEventRecord(start, stream), "event");
+        must(cudaGraphLaunch(exec, stream), "graph");
+        must(cudaEventRecord(end, stream), "event");
+        must(cudaEventSynchronize(end), "graph");
+        float ms;
+        must(cudaEventElapsedTime(&ms, start, end), "event");
+        if (i >= 5) times.push_back(ms);
+    }
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+    cudaEventDestroy(start);
+    cudaEventDestroy(end);
+    cudaStreamDestroy(stream);
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    return times[times.size() / 2] * 1e3 / launches;
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    if (argc < 3) {
+        std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS]\n");
+        return EXIT_FAILURE;
+    }
+    int shape[4] = {32, 8, 128, 1};
+    if (argc > 3) {
+        const std::vector<std::string> parts = split(argv[3], ',');
+        for (size_t i = 0; i < 4 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
+    }
+    const int heads = shape[0], kv_heads = shape[1], head = shape[2], tokens = shape[3];
+    cudaDeviceProp device;
+    int driver = 0, runtime = 0;
+    must(cudaGetDeviceProperties(&device, 0), "no CUDA device");
+    must(cudaDriverGetVersion(&driver), "driver");
+    must(cudaRuntimeGetVersion(&runtime), "runtime");
+
+    const size_t copy_bytes = size_t(2) << 30;
+    void *from, *to;
+    must(cudaMalloc(&from, copy_bytes), "cudaMalloc");
+    must(cudaMalloc(&to, copy_bytes), "cudaMalloc");
+    fill<<<4096, 256>>>(static_cast<uint16_t *>(from), copy_bytes / 2, 1);
+    const double copy = microseconds(
+        4, [&](int, cudaStream_t s) { cudaMemcpyAsync(to, from, copy_bytes, cudaMemcpyDeviceToDevice, s); });
+    const double copy_tb = 2.0 * double(copy_bytes) / copy * 1e-6;
+    must(cudaFree(from), "free");
+    must(cudaFree(to), "free");
+    std::printf(
+        "{\"device\": \"%s\", \"multiprocessors\": %d, \"l2_bytes\": %d, \"cuda\": \"%d.%d\", \"copy_tb_s\": %.3f}\n",
+        device.name, device.multiProcessorCount, device.l2CacheSize, runtime / 1000, runtime % 1000 / 10, copy_tb);
+
+    float *q, *dst;
+    const size_t row_floats = size_t(heads) * tokens * head;
+    must(cudaMalloc(&q, row_floats * 4), "cudaMalloc");
+    must(cudaMalloc(&dst, row_floats * 4), "cudaMalloc");
+    std::vector<float> host(row_floats);
+    uint32_t state = 1;
+    for (float & x : host) x = (float(state = state * 1664525 + 1013904223) / 4294967296.0f - 0.5f) * 3.46f;
+    must(cudaMemcpy(q, host.data(), row_floats * 4, cudaMemcpyHostToDevice), "copy");
+
+    for (const std::string & depth_text : split(argv[2], ',')) {
+        const int64_t depth = std::atoll(depth_text.c_str());
+        void * mask;
+        must(cudaMalloc(&mask, size_t(depth) * tokens * 2), "cudaMalloc");
+        must(cudaMemset(mask, 0, size_t(depth) * tokens * 2), "memset");
+        for (const std::string & pair : split(argv[1], ',')) {
+            const std::vector<std::string> names = split(pair, ':');
+            const Type &tk = type_of(names[0]), &tv = type_of(names.back());
+            const int64_t row_k = int64_t(kv_heads) * head / tk.block * tk.bytes,
+                          row_v = int64_t(kv_heads) * head / tv.block * tv.bytes;
+            const size_t bytes = size_t(depth) * size_t(row_k + row_v);
+            const int layers =
+                int(std::min<size_t>(64, (size_t(3) * size_t(device.l2CacheSize) + bytes - 1) / bytes + 1));
+            std::vector<void *> k, v;
+            for (int i = 0; i < layers; ++i) {
+                k.push_back(random_cache(tk, size_t(depth) * size_t(row_k)));
+                v.push_back(random_cache(tv, size_t(depth) * size_t(row_v)));
+            }
+            Attention a = {};
+            a.type_k = tk.kv;
+            a.type_v = tv.kv;
+            a.head = head;
+            a.heads = heads;
+            a.kv_heads = kv_heads;
+            a.tokens = tokens;
+            a.streams = a.kv_streams = a.mask_heads = a.mask_streams = 1;
+            a.n_kv = depth;
+            a.q = q;
+            a.q_head = head * 4;
+            a.q_token = a.q_head * heads;
+            a.k_row = row_k;
+            a.k_head = row_k / kv_heads;
+            a.v_row = row_v;
+            a.v_head = row_v / kv_heads;
+            a.mask = mask;
+            a.mask_token = depth * 2;
+            a.scale = 1.0f / 11.3f;
+            a.sparse_v = 1e-6f;
+            a.dst = dst;
+            a.k = k[0];
+            a.v = v[0];
+            if (!attention_supports(a)) {
+                std::fprintf(stderr, "bench_cuda: %s with heads of %d is not covered\n", pair.c_str(), head);
+                return EXIT_FAILURE;
+            }
+            void * workspace;
+            must(cudaMalloc(&workspace, attention_workspace(a)), "cudaMalloc");
+            const double us = microseconds(layers, [&](int i, cudaStream_t s) {
+                Attention layer = a;
+                layer.k = k[size_t(i)];
+                layer.v = v[size_t(i)];
+                must(attention(layer, workspace, s), "attention");
+            });
+            std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
+                        "\"share\": %.3f}\n",
+                        pair.c_str(), static_cast<long long>(depth), us, bytes, double(bytes) / us * 1e-6,
+                        double(bytes) / us * 1e-6 / copy_tb);
+            std::fflush(stdout);
+            must(cudaFree(workspace), "free");
+            for (void * p : k) cudaFree(p);
+            for (void * p : v) cudaFree(p);
+        }
+        must(cudaFree(mask), "free");
+    }
+
+    // Storing tokens, and decoding a whole cache for a prefill.
+    const Index none = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
+    for (int bits = 4; bits >= 2; --bits) {
+        const tq_type type = bits == 4 ? TQ_TURBO4 : bits == 3 ? TQ_TURBO3 : TQ_TURBO2;
+        const int64_t block_bytes = 2 + 16 * bits, rows = 131072, width = 1024, row = width / 128 * block_bytes;
+        float * values;
+        void *encoded, *decoded;
+        must(cudaMalloc(&values, 512 * width * 4), "cudaMalloc");
+        must(cudaMalloc(&decoded, size_t(rows * width * 2)), "cudaMalloc");
+        encoded = random_cache(types[4 - bits], size_t(rows * row));
+        must(cudaMemset(values, 0x3c, 512 * width * 4), "memset");
+        for (const int64_t tokens_in : {int64_t(1), int64_t(512)}) {
+            const int64_t ne[4] = {width, tokens_in, 1, 1};
+            const double us = microseconds(16, [&](int, cudaStream_t s) {
+                must(encode_rows(type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, ne, none, s),
+                     "encode_rows");
+            });
+            std::printf("{\"encode\": \"turbo%d\", \"tokens\": %lld, \"us\": %.2f}\n", bits,
+                        static_cast<long long>(tokens_in), us);
+        }
+        const int64_t ne[4] = {width, rows, 1, 1};
+        for (const bool rotated : {false, true}) {
+            const double us = microseconds(4, [&](int, cudaStream_t s) {
+                must(
+                    decode_rows(type, {encoded, {row, 0, 0}}, {decoded, {width * 2, 0, 0}}, ne, none, true, rotated, s),
+                    "decode_rows");
+            });
+            const double moved = double(rows * (row + width * 2));
+            std::printf("{\"decode\": \"turbo%d\", \"rotated\": %s, \"rows\": %lld, \"us\": %.2f, \"share\": %.3f}\n",
+                        bits, rotated ? "true" : "false", static_cast<long long>(rows), us,
+                        moved / us * 1e-6 / copy_tb);
+        }
+        cudaFree(values);
+        cudaFree(encoded);
+        cudaFree(decoded);
+    }
+    return EXIT_SUCCESS;
+}

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Measure what notebooks 5 and 6 show of a real model, and write notebooks/data/measured.json.
+
+Perplexity and KL divergence from the model's own f16 cache for many pairs of cache types; the same after `turboquant
+convert`, and of a variant of the model with outlier channels; llama.cpp's own types with and without its rotation;
+boundary V, sparse V and block sizes. Needs `turboquant build`. Takes the better part of an hour on two cores; what was
+measured is remembered, and a rerun goes on from there.
+
+    measure_notebooks.py --model model-f16.gguf --outliers model-outliers-f16.gguf --text text.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from turboquant.convert.run import convert
+from turboquant.evaluate.measure import Options, measure
+from turboquant.evaluate.pairs import parse_pairs
+from turboquant.evaluate.programs import ProgramError, Programs
+from turboquant.evaluate.results import Results
+from turboquant.llama.build import where
+from turboquant.llama.files import LlamaError
+from turboquant.llama.paths import cache_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "notebooks" / "data" / "measured.json"
+GRID = ("f16", "q8_0", "turbo4", "turbo3", "turbo2")
+STACK = "q8_0/turbo4,q8_0/turbo3,q8_0/turbo2,turbo4,turbo4/turbo3,turbo4/turbo2,turbo3,turbo3/turbo2,turbo2"
+STOCK = "q8_0,q5_0,q4_0"
+SPARSE = "turbo4/turbo3"
+THRESHOLDS = (0.0, 1e-6, 1e-3, 1e-2, 1e-1)
+BOUNDARY = "turbo4/turbo2"
+BLOCKS = ",".join(f"turbo{bits}{block}" for bits in (4, 3, 2) for block in ("", "_64", "_32"))
+KEPT = ("k", "v", "bits_k", "bits_v", "bits", "mib", "ppl", "ppl_error", "kld", "kld_error", "same_top")
+
+
+class Bench:
+    """Runs lists of pairs with one build, on one text."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.folder = cache_dir() / "evaluate"
+        self.programs = Programs(given.bin or where(), self.folder / "logs", given.threads)
+        self.text, self.ctx, self.chunks = given.text, given.ctx, given.chunks
+
+    def rows(self, title: str, model: Path, pairs: str, **environment: str) -> list[dict[str, Any]]:
+        """The table of `pairs`, without the f16 row unless it is the only one asked for."""
+        print(f"{title} ({model.name})", file=sys.stderr, flush=True)
+        options = Options(model, self.text, parse_pairs(pairs), self.ctx, self.chunks, needles=0)
+        with variables(environment):
+            found = measure(options, self.programs, Results(self.folder / "results"), self.folder, _Lines())
+        return [{key: getattr(row, key) for key in KEPT} for row in found]
+
+
+class _Lines:
+    """One line for every run."""
+
+    def __init__(self) -> None:
+        self.what = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self.what:
+            self.what = what
+            print(f"  {what}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables of llama.cpp; they are part of what results are remembered by."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def converted(model: Path, given: argparse.Namespace) -> Path:
+    """The model after `turboquant convert`, made once."""
+    target = cache_dir() / "tools" / f"{model.stem}-converted.gguf"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        convert(model, target, bin=given.bin, threads=given.threads)
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="an f16 GGUF model with heads of 128")
+    parser.add_argument("--outliers", type=Path, required=True, help="the same model with outlier channels in K and V")
+    parser.add_argument("--text", type=Path, required=True, help="a text that the model has not seen")
+    parser.add_argument("--chunks", type=int, default=4, help="default %(default)s")
+    parser.add_argument("--ctx", type=int, default=2048, help="tokens in a chunk (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="default: all CPUs")
+    parser.add_argument("--bin", type=Path, help="programs of a build (default: the last build's)")
+    parser.add_argument("--output", "-o", type=Path, default=TARGET, metavar="FILE", help=f"default {TARGET}")
+    given = parser.parse_args(arguments)
+    for file in (given.model, given.outliers, given.text):
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
+    try:
+        found = run(given)
+    except (LlamaError, ProgramError, OSError, ValueError) as error:
+        print(f"measure_notebooks: {error}", file=sys.stderr)
+        return 1
+    partial = given.output.with_name(f".{given.output.name}.partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, given.output)
+    print(given.output)
+    return 0
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(given)
+    unrotated = {"LLAMA_ATTN_ROT_DISABLE": "1"}
+    found: dict[str, Any] = {
+        "about": {"model": given.model.name, "text": given.text.name, "ctx": given.ctx, "chunks": given.chunks},
+        "grid": bench.rows("K x V", given.model, ",".join(f"{k}/{v}" for k in GRID for v in GRID)),
+    }
+    models = {"clean": given.model, "outliers": given.outliers}
+    models |= {f"{name}, converted": converted(model, given) for name, model in models.items()}
+    found["stack"] = {name: bench.rows(f"the stack, {name}", model, STACK) for name, model in models.items()}
+    found["stock"] = {
+        name: {
+            "rotated": bench.rows(f"llama.cpp's own types, {name}", models[name], STOCK),
+            "plain": bench.rows(f"llama.cpp's own types without rotation, {name}", models[name], STOCK, **unrotated),
+        }
+        for name in ("clean", "outliers")
+    }
+    found["blocks"] = bench.rows("block sizes", given.model, BLOCKS)
+    found["boundary"] = {
+        layers: bench.rows(f"boundary V of {layers} layers", given.model, BOUNDARY,
+                           **({"LLAMA_ARG_CACHE_BOUNDARY_V": str(layers)} if layers else {}))[1]
+        for layers in (0, 1, 2)
+    }
+    found["sparse"] = {
+        f"{threshold:g}": bench.rows(f"sparse V at {threshold:g}", given.model, SPARSE,
+                                     LLAMA_ARG_CACHE_SPARSE_V=f"{threshold:g}")[1]
+        for threshold in THRESHOLDS
+    }
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
