@@ -375,8 +375,8 @@ def test_interrupted(place):
     [
         (["-m", "none.gguf"], "none.gguf: no such file; give a GGUF model with -m"),
         (["-m", "text.txt"], "text.txt is not a GGUF model"),
-        (["-m", "half.gguf"], "half.gguf cannot be read as a GGUF file"),
-        (["-m", "start.gguf"], "start.gguf cannot be read as a GGUF file"),
+        (["-m", "half.gguf"], "half.gguf is truncated or damaged"),
+        (["-m", "start.gguf"], "start.gguf is truncated or damaged"),
         (["-f", "none.txt"], "none.txt: no such file; give a UTF-8 text with -f"),
         (["-f", "empty.txt"], "empty.txt is empty; give a text of at least 4096 tokens"),
         (["-f", "short.txt"], "short.txt has 5000 bytes, too few for 4 chunks of 2048 tokens; give a longer text"),
