@@ -4,13 +4,25 @@
 #include "turbo-ggml.h"
 
 #include "arg.h"
+#include "log.h"
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+// common's logger writes in a thread of its own and is never destroyed: on a busy machine a program's last lines, its
+// results among them, are lost at exit.
+inline void turbo_flush_log_at_exit() {
+#ifndef _WIN32 // where threads are gone by then
+    static const int registered = std::atexit([]() { common_log_flush(common_log_main()); });
+    (void) registered;
+#endif
+}
 
 // The values reach libllama and ggml through the environment, so that llama.cpp's parameter structs stay as they are and
 // programs that do not use common (llama-bench) have the options too.
 template <typename AddOption> void turbo_add_options(AddOption && add_opt) {
+    turbo_flush_log_at_exit();
     add_opt(common_arg(
         {"--cache-boundary-v"}, "N[:TYPE]",
         "keep V of the first and the last N attention layers in TYPE, a KV cache data type (default: q8_0),\n"
