@@ -170,24 +170,27 @@ CacheRows rows_at(const void * cache, size_t stride, int64_t first, int count) {
 // rows, which lie apart, nor the end of a page.
 class Ahead {
 public:
-    Ahead(const tq_attention_kv & kv, int64_t steps) {
+    Ahead(const tq_attention_kv & kv, int64_t steps) { // steps: calls of fetch; 0 if there is no row
         for (int i = 0; i < 2; ++i) {
             at[i] = static_cast<const char *>(kv.ahead[i]);
-            end[i] = at[i] + kv.ahead_bytes[i];
-            step[i] = (int64_t(kv.ahead_bytes[i]) / 64 + steps) / steps * 64;
+            left[i] = kv.ahead_bytes[i];
+            step[i] = (left[i] / size_t(steps > 0 ? steps : 1) / 64 + 1) * 64;
         }
     }
     void fetch() {
 #ifdef __GNUC__
-        for (int i = 0; i < 2; ++i)
-            for (const char * stop = std::min(end[i], at[i] + step[i]); at[i] < stop; at[i] += 64)
-                __builtin_prefetch(at[i], 0, 2);
+        for (int i = 0; i < 2; ++i) {
+            const size_t bytes = std::min(left[i], step[i]);
+            for (size_t b = 0; b < bytes; b += 64) __builtin_prefetch(at[i] + b, 0, 2);
+            at[i] += bytes;
+            left[i] -= bytes;
+        }
 #endif
     }
 
 private:
-    const char *at[2], *end[2];
-    int64_t step[2];
+    const char * at[2];
+    size_t left[2], step[2];
 };
 
 // A query row's mask; fp16 or float32.

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "inputs.h"
 
+#include <algorithm>
 #include <thread>
 
 namespace {
@@ -192,6 +193,11 @@ void attention_errors() {
     a.n_query = 0;
     a.q = nullptr;
     CHECK_EQ(tq_attention(&a), TQ_OK);
+    a = arguments();
+    a.n_kv = 0; // nothing to attend to: zeros
+    std::fill(out.begin(), out.end(), 1.0f);
+    CHECK_EQ(tq_attention(&a), TQ_OK);
+    for (const float x : out) CHECK_EQ(x, 0.0f);
 }
 
 void reports() {
