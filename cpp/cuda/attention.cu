@@ -72,7 +72,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     Device device;
     int id;
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
-        a.streams % a.kv_streams || a.n_kv < 1 || a.streams > 65535 || !current_device(device, id) ||
+        a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !current_device(device, id) ||
         device.version < 80 || !kernel_of(a))
         return false;
     const int bytes_k = row_bytes(a.type_k, a.head), bytes_v = row_bytes(a.type_v, a.head);
@@ -131,38 +131,78 @@ size_t partial_bytes(const Attention & a, const AttentionPlan & p) {
     return (size_t(query_rows(a)) * p.parts * a.head * sizeof(float) + 15) & ~size_t(15);
 }
 
-// One thread block to a query row: adds its partial results up, with the sink, and un-rotates the sum.
+// One thread block to a query row: adds its partial results up, with the sink, and un-rotates the sum. Warp w takes
+// parts w, w + warps, ...
+constexpr int most_merge_warps = 32;
+
 template <int D>
-__global__ void merge_kernel(const float * partial, const float2 * meta, const float * sinks, float * dst, int heads,
-                             int parts, bool turbo) {
-    extern __shared__ float memory[]; // [groups][D]; before that the largest scores of the warps
+__global__ void __launch_bounds__(32 * most_merge_warps)
+    merge_kernel(const float * partial, const float2 * meta, const float * sinks, float * dst, int heads, int parts,
+                 bool turbo) {
+    constexpr int P = D / 32, V = P < 4 ? P : 4; // elements of a lane; of one load
+    __shared__ __align__(16) float sums[most_merge_warps * D];
+    __shared__ float totals[most_merge_warps];
     const int64_t row = blockIdx.x;
-    const int e = threadIdx.x, group = threadIdx.y, groups = blockDim.y, thread = group * D + e;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     partial += row * parts * D;
     meta += row * parts;
 
+    let_next_start();
     wait_for_previous();
     const float sink = sinks ? sinks[row % heads] * 1.44269504f : -INFINITY;
     float largest = fmaxf(sink, -1e30f);
-    for (int i = thread % 32; i < parts; i += 32) largest = fmaxf(largest, meta[i].x); // every warp for itself
-    for (int h = 16; h > 0; h /= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, h));
-    float sum = 0, total = 0;
 #pragma unroll 4
-    for (int i = group; i < parts; i += groups) {
-        const float2 m = meta[i];
-        const float weight = exp2f(m.x - largest);
-        sum += weight * partial[int64_t(i) * D + e];
-        total += weight * m.y;
+    for (int i = lane; i < parts; i += 32) largest = fmaxf(largest, meta[i].x); // every warp for itself
+    float y[P], total = 0;
+#pragma unroll
+    for (int j = 0; j < P; ++j) y[j] = 0;
+    for (int h = 16; h > 0; h /= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, h));
+    constexpr int batch = 4; // parts whose loads are under way at once
+#pragma unroll 1
+    for (int first = warp; first < parts; first += batch * warps) {
+        float2 m[batch];
+        float x[batch][P];
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            const int i = min(first + b * warps, parts - 1);
+            const float * from = partial + int64_t(i) * D + V * lane;
+            m[b] = meta[i];
+#pragma unroll
+            for (int j = 0; j < P; j += V) {
+                if constexpr (V == 4) {
+                    const float4 four = *reinterpret_cast<const float4 *>(from + 32 * j);
+                    x[b][j] = four.x;
+                    x[b][j + 1] = four.y;
+                    x[b][j + 2] = four.z;
+                    x[b][j + 3] = four.w;
+                } else {
+                    const float2 two = *reinterpret_cast<const float2 *>(from + 32 * j);
+                    x[b][j] = two.x;
+                    x[b][j + 1] = two.y;
+                }
+            }
+        }
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+            const float weight = first + b * warps < parts ? exp2f(m[b].x - largest) : 0.0f;
+            total += weight * m[b].y;
+#pragma unroll
+            for (int j = 0; j < P; ++j) y[j] += weight * x[b][j];
+        }
     }
-    // totals differ by group only: the first element's slot carries them
-    float * totals = memory + groups * D;
-    memory[thread] = sum;
-    if (e == 0) totals[group] = total;
+#pragma unroll
+    for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = y[j];
+    if (lane == 0) totals[warp] = total;
     __syncthreads();
-    if (thread >= D) return;
-    for (int i = 1; i < groups; ++i) sum += memory[i * D + e];
+    const int e = threadIdx.x;
+    if (e >= D) return;
+    float sum = 0;
     total = exp2f(sink - largest);
-    for (int i = 0; i < groups; ++i) total += totals[i];
+#pragma unroll 8
+    for (int i = 0; i < warps; ++i) {
+        sum += sums[i * D + e];
+        total += totals[i];
+    }
     const float value = total == 0 ? 0.0f : sum / total; // a NaN is not hidden
     if (!turbo) {
         dst[row * D + e] = value;
@@ -170,21 +210,21 @@ __global__ void merge_kernel(const float * partial, const float2 * meta, const f
     }
     constexpr int block = D < 128 ? D : 128;
     static_assert(D % 32 == 0, "whole warps");
-    memory[e] = value; // its own slot: nobody else reads it any more before the barrier
+    sums[e] = value; // its own slot: nobody else reads it any more before the barrier
     asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // of the first D threads
     if (e / 32 >= D / block) return;
-    float y[block / 32];
-    for (int j = 0; j < block / 32; ++j) y[j] = memory[e / 32 * block + e % 32 + 32 * j];
-    unrotate_warp<block>(y);
-    for (int j = 0; j < block / 32; ++j) dst[row * D + e / 32 * block + e % 32 + 32 * j] = y[j];
+    float part[block / 32];
+    for (int j = 0; j < block / 32; ++j) part[j] = sums[warp * block + lane + 32 * j];
+    unrotate_warp<block>(part);
+    for (int j = 0; j < block / 32; ++j) dst[row * D + warp * block + lane + 32 * j] = part[j];
 }
 
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
-    int groups = 1;
-    while (groups < call.p.parts && groups * D < 1024) groups *= 2;
-    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(D, unsigned(groups)),
-                  (size_t(groups) * D + groups) * sizeof(float), stream, call.partial, call.meta, call.a.sinks,
-                  call.a.dst, call.a.heads, call.p.parts, is_turbo(call.a.type_v));
+    int warps = D / 32;
+    while (warps < call.p.parts && warps < most_merge_warps) warps *= 2;
+    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(unsigned(32 * warps)), 0, stream,
+                  call.partial, call.meta, call.a.sinks, call.a.dst, call.a.heads, call.p.parts,
+                  is_turbo(call.a.type_v));
 }
 
 // Kernels need leave for more than 48 KB of shared memory, once per device.

@@ -132,40 +132,54 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
         copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
         return;
     }
+#pragma unroll 1
     for (int i = 0; i < 16; i += 2) {
         const uint16_t x = i < valid ? uint16_t(load_u16(global + i)) : uint16_t(0);
         asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + i), "h"(x) : "memory");
     }
 }
 
-// Rows first .. first + rows of the block's heads to shared memory; rows from n_kv on become zeros. A row keeps its
-// address modulo 16, which row_offset gives back.
-__device__ __forceinline__ void load_rows(uint32_t shared, int pitch, const uint8_t * base, int64_t stride, int chunk,
-                                          int rows, int64_t first, int64_t n_kv) {
-    if (stride == pitch && chunk == pitch) { // rows that follow each other: one run
-        const uint8_t * from = base + first * stride + threadIdx.x * 16;
-        const uint32_t step = blockDim.x * 16, all = uint32_t(rows) * uint32_t(pitch);
+// The rows of the block's heads in K or V.
+struct Side {
+    const uint8_t * base;
+    int64_t stride;
+    int chunk, pitch; // bytes of a row, there and in shared memory
+};
+
+// Rows first .. first + rows to shared memory; rows from n_kv on become zeros. A row keeps its address modulo 16, which
+// row_offset gives back.
+__device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv) {
+    const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
+    if (side.stride == side.pitch && side.chunk == side.pitch) { // rows that follow each other: one run
+        const uint8_t * from = side.base + first * side.stride + threadIdx.x * 16;
+        const int step = blockDim.x * 16, all = rows * side.pitch;
         if (first + rows <= n_kv) {
-            for (uint32_t at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
-            return;
-        }
-        const int end = int(n_kv - first) * pitch;
-        for (int at = threadIdx.x * 16; at < int(all); at += step, from += step) {
-            copy_end(shared + at, from, base, end - at);
+#pragma unroll 4
+            for (int at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+        } else {
+            const int end = int(n_kv - first) * side.pitch;
+#pragma unroll 1
+            for (int at = threadIdx.x * 16; at < all; at += step, from += step)
+                copy_end(shared + at, from, any, end - at);
         }
         return;
     }
-    const int lanes = pitch <= 128 ? 8 : pitch <= 256 ? 16 : 32; // of a row
-#pragma unroll 2
-    for (int r = threadIdx.x / lanes; r < rows; r += blockDim.x / lanes) {
-        const uint8_t * from = base + (first + r) * stride;
-        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15);
-        // what follows the row may be read, but nothing behind the last row
-        const int64_t left = first + r < n_kv ? (n_kv - 1 - first - r) * stride + chunk + offset : 0;
+    const int lanes = side.pitch <= 128 ? 8 : side.pitch <= 256 ? 16 : 32; // of a row
+    const int apart = blockDim.x / lanes, unit = threadIdx.x % lanes * 16;
+    const int64_t left = n_kv - 1 - first; // rows before the cache's last one
+    int r = threadIdx.x / lanes;
+    const uint8_t * from = side.base + (first + r) * side.stride + unit;
+    shared += r * side.pitch + unit;
 #pragma unroll 1
-        for (int at = threadIdx.x % lanes * 16; at < offset + chunk; at += lanes * 16) {
-            copy_end(shared + r * pitch + at, from - offset + at, base - (reinterpret_cast<uintptr_t>(base) & 15),
-                     left - at < 16 ? int(left - at) : 16);
+    for (; r < rows; r += apart, from += apart * side.stride, shared += apart * side.pitch) {
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
+        if (r < left) { // what follows the row may be read
+#pragma unroll 1
+            for (int at = 0; at < bytes; at += lanes * 16) copy_async(shared + at, from - offset + at, 16);
+        } else { // nothing behind the last row
+#pragma unroll 1
+            for (int at = 0; at < bytes; at += lanes * 16)
+                copy_end(shared + at, from - offset + at, any, r == left ? bytes - at : 0);
         }
     }
 }
@@ -177,30 +191,65 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 
 // ---- the query as operand A
 
-// The warp's columns as operands: of int8 matrices, if K is integer; else of binary16 ones. `bytes` is scratch memory
-// of the warp, 16 * D bytes. Returns the factor that turns integers into scores (of column lane / 4).
+// Where element e of a query lies among the bytes of its column, so that a lane's four registers of a product follow each
+// other: [product][lane % 4][half of the inner index: high bytes, low bytes][4]. The place of the high byte.
+template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
+    using L = Layout<TK, D>;
+    int product, t, nibble; // nibble: of the unit's eight elements
+    if constexpr (L::turbo) {
+        constexpr int N = L::block, steps = N / 32;
+        const int in_block = e % N, half = in_block / (N / 2);
+        int step;
+        if constexpr (L::bits == 4) { // the inverse of unit_element
+            const int unit = in_block % (N / 2) / 4;
+            step = unit / 4;
+            t = unit % 4;
+        } else {
+            const int pair = in_block % (N / 4) / 4;
+            step = pair / 4 * 2 + in_block / (N / 4) % 2;
+            t = pair % 4;
+        }
+        product = e / N * steps + step;
+        nibble = 2 * (e % 4) + half;
+    } else {
+        product = e / 32;
+        t = e % 16 / 4;
+        nibble = e % 32 / 16 * 4 + e % 4;
+    }
+    return ((product * 4 + t) * 4 + nibble / 4 * 2) * 4 + nibble % 4;
+}
+
+// The columns of a KV head as operands: of int8 matrices, if K is integer; else of binary16 ones. The warps of the head
+// share the work. `bytes` is scratch memory of the head, query_scratch<D> bytes. Returns the factor that turns integers
+// into scores (of column lane / 4).
+template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float));
+
 template <KV TK, int D>
 __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
-                                                 uint8_t * bytes, uint32_t (&operand)[D / 32][4]) {
+                                                 int row_tile, uint8_t * bytes, uint32_t (&operand)[D / 32][4]) {
     using L = Layout<TK, D>;
     constexpr int P = D / 32;
     const Attention & a = call.a;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    float factor = 0;
-    for (int c0 = 0; c0 < call.p.column_tile; c0 += 4) {
-        float y[4][P]; // four columns' loads are under way at once
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, apart = call.p.row_tiles;
+    float * factors = reinterpret_cast<float *>(bytes + 16 * D);
+#pragma unroll 1
+    for (int c0 = row_tile; c0 < call.p.column_tile; c0 += 4 * apart) {
+        float y[4][P]; // four columns' loads are under way at once; lane i finds out where column i is
+        const int own = first_column + c0 + lane % 4 * apart, token = own / call.p.group;
+        const uint64_t own_row = reinterpret_cast<uintptr_t>(a.q) + token * a.q_token +
+                                 (kv_head * call.p.group + own - token * call.p.group) * a.q_head + stream * a.q_stream;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = first_column + c0 + i;
-            const char * row = reinterpret_cast<const char *>(a.q) + column / call.p.group * a.q_token +
-                               (kv_head * call.p.group + column % call.p.group) * a.q_head + stream * a.q_stream;
+            const int c = c0 + i * apart;
+            const float * row = reinterpret_cast<const float *>(uintptr_t(__shfl_sync(all_lanes, own_row, i)));
+            const bool some = c < call.p.column_tile && first_column + c < call.p.columns;
 #pragma unroll
-            for (int j = 0; j < P; ++j)
-                y[i][j] = column < call.p.columns ? reinterpret_cast<const float *>(row)[lane + 32 * j] : 0.0f;
+            for (int j = 0; j < P; ++j) y[i][j] = some ? row[lane + 32 * j] : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = c0 + i;
+            const int c = c0 + i * apart;
+            if (c >= call.p.column_tile) break;
             if constexpr (L::turbo) {
                 constexpr int B = L::block / 32;
 #pragma unroll
@@ -223,18 +272,18 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
                 for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
                 const float top = __uint_as_float(warp_max(largest));  // NaN stays: the scores are NaN
                 const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
-                const float mine = top * (a.scale * Step<TK>::value / 32512.0f);
-                if (g == c || (call.p.column_tile == 4 && g == c + 4)) factor = mine;
+                if (lane == 0) factors[c] = top * (a.scale * Step<TK>::value / 32512.0f);
 #pragma unroll
                 for (int j = 0; j < P; ++j) {
                     const int x = __float2int_rn(y[i][j] * inverse);
-                    bytes[c * D + lane + 32 * j] = uint8_t((x + 128) >> 8);
-                    bytes[(8 + c) * D + lane + 32 * j] = uint8_t(x);
+                    uint8_t * to = bytes + c * 2 * D + operand_place<TK, D>(lane + 32 * j);
+                    to[0] = uint8_t((x + 128) >> 8);
+                    to[4] = uint8_t(x);
                 }
             }
         }
     }
-    __syncwarp();
+    __syncthreads();
     const int c = call.p.column_tile == 4 ? g % 4 : g; // with four columns, rows 4-7 repeat rows 0-3
     if constexpr (L::bits == 16) {
         const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
@@ -243,31 +292,18 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
             operand[s / 2][s % 2 * 2] = words[8 * s + t];
             operand[s / 2][s % 2 * 2 + 1] = words[8 * s + 4 + t];
         }
+        return 0;
     } else {
 #pragma unroll
-        for (int s = 0; s < D / 32; ++s)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) { // registers 0, 2: high bytes, 1, 3: low bytes; 0, 1: the first half of k
-                const uint8_t * from = bytes + ((r & 1) * 8 + c) * D;
-                uint32_t word = 0;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int e;
-                    if constexpr (L::turbo) {
-                        constexpr int steps = L::block / 32;
-                        const int block = s / steps, step = s % steps;
-                        const int unit = L::bits == 4 ? t + 4 * step : 2 * (t + 4 * (step >> 1)) + (step & 1);
-                        e = block * L::block +
-                            unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, (r >> 1) * 4 + i);
-                    } else {
-                        e = 32 * s + 16 * (r >> 1) + 4 * t + i;
-                    }
-                    word |= uint32_t(from[e]) << (8 * i);
-                }
-                operand[s][r] = word;
-            }
+        for (int s = 0; s < D / 32; ++s) { // registers 0, 2: high bytes, 1, 3: low bytes; 0, 1: the first half
+            const uint4 four = *reinterpret_cast<const uint4 *>(bytes + c * 2 * D + (s * 4 + t) * 16);
+            operand[s][0] = four.x;
+            operand[s][1] = four.y;
+            operand[s][2] = four.z;
+            operand[s][3] = four.w;
+        }
+        return factors[c];
     }
-    return factor;
 }
 
 // ---- scores
@@ -427,7 +463,10 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
         for (int b = 0; b < D / L::block; ++b) {
             float w[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) w[i] = p[i] > 0 ? p[i] * load_half(row[i] + b * L::block_bytes) : 0.0f;
+            for (int i = 0; i < 8; ++i) {
+                const float scale = load_half(row[i] + b * L::block_bytes);
+                w[i] = p[i] > 0 ? p[i] * scale : 0.0f;
+            }
             Weights weights = quantize_weights<Paired>(w, g);
             weights.scale *= Step<TV>::value;
             OutputScale s;
@@ -486,21 +525,37 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
     }
 }
 
-template <KV TV, int D> __device__ __forceinline__ int output_element(int product, int g, int half) {
+// The lane's elements of column 2t + j to out[D].
+template <KV TV, int D>
+__device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int g) {
     using L = Layout<TV, D>;
     if constexpr (L::bits == 16) {
-        return 2 * (g + 8 * product) + half;
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m)
+            *reinterpret_cast<float2 *>(out + 2 * (g + 8 * m)) = make_float2(o[m][j], o[m][2 + j]);
     } else if constexpr (L::turbo) {
         constexpr int units = L::block / 64;
-        const int b = product / (4 * units), j = product / 4 % units, m = product % 4;
-        const int unit = L::bits == 4 ? g + 8 * j : units == 2 ? 2 * g + j : g;
-        return b * L::block + unit_element<L::turbo ? L::bits : 4, L::turbo ? L::block : 64>(unit, 2 * m + half);
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 4) {
+            const int b = m / (4 * units), u = m / 4 % units;
+            const int unit = L::bits == 4 ? g + 8 * u : units == 2 ? 2 * g + u : g;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
+                *reinterpret_cast<float4 *>(out + b * L::block + unit_element<L::bits, L::block>(unit, h)) =
+                    make_float4(o[m][2 * h + j], o[m + 1][2 * h + j], o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
+        }
     } else {
-        return product / 2 * 32 + 4 * g + product % 2 * 2 + half;
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 2)
+            *reinterpret_cast<float4 *>(out + 16 * m + 4 * g) =
+                make_float4(o[m][j], o[m][2 + j], o[m + 1][j], o[m + 1][2 + j]);
     }
 }
 
 // ---- the kernel
+
+// x in a register, where the compiler would rather compute it again in every step: a shuffle is not repeated.
+__device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, threadIdx.x % 32); }
 
 template <KV TK, KV TV, int D>
 __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
@@ -508,15 +563,16 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     extern __shared__ __align__(16) uint8_t shared[];
-    wait_for_previous();
-    if (gridDim.x > 1) let_next_start(); // merge_kernel, which waits for the results all the same
+    let_next_start();
     const Attention & a = call.a;
     const AttentionPlan & p = call.p;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int head_in_block = warp % p.block_heads, row_tile = warp / p.block_heads;
-    const int column_tile = blockIdx.y / p.head_groups, first_head = blockIdx.y % p.head_groups * p.block_heads;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, row_tile = keep(warp / p.block_heads);
+    const int head_in_block = warp - row_tile * p.block_heads;
+    const int column_tile = p.column_tiles == 1 ? 0 : blockIdx.y / p.head_groups;
+    const int first_head = (blockIdx.y - column_tile * p.head_groups) * p.block_heads;
     const int kv_head = first_head + head_in_block, stream = blockIdx.z;
-    const int kv_stream = stream / (a.streams / a.kv_streams);
+    const int kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
     const bool paired = p.column_tile == 4;
 
     const uint8_t * k = static_cast<const uint8_t *>(a.k) + kv_stream * a.k_stream + first_head * a.k_head;
@@ -525,24 +581,28 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     const int stage_bytes = rows * (p.pitch_k + p.pitch_v);
     const uint32_t shared_address = uint32_t(__cvta_generic_to_shared(shared));
     const int64_t begin = int64_t(blockIdx.x) * p.chunk_rows;
-    const int64_t end = begin + p.chunk_rows < a.n_kv ? begin + p.chunk_rows : a.n_kv;
-    const int steps = int((end - begin + rows - 1) / rows);
+    const int length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
 
-    auto load = [&](int step) {
-        if (step < steps) {
-            const uint32_t at = shared_address + step % p.stages * stage_bytes;
-            load_rows(at, p.pitch_k, k, a.k_row, p.block_heads * LK::bytes, rows, begin + int64_t(step) * rows, a.n_kv);
-            load_rows(at + rows * p.pitch_k, p.pitch_v, v, a.v_row, p.block_heads * LV::bytes, rows,
-                      begin + int64_t(step) * rows, a.n_kv);
+    auto load = [&](int at, int stage) { // the rows from begin + at on, to the memory of that stage
+        if (at < length) {
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side)
+                load_rows(shared_address + stage * stage_bytes + (side ? rows * p.pitch_k : 0),
+                          side ? Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}
+                               : Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k},
+                          rows, begin + at, a.n_kv);
         }
         copy_commit();
     };
-    for (int step = 0; step < p.stages - 1; ++step) load(step);
+    wait_for_previous();
+#pragma unroll 1
+    for (int stage = 0; stage < p.stages - 1; ++stage) load(stage * rows, stage);
 
     // the last stage is not in use yet
     uint32_t q[D / 32][4];
-    const float factor = prepare_queries<TK, D>(call, stream, kv_head, column_tile * p.column_tile,
-                                                shared + (p.stages - 1) * stage_bytes + warp * 16 * D, q);
+    const float factor =
+        prepare_queries<TK, D>(call, stream, kv_head, column_tile * p.column_tile, row_tile,
+                               shared + (p.stages - 1) * stage_bytes + head_in_block * query_scratch<D>, q);
 
     constexpr float log2e = 1.44269504f;
     const int column = column_tile * p.column_tile + (paired ? g % 4 : g);
@@ -552,6 +612,34 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
                                      head % a.mask_heads * a.mask_head + stream % a.mask_streams * a.mask_stream
                                : nullptr;
     const bool mask_pairs = (reinterpret_cast<uintptr_t>(mask) & 3) == 0;
+    // The mask of the lane's rows in the tile at `first`: two binary16 values a word.
+    uint32_t masked[4] = {0, 0, 0, 0};
+    auto load_mask = [&](int64_t first) {
+        if (first + tile <= a.n_kv && mask_pairs) {
+            if (mask) {
+                const uint32_t * at = reinterpret_cast<const uint32_t *>(mask + 2 * (first + 2 * t));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) masked[i] = at[4 * i];
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int64_t r = first + 2 * t; r < first + tile; r += 8) {
+            uint32_t word = 0;
+#pragma unroll 1
+            for (int i = 1; i >= 0; --i) {
+                const uint16_t minus_infinity = 0xfc00;
+                word = word << 16 | (r + i >= a.n_kv ? minus_infinity
+                                     : mask          ? *reinterpret_cast<const uint16_t *>(mask + 2 * (r + i))
+                                                     : 0);
+            }
+            masked[0] = masked[1];
+            masked[1] = masked[2];
+            masked[2] = masked[3];
+            masked[3] = word;
+        }
+    };
+    load_mask(begin + row_tile * tile);
     float slope = log2e;
     if (a.max_bias > 0)
         slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
@@ -572,45 +660,22 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
                    v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
     const int k_at = row_tile * tile * p.pitch_k + head_in_block * LK::bytes;
     const int v_at = rows * p.pitch_k + row_tile * tile * p.pitch_v + head_in_block * LV::bytes;
-    const int k_operand = k_at + g * p.pitch_k + row_offset(k_low, k_stride, g);
-    const int k_scale0 = k_at + 2 * t * p.pitch_k + row_offset(k_low, k_stride, 2 * t);
-    const int k_scale1 = k_at + (2 * t + 1) * p.pitch_k + row_offset(k_low, k_stride, 2 * t + 1);
-    const int v_row0 = v_at + 2 * t * p.pitch_v + row_offset(v_low, v_stride, 2 * t);
-    const int v_row1 = v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1);
+    const int k_operand = keep(k_at + g * p.pitch_k + row_offset(k_low, k_stride, g));
+    const int k_scale0 = keep(k_at + 2 * t * p.pitch_k + row_offset(k_low, k_stride, 2 * t));
+    const int k_scale1 = keep(k_at + (2 * t + 1) * p.pitch_k + row_offset(k_low, k_stride, 2 * t + 1));
+    const int v_row0 = keep(v_at + 2 * t * p.pitch_v + row_offset(v_low, v_stride, 2 * t));
+    const int v_row1 = keep(v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1));
 
-    for (int step = 0; step < steps; ++step) {
+    const int ahead = (p.stages - 1) * rows;
+    for (int at = 0, now = 0; at < length; at += rows, now = now + 1 == p.stages ? 0 : now + 1) {
         if (p.stages == 3) copy_wait<1>();
         else copy_wait<0>();
         __syncthreads();
-        load(step + p.stages - 1);
-        const int64_t first = begin + int64_t(step) * rows + row_tile * tile;
-        if (first >= end) continue;
+        load(at + ahead, now ? now - 1 : p.stages - 1);
+        const int own = at + row_tile * tile; // the warp's rows
+        if (own >= length) continue;
 
-        float bias[8];
-        if (first + tile <= a.n_kv && mask_pairs) {
-            const char * at = mask + 2 * (first + 2 * t);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 m =
-                    mask ? __half22float2(*reinterpret_cast<const half2 *>(at + 16 * i)) : make_float2(0, 0);
-                bias[2 * i] = m.x;
-                bias[2 * i + 1] = m.y;
-            }
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < 8; ++i) {
-                const int64_t r = first + 8 * (i / 2) + 2 * t + i % 2;
-                const float value = r >= a.n_kv ? -INFINITY
-                                    : mask      ? __half2float(*reinterpret_cast<const half *>(mask + 2 * r))
-                                                : 0.0f;
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    if (i == j) bias[j] = value;
-            }
-        }
-
-        const uint8_t * stage = shared + step % p.stages * stage_bytes;
-
+        const uint8_t * stage = shared + now * stage_bytes;
         float s[8];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -627,10 +692,12 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         float top = -INFINITY;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            s[i] = s[i] * to_log2 + slope * bias[i];
-            if (bias[i] == -INFINITY) s[i] = -INFINITY; // whatever bytes the row has
+            const float bias = __half2float(__ushort_as_half(uint16_t(masked[i / 2] >> (16 * (i % 2)))));
+            s[i] = s[i] * to_log2 + slope * bias;
+            if (bias == -INFINITY) s[i] = -INFINITY; // whatever bytes the row has
             top = fmaxf(top, s[i]);
         }
+        if (own + rows < length) load_mask(begin + own + rows); // of the next step
         top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
         top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
         const float before = largest;
@@ -678,12 +745,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         for (int j = 0; j < 2; ++j) {
             const int c = column_tile * p.column_tile + 2 * t + j;
             if (c >= p.columns) continue;
-            float * out = call.partial + ((query_row(c) + kv_head * p.group) * p.parts + part) * D;
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) {
-                out[output_element<TV, D>(i, g, 0)] = o[i][j];
-                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
-            }
+            store_output<TV, D>(call.partial + ((query_row(c) + kv_head * p.group) * p.parts + part) * D, o, j, g);
         }
         return;
     }
@@ -696,14 +758,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     if (has_meta) metas[warp * p.column_tile + g] = make_float2(largest, sum);
     if (has_output) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            float * out = results + (warp * p.column_tile + 2 * t + j) * D;
-#pragma unroll
-            for (int i = 0; i < D / 16; ++i) {
-                out[output_element<TV, D>(i, g, 0)] = o[i][j];
-                out[output_element<TV, D>(i, g, 1)] = o[i][2 + j];
-            }
-        }
+        for (int j = 0; j < 2; ++j)
+            store_output<TV, D>(results + (warp * p.column_tile + 2 * t + j) * D, o, j, g);
     }
     __syncthreads();
     for (int task = warp; task < p.block_heads * p.column_tile; task += warps) {

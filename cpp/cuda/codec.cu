@@ -244,6 +244,7 @@ template <int Bits, int N>
 __global__ void __launch_bounds__(32 * encode_warps)
     encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
                   const int64_t ne3, const Index index) {
+    let_next_start();
     wait_for_previous();
     const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
     if (item >= blocks * ne1) return;

@@ -136,12 +136,11 @@ template <int Bits, int N> __device__ __forceinline__ int unit_element(int unit,
 template <int N> __device__ __forceinline__ void hadamard_warp(float (&y)[N / 32]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int h = 1; h < 32; h *= 2)
+    for (int h = 1; h < 32; h *= 2) {
+        const float sign = lane & h ? -1.0f : 1.0f; // the product is exact: one rounding, as of a sum
 #pragma unroll
-        for (int j = 0; j < N / 32; ++j) {
-            const float other = __shfl_xor_sync(all_lanes, y[j], h);
-            y[j] = lane & h ? __fsub_rn(other, y[j]) : __fadd_rn(y[j], other);
-        }
+        for (int j = 0; j < N / 32; ++j) y[j] = __fmaf_rn(sign, y[j], __shfl_xor_sync(all_lanes, y[j], h));
+    }
 #pragma unroll
     for (int h = 1; h < N / 32; h *= 2)
 #pragma unroll

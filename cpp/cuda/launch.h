@@ -17,8 +17,8 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// The next kernel in the stream may be launched as soon as all thread blocks have called this. Only where that kernel
-// is known to call wait_for_previous.
+// The next kernel in the stream may be launched as soon as all thread blocks have called this, if it was launched for
+// that; such kernels, ours and ggml's, wait for the end of those before them.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
