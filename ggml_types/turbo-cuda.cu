@@ -66,6 +66,14 @@ bool is_set_rows(const ggml_tensor * op) {
            (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
 }
 
+tq::Store store_of(const ggml_tensor * src, const ggml_tensor * dst, const tq::Index & index) {
+    return { to_tq(dst->type), rows_of(src), rows_of(dst), { src->ne[0], src->ne[1], src->ne[2], src->ne[3] }, index };
+}
+
+tq::Store store_of(const ggml_tensor * set_rows) {
+    return store_of(set_rows->src[0], set_rows, index_of(set_rows->src[1]));
+}
+
 bool is_get_rows(const ggml_tensor * op) {
     return turbo_is_type(op->src[0]->type) && op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 &&
            whole_rows(op->src[0]) && whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
@@ -305,9 +313,36 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         return false;
     }
     GGML_ASSERT(is_set_rows(dst));
-    CUDA_CHECK(tq::encode_rows(to_tq(dst->type), rows_of(dst->src[0]), rows_of(dst), dst->src[0]->ne,
-                               index_of(dst->src[1]), ctx.stream()));
+    CUDA_CHECK(tq::encode_rows(store_of(dst), ctx.stream()));
     return true;
+}
+
+int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    const ggml_tensor * first = graph->nodes[at];
+    // with several streams, what the second stores may not be there yet
+    if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || ctx.curr_stream_no != 0) {
+        return 0;
+    }
+    for (int i = at + 1; i < graph->n_nodes; ++i) {
+        const ggml_tensor * second = graph->nodes[i];
+        switch (second->op) {
+            case GGML_OP_NONE:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_VIEW:
+            case GGML_OP_PERMUTE:
+            case GGML_OP_TRANSPOSE: continue;
+            case GGML_OP_SET_ROWS: break;
+            default: return 0;
+        }
+        if (!turbo_is_type(second->type) || ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
+            !(second->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            return 0;
+        }
+        GGML_ASSERT(is_set_rows(first) && is_set_rows(second));
+        CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
+        return i - at;
+    }
+    return 0;
 }
 
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -326,7 +361,7 @@ bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, gg
     }
     GGML_ASSERT(is_copy(src, dst));
     if (turbo_is_type(dst->type)) {
-        CUDA_CHECK(tq::encode_rows(to_tq(dst->type), rows_of(src), rows_of(dst), src->ne, no_index, ctx.stream()));
+        CUDA_CHECK(tq::encode_rows(store_of(src, dst, no_index), ctx.stream()));
     } else {
         CUDA_CHECK(tq::decode_rows(to_tq(src->type), rows_of(src), rows_of(dst), src->ne, no_index,
                                    dst->type == GGML_TYPE_F16, false, ctx.stream()));

@@ -6,6 +6,7 @@
 #include "turbo-ggml.h"
 
 struct ggml_backend_cuda_context;
+struct ggml_cgraph;
 
 // True if op reads or writes a turbo type: then turbo_cuda_supports_op alone decides.
 inline bool turbo_cuda_touches(const ggml_tensor * op) {
@@ -26,6 +27,7 @@ inline bool turbo_cuda_set_rows(ggml_backend_cuda_context &, ggml_tensor *) { re
 inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
 inline bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
+inline int  turbo_cuda_try_fuse(ggml_backend_cuda_context &, const ggml_cgraph *, int) { return 0; }
 
 #else
 
@@ -37,5 +39,8 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
 bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// Computes node `at` together with nodes after it, and returns how many these are. K and V are stored by one kernel.
+int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at);
 
 #endif

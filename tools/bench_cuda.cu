@@ -209,7 +209,7 @@ int main(int argc, char ** argv) {
         must(cudaFree(mask), "free");
     }
 
-    // Storing tokens, and decoding a whole cache for a prefill.
+    // Storing keys and values of tokens, and decoding a whole cache for a prefill.
     const Index none = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
     for (int bits = 4; bits >= 2; --bits) {
         const tq_type type = bits == 4 ? TQ_TURBO4 : bits == 3 ? TQ_TURBO3 : TQ_TURBO2;
@@ -221,11 +221,10 @@ int main(int argc, char ** argv) {
         encoded = random_cache(types[4 - bits], size_t(rows * row));
         must(cudaMemset(values, 0x3c, 512 * width * 4), "memset");
         for (const int64_t tokens_in : {int64_t(1), int64_t(512)}) {
-            const int64_t ne[4] = {width, tokens_in, 1, 1};
-            const double us = microseconds(16, [&](int, cudaStream_t s) {
-                must(encode_rows(type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, ne, none, s),
-                     "encode_rows");
-            });
+            const Store store = {type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, {width, tokens_in, 1, 1},
+                                 none};
+            const double us =
+                microseconds(16, [&](int, cudaStream_t s) { must(encode_rows(store, store, s), "encode_rows"); });
             std::printf("{\"encode\": \"turbo%d\", \"tokens\": %lld, \"us\": %.2f}\n", bits,
                         static_cast<long long>(tokens_in), us);
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ kernels on an H200.
 examples
   python3 tools/bench_cuda.py
   python3 tools/bench_cuda.py --types f16,turbo4 --depths 0,131072 --repeat 10
+  python3 tools/bench_cuda.py --depths 0 --rounds 10    what a launch costs moves from process to process
   python3 tools/bench_cuda.py --json cuda.json --plot cuda.svg
   python3 tools/bench_cuda.py --skip-model --shape 64,8,128,1       8 query heads to a KV head
 """
@@ -54,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prefill (default 512)")
     parser.add_argument("--decode", type=int, default=128, metavar="N", help="tokens to generate (default 128)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs of each figure (default 5)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N",
+                        help="times to start all over; the mean counts (default 1)")
     parser.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T",
                         help="of the first table: query heads, KV heads, head size, tokens (default %(default)s)")
     parser.add_argument("--arch", default="native", help="GPUs to compile the first table's program for")
@@ -118,18 +122,22 @@ def kernel_table(device: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
 
 def model_rows(folder: Path, given: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     model = make_model(folder)
-    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, int, str], list[float]] = {}
     with progress_bar(console) as progress:
-        task = progress.add_task("llama-bench", total=len(given.types))
-        for pair in given.types:
+        task = progress.add_task("llama-bench", total=len(given.types) * given.rounds)
+        for pair in given.types * given.rounds:
             type_k, type_v = pair.split(":")
             command = [folder / "llama-bench", "-m", model, "-ngl", 99, "-fa", 1, "-ctk", type_k, "-ctv", type_v,
                        "-d", ",".join(map(str, given.depths)), "-p", given.prefill, "-n", given.decode,
                        "-r", given.repeat, "-o", "json"]
             for row in json.loads(run(command)):
-                rows.append({"pair": pair, "depth": row["n_depth"], "what": "decode" if row["n_gen"] else "prefill",
-                             "tokens_s": row["avg_ts"], "deviation": row["stddev_ts"]})
+                key = (pair, row["n_depth"], "decode" if row["n_gen"] else "prefill")
+                found.setdefault(key, []).append(row["avg_ts"])
             progress.advance(task)
+    rows: list[dict[str, Any]] = [
+        {"pair": pair, "depth": depth, "what": what, "tokens_s": statistics.fmean(speeds), "rounds": speeds}
+        for (pair, depth, what), speeds in found.items()
+    ]
     base = {(row["depth"], row["what"]): row["tokens_s"] for row in rows if row["pair"] == "f16:f16"}
     for row in rows:
         row["ratio"] = row["tokens_s"] / base[row["depth"], row["what"]]

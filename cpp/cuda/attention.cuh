@@ -132,11 +132,11 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
         copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
         return;
     }
-#pragma unroll 1
-    for (int i = 0; i < 16; i += 2) {
-        const uint16_t x = i < valid ? uint16_t(load_u16(global + i)) : uint16_t(0);
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + i), "h"(x) : "memory");
-    }
+    uint16_t x[8]; // all on their way before the first is stored
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = 2 * i < valid ? uint16_t(load_u16(global + 2 * i)) : uint16_t(0);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * i), "h"(x[i]) : "memory");
 }
 
 // The rows of the block's heads in K or V.
@@ -164,23 +164,36 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
         }
         return;
     }
-    const int lanes = side.pitch <= 128 ? 8 : side.pitch <= 256 ? 16 : 32; // of a row
-    const int apart = blockDim.x / lanes, unit = threadIdx.x % lanes * 16;
-    const int64_t left = n_kv - 1 - first; // rows before the cache's last one
-    int r = threadIdx.x / lanes;
+    const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // of a row
+    const int apart = blockDim.x >> log_lanes, unit = (threadIdx.x & (lanes - 1)) * 16;
+    int r = threadIdx.x >> log_lanes;
     const uint8_t * from = side.base + (first + r) * side.stride + unit;
     shared += r * side.pitch + unit;
-#pragma unroll 1
-    for (; r < rows; r += apart, from += apart * side.stride, shared += apart * side.pitch) {
-        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
-        if (r < left) { // what follows the row may be read
-#pragma unroll 1
-            for (int at = 0; at < bytes; at += lanes * 16) copy_async(shared + at, from - offset + at, 16);
-        } else { // nothing behind the last row
-#pragma unroll 1
-            for (int at = 0; at < bytes; at += lanes * 16)
-                copy_end(shared + at, from - offset + at, any, r == left ? bytes - at : 0);
+    const int64_t from_step = apart * side.stride;
+    const int to_step = apart * side.pitch;
+    const int left = int(n_kv - 1 - first); // rows before the cache's last one: what follows these may be read
+    const int simple = min(left, rows);
+    if (side.pitch <= 512) {
+#pragma unroll 4
+        for (; r < simple; r += apart, from += from_step, shared += to_step) {
+            const int offset = int(reinterpret_cast<uintptr_t>(from) & 15);
+            if (unit < offset + side.chunk) copy_async(shared, from - offset, 16);
         }
+    } else {
+#pragma unroll 1
+        for (; r < simple; r += apart, from += from_step, shared += to_step) {
+            const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
+            const uint8_t * unit_from = from - offset;
+#pragma unroll 4
+            for (int at = 0; at < bytes; at += 512, unit_from += 512) copy_async(shared + at, unit_from, 16);
+        }
+    }
+#pragma unroll 1
+    for (; r < rows; r += apart, from += from_step, shared += to_step) {
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
+#pragma unroll 1
+        for (int at = 0; at < bytes; at += lanes * 16)
+            copy_end(shared + at, from - offset + at, any, r == left ? bytes - at : 0);
     }
 }
 
@@ -219,14 +232,36 @@ template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
     return ((product * 4 + t) * 4 + nibble / 4 * 2) * 4 + nibble % 4;
 }
 
+// Columns c0, c0 + row_tiles, ... of a KV head: a lane has elements lane, lane + 32, ...
+template <int D>
+__device__ __forceinline__ void load_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
+                                             int c0, float (&y)[4][D / 32]) {
+    const Attention & a = call.a;
+    const int lane = threadIdx.x % 32, apart = call.p.row_tiles;
+    // lane i finds out where column i is
+    const int own = first_column + c0 + lane % 4 * apart, token = own / call.p.group;
+    const uint64_t own_row = reinterpret_cast<uintptr_t>(a.q) + token * a.q_token +
+                             (kv_head * call.p.group + own - token * call.p.group) * a.q_head + stream * a.q_stream;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int c = c0 + i * apart;
+        const float * row = reinterpret_cast<const float *>(uintptr_t(__shfl_sync(all_lanes, own_row, i)));
+        const bool some = c < call.p.column_tile && first_column + c < call.p.columns;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[i][j] = some ? row[lane + 32 * j] : 0.0f;
+    }
+}
+
+template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float)); // bytes
+
 // The columns of a KV head as operands: of int8 matrices, if K is integer; else of binary16 ones. The warps of the head
-// share the work. `bytes` is scratch memory of the head, query_scratch<D> bytes. Returns the factor that turns integers
-// into scores (of column lane / 4).
-template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float));
+// share the work; y has what load_queries loaded for c0 = row_tile. `bytes` is the head's scratch memory. Returns the
+// factor that turns integers into scores (of column lane / 4).
 
 template <KV TK, int D>
 __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
-                                                 int row_tile, uint8_t * bytes, uint32_t (&operand)[D / 32][4]) {
+                                                 int row_tile, uint8_t * bytes, float (&y)[4][D / 32],
+                                                 uint32_t (&operand)[D / 32][4]) {
     using L = Layout<TK, D>;
     constexpr int P = D / 32;
     const Attention & a = call.a;
@@ -234,18 +269,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int
     float * factors = reinterpret_cast<float *>(bytes + 16 * D);
 #pragma unroll 1
     for (int c0 = row_tile; c0 < call.p.column_tile; c0 += 4 * apart) {
-        float y[4][P]; // four columns' loads are under way at once; lane i finds out where column i is
-        const int own = first_column + c0 + lane % 4 * apart, token = own / call.p.group;
-        const uint64_t own_row = reinterpret_cast<uintptr_t>(a.q) + token * a.q_token +
-                                 (kv_head * call.p.group + own - token * call.p.group) * a.q_head + stream * a.q_stream;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int c = c0 + i * apart;
-            const float * row = reinterpret_cast<const float *>(uintptr_t(__shfl_sync(all_lanes, own_row, i)));
-            const bool some = c < call.p.column_tile && first_column + c < call.p.columns;
-#pragma unroll
-            for (int j = 0; j < P; ++j) y[i][j] = some ? row[lane + 32 * j] : 0.0f;
-        }
+        if (c0 != row_tile) load_queries<D>(call, stream, kv_head, first_column, c0, y);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = c0 + i * apart;
@@ -594,15 +618,6 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         }
         copy_commit();
     };
-    wait_for_previous();
-#pragma unroll 1
-    for (int stage = 0; stage < p.stages - 1; ++stage) load(stage * rows, stage);
-
-    // the last stage is not in use yet
-    uint32_t q[D / 32][4];
-    const float factor =
-        prepare_queries<TK, D>(call, stream, kv_head, column_tile * p.column_tile, row_tile,
-                               shared + (p.stages - 1) * stage_bytes + head_in_block * query_scratch<D>, q);
 
     constexpr float log2e = 1.44269504f;
     const int column = column_tile * p.column_tile + (paired ? g % 4 : g);
@@ -639,21 +654,10 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
             masked[3] = word;
         }
     };
-    load_mask(begin + row_tile * tile);
     float slope = log2e;
     if (a.max_bias > 0)
         slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
                                          : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    const float to_score = LK::bits == 16 ? 1.0f : factor;            // of the products, to natural units
-    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e; // of what the soft cap leaves, to powers of two
-
-    float largest = -1e30f, sum = 0; // of column g, over the lane's rows
-    float o[D / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) o[i][j] = 0;
-
     // Where the lane's rows lie in a stage. A step advances by a multiple of 32 rows: the same modulo 16.
     const uint32_t row = uint32_t(begin + row_tile * tile), k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
     const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
@@ -666,6 +670,34 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     const int v_row0 = keep(v_at + 2 * t * p.pitch_v + row_offset(v_low, v_stride, 2 * t));
     const int v_row1 = keep(v_at + (2 * t + 1) * p.pitch_v + row_offset(v_low, v_stride, 2 * t + 1));
 
+    if (int(threadIdx.x) < min(rows, length)) {
+        prefetch(k + (begin + threadIdx.x) * a.k_row);
+        prefetch(v + (begin + threadIdx.x) * a.v_row);
+    }
+    if (threadIdx.x == 0) prefetch(a.q);
+    if (mask && threadIdx.x == 0) prefetch(mask);
+    wait_for_previous();
+    float queries[4][D / 32];
+    load_queries<D>(call, stream, kv_head, column_tile * p.column_tile, row_tile, queries);
+#pragma unroll 1
+    for (int stage = 0; stage < p.stages - 1; ++stage) load(stage * rows, stage);
+    load_mask(begin + row_tile * tile);
+
+    // the last stage is not in use yet
+    uint32_t q[D / 32][4];
+    const float factor =
+        prepare_queries<TK, D>(call, stream, kv_head, column_tile * p.column_tile, row_tile,
+                               shared + (p.stages - 1) * stage_bytes + head_in_block * query_scratch<D>, queries, q);
+    const float to_score = LK::bits == 16 ? 1.0f : factor;            // of the products, to natural units
+    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e; // of what the soft cap leaves, to powers of two
+
+    float largest = -1e30f, sum = 0; // of column g, over the lane's rows
+    float o[D / 16][4];
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[i][j] = 0;
+
     const int ahead = (p.stages - 1) * rows;
     for (int at = 0, now = 0; at < length; at += rows, now = now + 1 == p.stages ? 0 : now + 1) {
         if (p.stages == 3) copy_wait<1>();
@@ -675,6 +707,12 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         const int own = at + row_tile * tile; // the warp's rows
         if (own >= length) continue;
 
+        constexpr uint32_t hidden = 0xfc00fc00; // two minus infinities
+        const bool sees = masked[0] != hidden || masked[1] != hidden || masked[2] != hidden || masked[3] != hidden;
+        if (!__any_sync(all_lanes, sees)) { // no column sees any of the rows
+            if (own + rows < length) load_mask(begin + own + rows);
+            continue;
+        }
         const uint8_t * stage = shared + now * stage_bytes;
         float s[8];
 #pragma unroll
@@ -731,6 +769,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(all_lanes, o[i][j], 2); // the low bytes' columns
     }
+    const bool some = __any_sync(all_lanes, !(largest <= -1e30f)); // the warp's rows are not all hidden
     const bool has_meta = t == 0 && (!paired || g < 4), has_output = !paired || t < 2;
     const auto query_row = [&](int c) {
         return (int64_t(stream) * a.tokens + c / p.group) * a.heads + c % p.group; // of the first KV head
@@ -756,7 +795,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     float * results = reinterpret_cast<float *>(shared);
     float2 * metas = reinterpret_cast<float2 *>(results + warps * p.column_tile * D);
     if (has_meta) metas[warp * p.column_tile + g] = make_float2(largest, sum);
-    if (has_output) {
+    if (has_output && some) { // what is not stored has no weight
 #pragma unroll
         for (int j = 0; j < 2; ++j)
             store_output<TV, D>(results + (warp * p.column_tile + 2 * t + j) * D, o, j, g);
@@ -767,17 +806,26 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         if (at >= p.columns) continue;
         const int query_head = (first_head + h) * p.group + at % p.group;
         const float sink = a.sinks ? a.sinks[query_head] * log2e : -INFINITY;
-        float top = fmaxf(sink, -1e30f);
-        for (int r = 0; r < p.row_tiles; ++r) top = fmaxf(top, metas[(r * p.block_heads + h) * p.column_tile + c].x);
-        float total = exp2f(sink - top), y[D / 32];
+        // lane r weighs row tile r
+        const int from = h * p.column_tile + c, apart = p.block_heads * p.column_tile;
+        const float2 own = lane < p.row_tiles ? metas[from + lane * apart] : make_float2(-INFINITY, 0);
+        float top = fmaxf(fmaxf(sink, -1e30f), own.x);
+#pragma unroll
+        for (int i = 1; i < most_warps; i *= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, i));
+        top = __shfl_sync(all_lanes, top, 0);
+        const float weight = own.x <= -1e30f ? 0.0f : exp2f(own.x - top);
+        float total = weight * own.y, y[D / 32];
+#pragma unroll
+        for (int i = 1; i < most_warps; i *= 2) total += __shfl_xor_sync(all_lanes, total, i);
+        total = __shfl_sync(all_lanes, total, 0) + exp2f(sink - top);
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) y[j] = 0;
-        for (int r = 0; r < p.row_tiles; ++r) {
-            const int from = (r * p.block_heads + h) * p.column_tile + c;
-            const float weight = exp2f(metas[from].x - top);
-            total += weight * metas[from].y;
 #pragma unroll
-            for (int j = 0; j < D / 32; ++j) y[j] += weight * results[from * D + lane + 32 * j];
+        for (int r = 0; r < most_warps; ++r) {
+            const float w = __shfl_sync(all_lanes, weight, r);
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j)
+                y[j] += w != 0 ? w * results[(from + r * apart) * D + lane + 32 * j] : 0.0f;
         }
         const float inverse = total == 0 ? 0.0f : 1.0f / total; // a NaN is not hidden
 #pragma unroll

@@ -52,15 +52,8 @@ template <int Bits> constexpr SearchTable make_search_table() {
 }
 
 static_assert(search_steps == 8, "a table entry has eight bytes");
-__device__ const SearchTable search_table4 = make_search_table<4>();
-__device__ const SearchTable search_table3 = make_search_table<3>();
-__device__ const SearchTable search_table2 = make_search_table<2>();
-
-template <int Bits> __device__ __forceinline__ uint2 search_entry(int coarse) {
-    return Bits == 4   ? search_table4.steps[coarse]
-           : Bits == 3 ? search_table3.steps[coarse]
-                       : search_table2.steps[coarse];
-}
+__device__ const SearchTable search_tables[3] = {make_search_table<2>(), make_search_table<3>(),
+                                                 make_search_table<4>()}; // by bits
 
 // Four words to the four words of their first, second, ... bytes.
 __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
@@ -73,13 +66,14 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
 }
 
 // The scale under which the centroids leave the least squared error. Lanes s, s + 8, ... judge step s.
-template <int Bits, int P> __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lane) {
+template <int P>
+__device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lane, const SearchTable & table) {
     uint32_t coarse = 0, low[4] = {}, high[4] = {};
 #pragma unroll
     for (int j = 0; j < P; ++j) {
         const int r = min((magnitude[j] + coarse_unit / 2) / coarse_unit, 127);
         coarse |= uint32_t(r) << (8 * j);
-        const uint2 entry = search_entry<Bits>(r);
+        const uint2 entry = table.steps[r];
         low[j] = entry.x;
         high[j] = entry.y;
     }
@@ -96,6 +90,7 @@ template <int Bits, int P> __device__ __forceinline__ float search_scale(const i
         }
     }
     double best = double(a) * double(a) / double(b);
+    const float scale = float(double(coarse_unit) * double(a) / double(b));
     int step = lane % search_steps;
 #pragma unroll
     for (int h = 1; h < search_steps; h *= 2) {
@@ -106,9 +101,7 @@ template <int Bits, int P> __device__ __forceinline__ float search_scale(const i
             step = other_step;
         }
     }
-    a = __shfl_sync(all_lanes, a, step);
-    b = __shfl_sync(all_lanes, b, step);
-    return float(double(coarse_unit) * double(a) / double(b));
+    return __shfl_sync(all_lanes, scale, step);
 }
 
 // Device code reads constants, not host arrays; t is known after unrolling.
@@ -165,7 +158,8 @@ __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], u
     }
 }
 
-template <int Bits, int N> __device__ void encode_block(const float * x, uint8_t * dst, int lane) {
+template <int Bits, int N>
+__device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int lane, const SearchTable & table) {
     using F = Format<Bits, N>;
     constexpr int P = N / 32, M = F::half_levels;
     float y[P];
@@ -208,7 +202,7 @@ template <int Bits, int N> __device__ void encode_block(const float * x, uint8_t
             energy += z[j] * z[j];
         }
         energy = warp_sum(energy);
-        const float scale = search_scale<Bits, P>(magnitude, lane);
+        const float scale = search_scale(magnitude, lane, table);
 
         int a = 0;
         int m[P] = {};
@@ -240,21 +234,42 @@ template <int Bits, int N> __device__ void encode_block(const float * x, uint8_t
     store_indices<Bits, N>(index, dst + 2, lane);
 }
 
-template <int Bits, int N>
-__global__ void __launch_bounds__(32 * encode_warps)
-    encode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
-                  const int64_t ne3, const Index index) {
+// One or two stores; the thread blocks from `first_groups` on belong to the second.
+struct Stores {
+    Store store[2];
+    int64_t blocks[2]; // of a row
+    unsigned first_groups;
+};
+
+template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
+    __shared__ SearchTable table;
+    static_assert(32 * encode_warps == sizeof(table.steps) / sizeof(table.steps[0]), "a thread to an entry");
     let_next_start();
+    const unsigned which = blockIdx.x >= s.first_groups, group = blockIdx.x - (which ? s.first_groups : 0);
+    const Store & store = s.store[which];
+    const int bits = 4 - int(unsigned(store.type) / 3);
+    table.steps[threadIdx.x] = search_tables[bits - 2].steps[threadIdx.x];
+    const int64_t blocks = s.blocks[which], item = int64_t(group) * encode_warps + threadIdx.x / 32;
+    const int64_t i1 = blocks == 1 ? item : uint32_t(item) / uint32_t(blocks), b = item - i1 * blocks;
+    if (item < blocks * store.ne[1] && threadIdx.x % 32 == 0) {
+        prefetch(row_at(store.src, i1, blockIdx.y, blockIdx.z) + b * N * sizeof(float));
+        if (store.index.data) prefetch(store.index.data);
+    }
+    __syncthreads();
     wait_for_previous();
-    const int64_t item = int64_t(blockIdx.x) * encode_warps + threadIdx.x / 32;
-    if (item >= blocks * ne1) return;
-    const int64_t i1 = blocks == 1 ? item : uint64_t(item) / uint64_t(blocks), b = item - i1 * blocks;
-    for (int64_t i3 = blockIdx.z; i3 < ne3; i3 += gridDim.z)
-        for (int64_t i2 = blockIdx.y; i2 < ne2; i2 += gridDim.y)
-            encode_block<Bits, N>(reinterpret_cast<const float *>(row_at(src, i1, i2, i3)) + b * N,
-                                  reinterpret_cast<uint8_t *>(row_at(dst, row_of(index, i1, i2, i3), i2, i3)) +
-                                      b * Format<Bits, N>::bytes,
-                                  threadIdx.x % 32);
+    if (item >= blocks * store.ne[1]) return;
+    for (int64_t i3 = blockIdx.z; i3 < store.ne[3]; i3 += gridDim.z)
+        for (int64_t i2 = blockIdx.y; i2 < store.ne[2]; i2 += gridDim.y) {
+            const float * x = reinterpret_cast<const float *>(row_at(store.src, i1, i2, i3)) + b * N;
+            uint8_t * row =
+                reinterpret_cast<uint8_t *>(row_at(store.dst, row_of(store.index, i1, i2, i3), i2, i3));
+            const int lane = threadIdx.x % 32;
+            switch (bits) {
+                case 4: encode_block<4, N>(x, row + b * Format<4, N>::bytes, lane, table); break;
+                case 3: encode_block<3, N>(x, row + b * Format<3, N>::bytes, lane, table); break;
+                default: encode_block<2, N>(x, row + b * Format<2, N>::bytes, lane, table);
+            }
+        }
 }
 
 // ---- decode
@@ -423,17 +438,41 @@ void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const 
         default: return cudaErrorNotSupported; \
     }
 
-cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
-                        cudaStream_t stream) {
-    if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
-    Grid grid;
-    if (!grid_for(ne, block_of(type), encode_warps, grid)) return cudaSuccess;
-#define CALL(BITS, N)                                                                                            \
-    return launch(encode_kernel<BITS, N>, grid.size, 32 * encode_warps, 0, stream, src, dst, grid.blocks, ne[1], \
-                  ne[2], ne[3], index)
-    TURBOQUANT_CUDA_TYPES(type, CALL)
-#undef CALL
-    return cudaErrorNotSupported;
+namespace {
+
+cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
+    Stores s = {};
+    dim3 size(0, 1, 1);
+    int block = 0;
+    for (int i = 0; i < count; ++i) {
+        const Store & store = stores[i];
+        if (!known(store.type) || store.ne[0] % block_of(store.type) || (block && block_of(store.type) != block))
+            return cudaErrorNotSupported;
+        block = block_of(store.type);
+        Grid grid = {dim3(0, 1, 1), 1};
+        if (grid_for(store.ne, block, encode_warps, grid) && int64_t(grid.size.x) * encode_warps > UINT32_MAX)
+            return cudaErrorNotSupported;
+        s.store[i] = store;
+        s.blocks[i] = grid.blocks;
+        if (i == 0) s.first_groups = grid.size.x;
+        size = dim3(size.x + grid.size.x, size.y > grid.size.y ? size.y : grid.size.y,
+                    size.z > grid.size.z ? size.z : grid.size.z);
+    }
+    if (size.x == 0) return cudaSuccess;
+    switch (block) {
+        case 128: return launch(encode_kernel<128>, size, 32 * encode_warps, 0, stream, s);
+        case 64: return launch(encode_kernel<64>, size, 32 * encode_warps, 0, stream, s);
+        default: return launch(encode_kernel<32>, size, 32 * encode_warps, 0, stream, s);
+    }
+}
+
+} // namespace
+
+cudaError_t encode_rows(const Store & store, cudaStream_t stream) { return encode(&store, 1, stream); }
+
+cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream) {
+    const Store stores[2] = {first, second};
+    return encode(stores, 2, stream);
 }
 
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,

@@ -25,6 +25,9 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// Starts the address translation of p and its way to the L2 cache. What is there may still change: nothing is read.
+__device__ __forceinline__ void prefetch(const void * p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Whether the kernel's code for the current device has the instruction: not if it was compiled for an older one.
 inline bool can_overlap(const void * kernel) {
     int device = 0, major = 0;

@@ -28,9 +28,18 @@ struct Index {
     int64_t ne[3], nb[3];
 };
 
-// Encode float32 rows of ne[0] values; ne[1..3] count the rows of src. The bytes are those of tq_encode_row.
-cudaError_t encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
-                        cudaStream_t stream);
+// Float32 rows of ne[0] values to encode; ne[1..3] count the rows of src.
+struct Store {
+    tq_type type;
+    Rows src, dst;
+    int64_t ne[4];
+    Index index;
+};
+
+// Encode: the bytes are those of tq_encode_row. Two stores, of K and of V, take one launch if their types' blocks have
+// the same length; else cudaErrorNotSupported.
+cudaError_t encode_rows(const Store & store, cudaStream_t stream);
+cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream);
 
 // Decode to float32, or to binary16 if half; ne[1..3] count the rows of dst. The floats are those of tq_decode_row, or
 // of tq_decode_row_rotated if rotated. With an index, row (i1, i2, i3) of dst is row (index, i2, i3) of src.

@@ -66,6 +66,7 @@ struct Shape {
     int pad = 0;                // bytes between cache rows
     bool mask = true, sinks = false;
     float max_bias = 0, soft_cap = 0, sparse = 0, spread = 1; // spread: standard deviation of the scores
+    int64_t first = 0, last = INT64_MAX; // rows before and behind these are hidden, and hold NaN
 };
 
 // ||got - want|| / ||want||
@@ -75,7 +76,7 @@ double error(const std::vector<float> & got, const std::vector<double> & want) {
         d += (got[i] - want[i]) * (got[i] - want[i]);
         w += want[i] * want[i];
     }
-    return std::sqrt(d / w);
+    return w > 0 ? std::sqrt(d / w) : std::sqrt(d);
 }
 
 void equals_reference(const Shape & s, double bound) {
@@ -83,7 +84,7 @@ void equals_reference(const Shape & s, double bound) {
                   ", ", s.tokens, " tokens, ", s.streams, "/", s.kv_streams, " streams, ", s.n_kv, " rows",
                   s.heads_adjacent ? "" : ", heads apart", s.pad ? ", padded" : "", s.mask ? "" : ", no mask",
                   s.sinks ? ", sinks" : "", ", bias ", s.max_bias, ", cap ", s.soft_cap, ", sparse ", s.sparse,
-                  ", spread ", s.spread);
+                  ", spread ", s.spread, s.first > 0 || s.last < s.n_kv ? ", partly hidden" : "");
     Random random(uint64_t(s.head * 1000 + s.heads * 10 + s.tokens + s.n_kv));
     const int head = s.head;
     const size_t cells = size_t(s.kv_streams) * size_t(s.n_kv) * size_t(s.kv_heads);
@@ -101,7 +102,9 @@ void equals_reference(const Shape & s, double bound) {
             for (float & v : x) v = random.normal();
             const int64_t h = int64_t(cell) % s.kv_heads, r = int64_t(cell) / s.kv_heads % s.n_kv,
                           st = int64_t(cell) / s.kv_heads / s.n_kv;
-            encode_row(type, x, data.data() + st * stream + r * row + h * apart, values.data() + cell * size_t(head));
+            uint8_t * to = data.data() + st * stream + r * row + h * apart;
+            encode_row(type, x, to, values.data() + cell * size_t(head));
+            if (r < s.first || r > s.last) std::memset(to, 0xff, size_t(bytes));
         }
         (key ? a.k_row : a.v_row) = row;
         (key ? a.k_head : a.v_head) = apart;
@@ -117,7 +120,8 @@ void equals_reference(const Shape & s, double bound) {
     std::vector<__half> mask(size_t(s.streams) * size_t(s.tokens) * size_t(s.n_kv));
     for (int64_t i = 0; i < int64_t(mask.size()); ++i) {
         const int64_t r = i % s.n_kv, token = i / s.n_kv % s.tokens;
-        const bool hidden = r > s.n_kv - s.tokens + token || random.below(10) == 0;
+        const bool hidden =
+            r > s.n_kv - s.tokens + token || random.below(10) == 0 || r < s.first || r > s.last;
         mask[size_t(i)] = __float2half_rn(hidden ? -INFINITY : s.max_bias > 0 ? -float(r % 50) : 0.0f);
     }
     std::vector<float> sinks(size_t(s.heads));
@@ -186,12 +190,13 @@ void equals_reference(const Shape & s, double bound) {
                 double total = s.sinks ? std::exp(sinks[size_t(h)] - largest) : 0;
                 double * out = want.data() + ((size_t(st) * s.tokens + token) * s.heads + h) * head;
                 for (int64_t r = 0; r < s.n_kv; ++r) {
+                    if (score[size_t(r)] == -INFINITY) continue;
                     const double w = std::exp(score[size_t(r)] - largest);
                     total += w;
                     const double * value = v.data() + ((size_t(kv_stream) * s.n_kv + r) * s.kv_heads + kv_head) * head;
                     for (int i = 0; i < head; ++i) out[i] += w * value[i];
                 }
-                for (int i = 0; i < head; ++i) out[i] /= total;
+                for (int i = 0; i < head && total > 0; ++i) out[i] /= total; // zeros where nothing is seen
             }
     const double e = error(got, want);
     static double worst = 0;
@@ -242,6 +247,20 @@ int main(int argc, char ** argv) {
             equals_reference(s, bound_of(s));
             if (quick && n_kv == 1024) break;
         }
+        for (const int64_t n_kv : {256, 512, 2100})
+            for (const int tokens : {1, 3})
+                for (const bool sinks : {false, true}) {
+                    Shape s = base;
+                    s.n_kv = n_kv;
+                    s.tokens = tokens;
+                    s.sinks = sinks;
+                    s.last = 40; // a cache in its beginning
+                    equals_reference(s, bound_of(s));
+                    s.first = 33; // a sliding window
+                    equals_reference(s, bound_of(s));
+                    s.last = 32; // nothing at all
+                    equals_reference(s, bound_of(s));
+                }
         if (quick) { // 8 columns in two tiles, over several runs of rows
             Shape s = base;
             s.tokens = 3;

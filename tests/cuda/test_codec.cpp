@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <list>
 
 using namespace turboquant::cuda;
 
@@ -34,11 +35,44 @@ void encode_equals_cpu(tq_type type, const Input & input, int64_t blocks, int64_
 
     DeviceArray<float> src(x);
     DeviceArray<uint8_t> dst(want.size());
-    const int64_t ne[4] = {n, rows, 1, 1};
-    must(encode_rows(type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), ne, no_index, nullptr),
+    must(encode_rows({type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), {n, rows, 1, 1}, no_index}, nullptr),
          "encode_rows");
     const std::vector<uint8_t> got = dst.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
+}
+
+// Two stores at once are what they are one after the other.
+void encode_two(tq_type first, tq_type second, int64_t first_blocks, int64_t first_rows, int64_t second_blocks) {
+    check::Case c(tq_type_get(first)->name, " and ", tq_type_get(second)->name);
+    const tq_type types[2] = {first, second};
+    const int64_t blocks[2] = {first_blocks, second_blocks}, rows[2] = {first_rows, 5};
+    Store stores[2];
+    std::list<DeviceArray<float>> src;
+    std::list<DeviceArray<uint8_t>> dst;
+    std::vector<std::vector<uint8_t>> want;
+    for (int i = 0; i < 2; ++i) {
+        const int64_t n = blocks[i] * tq_type_get(types[i])->block;
+        const size_t bytes = tq_row_bytes(types[i], n);
+        std::vector<float> x(size_t(n * rows[i] + 1));
+        Random random(uint64_t(i + 1));
+        for (float & v : x) v = random.normal();
+        want.emplace_back(bytes * size_t(rows[i]) + 1, poison);
+        for (int64_t r = 0; r < rows[i]; ++r)
+            tq_encode_row(types[i], x.data() + r * n, want.back().data() + size_t(r) * bytes, n);
+        src.emplace_back(x);
+        dst.emplace_back(want.back().size());
+        stores[i] = {types[i], dense(src.back().get(), n * 4), dense(dst.back().get(), int64_t(bytes)),
+                     {n, rows[i], 1, 1}, no_index};
+    }
+    const bool same = tq_type_get(first)->block == tq_type_get(second)->block;
+    CHECK_EQ(encode_rows(stores[0], stores[1], nullptr), same ? cudaSuccess : cudaErrorNotSupported);
+    if (!same) return;
+    auto expected = want.begin();
+    for (DeviceArray<uint8_t> & array : dst) {
+        const std::vector<uint8_t> got = array.host();
+        CHECK_EQ(first_difference(got.data(), expected->data(), expected->size()), int64_t(-1));
+        ++expected;
+    }
 }
 
 // Rows scattered by an index with strides and broadcasting, as ggml's SET_ROWS does; then gathered again.
@@ -75,7 +109,7 @@ template <typename I> void scatter_and_gather(tq_type type) {
     const int64_t ne[4] = {n, rows, ne2, ne3};
     const Rows from = dense(src.get(), (n + pad) * 4, rows, ne2),
                to = dense(cache.get(), int64_t(bytes), cache_rows, ne2);
-    must(encode_rows(type, from, to, ne, index, nullptr), "encode_rows");
+    must(encode_rows({type, from, to, {n, rows, ne2, ne3}, index}, nullptr), "encode_rows");
     const std::vector<uint8_t> got = cache.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1)); // other rows are untouched
 
@@ -166,8 +200,13 @@ int main(int argc, char ** argv) {
             for (const int64_t rows : {1, 3, 131}) decode_equals_cpu(type, blocks, rows);
     }
     for (const int block : {128, 64, 32}) rotation_equals_cpu(block);
-    const int64_t ne[4] = {100, 1, 1, 1};
-    CHECK_EQ(encode_rows(TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), ne, no_index, nullptr),
+    for (int first = 0; first < TQ_TYPE_COUNT; ++first)
+        for (int second = 0; second < TQ_TYPE_COUNT; ++second) {
+            encode_two(type_at(first), type_at(second), 8, 1, 8);
+            encode_two(type_at(first), type_at(second), 3, 0, 1);
+            encode_two(type_at(first), type_at(second), 1, 70, 2);
+        }
+    CHECK_EQ(encode_rows({TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), {100, 1, 1, 1}, no_index}, nullptr),
              cudaErrorNotSupported);
     must(cudaDeviceSynchronize(), "at the end");
     return check::summary();
