@@ -72,8 +72,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     Device device;
     int id;
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
-        a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !current_device(device, id) ||
-        device.version < 80 || !kernel_of(a))
+        a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 ||
+        !current_device(device, id) || device.version < 80 || !kernel_of(a))
         return false;
     const int bytes_k = row_bytes(a.type_k, a.head), bytes_v = row_bytes(a.type_v, a.head);
     // f16 is read as words, everything else as half words

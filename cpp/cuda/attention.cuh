@@ -204,8 +204,8 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 
 // ---- the query as operand A
 
-// Where element e of a query lies among the bytes of its column, so that a lane's four registers of a product follow each
-// other: [product][lane % 4][half of the inner index: high bytes, low bytes][4]. The place of the high byte.
+// Where element e of a query lies among the bytes of its column, so that a lane's four registers of a product follow
+// each other: [product][lane % 4][half of the inner index: high bytes, low bytes][4]. The place of the high byte.
 template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
     using L = Layout<TK, D>;
     int product, t, nibble; // nibble: of the unit's eight elements

@@ -35,8 +35,8 @@ void encode_equals_cpu(tq_type type, const Input & input, int64_t blocks, int64_
 
     DeviceArray<float> src(x);
     DeviceArray<uint8_t> dst(want.size());
-    must(encode_rows({type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), {n, rows, 1, 1}, no_index}, nullptr),
-         "encode_rows");
+    const Store store = {type, dense(src.get(), n * 4), dense(dst.get(), int64_t(bytes)), {n, rows, 1, 1}, no_index};
+    must(encode_rows(store, nullptr), "encode_rows");
     const std::vector<uint8_t> got = dst.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
 }
