@@ -278,12 +278,10 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 } // namespace
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
+    if (turbo_cuda_is_view(op)) {
+        return true;
+    }
     switch (op->op) {
-        case GGML_OP_NONE:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_VIEW:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE: return true;
         case GGML_OP_DUP:
         case GGML_OP_CONT:
         case GGML_OP_CPY:
@@ -325,16 +323,11 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     }
     for (int i = at + 1; i < graph->n_nodes; ++i) {
         const ggml_tensor * second = graph->nodes[i];
-        switch (second->op) {
-            case GGML_OP_NONE:
-            case GGML_OP_RESHAPE:
-            case GGML_OP_VIEW:
-            case GGML_OP_PERMUTE:
-            case GGML_OP_TRANSPOSE: continue;
-            case GGML_OP_SET_ROWS: break;
-            default: return 0;
+        if (turbo_cuda_is_view(second)) {
+            continue;
         }
-        if (!turbo_is_type(second->type) || ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
+        if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
+            ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
             !(second->flags & GGML_TENSOR_FLAG_COMPUTE)) {
             return 0;
         }

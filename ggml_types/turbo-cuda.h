@@ -17,12 +17,15 @@ inline bool turbo_cuda_touches(const ggml_tensor * op) {
     return touched;
 }
 
-#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
-
-inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) {
+// True if op computes nothing.
+inline bool turbo_cuda_is_view(const ggml_tensor * op) {
     return op->op == GGML_OP_NONE || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_VIEW || op->op == GGML_OP_PERMUTE ||
            op->op == GGML_OP_TRANSPOSE;
 }
+
+#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
+
+inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) { return turbo_cuda_is_view(op); }
 inline bool turbo_cuda_set_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }

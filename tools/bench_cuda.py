@@ -66,7 +66,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bin", type=Path, help="folder of the programs that `turboquant build` made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw decode's ratios; .png, .svg or .pdf")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("--rounds takes a number from 1 on")
+    return given
 
 
 def run(command: list[object]) -> str:

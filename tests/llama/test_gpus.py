@@ -16,15 +16,16 @@ PROMPT = "She looked out of the window and saw that the road was empty. The rain
 
 @pytest.fixture(scope="module")
 def cuda_build() -> Build:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-    if listed is None or listed.returncode or listed.stdout.count("GPU ") < 2:
+    program = shutil.which("nvidia-smi")
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True).stdout if program else ""
+    if listed.count("GPU ") < 2:
         pytest.skip("needs two NVIDIA GPUs")
     try:
         folder = where()
     except BuildError as error:
-        pytest.skip(f"needs a build for CUDA: {error}")
+        pytest.skip(f"needs `turboquant build --backend cuda`: {error}")
     if not list(folder.glob("*ggml-cuda*")):
-        pytest.skip(f"{folder} was not built with --backend cuda")
+        pytest.skip(f"needs `turboquant build --backend cuda`: {folder} is a build for the CPU")
     return Build(folder, folder, folder / "probe")
 
 
