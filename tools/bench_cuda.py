@@ -60,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="times to start all over; the mean counts (default 1)")
     parser.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T",
                         help="of the first table: query heads, KV heads, head size, tokens (default %(default)s)")
+    parser.add_argument("--split", choices=("none", "layer", "row", "tensor"), default="none",
+                        help="how llama-bench splits the model over several GPUs, its -sm (default: one GPU)")
     parser.add_argument("--arch", default="native", help="GPUs to compile the first table's program for")
     parser.add_argument("--skip-kernels", action="store_true", help="the second table only")
     parser.add_argument("--skip-model", action="store_true", help="the first table only")
@@ -131,8 +133,8 @@ def model_rows(folder: Path, given: argparse.Namespace, console: Console) -> lis
         for pair in given.types * given.rounds:
             type_k, type_v = pair.split(":")
             command = [folder / "llama-bench", "-m", model, "-ngl", 99, "-fa", 1, "-ctk", type_k, "-ctv", type_v,
-                       "-d", ",".join(map(str, given.depths)), "-p", given.prefill, "-n", given.decode,
-                       "-r", given.repeat, "-o", "json"]
+                       "-sm", given.split, "-d", ",".join(map(str, given.depths)), "-p", given.prefill,
+                       "-n", given.decode, "-r", given.repeat, "-o", "json"]
             for row in json.loads(run(command)):
                 key = (pair, row["n_depth"], "decode" if row["n_gen"] else "prefill")
                 found.setdefault(key, []).append(row["avg_ts"])

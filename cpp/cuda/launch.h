@@ -5,7 +5,8 @@
 
 #include <cuda_runtime.h>
 
-#include <unordered_map>
+#include <map>
+#include <utility>
 
 namespace turboquant {
 namespace cuda {
@@ -34,12 +35,12 @@ inline bool can_overlap(const void * kernel) {
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9)
         return false;
-    static thread_local std::unordered_map<const void *, bool> known;
-    const auto found = known.find(kernel);
+    static thread_local std::map<std::pair<const void *, int>, bool> known; // GPUs of one machine may differ
+    const auto found = known.find({ kernel, device });
     if (found != known.end()) return found->second;
     cudaFuncAttributes attributes;
     const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-    known.emplace(kernel, can);
+    known.emplace(std::make_pair(kernel, device), can);
     return can;
 }
 

@@ -198,6 +198,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
+def perplexity_report(text: str) -> tuple[float, float]:
+    """Perplexity and mean KLD that llama-perplexity --kl-divergence printed."""
+    mean = re.search(r"Mean\s+KLD:\s+([\d.]+)", text)
+    ppl = re.search(r"Mean PPL\(Q\)\s*:\s+([\d.]+)", text)
+    assert mean and ppl, text[-2000:]
+    return float(ppl[1]), float(mean[1])
+
+
 def kld(base: np.ndarray, other: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence KL(base || other) over the rows of logits, in nats."""
     assert base.shape == other.shape and np.isfinite(base).all() and np.isfinite(other).all()

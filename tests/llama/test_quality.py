@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
-from harness import Probe, kld, same_top
+from harness import Probe, kld, perplexity_report, same_top
 
 #: Bounds of the KLD, 1.15 times what was measured (test_divergence).
 KLD = {
@@ -59,14 +57,6 @@ def test_divergence(prose, pair: tuple[str, str]) -> None:
     assert kld(base, logits) <= bound
     assert same_top(base, logits) >= 1 - 2.5 * np.sqrt(bound)
     assert not np.array_equal(base, logits)
-
-
-def perplexity_report(text: str) -> tuple[float, float]:
-    """Perplexity and mean KLD that llama-perplexity --kl-divergence printed."""
-    mean = re.search(r"Mean\s+KLD:\s+([\d.]+)", text)
-    ppl = re.search(r"Mean PPL\(Q\)\s*:\s+([\d.]+)", text)
-    assert mean and ppl, text[-2000:]
-    return float(ppl[1]), float(mean[1])
 
 
 def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
