@@ -74,6 +74,13 @@ tq::Store store_of(const ggml_tensor * set_rows) {
     return store_of(set_rows->src[0], set_rows, index_of(set_rows->src[1]));
 }
 
+// Then it counts which is written first.
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * at_a = static_cast<const char *>(a->data);
+    const char * at_b = static_cast<const char *>(b->data);
+    return at_a < at_b + ggml_nbytes(b) && at_b < at_a + ggml_nbytes(a);
+}
+
 bool is_get_rows(const ggml_tensor * op) {
     return turbo_is_type(op->src[0]->type) && op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 &&
            whole_rows(op->src[0]) && whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
@@ -278,7 +285,7 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 } // namespace
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
-    if (turbo_cuda_is_view(op)) {
+    if (ggml_op_is_empty(op->op)) {
         return true;
     }
     switch (op->op) {
@@ -323,12 +330,12 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     }
     for (int i = at + 1; i < graph->n_nodes; ++i) {
         const ggml_tensor * second = graph->nodes[i];
-        if (turbo_cuda_is_view(second)) {
+        if (ggml_op_is_empty(second->op)) {
             continue;
         }
         if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
             ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
-            !(second->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+            !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || overlap(first, second)) {
             return 0;
         }
         GGML_ASSERT(is_set_rows(first) && is_set_rows(second));

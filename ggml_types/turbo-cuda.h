@@ -3,6 +3,7 @@
 // HIP and MUSA compile the same sources of ggml without our kernels: there the types are refused.
 #pragma once
 
+#include "ggml-impl.h"
 #include "turbo-ggml.h"
 
 struct ggml_backend_cuda_context;
@@ -17,15 +18,9 @@ inline bool turbo_cuda_touches(const ggml_tensor * op) {
     return touched;
 }
 
-// True if op computes nothing.
-inline bool turbo_cuda_is_view(const ggml_tensor * op) {
-    return op->op == GGML_OP_NONE || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_VIEW || op->op == GGML_OP_PERMUTE ||
-           op->op == GGML_OP_TRANSPOSE;
-}
-
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 
-inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) { return turbo_cuda_is_view(op); }
+inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) { return ggml_op_is_empty(op->op); }
 inline bool turbo_cuda_set_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }

@@ -257,7 +257,6 @@ template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeo
 // The columns of a KV head as operands: of int8 matrices, if K is integer; else of binary16 ones. The warps of the head
 // share the work; y has what load_queries loaded for c0 = row_tile. `bytes` is the head's scratch memory. Returns the
 // factor that turns integers into scores (of column lane / 4).
-
 template <KV TK, int D>
 __device__ __forceinline__ float prepare_queries(const AttentionCall & call, int stream, int kv_head, int first_column,
                                                  int row_tile, uint8_t * bytes, float (&y)[4][D / 32],

@@ -36,7 +36,7 @@ inline bool can_overlap(const void * kernel) {
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9)
         return false;
     static thread_local std::map<std::pair<const void *, int>, bool> known; // GPUs of one machine may differ
-    const auto found = known.find({ kernel, device });
+    const auto found = known.find({kernel, device});
     if (found != known.end()) return found->second;
     cudaFuncAttributes attributes;
     const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
