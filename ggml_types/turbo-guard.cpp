@@ -77,10 +77,11 @@ bool can_compute(ggml_backend_dev_t dev) {
 }
 
 void compute(ggml_backend_dev_t dev, const std::vector<product *> & products, int n_threads) {
-    ggml_context_ptr ctx_ptr{ ggml_init({ (3 * products.size() + 8) * ggml_tensor_overhead() +
-            ggml_graph_overhead_custom(products.size() + 8, false), nullptr, true }) };
+    const size_t     leaves = 2 * products.size();
+    ggml_context_ptr ctx_ptr{ ggml_init({ (leaves + products.size()) * ggml_tensor_overhead() +
+            ggml_graph_overhead_custom(leaves + 1, false), nullptr, true }) };
     ggml_context * ctx   = ctx_ptr.get();
-    ggml_cgraph *  graph = ggml_new_graph_custom(ctx, products.size() + 8, false);
+    ggml_cgraph *  graph = ggml_new_graph_custom(ctx, leaves + 1, false);
     bool           any   = false;
     for (product * one : products) {
         one->x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, one->weight->ne[0], one->columns);
