@@ -305,7 +305,16 @@ else:
 """
 COMPLETION = """\
 if "-p" in args:
-    print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
+    if "--single-turn" in args and "-cnv" not in args:
+        if (here / "chat").exists():
+            log("chat template is available, enabling conversation mode (disable it with -no-cnv)")
+        log("common_perf_print:       total time =     119.14 ms /   217 tokens")
+    elif "-cnv" in args:
+        print("1. Sun.\\n2. Water.\\n3. Patience.", end="", flush=True)
+        time.sleep(0.1)  # so that it comes in two pieces
+        print(" [end of text]\\n\\n\\n")
+    else:
+        print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
     sys.exit()
 prompt = Path(args[args.index("-f") + 1]).read_text()
 number = re.search(r"is (\\d+)", prompt)[1]

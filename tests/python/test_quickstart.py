@@ -250,5 +250,5 @@ def test_build(quickstart, tmp_path, capfd, monkeypatch):
     with pytest.raises(quickstart.Problem, match="llama.cpp was not built"):
         quickstart.build(python, options)
     python.write_text("#!/bin/sh\necho /no/such/folder\n")
-    with pytest.raises(quickstart.Problem, match="should have printed a folder"):
+    with pytest.raises(quickstart.Problem, match="should have printed a path"):
         quickstart.build(python, options)
