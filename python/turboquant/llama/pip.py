@@ -53,10 +53,11 @@ def download(
     with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
         with reporter.track(label, size, "bytes") as track:
             process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            done = 0  # never less than before: in the end pip moves the file away
             try:
                 while process.poll() is None:
                     time.sleep(0.1)
-                    track.update(_downloaded(temporary, pattern))
+                    track.update(done := max(done, _downloaded(temporary, pattern)))
             except BaseException:
                 process.terminate()
                 process.wait()
