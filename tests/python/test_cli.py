@@ -143,7 +143,7 @@ def test_types_prints_the_type_table(monkeypatch):
 
 def test_every_command_has_help():
     listed = turbo("--help").stdout
-    for name in ("patch", "unpatch", "build", "where", "explore", "types"):
+    for name in ("patch", "unpatch", "build", "where", "fetch", "explore", "types"):
         assert name in listed
         assert turbo(name, "--help").exit_code == 0
 

@@ -373,7 +373,7 @@ def test_interrupted(place):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["-m", "none.gguf"], "none.gguf: no such file; give a GGUF model with -m"),
+        (["-m", "none.gguf"], "none.gguf: no such file; give a GGUF model, or the name of one"),
         (["-m", "text.txt"], "text.txt is not a GGUF model"),
         (["-m", "half.gguf"], "half.gguf is truncated or damaged"),
         (["-m", "start.gguf"], "start.gguf is truncated or damaged"),

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 import turboquant
-from turboquant.evaluate import needle, report
+from turboquant.evaluate import demo, needle, report
 from turboquant.evaluate.kvsize import parse_cache_size
 from turboquant.evaluate.measure import Options, Row, measure
 from turboquant.evaluate.pairs import CachePair, bits_per_value, parse_pairs
@@ -174,6 +174,13 @@ def test_needles():
     assert needle.make_needles(text, count=4, distance=6000) == needles
 
 
+def test_needles_with_another_prompt():
+    for one in needle.make_needles(prose(), count=2, template=needle.TEMPLATES["plain"]):
+        assert one.note == f"Remember this: the secret number of {one.name} is {one.number}."
+        assert one.question == f"What is the secret number of {one.name}, which the text above tells?"
+        assert one.note in one.prompt.splitlines() and f"\nQuestion: {one.question}\n" in one.prompt
+
+
 def test_needles_need_text():
     with pytest.raises(ValueError, match="too few for a needle 6000 characters back"):
         needle.make_needles(prose(50), count=1)
@@ -305,7 +312,16 @@ else:
 """
 COMPLETION = """\
 if "-p" in args:
-    print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
+    if "--single-turn" in args and "-cnv" not in args:
+        if (here / "chat").exists():
+            log("chat template is available, enabling conversation mode (disable it with -no-cnv)")
+        log("common_perf_print:       total time =     119.14 ms /   217 tokens")
+    elif "-cnv" in args:
+        print("1. Sun.\\n2. Water.\\n3. Patience.", end="", flush=True)
+        time.sleep(0.1)  # so that it comes in two pieces
+        print(" [end of text]\\n\\n\\n")
+    else:
+        print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
     sys.exit()
 prompt = Path(args[args.index("-f") + 1]).read_text()
 number = re.search(r"is (\\d+)", prompt)[1]
@@ -446,7 +462,7 @@ def test_command_line(fake):
     "arguments, reason",
     [
         (["--types", "f16/"], "expected TYPE or TYPE_K/TYPE_V, got 'f16/'"),
-        (["--model", "none.gguf"], "none.gguf: no such file"),
+        (["--model", "none.gguf"], "none.gguf: no such file; give a GGUF model, or the name of one"),
         (["--types", "turbo4"], "knows no cache type 'turbo4'"),
     ],
 )
@@ -454,6 +470,27 @@ def test_command_line_errors(fake, arguments, reason):
     done = subprocess.run(command_line(fake, *arguments), env=environment(fake), capture_output=True, text=True)
     assert done.returncode == 1
     assert reason in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize(
+    "printed, shown",
+    [
+        ("A light.", "A light."),
+        ("A light. [end of text]\n\n\n", "A light."),
+        ("A light.\n [end of text]\n", "A light."),
+        ("[end of text]\n is what it says", "[end of text]\n is what it says"),
+        ("A light [end of", "A light [end of"),
+        (" [end of text]", ""),
+    ],
+)
+def test_end_of_text_is_not_shown(printed, shown, size):
+    pieces = []
+    stream = demo._WithoutEnd(pieces.append)
+    for start in range(0, len(printed), size):
+        stream.write(printed[start : start + size])
+    stream.flush()
+    assert "".join(pieces) == shown
 
 
 @needs_posix

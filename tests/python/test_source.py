@@ -175,7 +175,7 @@ def test_version_must_look_like_one(version):
 
 
 def test_missing_pip_is_told(index, reporter, monkeypatch):
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(source.pip, "is_installed", lambda: False)
     with pytest.raises(source.SourceError, match="ensurepip.*--source DIR"):
         source.fetch(VERSION, reporter)
 

@@ -1,6 +1,6 @@
 """What a KV-cache type costs in quality and gives in memory, measured with llama.cpp's own programs.
 
-`perplexity` runs llama-perplexity, `needle` asks for a number that stands thousands of characters earlier, `story`
+`perplexity` runs llama-perplexity, `needle` asks for a number that stands thousands of characters earlier, `demo`
 writes some text, `report` draws the table, and `measure` ties them together and remembers every result. From a shell::
 
     python -m turboquant.evaluate --bin "$(turboquant where)" --model model.gguf --text text.txt

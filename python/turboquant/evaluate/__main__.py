@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +13,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from turboquant.fetch import resolve_model
+from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir, native_dir
 
-from . import story
+from . import demo as demos
 from .measure import Options, Row, measure
-from .needle import ask, make_needles
+from .needle import ask, bundled_model, make_needles, template_for
 from .pairs import CachePair, parse_pairs
-from .programs import ProgramError, Programs
+from .programs import Programs
 from .report import table, to_json, to_markdown
 from .results import Results, file_hash, write_text
 
@@ -30,7 +33,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def evaluate(
     bin_dir: Annotated[Path, typer.Option("--bin", help="The bin folder of a llama.cpp build (`turboquant where`).")],
-    model: Annotated[Path | None, typer.Option(help="A GGUF model. Default: the bundled prose-8m-q8_0.gguf.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A GGUF model, or the name of a known one (`turboquant fetch`). Default: the bundled "
+            "prose-8m-q8_0.gguf."
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text. Default: the bundled heldout.txt.")] = None,
     types: Annotated[str, typer.Option(help="Cache types: TYPE or TYPE_K/TYPE_V, comma-separated.")] = TYPES,
     ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk; the second half is scored.")] = 2048,
@@ -38,7 +47,7 @@ def evaluate(
     needles: Annotated[int, typer.Option(min=0, max=30, help="Retrieval questions per cache type.")] = 4,
     distance: Annotated[int, typer.Option(min=1, help="Characters between a hidden number and the question.")] = 6000,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all CPUs.")] = None,
-    demo: Annotated[str, typer.Option(help="First write a story and ask one question with this cache.")] = "",
+    demo: Annotated[str, typer.Option(help="First write something and ask one question with this cache.")] = "",
     headline: Annotated[str, typer.Option(hidden=True, help="Printed between the two.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
@@ -52,15 +61,18 @@ def evaluate(
     # As Ctrl-C does, so that the running program is ended and the scratch folder removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        native = native_dir() / "models" if model is None or text is None else Path()
+        pairs = parse_pairs(types)
+        text_path = _file(text or native_dir() / "models" / "heldout.txt")
+        model_path = resolve_model(model or bundled_model())
         options = Options(
-            model=_file(model or native / "prose-8m-q8_0.gguf"),
-            text=_file(text or native / "heldout.txt"),
-            pairs=parse_pairs(types),
+            model=model_path,
+            text=text_path,
+            pairs=pairs,
             ctx=ctx,
             chunks=chunks,
             needles=needles,
             distance=distance,
+            template=template_for(model_path),
         )
         folder = cache_dir() / "evaluate"
         programs, results = Programs(bin_dir, folder / "logs", threads), Results(folder / "results")
@@ -77,7 +89,7 @@ def evaluate(
         if json_path:
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
             write_text(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
-    except (ProgramError, OSError, ValueError) as error:
+    except (LlamaError, OSError, ValueError) as error:
         _console(sys.stderr.isatty(), stderr=True).print(
             f"error: {error}", markup=False, highlight=False, soft_wrap=True
         )
@@ -85,24 +97,29 @@ def evaluate(
 
 
 def _demo(console: Console, pair: CachePair, options: Options, programs: Programs, results: Results) -> None:
-    common = {"demo": 1, "build": programs.fingerprint(), "model": file_hash(options.model, results)}
+    common = {"demo": 2, "build": programs.fingerprint(), "model": file_hash(options.model, results)}
     common |= {"pair": str(pair), "threads": programs.threads}
 
-    key = {**common, "opening": story.OPENING}
+    key = {**common, "what": "text", "request": demos.REQUEST, "opening": demos.OPENING}
     known = results.get(key)
-    console.print(f"A story, written with K in {pair.k} and V in {pair.v}{' (remembered)' if known else ''}:\n")
+    chats = known["chat"] if known else demos.has_chat_template(programs, options.model)
+    what = f"{'An answer' if chats else 'A story'}, written with K in {pair.k} and V in {pair.v}"
+    console.print(f"{what}{' (remembered)' if known else ''}:\n", markup=False, highlight=False)
     stream = _Stream()
-    stream.write(story.OPENING)
+    stream.write(f"> {demos.REQUEST}\n\n" if chats else demos.OPENING)
     if known is None:
-        known = story.write(programs, options.model, pair, on_text=stream.write)
-        results.put(key, known)
+        write = demos.chat if chats else demos.write_story
+        written = write(programs, options.model, pair, on_text=stream.write)
+        results.put(key, {"chat": chats, **asdict(written)})
     else:
-        stream.write(known)
-    stream.end()
+        written = demos.Written(known["text"], known["ended"])
+        stream.write(written.text)
+    stream.end(cut=not written.ended)
 
     if not options.needles:
         return
-    needle = make_needles(options.text.read_text(encoding="utf-8", errors="replace"), 1, options.distance)[0]
+    text = options.text.read_text(encoding="utf-8", errors="replace")
+    needle = make_needles(text, 1, options.distance, template=options.template)[0]
     key = {**common, "prompt": needle.prompt}
     answers = results.get(key)
     note = " (remembered)" if answers else ""
@@ -181,8 +198,9 @@ class _Stream:
         sys.stdout.write(body.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
         sys.stdout.flush()
 
-    def end(self) -> None:
-        sys.stdout.write(" …\n\n" if "utf" in sys.stdout.encoding.lower() else " ...\n\n")
+    def end(self, cut: bool) -> None:
+        dots = (" …" if "utf" in sys.stdout.encoding.lower() else " ...") if cut else ""
+        sys.stdout.write(f"{dots}\n\n")
         sys.stdout.flush()
 
 

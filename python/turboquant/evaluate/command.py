@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..fetch import resolve_model
 from ..llama.build import where
 from ..llama.files import LlamaError, read_json
 from ..llama.paths import cache_dir, native_dir
@@ -50,13 +51,12 @@ def run(
         LlamaError: the text says what to do.
         OSError: a file cannot be read or written.
     """
-    bundled = native_dir() / "models"
-    model_path = (model or bundled / "prose-8m-q8_0.gguf").expanduser()
+    model_path = resolve_model(model) if model else needle.bundled_model()
     described = read_model(model_path)
     try:
         options = CompareOptions(
             model=model_path,
-            text=(text or bundled / "heldout.txt").expanduser(),
+            text=(text or native_dir() / "models" / "heldout.txt").expanduser(),
             pairs=_with_plans(parse_pairs(types), described.plan, plan),
             ctx=ctx,
             chunks=chunks,
@@ -65,7 +65,7 @@ def run(
             depths=_numbers(depths, "--depths"),
             needle_depths=None if needle_depths is None else _numbers(needle_depths, "--needle-depths"),
             positions=positions,
-            template=_template(template or ("plain" if model else "notes")),
+            template=_template(template) if template else needle.template_for(model_path),
             time_again=time_again,
             command=["turboquant", *sys.argv[1:]],
         )

@@ -33,7 +33,8 @@ class Options:
     """What to measure.
 
     The perplexity is that of the text's first ``chunks`` pieces of ``ctx`` tokens (the second half of each is scored).
-    ``needles`` questions are asked, each about a number ``distance`` characters earlier; 0 asks none.
+    ``needles`` questions are asked, each about a number ``distance`` characters earlier, with the prompt ``template``;
+    0 asks none.
     """
 
     model: Path
@@ -44,6 +45,7 @@ class Options:
     needles: int = 4
     distance: int = 6000
     needle_ctx: int = 4096
+    template: str = needle.TEMPLATES["plain"]
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def measure(
     needles: list[needle.Needle] = []
     if options.needles:
         text = options.text.read_text(encoding="utf-8", errors="replace")
-        needles = needle.make_needles(text, options.needles, options.distance)
+        needles = needle.make_needles(text, options.needles, options.distance, template=options.template)
     answers: dict[CachePair, list[str]] = {}
     for pair in pairs if needles else []:
         step = None

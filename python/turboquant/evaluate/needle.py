@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import random
 import re
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..llama.paths import native_dir
 from .pairs import CachePair
 from .programs import ProgramError, Programs, Result
 
@@ -18,12 +20,14 @@ __all__ = [
     "Needle",
     "answer",
     "ask",
+    "bundled_model",
     "check_template",
     "count_tokens",
     "fill",
     "generated_all",
     "make_grid_needle",
     "make_needles",
+    "template_for",
 ]
 
 NAMES = (
@@ -67,17 +71,31 @@ class Needle:
 
     @property
     def note(self) -> str:
-        return f"Note: The secret number of {self.name} is {self.number}."
+        """The line of the prompt that has the number."""
+        return next(line for line in self.prompt.splitlines() if self.number in line)
 
     @property
     def question(self) -> str:
-        return f"What is the secret number of {self.name}?"
+        """The question as the prompt puts it: the line before the last, with the templates of this module."""
+        return self.prompt.splitlines()[-2].removeprefix("Question: ")
 
 
-def make_needles(text: str, count: int, distance: int = 6000, seed: int = 1) -> list[Needle]:
+def bundled_model() -> Path:
+    """The model that comes with the package."""
+    return native_dir() / "models" / "prose-8m-q8_0.gguf"
+
+
+def template_for(model: Path) -> str:
+    """The prompt that suits a model: "notes" for the bundled one and its copies, "plain" for any other."""
+    return TEMPLATES["notes" if filecmp.cmp(model, bundled_model(), shallow=False) else "plain"]
+
+
+def make_needles(
+    text: str, count: int, distance: int = 6000, seed: int = 1, template: str = TEMPLATES["notes"]
+) -> list[Needle]:
     """Build `count` prompts from different stretches of `text`, each with another name and number.
 
-    Between the note and the question stand whole paragraphs of the text, together at least `distance` characters.
+    Between the number and the question stand whole paragraphs of the text, together at least `distance` characters.
 
     Raises:
         ValueError: the text is too short for the distance, or there are fewer names than questions.
@@ -100,7 +118,7 @@ def make_needles(text: str, count: int, distance: int = 6000, seed: int = 1) -> 
         before, start = _take(paragraphs, start, _LEAD)
         between, _ = _take(paragraphs, start, distance)
         hay = "\n\n".join(between)
-        prompt = fill(TEMPLATES["notes"], before="\n\n".join(before), name=name, number=number, after=hay)
+        prompt = fill(template, before="\n\n".join(before), name=name, number=number, after=hay)
         needles.append(Needle(name, number, prompt, distance=len(hay)))
     return needles
 

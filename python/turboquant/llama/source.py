@@ -7,7 +7,6 @@ fetch from. Of its archive only ``vendor/llama.cpp`` is unpacked, without what n
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -15,11 +14,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from . import pip
 from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, write_json
 from .paths import cache_dir
 from .progress import Reporter
@@ -223,7 +222,7 @@ def _folder(version: str) -> Path:
 
 def _download(version: str, work: Path, reporter: Reporter, path: str | None) -> tuple[Path, str]:
     """The archive in `work` and its SHA-256; a corrupt one is deleted and fetched once more, past pip's cache."""
-    if importlib.util.find_spec("pip") is None:
+    if not pip.is_installed():
         raise SourceError(
             f"pip is not installed for {sys.executable}, so llama-cpp-python {version} cannot be fetched; run "
             f"`{sys.executable} -m ensurepip`, or give a llama.cpp checkout with --source DIR"
@@ -273,46 +272,19 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
     pip prepares the package's metadata after the download (there is no way to tell it not to), which runs the
     package's build backend in an environment of its own.
     """
-    temporary = folder / "tmp"
-    temporary.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
-    command += ["--no-deps", "--no-binary", "llama-cpp-python", "--progress-bar", "off", "--dest", str(folder)]
-    command += ["--no-cache-dir"] * fresh + [f"llama-cpp-python=={version}"]
-    # pip's temporary files go where ours are: the same disk, seen by the progress bar, and removed with the rest.
-    env = dict(os.environ, TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary))
-    if path:
-        env["PATH"] = path
+    options = ["--no-binary", "llama-cpp-python", *["--no-cache-dir"] * fresh]
     known = PROVEN.get(version)
-    label = f"fetching llama-cpp-python {version}"
-    with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
-        with reporter.track(label, known.size if known else None, "bytes") as track:
-            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            try:
-                while process.poll() is None:
-                    time.sleep(0.1)
-                    track.update(_downloaded(temporary))
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
-        log.seek(0)
-        output = log.read()
-    archives = sorted(folder.glob("*.tar.gz"))
-    if process.returncode == 0 and len(archives) == 1:
-        return archives[0]
+    archive, output = pip.download(
+        f"llama-cpp-python=={version}", options, folder, "*.tar.gz", reporter,
+        f"fetching llama-cpp-python {version}", known.size if known else None, path,
+    )  # fmt: skip
+    if archive:
+        return archive
     raise SourceError(
         f"pip could not fetch llama-cpp-python {version}:\n{last_lines(output, 12)}\n"
         f"Is this machine offline, or the version misspelt? With a llama.cpp checkout at hand, "
         f"`turboquant build --source DIR` needs no download."
     )
-
-
-def _downloaded(temporary: Path) -> int:
-    """Bytes that pip has of the archive so far; 0 if that cannot be told."""
-    try:
-        return max((file.stat().st_size for file in temporary.glob("pip-*/*.tar.gz")), default=0)
-    except OSError:  # pip moves and removes files at any moment
-        return 0
 
 
 def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str:
