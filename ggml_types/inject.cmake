@@ -45,11 +45,13 @@ cmake_language(DEFER CALL turboquant_attach)
 
 # Programs of our own over libllama, beside llama.cpp's. Its target exists at the end of the topmost CMakeLists.txt.
 function(turboquant_add_programs folder)
-    if (TARGET llama AND NOT TARGET turboquant-capture)
-        add_executable(turboquant-capture "${folder}/turboquant-capture.cpp")
-        target_compile_features(turboquant-capture PRIVATE cxx_std_17)
-        target_link_libraries(turboquant-capture PRIVATE llama)
-    endif()
+    foreach (program turboquant-capture turboquant-measure)
+        if (TARGET llama AND NOT TARGET ${program})
+            add_executable(${program} "${folder}/${program}.cpp")
+            target_compile_features(${program} PRIVATE cxx_std_17)
+            target_link_libraries(${program} PRIVATE llama)
+        endif()
+    endforeach()
 endfunction()
 
 # EVAL: the arguments are needed as they are now.
