@@ -43,17 +43,21 @@ list(APPEND GGML_CPU_SOURCES "${TURBOQUANT_GLUE_DIR}/turbo-cpu.cpp")
 
 cmake_language(DEFER CALL turboquant_attach)
 
-# Programs of our own over libllama, beside llama.cpp's. Its target exists at the end of the topmost CMakeLists.txt.
-function(turboquant_add_programs folder)
-    foreach (program turboquant-capture turboquant-measure)
-        if (TARGET llama AND NOT TARGET ${program})
+# What libllama gets, and programs of our own over it. Its target exists at the end of the topmost CMakeLists.txt.
+function(turboquant_attach_llama folder vendor)
+    if (TARGET llama AND NOT TARGET turboquant-capture)
+        set(sources "${folder}/turbo-llama.cpp" "${folder}/turbo-guard.cpp" "${folder}/turbo-plan.cpp")
+        target_sources(llama PRIVATE ${sources})
+        set_source_files_properties(${sources} TARGET_DIRECTORY llama PROPERTIES
+            INCLUDE_DIRECTORIES "${vendor}" SKIP_UNITY_BUILD_INCLUSION ON)
+        foreach (program turboquant-capture turboquant-measure)
             add_executable(${program} "${folder}/${program}.cpp")
             target_compile_features(${program} PRIVATE cxx_std_17)
             target_link_libraries(${program} PRIVATE llama)
-        endif()
-    endforeach()
+        endforeach()
+    endif()
 endfunction()
 
 # EVAL: the arguments are needed as they are now.
 cmake_language(EVAL CODE "cmake_language(DEFER DIRECTORY [[${CMAKE_SOURCE_DIR}]]
-    CALL turboquant_add_programs [[${TURBOQUANT_GLUE_DIR}]])")
+    CALL turboquant_attach_llama [[${TURBOQUANT_GLUE_DIR}]] [[${PROJECT_SOURCE_DIR}/../vendor]])")

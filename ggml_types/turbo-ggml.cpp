@@ -5,6 +5,7 @@
 #include "turboquant.h"
 
 #include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -129,6 +130,10 @@ ggml_type turbo_type_from_name(const char * name) {
     return from_tq(tq_type_from_name(name));
 }
 
+ggml_type turbo_option_from_name(const char * name) {
+    return strcmp(name, ggml_type_name(GGML_TYPE_TURBO_AUTO)) == 0 ? GGML_TYPE_TURBO_AUTO : turbo_type_from_name(name);
+}
+
 // ---- the cache -----------------------------------------------------------------------------------------------------
 
 ggml_type turbo_type_for_head(ggml_type type, int64_t head) {
@@ -150,10 +155,19 @@ ggml_type turbo_better_type(ggml_type own, ggml_type other) {
 }
 
 // The types that upstream offers for a cache; ours are added to them.
-static const ggml_type k_boundary_types[] = {
+static const ggml_type k_cache_types[] = {
     GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
     GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_1, TURBO_TYPE_LIST
 };
+
+ggml_type turbo_cache_type_from_name(const char * name) {
+    for (const ggml_type type : k_cache_types) {
+        if (strcmp(name, ggml_type_name(type)) == 0) {
+            return type;
+        }
+    }
+    return GGML_TYPE_COUNT;
+}
 
 bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error, size_t error_size) {
     *out = { 0, GGML_TYPE_Q8_0 };
@@ -176,12 +190,12 @@ bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error,
         return true;
     }
     const std::string name = value.substr(colon + 1);
-    std::string       known;
-    for (const ggml_type type : k_boundary_types) {
-        if (name == ggml_type_name(type)) {
-            out->type = type;
-            return true;
-        }
+    out->type = turbo_cache_type_from_name(name.c_str());
+    if (out->type != GGML_TYPE_COUNT) {
+        return true;
+    }
+    std::string known;
+    for (const ggml_type type : k_cache_types) {
         known += std::string(known.empty() ? "" : ", ") + ggml_type_name(type);
     }
     return fail(error, error_size,
@@ -253,6 +267,25 @@ float turbo_sparse_v(void) {
         return value;
     }();
     return threshold;
+}
+
+bool turbo_guard_parse(const char * text, float * out, char * error, size_t error_size) {
+    *out = TURBO_GUARD_DEFAULT;
+    if (!text || !*text) {
+        return true;
+    }
+    if (strcmp(text, "off") == 0) {
+        *out = 0.0f;
+        return true;
+    }
+    char *      end   = nullptr;
+    const float value = strtof(text, &end);
+    if (*end || !(value > 0.0f && value < INFINITY)) {
+        return fail(error, error_size, std::string("--cache-guard '") + text +
+                    "': must be off, or the highest noise of a score in nats that is allowed, as in 2");
+    }
+    *out = value;
+    return true;
 }
 
 // ---- llama.cpp's own tests -----------------------------------------------------------------------------------------

@@ -49,11 +49,13 @@ extern "C" {
 /* The same with everything else that the enum hook adds, for a switch that names every type. */
 #define TURBO_ENUM_CASES \
     TURBO_TYPE_CASES: case GGML_TYPE_TURBO_Q128: case GGML_TYPE_TURBO_Q64: case GGML_TYPE_TURBO_Q32: \
-    case GGML_TYPE_COUNT_UPSTREAM
+    case GGML_TYPE_TURBO_AUTO: case GGML_TYPE_COUNT_UPSTREAM
 
 /* The stored types as a comma-separated list, for initializers. */
 #define TURBO_TYPE_ITEM(ID, name, block, bits) GGML_TYPE_##ID,
 #define TURBO_TYPE_LIST TURBO_TYPES(TURBO_TYPE_ITEM)
+/* What -ctk and -ctv take besides upstream's types: "auto" is chosen for each layer when a context is made. */
+#define TURBO_CACHE_TYPE_LIST TURBO_TYPE_LIST GGML_TYPE_TURBO_AUTO,
 /* Those of the largest block, whose names people write. */
 #define TURBO_TYPE_LIST_128 GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, GGML_TYPE_TURBO2
 
@@ -92,8 +94,10 @@ TURBO_QUERY_TYPES(TURBO_DECLARE)
         .type_size    = TURBO_QUERY_BYTES(block),      \
         .is_quantized = true,                          \
     },
+/* No tensor has the type "auto": it stands in a context's parameters only. */
+#define TURBO_AUTO_TRAITS_ROW [GGML_TYPE_TURBO_AUTO] = { .type_name = "auto", },
 /* Rows of ggml.c's type_traits. */
-#define TURBO_TRAITS TURBO_TYPES(TURBO_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW)
+#define TURBO_TRAITS TURBO_TYPES(TURBO_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW) TURBO_AUTO_TRAITS_ROW
 
 #define TURBO_CPU_TRAITS_ROW(ID, name, block, bits)  \
     [GGML_TYPE_##ID] = {                             \
@@ -121,6 +125,12 @@ GGML_API bool turbo_cpu_refuses(const struct ggml_tensor * op);
 /* The stored type of that name, or GGML_TYPE_COUNT. */
 GGML_API enum ggml_type turbo_type_from_name(const char * name);
 
+/* The same with "auto", for programs that have a list of their own of what -ctk and -ctv take. */
+GGML_API enum ggml_type turbo_option_from_name(const char * name);
+
+/* Any type that a cache can have, upstream's included, or GGML_TYPE_COUNT. */
+GGML_API enum ggml_type turbo_cache_type_from_name(const char * name);
+
 /* ---- the cache ------------------------------------------------------------------------------------------------- */
 
 /* The type to store heads of `head` values in: `type` itself if its block divides the head; for turbo4, turbo3 and
@@ -145,6 +155,19 @@ GGML_API bool turbo_boundary_parse(const char * text, turbo_boundary * out, char
 
 /* Parse the environment variable. */
 GGML_API bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size);
+
+/* The guard: layers whose scores K would blur by more than a limit keep K in a better type. */
+#define TURBO_GUARD_ENV "LLAMA_ARG_CACHE_GUARD"
+/* docs/guard.md has the measurements behind it. */
+#define TURBO_GUARD_DEFAULT 2.0f
+
+/* Parse `text` (null or empty: the default): "off" (*out is 0) or a positive number. On failure returns false and
+ * writes one sentence into error. */
+GGML_API bool turbo_guard_parse(const char * text, float * out, char * error, size_t error_size);
+
+/* The plan with the types of each layer: a file, "auto" or "off"; and a file for the draft model. */
+#define TURBO_PLAN_ENV       "LLAMA_ARG_CACHE_PLAN"
+#define TURBO_PLAN_DRAFT_ENV "LLAMA_ARG_CACHE_PLAN_DRAFT"
 
 /* Hand an option's value that was checked to libllama and ggml, which read the environment variable. */
 GGML_API void turbo_option_to_env(const char * name, const char * text);

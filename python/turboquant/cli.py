@@ -396,6 +396,11 @@ def compare(
         typer.Option("--fail-above", metavar="KLD", min=0, show_default=False,
                      help="Exit with status 3 if a pair's KLD is above this, or a pair cannot be measured."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", show_default=False,
+                     help="Measure this plan of `turboquant tune`, too. A plan in the model's metadata is measured as auto."),
+    ] = None,
     time_again: Annotated[
         bool, typer.Option("--time-again", help="Measure speeds anew: the machine was busy the last time.")
     ] = False,
@@ -419,7 +424,7 @@ def compare(
     over = run(
         model, text, types=types, ctx=ctx, chunks=chunks, decode_chunks=decode_chunks, depths=depths,
         needle_depths=needle_depths, positions=positions, template=needle_template, out=out, fail_above=fail_above,
-        time_again=time_again, bin=bin, threads=threads, gpu_layers=gpu_layers,
+        plan=plan, time_again=time_again, bin=bin, threads=threads, gpu_layers=gpu_layers,
     )  # fmt: skip
     for line in over:
         _tell(f"turboquant: {line}")

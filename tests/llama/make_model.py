@@ -35,6 +35,7 @@ class Shape:
     rope: int | None = None  # rotated dimensions; None = the whole head
     context: int = 4096
     window: int = 0  # sliding window in tokens (gemma2, gpt-oss)
+    bias: float = 0.0  # of one rotary pair of K in layer 1, which no query sees (qwen2)
     seed: int = 1
 
 
@@ -252,6 +253,37 @@ def _qwen2vl(b: Builder) -> None:
     _llama(b)
 
 
+def _qwen2(b: Builder) -> None:
+    """Biases of Q, K and V. That of K in layer 1 stands out, as in Qwen 2.5; scores do not see it, but its noise."""
+    s = b.shape
+    half = s.head // 2
+    b.w.add_head_count_kv(s.kv_heads)
+    b.ends()
+    for i in range(s.layers):
+        b.ones(f"blk.{i}.attn_norm.weight", s.width)
+        b.ones(f"blk.{i}.ffn_norm.weight", s.width)
+        b.ffn(i)
+        for name, count in (("q", s.heads), ("k", s.kv_heads), ("v", s.kv_heads)):
+            weight = b.rng.standard_normal((count, s.head, s.width)) * (1.25 / np.sqrt(s.width))
+            bias = b.rng.standard_normal((count, s.head)) * 0.1
+            if name == "q":
+                weight[:, [half - 1, s.head - 1]] = bias[:, [half - 1, s.head - 1]] = 0
+            elif name == "k" and i == 1:
+                bias[:, s.head - 1] = s.bias
+            b.w.add_tensor(f"blk.{i}.attn_{name}.weight", weight.reshape(-1, s.width).astype(np.float32))
+            b.w.add_tensor(f"blk.{i}.attn_{name}.bias", bias.ravel().astype(np.float32))
+        b.add(f"blk.{i}.attn_output.weight", s.width, s.heads * s.head, 2.0)
+
+
+def _qwen3(b: Builder) -> None:
+    """Norms of each head's queries and keys, with weights."""
+    s = b.shape
+    _llama(b)
+    for i in range(s.layers):
+        for name in ("q", "k"):
+            b.w.add_tensor(f"blk.{i}.attn_{name}_norm.weight", (b.rng.random(s.head) * 2).astype(np.float32))
+
+
 _WRITERS: dict[str, Callable[[Builder], None]] = {
     "llama": _llama,
     "gemma2": _gemma2,
@@ -261,6 +293,8 @@ _WRITERS: dict[str, Callable[[Builder], None]] = {
     "gpt-oss": _gpt_oss,
     "phi3": _phi3,
     "qwen2vl": _qwen2vl,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
 }
 
 SHAPES: dict[str, Shape] = {
@@ -275,6 +309,9 @@ SHAPES: dict[str, Shape] = {
     "mla": Shape(arch="deepseek2", head=MLA_RANK + MLA_ROPE, rope=MLA_ROPE),
     "fused": Shape(arch="phi3", heads=4, kv_heads=2, width=256, head=64),
     "mrope": Shape(arch="qwen2vl", heads=2, kv_heads=1, width=256),
+    "biased": Shape(arch="qwen2", head=64, heads=4, kv_heads=2, bias=120.0),
+    "qknorm": Shape(arch="qwen3"),
+    "wide": Shape(width=256, ff=256, heads=4, kv_heads=2, layers=2),
     "hybrid": Shape(arch="lfm2", heads=2, kv_heads=1, width=256, layers=8),
 }
 

@@ -15,7 +15,7 @@ from ..llama.paths import cache_dir, native_dir
 from ..llama.progress import Reporter
 from . import needle, page
 from .compare import FORMAT, CompareError, CompareOptions, above, check, compare, read_model, to_json
-from .pairs import parse_pairs
+from .pairs import CachePair, parse_pairs
 from .programs import Programs
 from .results import Results, write_text
 
@@ -38,6 +38,7 @@ def run(
     template: str | None,
     out: Path | None,
     fail_above: float | None,
+    plan: Path | None,
     time_again: bool,
     bin: Path | None,
     threads: int | None,
@@ -56,7 +57,7 @@ def run(
         options = CompareOptions(
             model=model_path,
             text=(text or bundled / "heldout.txt").expanduser(),
-            pairs=parse_pairs(types),
+            pairs=_with_plans(parse_pairs(types), described.plan, plan),
             ctx=ctx,
             chunks=chunks,
             decode_ctx=min(512, ctx),
@@ -83,6 +84,19 @@ def run(
         _write(folder / name, content)
     _show(report, folder)
     return [] if fail_above is None else above(report, fail_above)
+
+
+def _with_plans(pairs: list[CachePair], in_model: bool, plan: Path | None) -> list[CachePair]:
+    """The pairs, and the plans that there are: that in the model's metadata, and that of a file."""
+    auto = CachePair("auto", "auto")
+    if in_model and auto not in pairs:
+        pairs = [auto, *pairs]
+    if plan is not None:
+        plan = plan.expanduser().resolve()
+        if not plan.is_file():
+            raise CompareError(f"{plan}: no such file; give a plan that `turboquant tune` has written with --plan")
+        pairs = [CachePair("auto", "auto", plan), *pairs]
+    return pairs
 
 
 def _numbers(text: str, option: str) -> list[int]:

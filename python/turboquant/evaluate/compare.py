@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,7 @@ class Model:
     vocabulary: int
     layers: int
     bytes: int
+    plan: bool = False  #: whether its metadata has a plan of cache types, which `-ctk auto -ctv auto` takes
 
 
 # ---- before anything is run ------------------------------------------------------------------------------------------
@@ -125,6 +127,7 @@ def read_model(path: Path) -> Model:
         vocabulary=embedding.shape[1],
         layers=int(metadata.get(f"{architecture}.block_count", 0)),
         bytes=path.stat().st_size,
+        plan="turboquant.plan.version" in metadata,
     )
 
 
@@ -254,7 +257,10 @@ def compare(
     for pair in options.all_pairs:
         runs = [run[pair] for run in (batched, short, single)]
         reasons = [failed[run] for run in runs if run in failed] or _not_finite([found[run] for run in runs])
-        row: dict[str, Any] = {"k": pair.k, "v": pair.v, "label": str(pair), "failure": reasons[0] if reasons else None}
+        row: dict[str, Any] = {
+            "k": pair.k, "v": pair.v, "plan": pair.plan and str(pair.plan), "label": str(pair),
+            "failure": reasons[0] if reasons else None,
+        }  # fmt: skip
         if not reasons:
             main, short_run, alone = (found[run] for run in runs)
             row |= _memory(main, found[batched[BASELINE]], model)
@@ -478,5 +484,7 @@ def _recommendation(rows: list[dict[str, Any]], scale: list[verdict.Band]) -> di
         if not row["failure"]
     ]
     best, reason = verdict.recommend(candidates, candidates[0], scale)
-    chosen = CachePair.parse(best.label if best else str(BASELINE))
-    return {"pair": best and best.label, "arguments": " ".join(chosen.arguments), "reason": reason}
+    row = next(row for row in rows if row["label"] == (best or candidates[0]).label)
+    chosen = CachePair(row["k"], row["v"])
+    arguments = ["--cache-plan", shlex.quote(row["plan"])] if row["plan"] else chosen.arguments
+    return {"pair": best and best.label, "arguments": " ".join(arguments), "reason": reason}

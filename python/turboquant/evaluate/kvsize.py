@@ -12,13 +12,17 @@ _LINE = re.compile(
     r"size\s*=\s*[\d.]+ MiB \(\s*(\d+) cells,\s*(\d+) layers,\s*\d+/(\d+) seqs\), "
     r"K \(([^)]+)\):\s*([\d.]+) MiB, V \(([^)]+)\):\s*([\d.]+) MiB"
 )
+_TYPES = re.compile(r"turboquant: cache types: K (\S+); V (\S+)")
 _WINDOW = re.compile(r"n_swa\s*=\s*(\d+)")
 _UBATCH = 512  # llama.cpp's default; its sliding-window caches keep this much more than the window
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Sizes in MiB and the types that K and V really have (``turbo4_64`` where a head of 64 asked for turbo4)."""
+    """Sizes in MiB and the types that K and V really have (``turbo4_64`` where a head of 64 asked for turbo4).
+
+    Where layers have types of their own, as by a plan or the guard, all are named: ``turbo4_64+q8_0``.
+    """
 
     k_mib: float
     v_mib: float
@@ -87,8 +91,10 @@ def parse_caches(log: str) -> Caches:
     if not found:
         raise ValueError("no line 'size = … MiB (… cells, … layers, …), K (…): … MiB, V (…): … MiB' in the log")
     window = _WINDOW.search(log)
+    types = _TYPES.search(log)
+    mixed_k, mixed_v = (_mixed(types[1]), _mixed(types[2])) if types else ("", "")
     caches = [
-        Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), type_k, type_v))
+        Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v))
         for cells, _, streams, type_k, k_mib, type_v, v_mib in found
     ]
     return Caches(caches, int(window[1]) if window else 0)
@@ -101,6 +107,16 @@ def parse_cache_size(log: str) -> CacheSize:
         ValueError: the log has no such line.
     """
     return parse_caches(log).total()
+
+
+def _mixed(types: str) -> str:
+    """The types in "turbo4*3,q8_0,-", the most frequent first; empty if there is but one."""
+    counts: dict[str, int] = {}
+    for item in types.split(","):
+        name, _, count = item.partition("*")
+        if name != "-":
+            counts[name] = counts.get(name, 0) + int(count or 1)
+    return "+".join(sorted(counts, key=lambda name: -counts[name])) if len(counts) > 1 else ""
 
 
 def _sum(sizes: list[CacheSize]) -> CacheSize:

@@ -147,7 +147,7 @@ class Measurer:
     def _quality_key(self, run: Run, base: bool = False) -> dict[str, Any]:
         return {
             **self._common,
-            "what": "base" if base else "perplexity", "text": self.text_hash, "pair": str(run.pair),
+            "what": "base" if base else "perplexity", "text": self.text_hash, "pair": run.pair.identity,
             "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode,
         }
 
@@ -232,7 +232,7 @@ class Measurer:
         return stored
 
     def _answer_key(self, one: needle.Needle, pair: CachePair, ctx: int) -> dict[str, Any]:
-        return {**self._common, "what": "answer", "pair": str(pair), "prompt": one.prompt, "ctx": ctx}
+        return {**self._common, "what": "answer", "pair": pair.identity, "prompt": one.prompt, "ctx": ctx}
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens the model makes of `prompt`. ProgramError if llama-completion fails."""
@@ -265,7 +265,7 @@ class Measurer:
 
     def _speed_key(self, pair: CachePair, depth: int) -> dict[str, Any]:
         settings = {"depth": depth, "tests": [speed.PROMPT, speed.GENERATED, speed.REPETITIONS]}
-        return {**self._common, "what": "speed", "pair": str(pair), **settings}
+        return {**self._common, "what": "speed", "pair": pair.identity, **settings}
 
 
 def _quality(stored: Any) -> Quality | None:

@@ -237,4 +237,4 @@ def _complete(programs: Programs, model: Path, prompt: str, pair: CachePair, ctx
             *pair.arguments,
             *("--temp", "0", "-no-cnv", "--no-display-prompt", "--no-warmup", "--simple-io"),
         ]
-        return programs.run("llama-completion", arguments, log=f"needle-{pair}", complete=generated_all)
+        return programs.run("llama-completion", arguments, log=f"needle-{pair}", complete=generated_all, env=pair.environment)

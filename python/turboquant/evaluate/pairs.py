@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["CachePair", "bits_per_value", "block_of", "parse_pairs"]
 
@@ -24,10 +26,15 @@ _TURBO = re.compile(r"turbo([234])(?:_(64|32))?")
 
 @dataclass(frozen=True)
 class CachePair:
-    """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``."""
+    """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``.
+
+    ``CachePair("auto", "auto", plan)`` are the types of a plan file, layer by layer; without one, "auto" stands for the
+    plan in the model's metadata.
+    """
 
     k: str
     v: str
+    plan: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> CachePair:
@@ -42,12 +49,28 @@ class CachePair:
         return cls(parts[0], parts[-1])
 
     def __str__(self) -> str:
+        if self.plan:
+            return self.plan.name
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
     @property
     def arguments(self) -> list[str]:
-        """The options that select these types in llama.cpp's programs."""
+        """The options that select these types in llama.cpp's programs; a plan needs `environment` as well."""
         return ["-ctk", self.k, "-ctv", self.v]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables to set for the programs: llama-bench has no option for a plan."""
+        return {"LLAMA_ARG_CACHE_PLAN": str(self.plan)} if self.plan else {}
+
+    @property
+    def identity(self) -> str:
+        """What results are remembered by: a plan's content, as its file can change.
+
+        Raises:
+            OSError: the plan cannot be read.
+        """
+        return f"plan {hashlib.sha256(self.plan.read_bytes()).hexdigest()}" if self.plan else str(self)
 
 
 def parse_pairs(text: str) -> list[CachePair]:

@@ -204,6 +204,7 @@ def run_divergence(
         log=f"perplexity-{pair}",
         on_text=_chunk_counter(r"^ +\d+ +", on_chunk),
         complete=lambda result: _TOP.search(result.out + result.log) is not None,
+        env=pair.environment,
     )
     try:
         return parse_divergence(result.out + result.log), parse_caches(result.log)

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,7 @@ class Programs:
         on_text: Callable[[str], None] | None = None,
         complete: Callable[[Result], bool] | None = None,
         log_options: bool = True,
+        env: Mapping[str, str] | None = None,
     ) -> Result:
         """Run a program to its end.
 
@@ -129,6 +130,7 @@ class Programs:
             on_text: called with each piece of stdout as it arrives.
             complete: tells a whole result from a truncated one; None takes whatever comes.
             log_options: whether the program has llama.cpp's log options (llama-bench has not).
+            env: variables to set on top of the present environment.
 
         Raises:
             ProgramError: it could not be started, did not exit with 0, or its output was never whole. An interrupt
@@ -141,7 +143,7 @@ class Programs:
         self.logs.mkdir(parents=True, exist_ok=True)
         log_path = self.logs / f"{log.replace('/', '-')}.log"
         for attempt in range(_ATTEMPTS):
-            result, code = _run(command, log_path, on_text)
+            result, code = _run(command, log_path, on_text, {**os.environ, **(env or {})})
             if code != 0:
                 # A failure whose reason got lost is tried again for its reason, a crash is not.
                 if code > 0 and log_options and not _ERROR.search(result.log) and attempt + 1 < _ATTEMPTS:
@@ -159,7 +161,9 @@ def parse_cache_types(usage: str) -> list[str]:
     return [name.strip() for name in match[1].replace("\n", " ").split(",")] if match else []
 
 
-def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | None) -> tuple[Result, int]:
+def _run(
+    command: list[str], log_path: Path, on_text: Callable[[str], None] | None, env: Mapping[str, str]
+) -> tuple[Result, int]:
     pieces: list[str] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # The log is written under a temporary name, so that two runs at once do not mix theirs.
@@ -167,7 +171,9 @@ def _run(command: list[str], log_path: Path, on_text: Callable[[str], None] | No
     try:
         with os.fdopen(handle, "w+b") as log_file:
             try:
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file)
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file, env=env
+                )
             except OSError as error:
                 raise ProgramError(f"cannot start {command[0]}: {error}") from error
             assert process.stdout is not None

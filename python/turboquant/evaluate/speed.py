@@ -62,6 +62,7 @@ def run_speed(
         on_text=on_text,
         complete=lambda result: len(_tests(result)) == 2,
         log_options=False,
+        env=pair.environment,
     )
     try:
         return parse_speed(result.out, depth)

@@ -37,4 +37,4 @@ def write(
         *("--seed", str(seed), "--temp", "0.7", "--repeat-penalty", "1.1"),
         *("-no-cnv", "--no-display-prompt", "--no-warmup", "--simple-io"),
     ]
-    return programs.run("llama-completion", arguments, log=f"story-{pair}", on_text=on_text).out.rstrip()
+    return programs.run("llama-completion", arguments, log=f"story-{pair}", on_text=on_text, env=pair.environment).out.rstrip()
