@@ -410,7 +410,7 @@ int main(int argc, char ** argv) {
     while (std::getline(std::cin, line)) {
         const size_t      space = line.find(' '), second = line.find(' ', space + 1);
         const std::string kind = line.substr(0, space), rest = space == line.npos ? "" : line.substr(space + 1);
-        ggml_type         type_k = GGML_TYPE_F16, type_v = GGML_TYPE_F16;
+        ggml_type         type_k = GGML_TYPE_TURBO_AUTO, type_v = GGML_TYPE_TURBO_AUTO;
         if (kind == "types" && second != line.npos) {
             type_k = type_of(line.substr(space + 1, second - space - 1));
             type_v = type_of(line.substr(second + 1));

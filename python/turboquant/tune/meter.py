@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ class Span:
     first: str
     count: int
     context: int
+    rotate: bool = True  #: llama.cpp rotates K and V of q8_0 if all layers have it, and not beside turbo types
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Meter:
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
-                errors="replace",
+                errors="replace", env=os.environ | ({} if self.span.rotate else {"LLAMA_ATTN_ROT_DISABLE": "1"}),
             )  # fmt: skip
         except OSError as error:
             raise MeasureError(f"{command[0]} could not be started: {error}") from error

@@ -141,7 +141,7 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
     programs = Programs(options.bin or where(), scratch / "logs", options.threads, options.gpu_layers)
     most_context = int(metadata.get(f"{metadata.get('general.architecture')}.context_length", _CHECK_CONTEXT))
     spans = (
-        Span("50%", options.chunks, min(_CONTEXT, most_context)),
+        Span("50%", options.chunks, min(_CONTEXT, most_context), rotate=False),
         Span("0", options.check_chunks, min(_CHECK_CONTEXT, most_context)),
     )
     tuning, check = (Meter(options.model, text, span, programs, results, scratch, metadata) for span in spans)
