@@ -281,6 +281,88 @@ def _need(package: str, what: str, extra: str = "convert") -> None:
 
 
 @command
+def tune(
+    model: Annotated[
+        Path, typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model; it is only read.", show_default=False)
+    ],
+    target: Annotated[
+        Path, typer.Option("--output", "-o", metavar="PLAN.json", help="The plan to write.", show_default=False)
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text to measure on.", show_default="the bundled one"),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Bits per value, the mean over all of K and V.", show_default=False)
+    ] = None,
+    mib: Annotated[
+        float | None, typer.Option("--mib", help="The size of the whole cache at --ctx tokens.", show_default=False)
+    ] = None,
+    kld: Annotated[
+        float | None, typer.Option("--kld", help="The most that it may cost, in nats; fewest bits win.", show_default=False)
+    ] = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option("--ctx", "-c", min=256, help="Tokens of context to plan for.",
+                     show_default="the model's, 32768 at most"),
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option("--types", metavar="LIST", help="Cache types to choose from, for K and V.",
+                     show_default="turbo2,turbo3,turbo4,q8_0, and f16 for K"),
+    ] = None,
+    write_into: Annotated[
+        Path | None,
+        typer.Option("--write-into", metavar="OUT.gguf", show_default=False,
+                     help="Write a copy of the model with the plan in its metadata, which -ctk auto -ctv auto takes."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits against KLD (PNG, SVG, PDF).",
+                                  show_default=False)
+    ] = None,
+    chunks: Annotated[
+        int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to measure each layer on.")
+    ] = 2,
+    check_chunks: Annotated[
+        int, typer.Option("--check-chunks", min=1, help="Chunks of 2048 other tokens to check the plan on.")
+    ] = 2,
+    bin: _Bin = None,
+    threads: _Threads = None,
+    gpu_layers: _GpuLayers = 0,
+) -> None:  # fmt: skip
+    """Find the cache types that each layer of a model needs, for a number of bits, a size or a loss.
+
+    Every layer's K and V is measured by itself against the model's f16 cache, the bits are spent where they buy most, and
+    the plan is checked on other text. `llama-server --cache-plan PLAN.json` uses it. Results are remembered: an
+    interrupted run goes on where it was.
+    """
+    _need("gguf", "tune")
+    from ._plot import check_plot
+    from .tune import report
+    from .tune.run import Goal, TuneOptions
+    from .tune.run import tune as run_tune
+
+    if mib is not None and ctx is None:
+        raise LlamaError("--mib needs --ctx: the size of a cache depends on the tokens in it")
+    options = TuneOptions(
+        model.expanduser(), Goal(bits, mib, kld), target, text, ctx,
+        None if types is None else list(dict.fromkeys(name.strip() for name in types.split(","))),
+        chunks, check_chunks, write_into, bin, threads, gpu_layers, ["turboquant", *sys.argv[1:]],
+    )  # fmt: skip
+    if plot:
+        check_plot(plot)
+    done = run_tune(options)
+    terminal = sys.stdout.isatty()
+    report.show(done, Console(highlight=False, width=None if terminal else 110))
+    if plot:
+        report.plot(done, plot, f"{model.name}: cache plans")
+        _tell(f"drawn: {plot}")
+    _tell(f"{'replaced' if done.replaced else 'wrote'} {target}")
+    if write_into:
+        _tell(f"wrote {write_into}")
+
+
+@command
 def dump_kv(
     model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help=f"A GGUF model. {_NAME}")],
     text: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="A text.")],

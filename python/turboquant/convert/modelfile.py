@@ -23,6 +23,7 @@ from .weights import scale_columns, scale_rows
 __all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_metadata"]
 
 _PIECE = 4 << 20  # bytes of a tensor in memory at a time
+_LIST = 4096  # numbers in a list that is still read: the layers of a model; those of its vocabulary are more
 _HEADER = 24  # magic, version, count of tensors, count of metadata
 
 
@@ -71,7 +72,7 @@ class ModelFile:
             raise ModelError(f"{path} has no tensors in it: is it a vocabulary, or the first part of a split model?")
         self.metadata: dict[str, Any] = {}
         for name, field in reader.fields.items():
-            if len(field.types) == 1:  # arrays can be long, and none is needed
+            if len(field.types) == 1 or _is_short_list(field):
                 self.metadata[name] = field.contents()
         self.tensors = {tensor.name: _describe(tensor) for tensor in reader.tensors}
         self._infos = reader.tensors[0].field.offset
@@ -201,6 +202,10 @@ def _describe(tensor: Any) -> Tensor:
     shape = tuple(int(n) for n in tensor.shape)
     rows = int(np.prod(shape[1:], dtype=np.int64))
     return Tensor(tensor.name, tensor.tensor_type.name, shape, int(tensor.data_offset), rows, tensor.n_bytes // rows)
+
+
+def _is_short_list(field: Any) -> bool:
+    return field.types[1] != gguf.GGUFValueType.STRING and len(field.data) <= _LIST
 
 
 def _text(text: str) -> bytes:

@@ -180,7 +180,7 @@ class Measurer:
         missing = [run for run in missing if self._can_run(run, known, failed)]
         if not missing and self.base(ctx, chunks):
             return found
-        with _scratch_folder(self._scratch) as folder:
+        with scratch_folder(self._scratch) as folder:
             base = Path(folder) / "f16.kld"
             # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
             own = Run(BASELINE, ctx, chunks)
@@ -318,7 +318,7 @@ def measure(
     return [_row(pair, quality, answers.get(pair, []), needles) for pair in pairs]
 
 
-def _scratch_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+def scratch_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
     parent.mkdir(parents=True, exist_ok=True)
     # A run that was killed leaves its predictions behind: remove those whose process is gone.
     for old in parent.glob("kld-base-*"):

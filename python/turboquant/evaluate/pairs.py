@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CachePair", "bits_per_value", "parse_pairs"]
+__all__ = ["CachePair", "bits_per_value", "block_of", "parse_pairs"]
 
 # (values, bytes) of a block of llama.cpp's own cache types; fixed by the GGUF format.
 _STOCK = {
@@ -82,12 +82,15 @@ def parse_pairs(text: str) -> list[CachePair]:
     return list(dict.fromkeys(CachePair.parse(part) for part in text.split(",")))
 
 
+def block_of(name: str) -> tuple[int, int] | None:
+    """Values and bytes of a cache type's block: (128, 66) for ``"turbo4"``. None for an unknown name."""
+    if match := _TURBO.fullmatch(name):
+        values = int(match[2] or 128)
+        return values, 2 + values * int(match[1]) // 8  # one fp16 scale per block
+    return _STOCK.get(name)
+
+
 def bits_per_value(name: str) -> float | None:
     """Stored bits per value of a cache type, its scales included: 4.125 for ``"turbo4"``. None for an unknown name."""
-    if match := _TURBO.fullmatch(name):
-        block = int(match[2] or 128)
-        return int(match[1]) + 16 / block  # one fp16 scale per block
-    if name in _STOCK:
-        values, size = _STOCK[name]
-        return 8 * size / values
-    return None
+    block = block_of(name)
+    return None if block is None else 8 * block[1] / block[0]

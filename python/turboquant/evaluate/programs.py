@@ -19,7 +19,7 @@ __all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
 # Environment variables that change what the programs compute belong to a result's identity.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
-_USED = ("llama-perplexity", "llama-completion", "llama-bench")
+_USED = ("llama-perplexity", "llama-completion", "llama-bench", "turboquant-measure")
 _ATTEMPTS = 5
 _ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
 

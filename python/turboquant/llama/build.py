@@ -50,6 +50,7 @@ DEFAULT_TARGETS = (
     "llama-bench",
     "llama-quantize",
     "turboquant-capture",
+    "turboquant-measure",
 )
 BACKENDS = ("cpu", "cuda")  # "cuda": the CPU's too
 _OPTIONS = (

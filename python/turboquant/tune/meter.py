@@ -1,0 +1,233 @@
+"""Runs the program turboquant-measure, and remembers what it found.
+
+``ggml_types/turboquant-measure.cpp`` describes what it reads and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ..evaluate.measure import scratch_folder
+from ..evaluate.programs import Programs
+from ..evaluate.results import Results, file_hash
+from ..llama.files import LlamaError, last_lines
+from ..plan import CacheShape, Layer, Plan, compact, fitting, shape_of
+
+__all__ = ["Info", "MeasureError", "Measured", "Meter", "Span"]
+
+_PROGRAM = "turboquant-measure"
+_FORMAT = 1  # raise it when a stored result changes its meaning
+Step = Callable[[int, int], None]
+
+
+class MeasureError(LlamaError):
+    """The model cannot be measured. The text says what to do."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a text: `count` chunks of `context` tokens, from a chunk's number or from "N%" of the text on."""
+
+    first: str
+    count: int
+    context: int
+    rotate: bool = True  #: llama.cpp rotates K and V of q8_0 if all layers have it, and not beside turbo types
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the program says of the model and the text."""
+
+    model: dict[str, Any]  #: what a plan knows the model by
+    available: int  #: chunks of the text
+    first: int  #: the number of the first one that is evaluated
+    window: int
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    vocabulary: int = 0
+
+    def shape(self, metadata: dict[str, Any], where: str) -> CacheShape:
+        """The caches that llama.cpp makes: the metadata's, with the layers and windows that its log told."""
+        shape = shape_of(metadata, where)
+        if not self.layers:
+            return shape
+        windows = {layer["layer"]: layer["window"] for layer in self.layers}
+        layers = [
+            Layer(layer.heads, layer.head_k, layer.head_v, windows[number]) if layer and number in windows else None
+            for number, layer in enumerate(shape.layers)
+        ]
+        return CacheShape(tuple(layers), self.window, shape.context)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run against the model's own f16 cache: mean KLD in nats with its standard error, and shares of 1."""
+
+    kld: float
+    error: float
+    same_top: float
+    nll: float
+    chunks: list[float]
+
+
+class Meter:
+    """Measures plans on one stretch of a text. A context manager; the program starts when something is not stored."""
+
+    def __init__(
+        self, model: Path, text: Path, span: Span, programs: Programs, results: Results, scratch: Path, metadata: Any
+    ) -> None:
+        """Hash what the results depend on. OSError if the model, the text or the build cannot be read."""
+        self.model, self.text, self.span, self.programs, self.results = model, text, span, programs, results
+        self._scratch, self._metadata = scratch, metadata
+        self._stack = ExitStack()
+        self._process: subprocess.Popen[str] | None = None
+        self._log: IO[str] | None = None
+        self._folder = Path()
+        self._common = {
+            "what": "tune", "format": _FORMAT, "build": programs.fingerprint(), "model": file_hash(model, results),
+            "text": file_hash(text, results), "span": asdict(span), "threads": programs.threads,
+            "gpu_layers": programs.gpu_layers,
+        }  # fmt: skip
+        self._info: Info | None = None
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe:
+                    pipe.close()
+        self._process = None
+        self._stack.close()
+
+    @property
+    def scored(self) -> int:
+        """Tokens that are scored."""
+        return self.span.count * (self.span.context - 1 - self.span.context // 2)
+
+    def info(self) -> Info:
+        """What the program says of the model. MeasureError if it cannot run it."""
+        if self._info is None:
+            stored = self.results.get(self._key("info"))
+            if stored is None:
+                self._start()
+            else:
+                self._info = Info(**stored)
+        assert self._info is not None
+        return self._info
+
+    def shape(self) -> CacheShape:
+        """The caches of the model. PlanError if plans cannot be made for it."""
+        return self.info().shape(self._metadata, str(self.model))
+
+    def stored(self, k: Sequence[str | None], v: Sequence[str | None]) -> Measured | None:
+        """The result for these types, if it is stored."""
+        stored = self.results.get(self._key(self._names(k, v)))
+        return None if stored is None else Measured(**stored)
+
+    def measure(self, k: Sequence[str | None], v: Sequence[str | None], step: Step = lambda done, of: None) -> Measured:
+        """The cost of these types in all layers.
+
+        Raises:
+            MeasureError: libllama refused them, or took others than were asked for.
+        """
+        if known := self.stored(k, v):
+            return known
+        self._start()
+        assert self._process is not None and self._process.stdin is not None
+        path = self._folder / "plan.json"
+        path.write_text(Plan(tuple(k), tuple(v)).to_json(), encoding="utf-8")
+        try:
+            self._process.stdin.write(f"plan {path}\n")
+            self._process.stdin.flush()
+        except OSError:  # it has ended: what it printed says why
+            pass
+        record = self._until("result", step)
+        names = self._names(k, v)
+        if not record["types"]:
+            raise MeasureError(
+                f"the build in {self.programs.folder} did not say which types it took, as it knows no plans: run "
+                "`turboquant build` again"
+            )
+        if record["types"] != names:
+            raise MeasureError(f"libllama took other types than the plan's: {record['types']}, wanted {names}")
+        found = {key: record[key] for key in ("kld", "error", "same_top", "nll", "chunks")}
+        if any(value is None for value in found.values()):
+            raise MeasureError(f"with {names} the model's predictions are not finite")
+        self.results.put(self._key(names), found)
+        return Measured(**found)
+
+    def _names(self, k: Sequence[str | None], v: Sequence[str | None]) -> str:
+        """The types as libllama logs them, by the names that fit the heads."""
+        layers = self.shape().layers
+        sides = []
+        for side, types in (("k", k), ("v", v)):
+            fit = [fitting(type, layer.head(side)) if layer and type else None
+                   for type, layer in zip(types, layers, strict=True)]  # fmt: skip
+            sides.append(f"{side.upper()} {compact(fit)}")
+        return "; ".join(sides)
+
+    def _key(self, what: str) -> dict[str, Any]:
+        return {**self._common, "types": what}
+
+    def _start(self) -> None:
+        """Start the program and wait for the run with f16, unless it runs."""
+        if self._process:
+            return
+        if any(character in str(self._scratch) for character in "\n\r"):
+            raise MeasureError(f"{self._scratch} has a line break in it: set TURBOQUANT_CACHE to another folder")
+        self._folder = Path(self._stack.enter_context(scratch_folder(self._scratch)))
+        self.programs.logs.mkdir(parents=True, exist_ok=True)
+        self._log = self._stack.enter_context((self.programs.logs / "tune.log").open("w+", encoding="utf-8"))
+        command = [
+            str(self.programs.path(_PROGRAM)), str(self.model), str(self.text), self.span.first, str(self.span.count),
+            str(self.span.context), str(self.programs.threads), str(self.programs.gpu_layers or 0),
+            str(self._folder / "f16.kld"),
+        ]  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
+                errors="replace", env=os.environ | ({} if self.span.rotate else {"LLAMA_ATTN_ROT_DISABLE": "1"}),
+            )  # fmt: skip
+        except OSError as error:
+            raise MeasureError(f"{command[0]} could not be started: {error}") from error
+        record = self._until("model")
+        wanted = ("model", "available", "first", "window", "layers", "vocabulary")
+        self._info = Info(**{key: record[key] for key in wanted})
+        self.results.put(self._key("info"), asdict(self._info))
+        self._until("base")
+
+    def _until(self, kind: str, step: Step = lambda done, of: None) -> dict[str, Any]:
+        """The next record of that kind."""
+        assert self._process is not None and self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record["record"] == kind:
+                return dict(record)
+            if record["record"] in ("failure", "error"):
+                raise MeasureError(f"{self.model}: {record['why']}")
+            if record["record"] == "step":
+                step(record["done"], record["of"])
+        status = self._process.wait() if self._process.stdout.read() == "" else None
+        assert self._log is not None
+        self._log.flush()
+        self._log.seek(0)
+        how = f"was ended by signal {-status}" if status and status < 0 else f"ended too early (status {status})"
+        raise MeasureError(f"{_PROGRAM} {how}; the end of its log:\n{last_lines(self._log.read(), 6)}")
+

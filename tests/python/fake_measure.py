@@ -1,0 +1,82 @@
+"""A stand-in for turboquant-measure: a model of some layers whose K and V cost what the file costs.json says.
+
+A plan's KLD is the floor and, for each layer and side, its cost times the relative error of the type, which saturates
+at 2 nats; in the text of the check (chunk 0) everything costs half as much again. Every plan is noted in runs.txt. Files
+beside the program change what it does: "stop" makes it wait in the run of that number until it is killed, "refuse" makes
+it refuse plans with that type, "other" makes it report other types than asked for, "short" is the number of chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+ERRORS = {"f16": 0.0, "q8_0": 3e-5, "q4_0": 0.006, "turbo4": 0.0095, "turbo3": 0.0345, "turbo2": 0.1175}
+
+SCRIPT = '''#!{python}
+import json, math, sys, time
+from pathlib import Path
+
+ERRORS = {errors!r}
+here = Path(__file__).parent
+costs = json.loads((here / "costs.json").read_text())
+model, text, first, count, context, threads, gpu_layers, scratch = sys.argv[1:]
+say = lambda **record: print(json.dumps(record), flush=True)
+option = lambda name: (here / name).read_text() if (here / name).exists() else None
+
+available = int(option("short") or 1000) * 512 // int(context)
+first = available * int(first[:-1]) // 100 if first.endswith("%") else int(first)
+layers = [dict(layer=i, window=bool(one.get("window"))) for i, one in enumerate(costs["layers"]) if one]
+say(record="model", model=dict(architecture="llama", layers=len(costs["layers"])), vocabulary=258,
+    available=available, first=first, window=costs.get("swa", 0), layers=layers)
+if first + int(count) > available:
+    say(record="error", why=f"{{text}} has {{available}} chunks of {{context}} tokens: give a longer text")
+    sys.exit(1)
+open(scratch, "x").close()
+say(record="step", done=int(count), of=int(count))
+say(record="base", nll=3.0)
+
+def compact(types):
+    runs = []
+    for one in types:
+        name = one or "-"
+        if name.startswith("turbo"):
+            name += costs.get("block", "")
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return ",".join(name if count == 1 else f"{{name}}*{{count}}" for name, count in runs)
+
+for line in sys.stdin:
+    plan = json.loads(Path(line.strip().removeprefix("plan ")).read_text())
+    with open(here / "runs.txt", "a") as file:
+        print(first, compact(plan["k"]), compact(plan["v"]), file=file)
+    if (stop := option("stop")) and len((here / "runs.txt").read_text().splitlines()) == int(stop):
+        (here / "waiting").touch()
+        time.sleep(600)
+    if (refused := option("refuse")) and refused in plan["k"] + plan["v"]:
+        say(record="failure", why=f"turboquant: no {{refused}} today")
+        continue
+    kld = 0
+    for index, one in enumerate(costs["layers"]):
+        for side in "kv" if one else "":
+            kld += 2 * math.tanh(one[side] * ERRORS[plan[side][index]] / 2)
+    kld = (kld + costs["floor"]) * (1.5 if first == 0 else 1)
+    say(record="step", done=int(count), of=int(count))
+    say(record="result", kld=kld if not option("nan") else None, error=kld / 20, same_top=1 - kld / 3, nll=3 + kld,
+        chunks=[kld] * int(count), types=option("other") or f"K {{compact(plan['k'])}}; V {{compact(plan['v'])}}")
+'''
+
+
+def write_measure(folder: Path, layers: list[dict[str, Any] | None], **more: Any) -> Path:
+    """Write the program to `folder`; `layers` have their "k" and "v", KLD per unit of relative error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "costs.json").write_text(json.dumps({"floor": 0.004, **more, "layers": layers}), encoding="utf-8")
+    program = folder / "turboquant-measure"
+    program.write_text(SCRIPT.format(python=sys.executable, errors=ERRORS), encoding="utf-8")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return folder
