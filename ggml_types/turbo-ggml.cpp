@@ -282,7 +282,7 @@ bool turbo_guard_parse(const char * text, float * out, char * error, size_t erro
     const float value = strtof(text, &end);
     if (*end || !(value > 0.0f && value < INFINITY)) {
         return fail(error, error_size, std::string("--cache-guard '") + text +
-                    "': must be off, or the highest noise of a score in nats that is allowed, as in 2");
+                    "': must be off, or the highest noise of a score in nats that is allowed, as in 3");
     }
     *out = value;
     return true;

@@ -24,12 +24,20 @@ namespace {
 // noise is its square root.
 constexpr int k_probes = 8;
 
-// Signs that depend on nothing but the place, so that a model gives the same powers everywhere.
-float sign(uint64_t channel, uint64_t probe) {
-    uint64_t x = (channel * k_probes + probe + 1) * 0x9e3779b97f4a7c15u;
+// Random bits that depend on nothing but `at` (splitmix64), so that a model gives the same powers everywhere.
+uint64_t bits(uint64_t at) {
+    uint64_t x = (at + 1) * 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return (x ^ (x >> 31)) & 1 ? 1.0f : -1.0f;
+    return x ^ (x >> 31);
+}
+
+float sign(uint64_t channel, uint64_t probe) {
+    return bits(channel * k_probes + probe) & 1 ? 1.0f : -1.0f;
+}
+
+double uniform(uint64_t at) {
+    return (double) (bits(at) >> 11) * 0x1p-53;
 }
 
 // A tensor of values that no backend keeps in a layout of its own: norms, biases, scales.
@@ -210,9 +218,9 @@ double relative_error(ggml_type type) {
     const auto *       traits = ggml_get_type_traits(type);
     const int64_t      n      = 64 * 128;
     std::vector<float> x(n);
-    for (int64_t i = 0; i < n; ++i) { // Box-Muller over a low-discrepancy sequence
-        const double u = std::fmod((i + 0.5) * 0.7548776662466927, 1.0);
-        const double v = std::fmod((i + 0.5) * 0.5698402909980532, 1.0);
+    for (int64_t i = 0; i < n; ++i) { // Box-Muller
+        const double u = uniform(2 * i);
+        const double v = uniform(2 * i + 1);
         x[i] = (float) (std::sqrt(-2.0 * std::log(1.0 - u)) * std::cos(2.0 * M_PI * v));
     }
     std::vector<char>  bytes(ggml_row_size(type, n));
@@ -369,6 +377,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             continue;
         }
         if (rope != LLAMA_ROPE_TYPE_NONE) {
+            power.adjacent = rope == LLAMA_ROPE_TYPE_NORM;
             mix_pairs(power.k, power.head, hparams.n_rot(il), rope == LLAMA_ROPE_TYPE_NORM);
             mix_pairs(power.q, power.head, hparams.n_rot(il), rope == LLAMA_ROPE_TYPE_NORM);
         }
@@ -410,9 +419,11 @@ double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_powe
             if (turbo) { // the rotation spreads a relative error evenly over the block
                 noise += relative_error(type) * sum_k * sum_q / block;
             } else {
-                // Levels are as far apart as the largest value asks for. Its square is 4.4 times the mean for normal
-                // values, twice the largest channel's power where a pair stands out, and never more than the sum.
-                const double step = std::min(sum_k, std::max(4.4 * sum_k / block, 2.0 * top_k)) / (127.0 * 127.0);
+                // Levels are as far apart as the largest value asks for. Its square is 4.4 times the mean for 32 normal
+                // values; where one rotary pair stands out, it is that pair's channel, or the larger of its two
+                // channels, as they turn: 1/2 + 1/pi of their common power.
+                const double top = cache.adjacent ? 2.0 * (0.5 + M_1_PI) * top_k : top_k;
+                const double step = std::min(sum_k, std::max(4.4 * sum_k / block, top)) / (127.0 * 127.0);
                 noise += step / 12.0 * sum_q;
             }
         }

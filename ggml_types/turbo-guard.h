@@ -15,6 +15,7 @@ struct turbo_layer_power {
     std::string        unknown;   // why they cannot be predicted; empty if they can
     uint32_t           head = 0;  // values in a head
     float              scale = 0; // what q·k is multiplied by
+    bool               adjacent = false; // a rotary pair is two neighbours, not a channel of each half of the head
     double             raw_k = 0; // mean over the channels of W_k's and its bias' output; 0 if it could not be computed
     std::vector<float> k;         // E k_c^2, (n_head_kv * head), as attention sees them
     std::vector<float> q;         // E q_c^2, (n_head * head)

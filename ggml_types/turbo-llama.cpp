@@ -200,9 +200,12 @@ void apply_guard(const llama_hparams & hparams, const std::vector<turbo_layer_po
             continue;
         }
         t_chosen.sigma[il] = sigma = noise(t_chosen.k[il]);
+        // Keys that a bias makes large are nearly the same, and so are their errors in q8_0, which softmax then ignores:
+        // what is predicted for q8_0 counts half.
+        const auto limit = [](ggml_type type) { return type == GGML_TYPE_Q8_0 ? 2 * t_chosen.limit : t_chosen.limit; };
         for (const ggml_type wanted : { GGML_TYPE_TURBO4, GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
             const ggml_type better = turbo_type_for_head(wanted, hparams.n_embd_head_k(il));
-            if (sigma <= t_chosen.limit) {
+            if (sigma <= limit(t_chosen.k[il])) {
                 break;
             }
             if (better != GGML_TYPE_COUNT && turbo_bits_per_value(better) > turbo_bits_per_value(t_chosen.k[il])) {

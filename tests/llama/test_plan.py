@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from harness import ProbeError, Server, kld, kv_sizes, random_tokens
+from harness import ROOT, ProbeError, Server, kld, kv_sizes, random_tokens
 from test_cli import PROMPT, generate
 from test_guard import types
 
@@ -141,8 +141,6 @@ def test_context_shift_of_a_mixed_cache(build, prose_model, tmp_path) -> None:
 
 def test_model_is_checked(probe, tiny, tmp_path, build, prose_model) -> None:
     """A plan with a fingerprint fits its model, in other quantizations, too, and no other."""
-    from harness import Result
-
     def refused(model: Path, plan: Path) -> str:
         p = probe(model, LLAMA_ARG_CACHE_PLAN=str(plan))
         with pytest.raises(ProbeError, match="no context") as error:
@@ -150,9 +148,9 @@ def test_model_is_checked(probe, tiny, tmp_path, build, prose_model) -> None:
         assert p.alive
         return error.value.log
 
-    done = build.run("turboquant-measure", prose_model, "--describe")
-    assert isinstance(done, Result)
-    model = json.loads(done.out)["model"]
+    text = ROOT / "models" / "heldout.txt"
+    done = build.run("turboquant-measure", prose_model, text, 0, 1, 128, 1, 0, tmp_path / "scratch")
+    model = json.loads(done.out.splitlines()[0])["model"]
     assert model["architecture"] == "llama" and model["layers"] == 6 and all(one > 0 for one in model["k_power"])
     plan = write(tmp_path / "plan.json", MIXED_K, MIXED_V, model=model)
     p = probe(prose_model, LLAMA_ARG_CACHE_PLAN=str(plan))
@@ -243,7 +241,7 @@ class TestMetadata:
             ({"turboquant.plan.type_k": "turbo4*5"}, "K for 5"),
             ({"turboquant.plan.type_k": "turbo4*999999999"}, "no cache type"),
             ({"turboquant.plan.type_k": "turbo4*-6"}, "no cache type"),
-            ({"turboquant.plan.type_k": ""}, "no cache type"),
+            ({"turboquant.plan.type_k": "turbo4*6,"}, "no cache type"),
             ({"turboquant.plan.type_v": "turbo9*6"}, "turbo9"),
             ({"turboquant.plan.model": "{"}, "damaged"),
             ({"turboquant.plan.model": '{"architecture": "qwen2"}'}, "architecture"),
