@@ -312,7 +312,7 @@ SHAPES: dict[str, Shape] = {
     "mla": Shape(arch="deepseek2", head=MLA_RANK + MLA_ROPE, rope=MLA_ROPE),
     "fused": Shape(arch="phi3", heads=4, kv_heads=2, width=256, head=64),
     "mrope": Shape(arch="qwen2vl", heads=2, kv_heads=1, width=256),
-    "biased": Shape(arch="qwen2", head=64, heads=4, kv_heads=2, width=256, bias=120.0),
+    "biased": Shape(arch="qwen2", head=64, heads=4, kv_heads=2, width=256, bias=300.0),
     "qknorm": Shape(arch="qwen3"),
     "wide": Shape(width=256, ff=256, heads=4, kv_heads=2, layers=2),
     "hybrid": Shape(arch="lfm2", heads=2, kv_heads=1, width=256, layers=8),

@@ -114,7 +114,7 @@ def test_promotes_the_layer_that_needs_it(probe, tiny) -> None:
     q = probe(tiny("biased"), LLAMA_ARG_CACHE_GUARD="off")
     q.context("turbo4", "turbo4")
     assert types(q.log)[0] == ["turbo4_64"] * 3 and "guard: " not in q.log
-    assert kld(base, q.logits(TOKENS)) > 5 * guarded
+    assert kld(base, q.logits(TOKENS)) > 2.5 * guarded
 
 
 def test_better_type_is_the_next_that_suffices(probe, tiny) -> None:

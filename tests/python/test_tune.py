@@ -88,7 +88,7 @@ def test_optimal_at_the_corners():
 
 
 def test_allocation_for_a_loss():
-    rng = random.Random(3)
+    rng, ratios = random.Random(3), []
     for _ in range(100):
         items = [choices(rng, 3) for _ in range(4)]
         best = sum(min(one.loss for one in item) for item in items)
@@ -99,9 +99,11 @@ def test_allocation_for_a_loss():
             sum(one.cost for one in pick) for pick in itertools.product(*items)
             if sum(one.loss for one in pick) <= limit * (1 + 1e-9)
         )  # fmt: skip
-        assert cheapest <= cost + 1e-9 <= cheapest * 1.35 + 1e-9
+        assert cheapest <= cost + 1e-9
+        ratios.append(cost / cheapest)
         with pytest.raises(ValueError, match="the best choices lose"):
             allocate_for_loss(items, best * 0.99)
+    assert sum(ratios) / len(ratios) < 1.1  # of four items, where the last step weighs most
 
 
 def test_budgets_at_the_ends():
@@ -117,9 +119,11 @@ def test_budgets_at_the_ends():
 
 
 def test_relative_errors():
-    """turbo types: the distortion of Lloyd-Max levels for N(0,1), and what the search for the scale wins."""
+    """turbo types: the distortion of Lloyd-Max levels for N(0,1), less what the search for the scale wins, or more by
+    what keeping inner products costs.
+    """
     for type, error in (("turbo4", 0.0095), ("turbo3", 0.0345), ("turbo2", 0.1175)):
-        assert 0.75 * error < relative_error(type) < 1.02 * error
+        assert 0.75 * error < relative_error(type) < 1.15 * error
     assert relative_error("f32") == 0 < relative_error("f16") < relative_error("bf16") < relative_error("q8_0")
     assert relative_error("q8_0") < relative_error("turbo4") < relative_error("q4_0")
     with pytest.raises(Exception, match="q3_x cannot be tuned"):
@@ -180,7 +184,7 @@ def test_a_plan_for_bits(place):
     assert done.exit_code == 0, done.output
     plan, shape = read_plan("plan.json"), read_shape(place / "model.gguf")
     assert 4.4 < shape.mean_bits(plan, 4096) <= 5
-    assert plan.k[2] == "q8_0" and plan.k[4] in ("turbo2", "turbo3") and plan.model == {"architecture": "llama", "layers": 5}
+    assert plan.k[2] == "q8_0" and plan.k[4] in ("turbo2", "turbo3", "turbo4") and plan.model == {"architecture": "llama", "layers": 5}
     assert plan.about["goal"] == {"bits": 5} and plan.about["context"] == 4096
     assert plan.about["bits"]["mean"] == pytest.approx(shape.mean_bits(plan, 4096), abs=1e-4)
     # What the program would say of the plan, and of the best of all plans within the budget.
@@ -235,10 +239,10 @@ def test_an_interrupted_run_goes_on(place):
 
 
 def test_a_plan_for_a_size(place):
-    done = tune("--mib", 1.0, "--ctx", 2048)
+    done = tune("--mib", 2.0, "--ctx", 2048)
     assert done.exit_code == 0, done.output
     plan, shape = read_plan("plan.json"), read_shape(place / "model.gguf")
-    assert 0.8 < shape.mib(plan, 2048) <= 1.0
+    assert 1.6 < shape.mib(plan, 2048) <= 2.0
     assert "MiB at 2048" in done.stdout and plan.about["context"] == 2048
 
 
@@ -263,7 +267,7 @@ def test_a_plan_for_a_loss(place):
         (("--bits", -1), "give a number above 0"),
         (("--bits", "nan"), "give a number above 0"),
         (("--bits", 2), "--bits 2 cannot be met: with turbo2, turbo3, turbo4, q8_0, f16 this model's cache takes from 2.125 to "),
-        (("--mib", 0.1, "--ctx", 4096), "this model's cache takes from 1.328 to 7.656 MiB at a context of 4096 tokens"),
+        (("--mib", 0.1, "--ctx", 4096), "this model's cache takes from 2.656 to 15.31 MiB at a context of 4096 tokens"),
         (("--kld", 0.001), "--kld 0.001 cannot be met: the best plan of"),
         (("--bits", 5, "--types", "turbo4,turbo9"), "turbo9"),
         (("--bits", 5, "--types", "turbo4_64,q6_K"), "q6_K"),

@@ -33,16 +33,16 @@ def relative_error(type: str) -> float:
     if type in _FLOATS:
         return _FLOATS[type]
     x = np.random.default_rng(0).standard_normal((512, 128), dtype=np.float32)
-    if type.startswith("turbo"):
-        y = dequantize(quantize(x, type), type)
-    else:
-        import gguf
+    import gguf
 
-        try:
+    try:
+        if type.startswith("turbo"):
+            y = dequantize(quantize(x, type), type)
+        else:
             kind = gguf.GGMLQuantizationType[type.upper()]
             y = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
-        except (KeyError, NotImplementedError):
-            raise LlamaError(f"{type} cannot be tuned; give types such as turbo2, turbo3, turbo4, q4_0, q8_0, f16") from None
+    except (KeyError, NotImplementedError, ValueError, gguf.quants.QuantError):
+        raise LlamaError(f"{type} cannot be tuned; give types such as turbo2, turbo3, turbo4, q4_0, q8_0, f16") from None
     return float(np.square(y - x).mean() / np.square(x).mean())
 
 
