@@ -4,9 +4,9 @@
 //   turboquant-measure MODEL TEXT FIRST COUNT CONTEXT THREADS GPU_LAYERS SCRATCH
 //
 // The text is cut into chunks of CONTEXT tokens, and those numbered FIRST to FIRST + COUNT - 1 are evaluated in batches,
-// each with an empty cache. FIRST may be a part of the text, too: 50% begins in its middle. The second half of each is scored, and the numbers are those of llama-perplexity. The
-// predictions with f16 are kept in the file SCRATCH, which must not exist and is deleted at the end: 2 bytes for each
-// scored token and entry of the vocabulary.
+// each with an empty cache. FIRST may be a part of the text, too: 50% begins in its middle. The second half of each chunk
+// is scored, and the numbers are those of llama-perplexity. The predictions with f16 are kept in the file SCRATCH, which
+// must not exist and is deleted at the end: 2 bytes for each scored token and entry of the vocabulary.
 //
 // stdin says what to measure, a line each:
 //

@@ -12,7 +12,7 @@ import turboquant
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
-    "README.md", "CONTRIBUTING.md", "docs/attention.md", "docs/compare.md", "docs/convert.md", "docs/cuda.md", "docs/guard.md",
+    "README.md", "CONTRIBUTING.md", "docs/attention.md", "docs/compare.md", "docs/convert.md", "docs/cuda.md", "docs/guard.md", "docs/tune.md",
     "models/README.md", "ggml_types/README.md", "notebooks/README.md",
 ]
 
