@@ -518,14 +518,9 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     }
     t_chosen.asked_k = params.type_k;
     t_chosen.asked_v = params.type_v;
-    if (!plan_k && turbo_is_type(params.type_k) && t_chosen.limit > 0.0f) {
+    const bool guarded = !plan_k && turbo_is_type(params.type_k) && t_chosen.limit > 0.0f;
+    if (guarded) {
         apply_guard(hparams, powers);
-        std::string sigmas;
-        for (const uint32_t il : layers) {
-            sigmas += (sigmas.empty() ? "" : ", ") + number(t_chosen.sigma[il]);
-        }
-        LLAMA_LOG_INFO("turboquant: guard: noise of scores with K in %s, by layer: %s (limit %s)\n",
-                ggml_type_name(t_chosen.asked_k), sigmas.c_str(), number(t_chosen.limit).c_str());
     }
     if (!apply_boundary(hparams, boundary)) {
         t_chosen = chosen_types();
@@ -534,6 +529,14 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     if (!check_devices(model, params)) {
         t_chosen = chosen_types();
         return false;
+    }
+    if (guarded) {
+        std::string sigmas;
+        for (const uint32_t il : layers) {
+            sigmas += (sigmas.empty() ? "" : ", ") + number(t_chosen.sigma[il]);
+        }
+        LLAMA_LOG_INFO("turboquant: guard: noise of scores with K in %s, by layer: %s (limit %s)\n",
+                ggml_type_name(t_chosen.asked_k), sigmas.c_str(), number(t_chosen.limit).c_str());
     }
     if (planned == plan_state::found) {
         LLAMA_LOG_INFO("turboquant: the plan in %s sets the types of %s\n", plan.origin.c_str(),
