@@ -24,7 +24,7 @@ struct chosen_types {
     std::vector<ggml_type> k;             // of each layer of the model; k_none without a cache
     std::vector<ggml_type> v;
     ggml_type              asked_k = k_none;  // before the guard
-    ggml_type              asked_v = k_none;  // before boundary V
+    std::vector<ggml_type> inner_v;           // before boundary V
     std::vector<double>    sigma;         // score noise of asked_k in each layer; 0: not known or not asked for
     float                  limit = 0.0f;
 };
@@ -517,7 +517,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
         params.type_v = hparams.is_mla() ? params.type_k : common_type(t_chosen.v);
     }
     t_chosen.asked_k = params.type_k;
-    t_chosen.asked_v = params.type_v;
+    t_chosen.inner_v = t_chosen.v;
     const bool guarded = !plan_k && turbo_is_type(params.type_k) && t_chosen.limit > 0.0f;
     if (guarded) {
         apply_guard(hparams, powers);
@@ -582,9 +582,7 @@ void turbo_log_types(const std::vector<turbo_logged_layer> & layers, const llama
     std::map<ggml_type, std::vector<uint32_t>> promoted;
     std::map<ggml_type, std::string>           sigmas;
     double                                     more = 0;
-    int                                        count_v = 0;
     std::vector<uint32_t>                      boundary;
-    ggml_type                                  type_v = t_chosen.asked_v;
     for (const auto & layer : layers) {
         const double sigma = t_chosen.sigma[layer.il];
         if (layer.k && sigma > t_chosen.limit && layer.k->type != t_chosen.asked_k) {
@@ -592,9 +590,7 @@ void turbo_log_types(const std::vector<turbo_logged_layer> & layers, const llama
             sigmas[layer.k->type] += (sigmas[layer.k->type].empty() ? "" : ", ") + number(sigma);
             more += mib(layer.k, layer.k->type) - mib(layer.k, t_chosen.asked_k);
         }
-        if (layer.v && is_boundary(model.hparams, layer.il, 1 << 20) && layer.v->type != t_chosen.asked_v) {
-            ++count_v;
-            type_v = layer.v->type;
+        if (layer.v && t_chosen.v[layer.il] != t_chosen.inner_v[layer.il]) {
             boundary.push_back(layer.il);
         }
     }
@@ -608,15 +604,11 @@ void turbo_log_types(const std::vector<turbo_logged_layer> & layers, const llama
                 "takes %.2f MiB more, and --cache-guard off turns it off\n", text.c_str(),
                 ggml_type_name(t_chosen.asked_k), number(t_chosen.limit).c_str(), more);
     }
-    turbo_boundary asked;
-    char           error[512];
-    if (count_v > 0 && turbo_boundary_from_env(&asked, error, sizeof(error)) && asked.layers > 0) {
-        std::string which;
-        for (const uint32_t il : boundary) {
-            which += (which.empty() ? "" : ", ") + std::to_string(il);
-        }
+    if (!boundary.empty()) {
+        const ggml_type better = t_chosen.v[boundary[0]];
+        const ggml_type inner  = t_chosen.inner_v[boundary[0]];
         LLAMA_LOG_INFO("turboquant: boundary V: %d of %d layers keep V in %s (%.4g bits per value) instead of %s: %s\n",
-                count_v, (int) layers.size(), ggml_type_name(type_v), turbo_bits_per_value(type_v),
-                ggml_type_name(t_chosen.asked_v), which.c_str());
+                (int) boundary.size(), (int) layers.size(), ggml_type_name(better), turbo_bits_per_value(better),
+                ggml_type_name(inner), ranges(boundary).c_str());
     }
 }

@@ -109,6 +109,9 @@ def test_boundary_v_on_top(probe, tiny, tmp_path) -> None:
     p = probe(tiny("deep"), LLAMA_ARG_CACHE_PLAN=str(plan), LLAMA_ARG_CACHE_BOUNDARY_V="1:q8_0")
     p.context("auto", "auto")
     assert types(p.log)[1] == ["q8_0"] + ["turbo2"] * 4 + ["f16"]
+    assert re.findall(r"boundary V: .*", p.log) == [
+        "boundary V: 1 of 6 layers keep V in q8_0 (8.5 bits per value) instead of turbo2: 0"  # the plan's f16 is better
+    ]
 
 
 def test_states_of_another_plan_are_refused(probe, tiny, tmp_path) -> None:
