@@ -347,6 +347,27 @@ def test_moved_cache_is_built_again(native, tree, build, monkeypatch):
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("cpu", "version", "broken"),
+    [
+        ("avx2 amx_tile amx_int8", "c++ (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        ("avx2 amx_tile amx_int8", "g++ (GCC) 11.4.1 20231218 (Red Hat 11.4.1-3)", True),
+        ("avx2 amx_tile amx_int8", "g++ (Ubuntu 13.2.0-23ubuntu4) 13.2.0", True),
+        ("avx2 amx_tile amx_int8", "c++ (Debian 12.4.0-1) 12.4.0", False),
+        ("avx2 amx_tile amx_int8", "g++ (GCC) 14.1.0", False),
+        ("avx2 amx_tile amx_int8", "Debian clang version 14.0.6", False),
+        ("avx2 avx512f", "c++ (Debian 12.2.0-14+deb12u1) 12.2.0", False),
+    ],
+)  # fmt: skip
+def test_compilers_that_break_amx_build_without_it(monkeypatch, cpu, version, broken):
+    """llama.cpp crashed at its first product where such a GCC had built it for a CPU with AMX."""
+    monkeypatch.setattr(toolchain, "_cpu_flags", lambda: set(cpu.split()))
+    monkeypatch.setenv("CXXFLAGS", "-O2")
+    options = builds.base_options(["/usr/bin/cc: " + version, "/usr/bin/c++: " + version])
+    flags = [option for option in options if "CXX_FLAGS" in option]
+    assert flags == (["-DCMAKE_CXX_FLAGS=-O2 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"] if broken else [])
+
+
 def test_missing_compiler_names_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
