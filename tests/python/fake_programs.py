@@ -2,8 +2,8 @@
 
 `perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, `bench` is
 slower with depth. Each notes in runs.txt what it was asked for. Files beside the programs change what they do: the pair
-named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, and "slow" makes
-llama-perplexity wait, token by token, until it is killed.
+named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, llama-completion and
+llama-bench fail for the one in "unasked", and "slow" makes llama-perplexity wait, token by token, until it is killed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ named = lambda file: (here / file).exists() and (here / file).read_text() == pai
 with open(here / "runs.txt", "a") as file:
     file.write(name + " " + pair + (" token by token" if "-ub" in args else "") + "\\n")
 
+if name != "llama-perplexity" and named("unasked") and value("-n") != "1":
+    log("E main: no kernel for this type")
+    sys.exit(1)
 if name == "llama-bench":
     depth = int(value("-d"))
     common = dict(build_commit="abc1234", build_number=7, cpu_info="A CPU", gpu_info="", backends="CPU", n_depth=depth)

@@ -24,7 +24,7 @@ from browser import Browser
 from fake_programs import write_programs
 from make_model import Shape, write_model
 from rich.console import Console
-from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, needs_posix, prose
+from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, TEXTS, needs_posix, prose
 from typer.testing import CliRunner, Result
 
 from turboquant import cli
@@ -334,6 +334,32 @@ def test_what_cannot_be_measured(place):
     (place / "bin" / "nan").write_text("f16")
     done = run("--types", "q8_0", "--chunks", 3)
     assert done.exit_code == 1 and "the f16 cache, with which all are compared, could not be measured" in done.stderr
+
+
+@needs_posix
+def test_what_cannot_be_asked_or_timed(place):
+    """Such cells have their reasons; the rest of the row, and the other pairs, have their numbers."""
+    (place / "bin" / "unasked").write_text("turbo4")
+    assert run("--types", "turbo4,q8_0").exit_code == 0
+    rows = {row["label"]: row for row in report()["pairs"]}
+    assert [row["failure"] for row in rows.values()] == [None] * 3
+    why = "llama-completion exited with 1: no kernel for this type"
+    assert {cell["reason"] for cell in rows["turbo4"]["needles"]} == {why}
+    assert all(cell["found"] for cell in rows["q8_0"]["needles"])
+    assert rows["turbo4"]["speed"][0]["decode"] is None and rows["q8_0"]["speed"][0]["decode"] == 100
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert "| turbo4 | `??` | `??` |" in text and f"`?`: {why}." in text
+    assert "turbo4 at 1,000: llama-bench exited with 1" in text
+    assert "turbo4 at 1,000: llama-bench exited with 1" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+@needs_posix
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_needles_of_any_text(place, text):
+    Path("text.txt").unlink()
+    Path("text.txt").write_bytes(text.encode())
+    assert run("--types", "q8_0", "--depths", "").exit_code == 0
+    assert [cell["found"] for cell in report()["pairs"][1]["needles"]] == [True] * 4
 
 
 @needs_posix

@@ -193,7 +193,7 @@ def to_markdown(report: Report) -> str:
     parts.append("\n".join(f"- {_escape(line)}" for line in verdict(report) + failures(report)))
     parts += ["## Quality, retrieval, memory", _markdown_table(*quality_table(report)), _method(report)]
     if report["pairs"][0].get("speed"):
-        parts += ["## Speed, tokens per second", _markdown_table(*speed_table(report)), _speed_method(report)]
+        parts += ["## Speed, tokens per second", _markdown_table(*speed_table(report)), _escape(_speed_method(report))]
     if grid := _grid(report):
         parts += ["## Needles", grid]
     parts += ["## How this was measured", "\n".join(f"- {name}: `{value}`" for name, value in _facts(report))]
@@ -256,10 +256,15 @@ def _method(report: Report) -> str:
 
 def _speed_method(report: Report) -> str:
     settings = report["settings"]
-    return (
+    reasons = {
+        f"{row['label']} at {speed['depth']:,}: {speed['reason']}."
+        for row in _measured(report) for speed in row["speed"] if speed["reason"]
+    }  # fmt: skip
+    return " ".join([
         f"llama-bench: a batch of {settings['prompt']} tokens (prefill) and {settings['generated']} single ones "
-        f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads."
-    )
+        f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads.",
+        *sorted(reasons),
+    ])  # fmt: skip
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
