@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fake_programs import write_programs
+from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
-from turboquant.convert.plan import Measurement, make_plan
+from turboquant.convert import run as convert_run
+from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
 from turboquant.convert.stream import Attention, Route
+from turboquant.llama.files import LlamaError
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -458,6 +464,71 @@ def test_types_decide(tmp_path: Path, types: dict[str, str], mode: str, k: str, 
     if not k and mode != "exact":
         exponents = np.log2(found["scalings"]["k"][0].factors)
         assert np.array_equal(exponents, np.round(exponents)) == (not found["K"].exact)
+
+
+# ---- the check -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`convert` on `model` with stand-ins for llama-perplexity and for the measurement."""
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    write_programs(tmp_path / "bin", HELP, BASE, DIVERGENCE)
+    (tmp_path / "text.txt").write_text("some text")
+    modes: list[str] = []
+
+    def plan(model: ModelFile, measured: Measurement, mode: str, values: bool) -> Plan:
+        modes.append(mode)
+        return Plan(SCALINGS, [Balanced(0, "K", exact=mode != "pow2", before=2.0, after=1.0)])
+
+    monkeypatch.setattr(convert_run, "measure", lambda *_, **__: Measurement(2048, 2048))
+    monkeypatch.setattr(convert_run, "make_plan", plan)
+
+    def run(**options: Any) -> Any:
+        target = tmp_path / "out" / "out.gguf"
+        target.parent.mkdir(exist_ok=True)
+        try:
+            return convert_run.convert(model, target, tmp_path / "text.txt", bin=tmp_path / "bin", threads=1, **options)
+        except LlamaError as error:
+            assert list(target.parent.iterdir()) == []
+            return f"{modes} {error}"
+
+    return run
+
+
+@needs_posix
+def test_the_check_passes(converting: Callable[..., Any], tmp_path: Path) -> None:
+    assert converting().recommended == ("turbo4", "turbo4")
+    assert (tmp_path / "out" / "out.gguf").is_file()
+
+
+@needs_posix
+@pytest.mark.parametrize(("mode", "tried"), [("auto", ["auto", "pow2"]), ("exact", ["exact"]), ("pow2", ["pow2"])])
+def test_predictions_that_are_no_numbers_exceed_the_limit(
+    converting: Callable[..., Any], tmp_path: Path, mode: str, tried: list[str]
+) -> None:
+    (tmp_path / "bin" / "nan").write_text("f16")
+    said = converting(mode=mode)
+    if mode == "exact":
+        assert said.startswith(f"{tried} the converted model differs from the original by inf nats with an f16 cache")
+    else:
+        assert said.startswith(f"{tried} {tmp_path / 'in.gguf'}: its predictions without flash attention are not")
+
+
+@needs_posix
+def test_a_cache_without_predictions_is_not_recommended(converting: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "nan").write_text("turbo4")
+    assert converting().recommended == ("q8_0", "turbo3")
+
+
+@needs_posix
+def test_a_model_that_predicts_nothing(converting: Callable[..., Any], tmp_path: Path) -> None:
+    """NaN weights after the last keys and values: the measurement sees none of them, the original's predictions do."""
+    (tmp_path / "bin" / "damaged").touch()
+    said = converting()
+    what = f"{tmp_path / 'in.gguf'}: its predictions of {tmp_path / 'text.txt'} are not finite"
+    assert said == f"['auto'] {what}; is the model damaged?"
+    assert (tmp_path / "bin" / "runs.txt").read_text().count("llama-perplexity") == 1
 
 
 # ---- files that appear whole -----------------------------------------------------------------------------------------
