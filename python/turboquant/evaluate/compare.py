@@ -116,7 +116,7 @@ def read_model(path: Path) -> Model:
     architecture = str(metadata.get("general.architecture", ""))
     context = metadata.get(f"{architecture}.context_length")
     embedding = tensors.get("token_embd.weight")
-    if not isinstance(context, int) or embedding is None:
+    if not isinstance(context, int) or embedding is None or len(embedding.shape) != 2:
         raise CompareError(
             f"{path} holds no language model (architecture {architecture or 'unknown'!r}); give another with -m"
         )
@@ -125,7 +125,7 @@ def read_model(path: Path) -> Model:
         architecture=architecture,
         context=context,
         vocabulary=embedding.shape[1],
-        layers=int(metadata.get(f"{architecture}.block_count", 0)),
+        layers=metadata.get(f"{architecture}.block_count", 0),
         bytes=path.stat().st_size,
         plan="turboquant.plan.version" in metadata,
     )
