@@ -386,14 +386,21 @@ def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
 HEADS, HEAD = 2, 32
 
 
-def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = None, **options: object) -> dict:
-    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types."""
+def planned(
+    tmp_path: Path,
+    v_steps: list[dict],
+    types: dict[str, str] | None = None,
+    sizes: dict[str, float] | None = None,
+    **options: object,
+) -> dict:
+    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types and sizes."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for name, shape in {"q": (64, 256), "k": (32, 256), "v": (32, 256), "o": (256, 64)}.items():
         kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
-        raw = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), kind)
-        writer.add_tensor(name, raw, raw_dtype=kind)
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32((sizes or {}).get(name, 1))
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor("bias", np.full(HEAD, 60000, np.float16))  # as large as fp16 allows
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -436,6 +443,42 @@ def test_a_layer_is_balanced(tmp_path: Path) -> None:
     assert np.allclose(o.factors.reshape(2, HEAD) * v.factors, 1)
     assert np.array_equal(k.factors[:16], k.factors[16:])  # RoPE's pairs
     assert set(planned(tmp_path, from_matrix("v"), values=False)["scalings"]) == {"q", "k"}
+
+
+def test_exact_scales_beyond_fp16_become_powers_of_two(tmp_path: Path) -> None:
+    """The largest of these weights is 60000: what can be written is planned, and what was planned is written."""
+    large = {"types": {"k": "F16"}, "sizes": {"k": 15000}}
+    found = planned(tmp_path, from_matrix("v"), **large)
+    assert (found["K"].exact, found["K"].refused, found["V"].exact, found["mode"]) == (False, "", True, "mixed")
+    assert 1 > found["K"].ratio
+    with ModelFile(tmp_path / "model.gguf") as model:
+        model.write(tmp_path / "out.gguf", found["scalings"], {})
+    (k,) = (tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors if tensor.name == "k")
+    assert np.isfinite(k.data).all()
+    found = planned(tmp_path, from_matrix("v"), mode="exact", **large)
+    assert found["K"].refused == "its scales take k out of the range of its type: convert without --exact"
+
+
+@pytest.mark.parametrize("mode", ["auto", "pow2"])
+@pytest.mark.parametrize("type", ["F16", "F32", "BF16"])
+def test_weights_that_are_not_finite_stay(tmp_path: Path, mode: str, type: str) -> None:
+    found = planned(tmp_path, from_matrix("v"), {"k": type}, {"k": np.inf}, mode=mode)
+    assert found["K"].refused == "k has weights that are not finite" and not found["V"].refused
+
+
+def test_a_weight_out_of_range_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    with ModelFile(model) as opened, pytest.raises(ModelError, match=r"in\.gguf: columns cannot be scaled \(a weight"):
+        opened.write(tmp_path / "out.gguf", {"columns": [Scaling("columns", np.full(8, 1e6))]}, {})
+
+
+@pytest.mark.parametrize("mode", ["auto", "pow2"])
+def test_biases_have_limits_too(tmp_path: Path, mode: str) -> None:
+    steps = [tensor("ADD", [HEAD, 5], weight="bias", wne=[HEAD, 1, 1, 1]), *from_matrix("v")]
+    found = planned(tmp_path, steps, mode=mode)
+    assert not found["V"].refused and not found["V"].exact
+    assert found["scalings"]["bias"][0].factors.max() == 1
+    with ModelFile(tmp_path / "model.gguf") as model:
+        model.write(tmp_path / "out.gguf", found["scalings"], {})
 
 
 @pytest.mark.parametrize("values", [True, False])

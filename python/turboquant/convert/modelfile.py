@@ -108,7 +108,7 @@ class ModelFile:
 
         Raises:
             OSError: as a full disk.
-            ValueError: a scaled weight leaves the range of its type.
+            ModelError: a scaled weight leaves the range of its type, or the file changes meanwhile.
         """
         with target.open("wb") as out:
             self._write_head(out, metadata)
@@ -118,7 +118,10 @@ class ModelFile:
                 self._copy(out, at, tensor.offset)
                 for first, rows in self.pieces(tensor):
                     for scaling in scalings.get(tensor.name, ()):
-                        rows = _apply(rows, first, tensor, scaling)
+                        try:
+                            rows = _apply(rows, first, tensor, scaling)
+                        except ValueError as error:
+                            raise ModelError(f"{self.path}: {tensor.name} cannot be scaled ({error})") from error
                     out.write(rows.data)
                     progress(out.tell())
                 at = tensor.offset + tensor.bytes
