@@ -392,6 +392,34 @@ def test_interrupted(place):
     assert report()["pairs"][1]["quality"]["kld"] == 0.0007
 
 
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_without_a_folder_of_its_own(place, number):
+    """However it ended: no folder is left that the same command would avoid."""
+    slow, sleeping = place / "bin" / "slow", place / "bin" / "sleeping"
+    slow.touch()
+    options = ["--bin", "bin", "-m", "model.gguf", "-f", "text.txt", "--types", "q8_0", "--chunks", "4", "-t", "1"]
+    options += ["--depths", "", "--needle-depths", ""]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "turboquant.cli", "compare", *options], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while not sleeping.exists():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.05)
+        child.send_signal(number)
+        child.communicate(timeout=60)
+    finally:
+        if child.poll() is None or number == signal.SIGKILL:
+            os.killpg(child.pid, signal.SIGKILL)
+    assert not list(place.glob("compare-*"))
+    slow.unlink()
+    Path("compare-model").mkdir()  # as older versions left one behind
+    for _ in range(2):
+        assert CliRunner().invoke(cli.app, ["compare", *options]).exit_code == 0
+        assert [path.name for path in place.glob("compare-*")] == ["compare-model"]
+
+
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +528,26 @@ def test_page_escapes(finished):
     text = page.to_html(data)
     assert "<script>alert(1)" not in text and "<img src=x>" not in text
     assert "<script>" not in page.to_markdown(data) and "&lt;img src=x>\\|" in page.to_markdown(data)
+
+
+@needs_posix
+def test_markdown_escapes(finished):
+    """Names come from files of others, and none of them ends a code span, a cell or a line, or begins HTML or a link."""
+    data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    evil = "<img src=x>`<b>`` [x](javascript:0)\n# &lt;|"
+    data["model"]["path"] = data["text"]["path"] = f"/models/{evil}"
+    data["model"]["name"] = data["machine"]["cpu"] = data["build"]["bin"] = evil
+    data["pairs"][-1]["failure"] = data["pairs"][1]["label"] = evil
+    data["pairs"][1]["needles"][0]["reason"] = data["pairs"][1]["speed"][0]["reason"] = evil
+    data["pairs"][1]["speed"][0]["decode"] = None
+    clean = page.to_markdown(json.loads((finished / "report.json").read_text(encoding="utf-8")))
+    text = page.to_markdown(data)
+    assert len(text.splitlines()) == len(clean.splitlines()) + 1  # the reason of a needle
+    spans, outside = re.findall(r"(?<!`)(?P<fence>`+)(?!`)(.*?)(?<!`)\1(?!`)", re.sub(r"\\`", "", text), re.DOTALL), text
+    for fence, inside in spans:
+        outside = outside.replace(f"{fence}{inside}{fence}", "")
+    assert "<" not in outside and "](" not in re.sub(r"\\[\[\]]", "", outside)
+    assert sum("<img src=x>" in inside for _, inside in spans) == 4  # model, text, build, CPU
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 The programs are stood in for by small scripts here; tests/llama runs the real ones.
 """
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from rich.console import Console
 import turboquant
 from turboquant.evaluate import demo, needle, report
 from turboquant.evaluate.kvsize import parse_cache_size
-from turboquant.evaluate.measure import Options, Row, measure
+from turboquant.evaluate.measure import Options, Row, measure, scratch_folder
 from turboquant.evaluate.pairs import CachePair, bits_per_value, parse_pairs
 from turboquant.evaluate.perplexity import parse_base, parse_divergence
 from turboquant.evaluate.programs import ProgramError, Programs, parse_cache_types
@@ -297,7 +298,7 @@ def test_results(tmp_path):
     assert results.get({"a": 1}) == [1.5, "x"]
     assert results.get({"a": 2}) is None
     (stored,) = results.folder.iterdir()
-    for broken in ("", "{", "[]", '{"key": {"a": 2}, "value": 3}'):
+    for broken in ("", "{", "[]", '{"key": {"a": 2}, "value": 3}', '{"key": {"a": 1}}'):
         stored.write_text(broken)
         assert results.get({"a": 1}) is None
     results.put({"a": 1}, 2)
@@ -310,6 +311,83 @@ def test_file_hash(tmp_path):
     assert file_hash(file, results) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     file.write_bytes(b"abcd")
     assert file_hash(file, results) != "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert not results.folder.exists()  # such a young file may change once more within the same tick
+
+
+def test_file_hash_is_remembered(tmp_path, monkeypatch):
+    """Not by what a copy or a tool can restore: path, size and time."""
+    file, results = tmp_path / "file", Results(tmp_path / "results")
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: later)
+    file.write_bytes(b"abc")
+    before, times = file_hash(file, results), file.stat()
+    (stored,) = results.folder.iterdir()
+    stored.write_text(stored.read_text().replace(before, "remembered"))
+    assert file_hash(file, results) == "remembered"
+
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = file_hash(file, results)
+    assert changed != "remembered"
+    other = tmp_path / "other"
+    other.write_bytes(b"abe")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, file)
+    assert file_hash(file, results) not in (changed, "remembered")
+
+
+def test_a_file_that_changes_while_it_is_hashed(tmp_path, monkeypatch):
+    file, results = tmp_path / "file", Results(tmp_path / "results")
+    file.write_bytes(b"abc")
+    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: file.write_bytes(b"abcd") and 1 << 62)
+    file_hash(file, results)
+    assert not results.folder.exists()
+
+
+# ---- scratch folders -------------------------------------------------------------------------------------------------
+
+
+def test_scratch_folders_in_use_stay(tmp_path):
+    with scratch_folder(tmp_path) as first:
+        (first / "f16.kld").touch()
+        with scratch_folder(tmp_path) as second:
+            assert second != first
+        assert (first / "f16.kld").exists() and not second.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folders_that_were_left_behind_go(tmp_path):
+    """A run that is killed leaves its folder; the system gives its lock up."""
+    code = "import os, sys; from pathlib import Path; from turboquant.evaluate.measure import scratch_folder\n"
+    code += "with scratch_folder(Path(sys.argv[1])) as folder: (folder / 'f16.kld').touch(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with scratch_folder(tmp_path):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folders_of_other_machines_stay(tmp_path, monkeypatch):
+    """Where a cache is shared, neither their processes nor, on every file system, their locks are seen from here."""
+    monkeypatch.setattr("platform.node", lambda: "other-machine")
+    with scratch_folder(tmp_path) as theirs:
+        monkeypatch.setattr("platform.node", lambda: "other")
+        monkeypatch.setattr("turboquant.llama.files._try_lock", lambda descriptor: True)
+        with scratch_folder(tmp_path):
+            assert theirs.is_dir()
+        assert theirs.is_dir()
+
+
+def test_scratch_folders_without_locks(tmp_path, monkeypatch):
+    """A file system may have none: then nothing of others is deleted, and one's own still is."""
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("turboquant.llama.files._try_lock", refuse)
+    with scratch_folder(tmp_path) as first, scratch_folder(tmp_path):
+        assert first.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- measuring, with stand-ins for the programs ----------------------------------------------------------------------
@@ -442,6 +520,16 @@ def test_measure_runs_only_what_is_new(fake):
     assert len(measured(fake, "q8_0")[1]) == 2 + 2 * 2 + 2
     (fake / "bin" / "libggml-cpu.so").write_bytes(b"another build")
     assert len(measured(fake, "q8_0")[1]) == 2 + 2 * 2
+
+
+@needs_posix
+@pytest.mark.parametrize("damage", ["{}", "[]", "7", '{"values": {"kld": 1}, "caches": {}}'])
+def test_damaged_results_are_measured_again(fake, damage):
+    rows, first = measured(fake, "q8_0", needles=0)
+    for path in (fake / "results").iterdir():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({"key": stored["key"], "value": json.loads(damage)}))
+    assert measured(fake, "q8_0", needles=0) == (rows, first)
 
 
 @needs_posix

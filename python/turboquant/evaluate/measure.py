@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import math
-import os
+import platform
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..llama.files import lock
 from . import needle, perplexity, speed
 from .kvsize import Caches
 from .pairs import CachePair, bits_per_value
@@ -197,7 +200,7 @@ class Measurer:
         if not missing and self.base(ctx, chunks):
             return found
         with scratch_folder(self._scratch) as folder:
-            base = Path(folder) / "f16.kld"
+            base = folder / "f16.kld"
             # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
             own = Run(BASELINE, ctx, chunks)
             step = _stepper(self.progress, f"{own.label}, base", chunks)
@@ -264,7 +267,10 @@ class Measurer:
     def stored_speed(self, pair: CachePair, depth: int) -> tuple[speed.Speed, dict[str, Any]] | None:
         """The speed at a depth, and what llama-bench says of the machine, if they are stored."""
         stored = self.results.get(self._speed_key(pair, depth))
-        return None if stored is None else (speed.Speed(**stored["speed"]), stored["machine"])
+        try:
+            return None if stored is None else (speed.Speed(**stored["speed"]), dict(stored["machine"]))
+        except (KeyError, TypeError, ValueError):  # a damaged file: it is measured again
+            return None
 
     def speed(self, pair: CachePair, depth: int, again: bool = False) -> tuple[speed.Speed, dict[str, Any]]:
         """Measure the speed at a depth, with `again` even if it is stored. ProgramError if llama-bench fails."""
@@ -287,9 +293,12 @@ class Measurer:
 def _quality(stored: Any) -> Quality | None:
     if stored is None:
         return None
-    values = stored["values"]
-    kind = perplexity.Divergence if "kld" in values else perplexity.Base
-    return Quality(kind(**values), Caches.from_dict(stored["caches"]))
+    try:
+        values = stored["values"]
+        kind = perplexity.Divergence if "kld" in values else perplexity.Base
+        return Quality(kind(**values), Caches.from_dict(stored["caches"]))
+    except (KeyError, TypeError):  # a damaged file: it is measured again
+        return None
 
 
 def measure(
@@ -370,26 +379,47 @@ def _answers(
     return answers, reason
 
 
-def scratch_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder for predictions, which is deleted in the end.
+
+    A run that was killed leaves its own behind, so those of this machine that no process holds are deleted. The cache
+    may be shared with other machines: whether theirs are in use cannot be told for certain from here.
+    """
     parent.mkdir(parents=True, exist_ok=True)
-    # A run that was killed leaves its predictions behind: remove those whose process is gone.
-    for old in parent.glob("kld-base-*"):
-        pid = old.name.split("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"kld-base-{os.getpid()}-", dir=parent)
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # os.kill would end it there
+    prefix = f"kld-base-{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"
+    for old in parent.glob(f"{prefix}*"):
+        if old.is_dir():
+            with _held(old) as held:
+                if held:
+                    shutil.rmtree(old, ignore_errors=True)
+            if held:
+                _lock_file(old).unlink(missing_ok=True)
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        with _held(folder):  # before the folder is there, so that it never is without
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        _lock_file(folder).unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder; on a file system without locks it never has."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock(_lock_file(folder), block=False)) is not None
+        except OSError:
+            held = False
+        yield held
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _stepper(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:

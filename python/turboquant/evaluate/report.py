@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from .measure import Row
 
-__all__ = ["COLUMNS", "cells", "notes", "table", "to_json", "to_markdown"]
+__all__ = ["COLUMNS", "cells", "code", "escape", "notes", "table", "to_json", "to_markdown"]
 
 COLUMNS = ("cache K/V", "bits/value", "KV MiB", "perplexity", "KLD", "same top token", "needles found")
 _NARROW = ("cache K/V", "bits/\nvalue", "KV MiB", "perplexity", "KLD", "same top\ntoken", "needles\nfound")
@@ -49,8 +50,22 @@ def to_markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table, and what is to be said of it, ending with a newline."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += [line for note in notes(rows) for line in ("", note)]
+    lines += [line for note in notes(rows) for line in ("", escape(note))]
     return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text as Markdown that shows it: no HTML, link, code or cell of a table begins or ends in it."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return " ".join(re.sub(r"([\\|`\[\]])", r"\\\1", text).splitlines())
+
+
+def code(text: str) -> str:
+    """Text as a code span of Markdown, whatever is in it."""
+    text = " ".join(text.splitlines())
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def to_json(rows: list[Row], **about: object) -> str:
