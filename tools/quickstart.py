@@ -116,6 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     building = parser.add_argument_group("what is built")
     building.add_argument("--source", metavar="DIR", type=Path, help="a llama.cpp checkout of yours")
     building.add_argument("--version", metavar="X", help="the llama-cpp-python release whose llama.cpp to take")
+    building.add_argument(
+        "--unproven", action="store_true", help="take a --version whose checksum is not known; its build code runs here"
+    )
     building.add_argument("--venv", metavar="DIR", type=Path, default=ROOT / ".venv", help="the environment (.venv)")
     building.add_argument("--bin", metavar="DIR", type=Path, help="use the programs in DIR; build none")
     building.add_argument(
@@ -319,6 +322,8 @@ def build(python: Path, options: argparse.Namespace) -> Path:
         arguments += ["--source", str(options.source.expanduser().resolve())]
     if options.version:
         arguments += ["--version", options.version]
+    if options.unproven:
+        arguments.append("--unproven")
     folder = ask(python, arguments, "llama.cpp was not built")
     say(f"      {folder}")
     return Path(folder)

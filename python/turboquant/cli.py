@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -72,6 +72,12 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _confirm(question: str) -> bool:
+    # Not through stdout, which scripts read.
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _plural(count: int, noun: str) -> str:
@@ -136,6 +142,12 @@ def build(
             metavar="X", help="The llama-cpp-python release whose llama.cpp to take.", show_default=DEFAULT_VERSION
         ),
     ] = None,
+    unproven: Annotated[
+        bool,
+        typer.Option(
+            "--unproven", help="Fetch a --version whose checksum is not known here; pip runs its build code unchecked."
+        ),
+    ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,8 +182,19 @@ def build(
     kept in the cache folder (TURBOQUANT_CACHE, by default ~/.cache/turboquant); a rerun compiles only what changed.
     """
     from .llama.build import build as run_build
+    from .llama.source import UnprovenError
 
-    print(run_build(source, version, target or (), jobs, cmake_arg or (), backend=backend, arch=arch))
+    options: dict[str, Any] = {"backend": backend, "arch": arch}
+    try:
+        folder = run_build(source, version, target or (), jobs, cmake_arg or (), unproven=unproven, **options)
+    except UnprovenError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        _tell(f"turboquant: {error}")
+        if not _confirm("Fetch it and run its build code?"):
+            raise typer.Exit(1) from None
+        folder = run_build(source, version, target or (), jobs, cmake_arg or (), unproven=True, **options)
+    print(folder)
 
 
 @command
