@@ -259,6 +259,31 @@ def test_local_tree(tmp_path):
     assert source.local(root).digest != tree.digest
 
 
+def test_links_to_folders_are_part_of_a_local_tree(tmp_path):
+    """A ggml of its own, or one shared by several trees: it is copied, and its changes count."""
+    root = make_tree(tmp_path / "llama")
+    plain = source.local(root)
+    shutil.move(root / "ggml", tmp_path / "ggml")
+    (root / "ggml").symlink_to(tmp_path / "ggml", target_is_directory=True)
+    (root / "src/back").symlink_to(root, target_is_directory=True)  # leads to where it is
+    (root / "src/nowhere").symlink_to(tmp_path / "gone")
+    tree = source.local(root)
+    assert tree.digest == plain.digest and list(tree.files()) == list(plain.files())
+    assert sync(tree.root, tree.files(), tmp_path / "copy") == len(FILES)
+    assert contents(tmp_path / "copy") == FILES and not (tmp_path / "copy/ggml").is_symlink()
+    write(tmp_path, {"ggml/include/ggml.h": "enum ggml_type { GGML_TYPE_COUNT = 601 };\n"})
+    assert source.local(root).digest != tree.digest
+
+
+def test_a_link_out_of_the_tree_has_an_end(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "llama")
+    write(tmp_path, {f"much/{number}.c": "" for number in range(20)})
+    (root / "src/much").symlink_to(tmp_path / "much", target_is_directory=True)
+    monkeypatch.setattr(source, "_MAX_FILES", 20)
+    with pytest.raises(source.SourceError, match="more than 20 files in it; does a link lead out of the tree"):
+        source.local(root)
+
+
 def test_local_tree_that_is_no_llama_names_what_it_lacks(tmp_path):
     root = make_tree(tmp_path / "tree")
     (root / "common/arg.cpp").unlink()

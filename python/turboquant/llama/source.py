@@ -93,8 +93,18 @@ class Source:
     number: int = 0
 
     def files(self) -> Iterator[str]:
-        """The files a build needs, as sorted relative paths."""
-        return list_files(self.root, lambda path, is_dir: _skip(self.root, path, is_dir))
+        """The files a build needs, as sorted relative paths. Links to folders are followed.
+
+        SourceError if there are far more than llama.cpp has.
+        """
+        return _files(self.root)
+
+
+def _files(root: Path) -> Iterator[str]:
+    for count, file in enumerate(list_files(root, lambda path, is_dir: _skip(root, path, is_dir), follow=True)):
+        if count >= _MAX_FILES:
+            raise SourceError(f"{root} has more than {_MAX_FILES} files in it; does a link lead out of the tree?")
+        yield file
 
 
 def _skip(root: Path, path: str, is_dir: bool) -> bool:
@@ -124,7 +134,7 @@ def local(directory: str | os.PathLike[str]) -> Source:
         inner = root / "vendor" / "llama.cpp"
         hint = f"; did you mean {inner}?" if (inner / "ggml/include/ggml.h").is_file() else ""
         raise SourceError(f"{root} is no llama.cpp source tree: it lacks {', '.join(missing)}{hint}")
-    digest = hash_files(root, list_files(root, lambda path, is_dir: _skip(root, path, is_dir)))
+    digest = hash_files(root, _files(root))
     commit, number = _git_version(root)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", root.name).strip("-.") or "llama.cpp"
     return Source(root, str(root), slug, f"folder:{root}", digest, commit, number)
