@@ -85,7 +85,10 @@ def main() -> int:
         say(f"quickstart: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("\nquickstart: interrupted; nothing is broken, and the same command goes on from here", sys.stderr)
+        say(
+            "\nquickstart: interrupted; nothing is broken: what is finished is kept, and the same command does the rest",
+            sys.stderr,
+        )
         return 130
 
 

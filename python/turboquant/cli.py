@@ -19,11 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 # Heavier modules are imported by the commands that need them: --help must not wait for them.
-from .llama.files import LlamaError
+from .llama.files import Interrupted, LlamaError
 from .llama.patch import PatchError
 from .llama.source import DEFAULT_VERSION
 
 __all__ = ["app", "main"]
+
+#: Commands that keep what they have done when they are stopped; the others have nothing to keep.
+_RESUMED = ("build", "compare", "tune")
 
 app = typer.Typer(
     name="turboquant",
@@ -56,8 +59,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:  # a full disk, a folder without permission: the text names the file
             _tell(f"turboquant: {error}")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _tell("turboquant: interrupted; nothing is broken, and the same command goes on from here")
+        except KeyboardInterrupt as error:
+            then = "goes on from here" if function.__name__ in _RESUMED else "starts anew"
+            if isinstance(error, Interrupted):
+                then = str(error)
+            _tell(f"turboquant: interrupted; nothing is broken, and the same command {then}")
             raise typer.Exit(130) from None
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -43,6 +43,24 @@ def contents(root: Path) -> dict[str, str]:
     return {name: (root / name).read_text() for name in list_files(root)}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place", "then"),
+    [
+        (["build", "--source", "tree"], "turboquant.llama.build.build", "goes on from here"),
+        (["patch", "tree"], "turboquant.llama.patch.patch", "starts anew"),
+        (["fetch", "smollm2"], "turboquant.fetch.fetch", "starts anew"),
+    ],
+)
+def test_interruptions_say_what_is_kept(monkeypatch, arguments, place, then):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    done = turbo(*arguments)
+    assert done.exit_code == 130
+    assert done.stderr == f"turboquant: interrupted; nothing is broken, and the same command {then}\n"
+
+
 def test_patch_check_unpatch(native, tree):
     before = contents(tree)
     told = turbo("patch", tree, "--check")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Interrupted",
     "LlamaError",
     "hash_files",
     "last_lines",
@@ -30,6 +31,10 @@ __all__ = [
 
 class LlamaError(Exception):
     """Fetching, building or running llama.cpp failed. The text says what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C within something of which nothing is kept. The text says what the same command will do: "begins ..."."""
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------

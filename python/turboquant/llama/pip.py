@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import Interrupted
 from .progress import Reporter
 
 __all__ = ["download", "is_installed"]
@@ -44,6 +45,9 @@ def download(
 
     Returns:
         The file, None if pip failed; and what pip printed.
+
+    Raises:
+        Interrupted: what pip has of the file so far is lost.
     """
     temporary = folder / "tmp"
     temporary.mkdir(parents=True)
@@ -67,9 +71,11 @@ def download(
                 while process.poll() is None:
                     time.sleep(0.1)
                     track.update(done := max(done, _downloaded(temporary, pattern)))
-            except BaseException:
+            except BaseException as error:
                 process.terminate()
                 process.wait()
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted("begins the download again") from error
                 raise
         log.seek(0)
         output = log.read()
