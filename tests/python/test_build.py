@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from fake_llama import EXTRA, FILES, make_native, make_sdist, make_tree, write
 from rich.console import Console
-
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
 from turboquant.llama import run, source, toolchain

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_llama import EXTRA, FILES, make_native, make_tree, write
-from typer.testing import CliRunner, Result
-
 import turboquant
+from fake_llama import EXTRA, FILES, make_native, make_tree, write
 from turboquant import cli
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
 from turboquant.llama.files import list_files
+from typer.testing import CliRunner, Result
 
 
 @pytest.fixture

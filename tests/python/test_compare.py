@@ -25,13 +25,12 @@ from fake_programs import write_programs
 from make_model import Shape, write_model
 from rich.console import Console
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, TEXTS, needs_posix, prose
-from typer.testing import CliRunner, Result
-
 from turboquant import cli
 from turboquant.evaluate import compare, needle, page, verdict
 from turboquant.evaluate.kvsize import Caches, parse_caches
 from turboquant.evaluate.perplexity import base_bytes, parse_divergence
 from turboquant.evaluate.speed import parse_speed
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo3"

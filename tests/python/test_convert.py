@@ -15,11 +15,11 @@ import pytest
 from fake_programs import write_programs
 from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
+from turboquant.convert import run as convert_run
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
-from turboquant.convert import run as convert_run
 from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
 from turboquant.convert.stream import Attention, Route
 from turboquant.llama.files import LlamaError

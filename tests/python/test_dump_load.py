@@ -6,7 +6,6 @@ import pytest
 
 pytest.importorskip("safetensors", reason="needs pip install '.[convert]'")
 from safetensors.numpy import save_file  # noqa: E402
-
 from turboquant import cli, dump  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 

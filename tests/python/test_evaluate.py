@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-
 import turboquant
+from rich.console import Console
 from turboquant.evaluate import demo, needle, report
 from turboquant.evaluate.kvsize import parse_cache_size
 from turboquant.evaluate.measure import Options, Row, measure, scratch_folder

