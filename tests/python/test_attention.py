@@ -5,7 +5,6 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-
 import turboquant
 from turboquant import reference
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,6 @@ from pathlib import Path
 import pytest
 from fake_llama import EXTRA, FILES, make_native, make_sdist, make_tree, write
 from rich.console import Console
-
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
 from turboquant.llama import run, source, toolchain
@@ -151,7 +152,9 @@ def test_release_of_llama_cpp_python(native, tmp_path, build, monkeypatch):
         return Path(shutil.copy(archive, to))
 
     monkeypatch.setattr(source, "_pip_download", copy)
-    bin = build(version="9.9.9", targets=["llama-bench"])
+    with pytest.raises(source.UnprovenError):
+        build(version="9.9.9", targets=["llama-bench"])
+    bin = build(version="9.9.9", targets=["llama-bench"], unproven=True)
     assert answer(bin, "llama-bench") == "512 41 one"
     assert bin.parent.parent.name.startswith("llama.cpp-9.9.9-")
     archive.unlink()
@@ -413,15 +416,18 @@ def fake_program(path: Path, output: str) -> None:
     path.chmod(0o755)
 
 
-def fake_wheel(folder: Path, name: str, version: str) -> None:
+def fake_wheel(folder: Path, name: str, version: str) -> str:
+    """Write a wheel, and return the line that pins it."""
     info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
         program = zipfile.ZipInfo(f"{name}/data/bin/{name}")
         program.external_attr = 0o100755 << 16
         wheel.writestr(program, f"#!/bin/sh\necho {name} version {version}\n")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
@@ -437,8 +443,9 @@ def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeyp
     elif machine == "has ninja":
         fake_program(path / "ninja", "1.11.1")
     (path / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
-    fake_wheel(wheels, "cmake", "3.31.0")
-    fake_wheel(wheels, "ninja", "1.12.0")
+    pinned = tmp_path / "pinned.txt"
+    pinned.write_text("".join(fake_wheel(wheels, *one) for one in (("cmake", "3.31.0"), ("ninja", "1.12.0"))))
+    monkeypatch.setattr(toolchain, "_PINNED", pinned)
     monkeypatch.setenv("PATH", str(path))
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(path))
     monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
@@ -453,6 +460,24 @@ def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeyp
     assert ("Ninja" in said.getvalue()) == (machine == "has nothing")
     shutil.rmtree(wheels)  # the second time nothing is fetched
     assert toolchain.find_tools(reporter) == tools
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
+def test_replaced_wheels_are_not_installed(monkeypatch, tmp_path, said):
+    """The same names and versions, other bytes: those that are pinned are the real ones."""
+    pytest.importorskip("pip")
+    pinned = dict(re.findall(r"^(\w+)==(\S+)", toolchain._PINNED.read_text(), re.MULTILINE))
+    assert pinned.keys() == {"cmake", "ninja"}
+    for name, version in pinned.items():
+        fake_wheel(tmp_path, name, version)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(toolchain.ToolError, match=r"what pip fetched is not what .*build-tools\.txt pins"):
+        toolchain.find_tools(Reporter(Console(file=said)))
+    assert not (tmp_path / "cache" / "tools" / "cmake-ninja").exists()
 
 
 def test_no_cmake_and_no_network(monkeypatch, tmp_path, said):

@@ -20,12 +20,11 @@ import gguf
 import pytest
 from fake_measure import ERRORS, write_measure
 from make_model import Shape, write_model
-from typer.testing import CliRunner, Result
-
 from turboquant import cli
 from turboquant.plan import Plan, read_plan, read_shape
 from turboquant.tune.allocate import Choice, allocate, allocate_for_loss, hull, least, most
 from turboquant.tune.losses import LINEAR, estimate, finer, relative_error
+from typer.testing import CliRunner, Result
 
 #: K costs more than V, layer 2 most; layer 4 is nearly free.
 LAYERS = [{"k": 0.4, "v": 0.04}, {"k": 0.3, "v": 0.05}, {"k": 2.5, "v": 0.1}, {"k": 0.2, "v": 0.02}, {"k": 0.01, "v": 0.01}]

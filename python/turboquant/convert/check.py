@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ class Checker:
     def kld(self, model: Path, k: str = "f16", v: str = "f16", *, what: str) -> float:
         """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run.
 
-        `what` is told the user.
+        Infinite where a prediction is not finite, so that every limit is exceeded. `what` is told the user.
         """
         return self._kld(model, CachePair(k, v), what)
 
@@ -63,7 +64,10 @@ class Checker:
 
         Where weights are quantized, activations are, too, and any change, however small, moves some of them by a step.
         """
-        return self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
+        found = self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
+        if not math.isfinite(found):
+            raise CheckError(f"{model}: its predictions without flash attention are not finite; is the model damaged?")
+        return found
 
     def _kld(self, model: Path, pair: CachePair, what: str) -> float:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
@@ -74,7 +78,7 @@ class Checker:
                 )  # fmt: skip
             except ProgramError as error:
                 raise CheckError(str(error)) from error
-        return found.kld
+        return found.kld if math.isfinite(found.kld) else math.inf
 
 
 @contextmanager

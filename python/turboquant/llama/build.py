@@ -99,6 +99,7 @@ def build(
     reporter: Reporter | None = None,
     backend: str = "cpu",
     arch: str | None = None,
+    unproven: bool = False,
 ) -> Path:
     """Build llama.cpp with the turbo types, as far as that is not done yet.
 
@@ -112,6 +113,7 @@ def build(
         backend: one of `BACKENDS`.
         arch: for "cuda", the GPUs to compile for: "native" or compute capabilities, as in "80,90" (default: llama.cpp's
             choice, which is native where a GPU is found).
+        unproven: fetch releases that the hooks are not proven with, too; see `source.fetch`.
 
     Returns:
         The folder with the programs.
@@ -147,7 +149,7 @@ def build(
         cached = sources.cached(release)
         if cached is None:
             tools = find_tools(reporter)
-            cached = sources.fetch(release, reporter, tools.path())
+            cached = sources.fetch(release, reporter, tools.path(), unproven)
         tree = cached
     plan = _make_plan(tree, targets, options, compilers)
     if _is_done(plan):

@@ -28,7 +28,7 @@ from .progress import Reporter
 __all__ = ["Tools", "ToolError", "breaks_amx", "compiler", "cpu", "cuda_compiler", "find_tools", "jobs"]
 
 MINIMUM_CMAKE = (3, 19)  # ggml_types/inject.cmake defers calls
-_PACKAGES = ("cmake>=3.19,<5", "ninja>=1.10")
+_PINNED = Path(__file__).with_name("build-tools.txt")
 
 
 class ToolError(LlamaError):
@@ -241,9 +241,14 @@ def _install(folder: Path, missing: str) -> None:
         target = Path(temporary) / "tools"
         # Wheels only: compiling CMake from source would take longer than llama.cpp.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
-        command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), *_PACKAGES]
+        command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), "--require-hashes", "-r", str(_PINNED)]
         env = dict(os.environ, PIP_USER="0")  # a user's pip.conf may say --user, which --target excludes
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise ToolError(
+                f"{missing} not found, and what pip fetched is not what {_PINNED} pins; does a proxy or a mirror change "
+                f"it? Install {missing} with the system's package manager"
+            )
         if done.returncode != 0:
             raise ToolError(
                 f"{missing} not found, and pip could not fetch it:\n{last_lines(done.stderr, 8)}\n"
