@@ -3,7 +3,8 @@
 `perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, `bench` is
 slower with depth. Each notes in runs.txt what it was asked for. Files beside the programs change what they do: the pair
 named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, llama-completion and
-llama-bench fail for the one in "unasked", with "damaged" the model predicts NaN, and "slow" makes llama-perplexity wait, token by token, until it is killed.
+llama-bench fail for the one in "unasked", with "damaged" the model predicts NaN, with "types" the log tells
+these types of the layers, and "slow" makes llama-perplexity wait, token by token, until it is killed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ else:
         sys.exit(1)
     log(f"I llama_kv_cache: size = {{MIB[k] + MIB[v]:7.2f}} MiB (  2048 cells,   6 layers,  1/1 seqs), "
         f"K ({{k}}): {{MIB[k]:7.2f}} MiB, V ({{v}}): {{MIB[v]:7.2f}} MiB")
+    if (here / "types").exists():
+        log("I turboquant: cache types: " + (here / "types").read_text())
     base = Path(value("--kl-divergence-base"))
     if "--kl-divergence" not in args:
         base.write_text("predictions")

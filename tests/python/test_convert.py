@@ -12,7 +12,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from fake_measure import write_measure
 from fake_programs import write_programs
+from make_model import Shape, write_model
 from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import run as convert_run
@@ -23,6 +25,7 @@ from turboquant.convert.paths import Refusal, trace, trace_output
 from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
 from turboquant.convert.stream import Attention, Route
 from turboquant.llama.files import LlamaError
+from turboquant.plan import Plan as CachePlan
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -572,6 +575,31 @@ def test_a_model_that_predicts_nothing(converting: Callable[..., Any], tmp_path:
     what = f"{tmp_path / 'in.gguf'}: its predictions of {tmp_path / 'text.txt'} are not finite"
     assert said == f"['auto'] {what}; is the model damaged?"
     assert (tmp_path / "bin" / "runs.txt").read_text().count("llama-perplexity") == 1
+
+
+@needs_posix
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_file_has_a_plan_of_what_is_recommended(
+    converting: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """With the types that the guard gave; an older plan in the model does not stay."""
+    write_model(model, Shape(layers=3))
+    with ModelFile(model) as source:
+        old = tmp_path / "old.gguf"
+        source.write(old, {}, {"turboquant.plan.version": 1, "turboquant.plan.type_k": "f16*3"})
+    old.replace(model)
+    scaling = {"blk.0.attn_q.weight": [Scaling("rows", np.ones(512))]}
+    monkeypatch.setattr(convert_run, "make_plan", lambda *_: Plan(scaling, [Balanced(0, "K", before=2.0, after=1.0)]))
+    write_measure(tmp_path / "bin", [{"k": 1, "v": 1}] * 3)
+    if guarded:
+        (tmp_path / "bin" / "types").write_text("K q8_0,turbo4*2; V turbo4*3")
+    k = ("q8_0" if guarded else "turbo4", "turbo4", "turbo4")
+    assert converting().layers == (k, ("turbo4",) * 3)
+    with ModelFile(tmp_path / "out" / "out.gguf") as written:
+        found = CachePlan.from_metadata(written.metadata, "out.gguf")
+        assert found is not None and (found.k, found.v) == (k, ("turbo4",) * 3)
+        assert found.model == {"architecture": "llama", "layers": 3}
+        assert written.metadata["turboquant.cache_type_k"] == "turbo4"
 
 
 # ---- files that appear whole -----------------------------------------------------------------------------------------

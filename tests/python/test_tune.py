@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from fake_measure import ERRORS, write_measure
 from make_model import Shape, write_model
 from turboquant import cli
-from turboquant.plan import Plan, read_plan, read_shape
+from turboquant.plan import Plan, expand, read_plan, read_shape
 from turboquant.tune.allocate import Choice, allocate, allocate_for_loss, hull, least, most
 from turboquant.tune.losses import LINEAR, estimate, finer, relative_error
 from typer.testing import CliRunner, Result
@@ -321,9 +322,13 @@ def test_a_copy_with_the_plan_and_a_plot(place):
     assert found is not None and (found.k, found.v, found.model) == (plan.k, plan.v, plan.model)
     assert "this plan, measured" in Path("plot.svg").read_text(encoding="utf-8")
     Path("plan.json").unlink()
-    done = tune("--bits", 5, "-m", "out.gguf", "--write-into", "again.gguf")
-    assert "out.gguf has a plan in it already" in refused(done)
-    assert sorted(path.name for path in Path().iterdir()) == ["bin", "cache", "model.gguf", "out.gguf", "plot.svg", "text.txt"]
+    done = tune("--bits", 3, "-m", "out.gguf", "--write-into", "again.gguf")  # its plan takes the place of the other
+    assert done.exit_code == 0, done.output
+    again = gguf.GGUFReader("again.gguf")
+    types = str(again.fields["turboquant.plan.type_k"].contents())
+    assert expand(types) == read_plan("plan.json").k != plan.k and len(again.fields) == len(fields)
+    for one, other in zip(again.tensors, gguf.GGUFReader("model.gguf").tensors, strict=True):
+        assert one.name == other.name and np.array_equal(one.data, other.data)
 
 
 def test_types_are_kept_to(place):

@@ -61,6 +61,7 @@ class Header:
 
     metadata: dict[str, Any] = field(default_factory=dict)  #: but for lists of strings, long lists and very long strings
     fields: int = 0  #: all metadata that the file has
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  #: where each key and its value begin and end
     tensors: list[Info] = field(default_factory=list)
     alignment: int = 32
     infos: int = 0  #: where the descriptions of the tensors begin
@@ -100,6 +101,7 @@ class _Reader:
         tensors, head.fields = self._number("Q"), self._number("Q")
         names: set[str] = set()
         for _ in range(head.fields):
+            start = self._at
             name = self._name("a key of its metadata")
             if name in names:
                 raise HeaderError(f"it has {shown(name)} twice in its metadata")
@@ -107,6 +109,7 @@ class _Reader:
             kept, value = self._value(name)
             if kept:
                 head.metadata[name] = value
+            head.spans[name] = (start, self._at)
         head.alignment = self._alignment(head.metadata)
         head.infos = self._at
         raw = [self._info() for _ in range(tensors)]

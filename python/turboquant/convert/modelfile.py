@@ -103,7 +103,7 @@ class ModelFile:
 
         Args:
             scalings: what to do to which tensors; they keep their types and sizes.
-            metadata: added at the end; str, int, float, or lists of one of them.
+            metadata: added at the end, in place of what has the same keys; str, int, float, or lists of one of them.
             progress: called with the bytes written so far.
 
         Raises:
@@ -134,8 +134,13 @@ class ModelFile:
         head = self._head
         self._file.seek(0)
         out.write(self._file.read(8))
-        out.write(struct.pack("<QQ", len(head.tensors), head.fields + len(metadata)))
-        self._copy(out, MAGIC_BYTES, head.infos)
+        replaced = sorted(head.spans[key] for key in metadata if key in head.spans)
+        out.write(struct.pack("<QQ", len(head.tensors), head.fields + len(metadata) - len(replaced)))
+        at = MAGIC_BYTES
+        for start, end in replaced:
+            self._copy(out, at, start)
+            at = end
+        self._copy(out, at, head.infos)
         out.write(_packed(metadata))
         self._copy(out, head.infos, head.infos_end)
         out.write(b"\0" * (-out.tell() % head.alignment))

@@ -94,7 +94,7 @@ def breaks_amx(compilers: Sequence[str]) -> bool:
     Args:
         compilers: as :func:`compiler` returns them.
     """
-    identity = compilers[1].rpartition(": ")[2]
+    identity = "".join(compilers[1:2]).rpartition(": ")[2]
     match = re.search(r"(\d+)\.(\d+)\.\d+\b(?!.*\d\.\d)", identity)
     if "amx_tile" not in _cpu_flags() or "clang" in identity.lower() or match is None:
         return False

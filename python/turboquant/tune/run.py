@@ -405,8 +405,6 @@ class _Tuner:
 
 def _check_copy(model: Path, target: Path, metadata: dict[str, Any], size: int) -> None:
     check_new(target)
-    if any(key in metadata for key in KEYS):
-        raise TuneError(f"{model} has a plan in it already: tune the model that it was made from, or use the plan's file")
     if metadata.get("split.count", 0) > 1:
         raise TuneError(f"{model} is one of several parts: join them first with `llama-gguf-split --merge`")
     if (free := shutil.disk_usage(target.parent).free) < size:
