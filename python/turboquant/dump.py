@@ -95,9 +95,7 @@ def check_dump(file: Any, path: str | os.PathLike[str]) -> tuple[dict[str, float
     scales = _scales(file, path)
     tokens: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in file.keys():
-        if not _NAME.fullmatch(name):
-            continue
+    for name in filter(_NAME.fullmatch, list(file.keys())):
         part = file.get_slice(name)
         shape, kind = tuple(part.get_shape()), part.get_dtype()
         if len(shape) != 3 or min(shape) < 1 or kind not in _FLOATS:

@@ -136,7 +136,7 @@ def test_options_and_compilers_have_folders_of_their_own(native, tree, build, mo
 
 def test_cpu_counts_only_for_native_code(native, tree, monkeypatch):
     def folder(*options: str) -> Path:
-        return builds._make_plan(source.local(tree), (), options, ["cc"]).folder
+        return builds._make_plan(source.local(tree), (), options, ["cc", "c++"]).folder
 
     here, portable = folder(), folder("-DGGML_NATIVE=OFF")
     monkeypatch.setattr(builds, "cpu", lambda: "another one")

@@ -417,6 +417,9 @@ def test_interrupted_without_a_folder_of_its_own(place, number):
     for _ in range(2):
         assert CliRunner().invoke(cli.app, ["compare", *options]).exit_code == 0
         assert [path.name for path in place.glob("compare-*")] == ["compare-model"]
+    Path("compare-model/report.json").write_text("mine")
+    assert CliRunner().invoke(cli.app, ["compare", *options]).exit_code == 0
+    assert Path("compare-model/report.json").read_text() == "mine" and Path("compare-model-2/report.json").is_file()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -77,7 +77,10 @@ def run(
     check(options, described, scratch)
     name = f"compare-{model_path.stem}"
     out = out and out.expanduser()
-    _check(out or Path(name))
+    if out:
+        _check(out)
+    else:
+        _probe(Path(name))
     programs = Programs(bin or where(), scratch / "logs", threads, gpu_layers)
     with Reporter().track("starting", 1, "work") as track:
         report = compare(
@@ -130,6 +133,11 @@ def _check(folder: Path) -> None:
         raise CompareError(
             f"{folder / taken[0]} exists and is no report of this program; give another folder with --out"
         )
+    _probe(folder)
+
+
+def _probe(folder: Path) -> None:
+    """CompareError if a folder cannot be made or written to."""
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         tempfile.TemporaryFile(prefix=".writable-", dir=above).close()

@@ -259,11 +259,11 @@ def _speed_method(report: Report) -> str:
         f"{row['label']} at {speed['depth']:,}: {speed['reason']}."
         for row in _measured(report) for speed in row["speed"] if speed["reason"]
     }  # fmt: skip
-    return " ".join([
+    method = (
         f"llama-bench: a batch of {settings['prompt']} tokens (prefill) and {settings['generated']} single ones "
-        f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads.",
-        *sorted(reasons),
-    ])  # fmt: skip
+        f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads."
+    )
+    return " ".join([method, *sorted(reasons)])
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -57,8 +57,8 @@ def file_hash(path: Path, results: Results) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    changed = max(key["mtime_ns"], key["ctime_ns"])
-    if started - changed > _SETTLED and _identity(path) == key:
+    settled = all(abs(started - key[time]) > _SETTLED for time in ("mtime_ns", "ctime_ns"))
+    if settled and _identity(path) == key:
         results.put(key, digest.hexdigest())
     return digest.hexdigest()
 
