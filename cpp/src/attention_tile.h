@@ -50,14 +50,16 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     for (int h = 8; h > 0; h /= 2)
         for (int l = 0; l < h; ++l) lane[l] = greater(lane[l], lane[l + h]);
     const float largest = greater(lane[0], state->largest);
-    if (largest == -INFINITY) { // masked so far
-        for (int r = 0; r < tile_rows; ++r) s[r] = s[r] == s[r] ? 0.0f : s[r];
-        for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r];
+    if (largest == -INFINITY) { // masked so far, but for a NaN, which no later tile or range may hide
+        int nan = 0;
+        for (int r = 0; r < tile_rows; ++r) nan |= s[r] != s[r];
+        if (nan) state->sum = NAN;
+        for (int r = 0; r < tile_rows; ++r) s[r] = 0.0f;
         state->correction = 1.0f;
         return;
     }
     for (int r = 0; r < tile_rows; ++r) s[r] = exp_negative(s[r] - largest);
-    for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r]; // a NaN weight stays
+    for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r];
     for (int l = 0; l < 16; ++l) lane[l] = s[l];
     for (int r = 16; r < tile_rows; r += 16)
         for (int l = 0; l < 16; ++l) lane[l] += s[r + l];

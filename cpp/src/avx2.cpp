@@ -791,6 +791,17 @@ void query_plain(const float * src, void * dst, int64_t blocks) {
     }
 }
 
+#ifdef TURBOQUANT_VNNI
+constexpr decltype(Kernels::lowest) lowest = nullptr;
+#else
+bool lowest(const int8_t * level, int64_t n) {
+    __m256i least = _mm256_setzero_si256();
+    for (int64_t i = 0; i < n; i += 32)
+        least = _mm256_min_epi8(least, _mm256_loadu_si256(reinterpret_cast<const __m256i *>(level + i)));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(least, _mm256_set1_epi8(-128))) != 0;
+}
+#endif
+
 } // namespace
 
 #ifdef TURBOQUANT_VNNI

@@ -274,6 +274,8 @@ void load_f16(const uint8_t * src, float * dst, int64_t n) {
 
 void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
 
+constexpr decltype(Kernels::lowest) lowest = nullptr;
+
 } // namespace
 
 const Kernels kernels_scalar = TURBOQUANT_KERNELS_TABLE("scalar");
