@@ -89,7 +89,7 @@ static_assert(tile_rows == 64, "six bits");
 [[maybe_unused]] constexpr Dither dither;
 
 // K as floats: plain dot products.
-void scores_float_tile(const float * k, int64_t head, const float * q, int rows, float * s) {
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     for (int m = 0; m < rows; ++m)
         for (int r = 0; r < tile_rows; ++r) {
             const float * a = q + m * head;
@@ -183,7 +183,7 @@ void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
     }
 }
 
-void load_f16(const uint8_t * src, float * dst, int64_t n);
+void load_f16(const uint8_t * src, float * dst, int64_t n); // every ISA file's
 
 void bias_tile(const void * mask, bool f32, float slope, int rows, float * bias) {
     alignas(64) uint8_t padded[tile_rows * sizeof(float)];

@@ -630,10 +630,6 @@ void scores(const int8_t * tile, const float * scale, int64_t blocks, const void
                                   s + m * tile_rows);
 }
 
-void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
-    scores_float_tile(k, head, q, rows, s);
-}
-
 // 2^x; 0 from -126 down; NaN stays NaN. The polynomial is 2^x's on -0.5 ... 0.5, relative error below 3.4e-6.
 __m512 exp2_negative(__m512 x) {
     const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);

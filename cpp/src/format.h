@@ -126,6 +126,18 @@ inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / d
 // thresholds of the assignment; the scale to store is block_scale's.
 inline float least_squares_scale(int32_t a, int32_t b) { return float(double(coarse_unit) * double(a) / double(b)); }
 
+// The scale of the search's best step: the first of those whose sums explain most.
+inline float best_scale(const int32_t * a, const int32_t * b) {
+    int best = 0;
+    double best_explained = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        const double e = explained(a[s], b[s]);
+        best = e > best_explained ? s : best;
+        best_explained = e > best_explained ? e : best_explained;
+    }
+    return least_squares_scale(a[best], b[best]);
+}
+
 // The midpoints of neighbouring centroids under a scale.
 template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {
     for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)

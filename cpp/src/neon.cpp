@@ -477,10 +477,6 @@ void scores(const int8_t * level, const float * scale, int64_t blocks, const voi
     scores_tile<N>(level, scale, blocks, query, rows, s);
 }
 
-void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
-    scores_float_tile(k, head, q, rows, s);
-}
-
 void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
     softmax_tile(s, bias, scale, soft_cap, state, most);
 }
