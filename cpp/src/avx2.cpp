@@ -130,6 +130,8 @@ TURBOQUANT_INLINE void store_coarse(const words * magnitude, int8_t * coarse) {
     store_bytes(coarse, _mm256_packs_epi16(rounded[0], rounded[1]));
 }
 
+TURBOQUANT_INLINE bytes load_coarse(const int8_t * coarse) { return load_bytes(coarse); }
+
 TURBOQUANT_INLINE void store_low_bytes(const words * m, uint8_t * out) {
     store_bytes(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(m[0], m[1]), 0xD8));
 }
@@ -311,6 +313,7 @@ TURBOQUANT_INLINE void transpose(const int8_t * src, int64_t stride, int8_t * ds
 }
 
 template <int Rows> constexpr int leveled_registers = Rows == 1 ? 4 : 2;
+TURBOQUANT_INLINE ints max_bits(ints m, floats x) { return _mm256_max_epu32(m, _mm256_castps_si256(x)); }
 TURBOQUANT_INLINE floats max(floats a, floats b) { return _mm256_max_ps(a, b); }
 TURBOQUANT_INLINE float reduce_max(floats x) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -319,9 +322,9 @@ TURBOQUANT_INLINE float reduce_max(floats x) {
 }
 TURBOQUANT_INLINE ints to_ints(floats x) { return _mm256_cvtps_epi32(x); }
 TURBOQUANT_INLINE ints shift_byte(ints x) { return _mm256_slli_epi32(x, 8); }
-TURBOQUANT_INLINE floats load_first(const float * p, int n) {
+TURBOQUANT_INLINE floats first(floats x, int n) {
     const ints there = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    return _mm256_maskload_ps(p, there);
+    return _mm256_and_ps(x, _mm256_castsi256_ps(there));
 }
 
 TURBOQUANT_INLINE void split_bytes(const ints * x, uint8_t * high, uint8_t * low) {

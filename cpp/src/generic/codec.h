@@ -13,7 +13,7 @@
 //   byte_registers, store_rounded        float registers that round_to_bytes takes at a time; times a factor, rounded to
 //                                        int8 and stored, added to a sum
 //   word_registers            word registers that the next two take at a time
-//   store_coarse              magnitudes in coarse units, at most 127, in any order that is the same for all
+//   store_coarse              magnitudes in coarse units, at most 127, in any order; load_coarse
 //   store_low_bytes           words to bytes
 //   round_words, abs_words, all_words, add_greater(m, x, t), select_negative(z, flags), xor_words
 //   multiply_add_words, multiply_add_bytes  ints plus products, of the latter 0 ... 127
@@ -169,7 +169,7 @@ template <int Bits, int N> void search(Encoding<N> * work, const int8_t * coarse
     for (int w = 0; w < count; w += together, coarse += together * N) {
         if (together == 1 && !work[w].codable()) continue;
         bytes x[registers];
-        for (int r = 0; r < registers; ++r) x[r] = load_bytes(coarse + 4 * lanes * r);
+        for (int r = 0; r < registers; ++r) x[r] = load_coarse(coarse + 4 * lanes * r);
         ints as[search_steps], bs[search_steps];
         for (int s = 0; s < search_steps; ++s) {
             as[s] = bs[s] = zero_ints();

@@ -3,7 +3,7 @@
 //
 //   interleave                4 * lanes channels of four rows, `stride` apart, to dwords; interleave32 does 32 channels
 //   leveled_registers<Rows>   registers of sums of each of Rows query rows
-//   load_first(p, n)          floats, 0 from the nth on; max, reduce_max
+//   first(x, n)               x with zeros from the nth lane on; max, reduce_max; max_bits(m, x), of x >= 0
 //   split_bytes               four registers of ints below 2^16 to their upper and lower bytes
 //   to_ints                   floats rounded to the nearest
 //   multiply_add_weights      ints plus weights times levels; shift_byte: ints times 256
@@ -26,7 +26,7 @@ void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
 // Whether the tile's weights need 16 bits (see coarse_share); a NaN does, which made the sum NaN.
 bool needs_16_bits(const float * weights, int count, const SoftmaxState & state) {
     floats largest = all(0.0f);
-    for (int r = 0; r < count; r += lanes) largest = max(largest, load_first(weights + r, count - r));
+    for (int r = 0; r < count; r += lanes) largest = max(largest, first(load(weights + r), count - r));
     return !(reduce_max(largest) <= coarse_share * state.sum);
 }
 
@@ -40,9 +40,12 @@ void round_weights(const float * weights, const float * scale, int count, bool f
     constexpr int registers = tile_rows / lanes;
     const float limit = fine ? 65535.0f : 255.0f;
     floats w[registers];
-    for (int r = 0; r < registers; ++r)
-        w[r] = mul(load_first(weights + lanes * r, count - lanes * r), load_first(scale + lanes * r, count - lanes * r));
-    const float top = bits_float(largest_bits<tile_rows>(w)); // NaN is above all
+    ints largest = zero_ints(); // of bits: NaN is above all
+    for (int r = 0; r < registers; ++r) {
+        w[r] = first(mul(load(weights + lanes * r), load(scale + lanes * r)), count - lanes * r);
+        largest = max_bits(largest, w[r]);
+    }
+    const float top = bits_float(largest_lane(largest));
     const bool usable = top > 0 && top < INFINITY;
     out.unit = usable ? top / limit : top; // not finite: the sums must show it
     const floats inverse = all(usable ? limit / top : 0.0f);
