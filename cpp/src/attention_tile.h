@@ -103,54 +103,6 @@ void scores_float(const float * k, int64_t head, const float * q, int rows, floa
         }
 }
 
-// Where an ISA file has nothing better.
-template <int N>
-[[maybe_unused]] void scores_tile(const int8_t * level, const float * scale, int64_t blocks, const void * query,
-                                  int rows, float * s) {
-    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
-    for (int m = 0; m < rows; ++m, q += blocks)
-        for (int r = 0; r < tile_rows; ++r) {
-            float sum = 0;
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int8_t * k = level + (r * blocks + b) * N;
-                int32_t product = 0;
-                for (int i = 0; i < N; ++i) product += int32_t(k[i]) * q[b].q[i];
-                sum += float(product) * q[b].scale * scale[b * tile_rows + r];
-            }
-            s[m * tile_rows + r] = sum;
-        }
-}
-
-[[maybe_unused]] void accumulate_tile(const float * v, int count, int64_t head, const float * weights,
-                                      const SoftmaxState * state, int rows, float * sum, int64_t stride) {
-    for (int m = 0; m < rows; ++m) {
-        float * out = sum + m * stride;
-        for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
-        for (int r = 0; r < count; ++r)
-            for (int64_t c = 0; c < head; ++c) out[c] += weights[m * tile_rows + r] * v[r * head + c];
-    }
-}
-
-[[maybe_unused]] void query_plain_tile(const float * src, void * dst, int64_t blocks) {
-    auto * out = static_cast<tq_query32 *>(dst);
-    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
-        float largest = 0;
-        bool finite = true;
-        for (int i = 0; i < 32; ++i) {
-            const float a = std::fabs(src[i]);
-            finite = finite && a < INFINITY;
-            largest = a > largest ? a : largest;
-        }
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        out->scale = finite ? largest / 127.0f : NAN;
-        out->sum = 0;
-        for (int i = 0; i < 32; ++i) {
-            out->q[i] = finite ? int8_t(std::nearbyint(src[i] * inverse)) : int8_t(0);
-            out->sum += out->q[i];
-        }
-    }
-}
-
 // ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
 void levels_q8_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     for (int r = 0; r < rows.count; ++r) {

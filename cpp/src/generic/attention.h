@@ -72,14 +72,15 @@ void query_plain(const float * src, void * dst, int64_t blocks) {
     auto * out = static_cast<tq_query32 *>(dst);
     for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
         const float largest = bits_float(largest_bits<32>(src));
-        if (!(largest < INFINITY) || largest == 0) {
+        const float inverse = 127.0f / largest;
+        if (!(largest < INFINITY) || inverse == INFINITY) {
             std::memset(out, 0, sizeof(*out));
-            out->scale = largest == 0 ? 0.0f : NAN;
+            out->scale = largest < INFINITY ? 0.0f : NAN;
             continue;
         }
         floats x[32 / lanes];
         for (int r = 0; r < 32 / lanes; ++r) x[r] = load(src + lanes * r);
-        out->sum = round_to_bytes<32>(x, 127.0f / largest, out->q);
+        out->sum = round_to_bytes<32>(x, inverse, out->q);
         out->scale = largest / 127.0f;
     }
 }
