@@ -70,24 +70,6 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     state->largest = largest;
 }
 
-// V as levels: weights are rounded to 8 bits in tiles where none is above this share of the sum so far, else to 16.
-[[maybe_unused]] constexpr float coarse_share = 1.0f / 128;
-
-// What is added before rounding to 8 bits, in units, so that many small weights are not all lost: the van der Corput
-// sequence over the tile's rows, between -0.5 and 0.5.
-struct Dither {
-    alignas(64) float row[tile_rows];
-    constexpr Dither() : row() {
-        for (int r = 0; r < tile_rows; ++r) {
-            int reversed = 0;
-            for (int bit = 0; bit < 6; ++bit) reversed |= (r >> bit & 1) << (5 - bit);
-            row[r] = (float(reversed) + 0.5f) / tile_rows - 0.5f;
-        }
-    }
-};
-static_assert(tile_rows == 64, "six bits");
-[[maybe_unused]] constexpr Dither dither;
-
 // K as floats: plain dot products.
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     for (int m = 0; m < rows; ++m)

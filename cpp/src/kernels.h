@@ -1,5 +1,5 @@
-// The table that each ISA file fills, and the ordered list of tables. To add kernels: copy scalar.cpp, keep the order of
-// its functions, export one table here, add a row to dispatch.cpp and the file with its flags to turboquant.cmake.
+// The table that each ISA file fills, and the ordered list of tables. To add kernels: define the vocabulary of generic/
+// in a file, export one table here, add a row to dispatch.cpp and the file with its flags to turboquant.cmake.
 #ifndef TURBOQUANT_KERNELS_H
 #define TURBOQUANT_KERNELS_H
 
@@ -69,7 +69,7 @@ struct Kernels {
     bool (*lowest)(const int8_t * level, int64_t n);
 };
 
-// Fills a Kernels from an ISA file's function templates, so that the nine rows are written once.
+// Fills a Kernels from the functions that an ISA file defines or includes, so that the nine rows are written once.
 #define TURBOQUANT_KERNELS_TABLE(NAME)                                                                          \
     {NAME,                                                                                                      \
      {rotate<128>, rotate<64>, rotate<32>},                                                                     \

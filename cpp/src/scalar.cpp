@@ -1,4 +1,4 @@
-// The specification in code: plain loops, no intrinsics. Every other kernel file has the same functions in the same
+// The specification in code: plain loops, no intrinsics. The vector kernels (generic/) have the same functions in the same
 // order and must give the same bytes and floats.
 #include "attention_tile.h"
 #include "format.h"

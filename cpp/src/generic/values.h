@@ -1,5 +1,5 @@
 // V as int8 levels, where a lane holds one channel of four KV rows, for a dot product of four unsigned and four signed
-// bytes. After scores.h and attention_tile.h; an ISA file also defines
+// bytes. After scores.h; an ISA file also defines
 //
 //   interleave                4 * lanes channels of four rows, `stride` apart, to dwords; interleave32 does 32 channels
 //   leveled_registers<Rows>   registers of sums of each of Rows query rows
@@ -12,6 +12,24 @@
 
 namespace turboquant {
 namespace {
+
+// Weights are rounded to 8 bits in tiles where none is above this share of the sum so far, else to 16.
+constexpr float coarse_share = 1.0f / 128;
+
+// What is added before rounding to 8 bits, in units, so that many small weights are not all lost: the van der Corput
+// sequence over the tile's rows, between -0.5 and 0.5.
+struct Dither {
+    alignas(64) float row[tile_rows];
+    constexpr Dither() : row() {
+        for (int r = 0; r < tile_rows; ++r) {
+            int reversed = 0;
+            for (int bit = 0; bit < 6; ++bit) reversed |= (r >> bit & 1) << (5 - bit);
+            row[r] = (float(reversed) + 0.5f) / tile_rows - 0.5f;
+        }
+    }
+};
+static_assert(tile_rows == 64, "six bits");
+constexpr Dither dither;
 
 // tile: [count / 4][head] dwords.
 void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
