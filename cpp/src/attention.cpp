@@ -98,11 +98,11 @@ struct Scratch {
 };
 
 // The same for all kernels: a host may ask for the size before others are selected.
-Scratch layout(const tq_attention_kv & kv, int64_t rows, void * base) {
+Scratch layout(const tq_attention_kv & kv, int64_t rows, uintptr_t base) {
     const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     size_t at = 0;
     auto take = [&](size_t bytes) {
-        uint8_t * p = static_cast<uint8_t *>(base) + at;
+        uint8_t * p = reinterpret_cast<uint8_t *>(base + at);
         at += (bytes + 63) & ~size_t(63);
         return p;
     };
@@ -339,8 +339,7 @@ int64_t attend(const Kernels & kernel, const tq_attention_kv & kv, const tq_atte
 
 int64_t partial_of(const Kernels & kernel, const tq_attention_kv & kv, const tq_attention_queries & queries,
                    int64_t first, int64_t last, float * partial, void * scratch) {
-    Scratch s = layout(kv, queries.rows,
-                       reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63)));
+    Scratch s = layout(kv, queries.rows, (reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
     prepare_queries(kernel, kv, row_type(kv.type_k), queries, s);
     int64_t skipped = attend(kernel, kv, queries, first, last, false, partial, s);
     const int64_t stride = kv.head_v + 2;
@@ -382,7 +381,7 @@ int tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v
 }
 
 size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows) {
-    return layout(*kv, rows, nullptr).bytes + 64;
+    return layout(*kv, rows, 0).bytes + 64;
 }
 
 int64_t tq_attention_partial(const tq_attention_kv * kv, const tq_attention_queries * queries, int64_t first,
