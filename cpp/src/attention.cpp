@@ -4,7 +4,7 @@
 // 64 KV rows. K is expanded to int8 levels and multiplied with queries that were rotated and rounded to int8 once; V
 // becomes int8 levels where the kernels multiply these faster, else floats. V is accumulated in the rotated domain and
 // un-rotated once per output row. The softmax is the usual online one (Milakov and Gimelshein 2018; Dao et al. 2022): a
-// running maximum and sum per query row, so that any range of KV rows gives a partial result, and partial results merge.
+// running maximum and sum per query row, so that any range of KV rows gives a partial result, and these merge.
 #include "format.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -269,8 +269,8 @@ bool turn_negative_scales(const RowType & v, int64_t head, int rows, Scratch & s
 }
 
 // Adds the rows of V to the sums of `queries` query rows from m on.
-void add_values(const Kernels & kernel, const tq_attention_kv & kv, const RowType & v, const CacheRows & rows, int64_t m,
-                int queries, Scratch & s, float * partial) {
+void add_values(const Kernels & kernel, const tq_attention_kv & kv, const RowType & v, const CacheRows & rows,
+                int64_t m, int queries, Scratch & s, float * partial) {
     const int64_t stride = kv.head_v + 2;
     const float * weight = s.weight + m * tile_rows;
     const SoftmaxState * state = s.state + m;

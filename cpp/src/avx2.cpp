@@ -34,7 +34,9 @@ TURBOQUANT_INLINE words add(words a, words b) { return _mm256_add_epi16(a, b); }
 TURBOQUANT_INLINE words sub(words a, words b) { return _mm256_sub_epi16(a, b); }
 TURBOQUANT_INLINE words abs_words(words x) { return _mm256_abs_epi16(x); }
 TURBOQUANT_INLINE words xor_words(words a, words b) { return _mm256_xor_si256(a, b); }
-TURBOQUANT_INLINE words select_negative(words z, words flags) { return _mm256_and_si256(_mm256_srai_epi16(z, 15), flags); }
+TURBOQUANT_INLINE words select_negative(words z, words flags) {
+    return _mm256_and_si256(_mm256_srai_epi16(z, 15), flags);
+}
 TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
     return _mm256_sub_epi16(m, _mm256_cmpgt_epi16(x, _mm256_set1_epi16(threshold)));
 }

@@ -33,7 +33,9 @@ TURBOQUANT_INLINE words add(words a, words b) { return _mm512_add_epi16(a, b); }
 TURBOQUANT_INLINE words sub(words a, words b) { return _mm512_sub_epi16(a, b); }
 TURBOQUANT_INLINE words abs_words(words x) { return _mm512_abs_epi16(x); }
 TURBOQUANT_INLINE words xor_words(words a, words b) { return _mm512_xor_si512(a, b); }
-TURBOQUANT_INLINE words select_negative(words z, words flags) { return _mm512_and_si512(_mm512_srai_epi16(z, 15), flags); }
+TURBOQUANT_INLINE words select_negative(words z, words flags) {
+    return _mm512_and_si512(_mm512_srai_epi16(z, 15), flags);
+}
 TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
     return _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(x, _mm512_set1_epi16(threshold)), m, _mm512_set1_epi16(1));
 }
@@ -195,8 +197,8 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
 }
 
 template <int Bits> TURBOQUANT_INLINE words look_up(words count) { // into the low byte of each word
-    return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(load16_bytes(Codebook<Bits>::magnitudes)),
-                                     count);
+    const __m128i table = load16_bytes(Codebook<Bits>::magnitudes);
+    return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), count);
 }
 
 // int8 levels, 64 to a register; a block of 32 fills the lower half and leaves the upper half undefined.

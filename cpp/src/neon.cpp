@@ -1,5 +1,5 @@
-// NEON for AArch64: the vocabulary of generic/, and what NEON does differently. neon_dotprod.cpp compiles this file again
-// with sdot.
+// NEON for AArch64: the vocabulary of generic/, and what NEON does differently. neon_dotprod.cpp compiles this file
+// again with sdot.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/signs.h"

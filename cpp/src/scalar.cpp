@@ -1,5 +1,5 @@
-// The specification in code: plain loops, no intrinsics. The vector kernels (generic/) have the same functions in the same
-// order and must give the same bytes and floats.
+// The specification in code: plain loops, no intrinsics. The vector kernels (generic/) have the same functions in the
+// same order and must give the same bytes and floats.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/scores_plain.h"

@@ -172,9 +172,9 @@ bool all_finite(const float * x, int64_t n) {
 }
 
 const struct { int k, v; int64_t head_k, head_v; } pairs[] = {
-    {TQ_TURBO4, TQ_TURBO3, 128, 128},         {TQ_TURBO3_64, TQ_TURBO4_32, 64, 96}, {TQ_TURBO2_32, TQ_TURBO2_64, 96, 64},
-    {TQ_ROW_Q8_0, TQ_ROW_Q8_0, 128, 128},     {TQ_ROW_Q4_0, TQ_ROW_Q4_0, 96, 96},   {TQ_TURBO3, TQ_ROW_F16, 128, 64},
-    {TQ_ROW_F16, TQ_TURBO4, 64, 128},         {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64}};
+    {TQ_TURBO4, TQ_TURBO3, 128, 128},     {TQ_TURBO3_64, TQ_TURBO4_32, 64, 96}, {TQ_TURBO2_32, TQ_TURBO2_64, 96, 64},
+    {TQ_ROW_Q8_0, TQ_ROW_Q8_0, 128, 128}, {TQ_ROW_Q4_0, TQ_ROW_Q4_0, 96, 96},   {TQ_TURBO3, TQ_ROW_F16, 128, 64},
+    {TQ_ROW_F16, TQ_TURBO4, 64, 128},     {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64}};
 
 // Several tiles of KV rows, several runs of tokens and GQA groups, and a mask of which every part is different.
 void random_masks() {
@@ -213,7 +213,7 @@ void random_masks() {
     }
 }
 
-// A host's calls for one query row.
+// A host's calls for the query rows that share a KV head.
 struct Call {
     Cache & k;
     Cache & v;
@@ -280,9 +280,10 @@ void splits_and_sinks() {
             for (int m = 0; m < 3; ++m) {
                 fill_query(r, p.k, call.q.data() + m * p.head_k, p.head_k);
                 call.mask.emplace_back();
-                for (int64_t j = 0; j < n_kv; ++j) // the third query sees nothing in the first 70 rows
-                    call.mask.back().push_back(r.below(4) == 0 || (m == 2 && j < 70) ? 0xfc00
-                                                                                      : uint16_t(0x3800 + r.below(0x800)));
+                for (int64_t j = 0; j < n_kv; ++j) { // the third query sees nothing in the first 70 rows
+                    const bool hidden = r.below(4) == 0 || (m == 2 && j < 70);
+                    call.mask.back().push_back(uint16_t(hidden ? 0xfc00 : 0x3800 + r.below(0x800)));
+                }
             }
             use(kernels_under_test);
             const auto whole = call.partial(0, n_kv);
@@ -301,7 +302,8 @@ void splits_and_sinks() {
                 for (const int64_t middle : {1, 64, 70, 100, 199})
                     for (const bool backwards : {false, true}) {
                         check::Case split_case("split at ", middle, backwards ? ", backwards" : "");
-                        const auto a = call.partial(0, middle), b = call.partial(middle, n_kv), none = call.partial(5, 5);
+                        const auto a = call.partial(0, middle), b = call.partial(middle, n_kv);
+                        const auto none = call.partial(5, 5);
                         auto merged = call.nothing();
                         call.merge(merged, backwards ? b : a);
                         call.merge(merged, none);
@@ -332,7 +334,8 @@ void nan_survives_merging() {
         if (!has_scale(p.k)) continue;
         for (const int64_t bad : {0, 15, 63, 64, 130, 199})
             for (const bool alone : {false, true}) { // whether its tile's other rows are masked
-                check::Case case_("NaN in row ", bad, alone ? ", alone" : "", ", K ", type_name(p.k), ", V ", type_name(p.v));
+                check::Case case_("NaN in row ", bad, alone ? ", alone" : "", ", K ", type_name(p.k), ", V ",
+                                  type_name(p.v));
                 Random r(uint64_t(300 * p.k + p.v));
                 Cache k(r, p.k, p.head_k, n_kv), v(r, p.v, p.head_v, n_kv);
                 spoil(p.k, k.row(bad), true);

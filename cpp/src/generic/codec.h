@@ -1,31 +1,34 @@
-// The codec's vector kernels, written once: scalar.cpp's functions in its order, over what an ISA file defines before it
-// includes this. Like that file, this has internal linkage and is compiled with the ISA's flags.
+// The codec's vector kernels, written once: scalar.cpp's functions in its order, over the vocabulary below, which an ISA
+// file defines before it includes this. Like that file, this has internal linkage and is compiled with the ISA's flags.
 //
 //   lanes                     floats in a register, which holds as many ints, twice as many words, four times the bytes
-//   floats, ints, words, bytes, Steps    registers of float, int32, int16, int8; int32 sums, one for each search step
-//   load, load_bytes, store, all         unaligned memory, and a float in every lane
-//   mul, add, sub             of floats, each rounded; add and sub of words
+//   floats, ints, words, bytes, Steps
+//                             registers of float, int32, int16, int8; one int32 for each step of the search
+//   load, load_bytes, store   at any address
+//   all, all_words, zero_ints the same in every lane
+//   mul, add, sub             of floats, each rounded; add and sub of words, too
 //   flip_signs(x, bits)       x with its signs changed where the sign bits at `bits` are set
-//   butterflies<R>            in place of R registers of floats or words, the Hadamard stages inside registers
-//   zero_ints, reduce_add     of ints
+//   butterflies<R>            the Hadamard stages inside each of R registers of floats or words
+//   reduce_add                the sum of ints; of floats, where halves are added to halves
 //   max_magnitude(m, x)       ints: the greater of m and the bits of |x|; largest_lane: the greatest as uint32
-//   reduce_add(floats)        halves are added to halves
-//   byte_registers, store_rounded        float registers that round_to_bytes takes at a time; times a factor, rounded to
-//                                        int8 and stored, added to a sum
-//   word_registers            word registers that the next two take at a time
-//   store_coarse              magnitudes in coarse units, at most 127, in any order; load_coarse
-//   store_low_bytes           words to bytes
-//   round_words, abs_words, all_words, add_greater(m, x, t), select_negative(z, flags), xor_words
-//   multiply_add_words, multiply_add_bytes  ints plus products, of the latter 0 ... 127
-//   centroids_under<Bits>     the centroid magnitudes of coarse ones, under a step of the search
-//   look_up<Bits>             the centroid magnitude of each count of thresholds
-//   reduce_steps, choose      the sums of each search step; keeps the step that explains most
-//   pack, expand              the index layout
-//   transform_levels          S2 and the transform of levels in words
-//   floats_of<half>(words)    half a register of words
-//   store_scaled, store_levels           levels times a scale as floats; as they are
+//   store_rounded             byte_registers of floats, times a factor, rounded to int8; adds them to a sum
+//   round_words(a, b, unit)   two registers of floats times unit, rounded to words
+//   abs_words, xor_words, add_greater(m, x, t), select_negative(z, flags)
+//                             |x|; a ^ b; m + 1 where x > t; the flags where z < 0
+//   multiply_add_words, multiply_add_bytes
+//                             ints plus products; those of bytes are of 0 ... 127
+//   store_coarse              word_registers of magnitudes in coarse units, at most 127, in any order; load_coarse
+//   store_low_bytes           word_registers of words as bytes
+//   centroids_under<Bits>     the centroids of coarse magnitudes under a step of the search
+//   look_up<Bits>             the centroid for each count of thresholds
+//   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the step that explains most
+//   pack, expand, Levels      the index layout, and the int8 levels of a block
+//   transform_levels          S2 and the Hadamard transform of levels, in words
+//   floats_of<Half>           half a register of words
+//   store_scaled, store_levels
+//                             levels times a scale as floats; levels as they are
 //   load_query, level_offset, offset_levels, multiply_add_levels
-//                             a prepared query; ints plus levels times queries, where levels had an offset added
+//                             a prepared query; ints plus levels times queries, of levels to which an offset was added
 #ifndef TURBOQUANT_GENERIC_CODEC_H
 #define TURBOQUANT_GENERIC_CODEC_H
 

@@ -123,7 +123,8 @@ void accumulate_levels_rows(const int8_t * tile, const float * scale, int block,
         for (int m = 0; m < Rows; ++m) round_weights(weights + m * tile_rows, scale, count, fine[m], rounded[m]);
         int64_t c = b * block;
         for (; c + width <= (b + 1) * block; c += width)
-            accumulate_levels_block<Rows, registers>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c, stride);
+            accumulate_levels_block<Rows, registers>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c,
+                                                     stride);
         if constexpr (width > 32)
             if (c < (b + 1) * block)
                 accumulate_levels_block<Rows, 32 / lanes>(tile + 4 * c, count, head, rounded, any_fine, state, sum + c,
