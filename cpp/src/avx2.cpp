@@ -341,7 +341,6 @@ TURBOQUANT_INLINE void split_bytes(const ints * x, uint8_t * high, uint8_t * low
 TURBOQUANT_INLINE void interleave(const int8_t * level, int64_t stride, int8_t * tile) {
     interleave32(level, stride, tile);
 }
-
 #endif
 
 } // namespace
@@ -363,7 +362,8 @@ constexpr decltype(Kernels::softmax) softmax = softmax_tile;
 constexpr decltype(Kernels::lowest) lowest = nullptr;
 #else
 // Without a dot product of four bytes it pays to keep the levels as they come: no transposition, and the sums of eight
-// KV rows are added across lanes together.
+// KV rows are added across lanes together. A query's sign moves to the level, as its magnitude serves all rows; that
+// costs 10 to 20% less than the other way, but -128 has no negative: see `lowest`.
 constexpr decltype(Kernels::keys) keys = nullptr;
 
 template <int N>
