@@ -472,8 +472,10 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
         return true;
     }
 
+    // The guard needs them for keys in turbo types, and a plan to be recognized.
+    const bool predict = auto_k || auto_v || (turbo_is_type(params.type_k) && t_chosen.limit > 0.0f);
     const std::vector<turbo_layer_power> powers =
-            turbo ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
+            predict ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
     turbo_plan       plan;
     const plan_state planned = auto_k || auto_v ? choose_plan(model, powers, plan) : plan_state::none;
     if (planned == plan_state::refused) {
