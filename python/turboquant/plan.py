@@ -353,7 +353,7 @@ def read_shape(path: Path) -> CacheShape:
         PlanError: the metadata does not describe attention with a cache that plans can set.
         ModelError: it is no whole GGUF file.
     """
-    from .convert.modelfile import ModelFile
+    from .models.modelfile import ModelFile  # needs gguf, which plans themselves do not
 
     with ModelFile(path) as model:
         return shape_of(model.metadata, str(path))

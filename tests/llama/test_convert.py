@@ -223,7 +223,7 @@ def test_a_model_that_differs_is_not_written(
     build: Build, outliers: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If scaling changes the function, whatever the reason, the check sees it: here every second K row is forgotten."""
-    from turboquant.convert import modelfile
+    from turboquant.models import modelfile
 
     def forgetful(rows: np.ndarray, kind: str, factors: np.ndarray) -> np.ndarray:
         return real(rows, kind, np.where(np.arange(len(factors)) % 2, factors, 1))

@@ -84,7 +84,7 @@ def test_the_estimate_orders_layers_as_a_direct_measurement_does(build: Build, p
 
     programs = Programs(build.bin, place / "logs", 2)
     found: dict[str, list[float]] = {"turbo3": [], "turbo4": []}
-    from turboquant.convert.modelfile import ModelFile
+    from turboquant.models.modelfile import ModelFile
 
     with ModelFile(prose_model) as model:
         metadata = model.metadata

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from make_model import SHAPES, write_model
 from turboquant import cli
-from turboquant.convert import header
-from turboquant.convert.header import read_header
-from turboquant.convert.modelfile import ModelError, ModelFile
 from turboquant.llama.files import LlamaError
+from turboquant.models import header
+from turboquant.models.header import read_header
+from turboquant.models.modelfile import ModelError, ModelFile
 from turboquant.plan import read_shape
 from typer.testing import CliRunner
 

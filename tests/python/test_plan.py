@@ -11,7 +11,7 @@ import gguf
 import pytest
 from make_model import Shape, write_model
 from turboquant._output import OutputError
-from turboquant.convert.modelfile import ModelFile
+from turboquant.models.modelfile import ModelFile
 from turboquant.plan import (
     CacheShape,
     Layer,

@@ -102,7 +102,7 @@ def read_model(path: Path) -> Model:
     Raises:
         CompareError: it is not there, no GGUF model, or truncated. The text says what to do.
     """
-    from ..convert.modelfile import ModelFile
+    from ..models.modelfile import ModelFile
 
     if not path.is_file():
         raise CompareError(f"{path}: no such file; give a GGUF model with -m")

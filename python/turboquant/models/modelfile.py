@@ -28,7 +28,7 @@ _PIECE = 4 << 20  # bytes of a tensor in memory at a time
 
 
 class ModelError(LlamaError):
-    """The file is no GGUF model that can be converted. The text says why."""
+    """The file is no GGUF model that can be used. The text says why."""
 
 
 @dataclass(frozen=True)
