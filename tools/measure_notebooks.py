@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from turboquant.convert.run import convert
-from turboquant.evaluate.measure import Options, measure
-from turboquant.evaluate.pairs import parse_pairs
-from turboquant.evaluate.programs import ProgramError, Programs
-from turboquant.evaluate.results import Results
+from turboquant.evaluate.rows import Options, measure
 from turboquant.llama.build import where
 from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir
+from turboquant.measure.pairs import parse_pairs
+from turboquant.measure.programs import ProgramError, Programs
+from turboquant.measure.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "notebooks" / "data" / "measured.json"

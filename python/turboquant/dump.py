@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._output import check_new, partial_file, publish
-from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
+from .measure.capture import Attention, Capture, CaptureError, Data
 
 __all__ = ["FORMAT", "DumpError", "KVLayer", "check_dump", "dump", "load"]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._output import explain, partial_file, publish
-from .evaluate.pairs import bits_per_value, block_of
-from .evaluate.results import write_text
 from .llama.files import LlamaError
+from .measure.pairs import bits_per_value, block_of
+from .measure.results import write_text
 
 __all__ = [
     "FORMAT",

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from turboquant import cli
 from turboquant.convert.check import checker
 from turboquant.convert.run import EXACT, MARK, ConvertError, convert
-from turboquant.convert.stream import Capture, Data
 from turboquant.llama.progress import Reporter
+from turboquant.measure.capture import Capture, Data
 from typer.testing import CliRunner, Result
 
 TURBO4 = ("turbo4", "turbo4")

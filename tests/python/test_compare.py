@@ -26,10 +26,11 @@ from make_model import Shape, write_model
 from rich.console import Console
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, TEXTS, needs_posix, prose
 from turboquant import cli
-from turboquant.evaluate import compare, needle, page, verdict
-from turboquant.evaluate.kvsize import Caches, parse_caches
-from turboquant.evaluate.perplexity import base_bytes, parse_divergence
-from turboquant.evaluate.speed import parse_speed
+from turboquant.evaluate import compare, page, verdict
+from turboquant.measure import needle
+from turboquant.measure.kvsize import Caches, parse_caches
+from turboquant.measure.perplexity import base_bytes, parse_divergence
+from turboquant.measure.speed import parse_speed
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]

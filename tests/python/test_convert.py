@@ -21,8 +21,8 @@ from turboquant.convert import run as convert_run
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.paths import Refusal, trace, trace_output
 from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
-from turboquant.convert.stream import Attention, Route
 from turboquant.llama.files import LlamaError
+from turboquant.measure.capture import Attention, Route
 from turboquant.models import weights
 from turboquant.models.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.plan import Plan as CachePlan

@@ -19,10 +19,10 @@ import turboquant
 from rich.console import Console
 from turboquant import cli
 from turboquant import fetch as fetching
-from turboquant.evaluate import needle
 from turboquant.fetch import FetchError, UnavailableError, fetch, resolve_model
 from turboquant.known_models import MODELS, KnownModel
 from turboquant.llama.progress import Reporter
+from turboquant.measure import needle
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("pip")

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.kvsize import Caches
-from ..evaluate.pairs import CachePair
-from ..evaluate.perplexity import run_base, run_divergence
-from ..evaluate.programs import ProgramError, Programs
 from ..llama.build import where
 from ..llama.files import LlamaError, last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
+from ..measure.kvsize import Caches
+from ..measure.pairs import CachePair
+from ..measure.perplexity import run_base, run_divergence
+from ..measure.programs import ProgramError, Programs
 
 __all__ = ["CheckError", "Checker", "checker", "shape"]
 

@@ -15,12 +15,12 @@ from .._output import check_new, partial_file, publish
 from ..llama.files import LlamaError
 from ..llama.paths import native_dir
 from ..llama.progress import Reporter
+from ..measure.capture import check_model
 from ..models.modelfile import ModelFile, replace_metadata
 from ..plan import KEYS, VERSION, CacheShape, PlanError, Types, expand, shape_of
 from ..plan import Plan as CachePlan
 from .check import Checker, CheckError, checker, shape
 from .plan import Balanced, Plan, make_plan, measure, ranges
-from .stream import check_model
 
 __all__ = ["MARK", "ConvertError", "Converted", "convert", "default_text", "reasons"]
 

@@ -17,13 +17,14 @@ from turboquant.fetch import resolve_model
 from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir, native_dir
 
+from ..measure.measurer import Measurer
+from ..measure.needle import ask, bundled_model, fit_needles, template_for
+from ..measure.pairs import CachePair, parse_pairs
+from ..measure.programs import ProgramError, Programs
+from ..measure.results import Results, write_text
 from . import demo as demos
-from .measure import Measurer, Options, Row, measure
-from .needle import ask, bundled_model, fit_needles, template_for
-from .pairs import CachePair, parse_pairs
-from .programs import ProgramError, Programs
 from .report import notes, table, to_json, to_markdown
-from .results import Results, write_text
+from .rows import Options, Row, measure
 
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
 

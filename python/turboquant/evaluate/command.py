@@ -16,11 +16,12 @@ from ..llama.build import where
 from ..llama.files import LlamaError, read_json
 from ..llama.paths import cache_dir, native_dir
 from ..llama.progress import Reporter
-from . import needle, page
+from ..measure import needle
+from ..measure.pairs import CachePair, parse_pairs
+from ..measure.programs import Programs
+from ..measure.results import Results, write_text
+from . import page
 from .compare import FORMAT, CompareError, CompareOptions, above, check, compare, read_model, to_json
-from .pairs import CachePair, parse_pairs
-from .programs import Programs
-from .results import Results, write_text
 
 __all__ = ["run"]
 

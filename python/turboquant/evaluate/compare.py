@@ -18,13 +18,14 @@ from typing import Any
 
 from .. import __version__
 from ..llama.files import LlamaError
-from . import needle, verdict
-from .measure import BASELINE, Measurer, Quality, Run, format_bits
-from .pairs import CachePair
-from .perplexity import Divergence, base_bytes
-from .programs import ProgramError, Programs
-from .results import Results
-from .speed import GENERATED, PROMPT, REPETITIONS
+from ..measure import needle
+from ..measure.measurer import BASELINE, Measurer, Quality, Run, format_bits
+from ..measure.pairs import CachePair
+from ..measure.perplexity import Divergence, base_bytes
+from ..measure.programs import ProgramError, Programs
+from ..measure.results import Results
+from ..measure.speed import GENERATED, PROMPT, REPETITIONS
+from . import verdict
 
 __all__ = [
     "FORMAT",

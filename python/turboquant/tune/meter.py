@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..evaluate.measure import scratch_folder
-from ..evaluate.programs import Programs
-from ..evaluate.results import Results, file_hash
 from ..llama.files import LlamaError, last_lines
+from ..measure.programs import Programs
+from ..measure.results import Results, file_hash
+from ..measure.scratch import scratch_folder
 from ..plan import CacheShape, Layer, Plan, compact, fitting, shape_of
 
 __all__ = ["Info", "MeasureError", "Measured", "Meter", "Span"]

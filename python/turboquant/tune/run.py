@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
-from ..convert.stream import check_model
-from ..evaluate.pairs import CachePair
-from ..evaluate.programs import Programs
-from ..evaluate.results import Results, file_hash
 from ..llama.build import where
 from ..llama.files import LlamaError
 from ..llama.paths import cache_dir, native_dir
 from ..llama.progress import Reporter, Track, duration
+from ..measure.capture import check_model
+from ..measure.pairs import CachePair
+from ..measure.programs import Programs
+from ..measure.results import Results, file_hash
 from ..models.modelfile import ModelFile
-from ..plan import KEYS, CacheShape, Plan, check_target, fitting, write_plan
+from ..plan import CacheShape, Plan, check_target, fitting, write_plan
 from .allocate import Choice, allocate, allocate_for_loss, least, most
 from .losses import PROBES, estimate, finer, relative_error
 from .meter import Measured, Meter, Span

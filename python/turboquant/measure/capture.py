@@ -45,7 +45,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Route:
-    """How q, k or v ("q", "k", "v") came from the weights, or where the output ("o") went: see `paths.trace`."""
+    """How q, k or v ("q", "k", "v") came from the weights, or where the output ("o") went: see `convert.paths.trace`."""
 
     role: str
     use: int  #: -1 for k and v
