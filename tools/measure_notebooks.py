@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from turboquant.convert.run import convert
+from turboquant.errors import TurboQuantError
 from turboquant.evaluate.rows import Options, measure
 from turboquant.llama.build import where
-from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir
 from turboquant.measure.pairs import parse_pairs
 from turboquant.measure.programs import ProgramError, Programs
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{file}: no such file")
     try:
         found = run(given)
-    except (LlamaError, ProgramError, OSError, ValueError) as error:
+    except (TurboQuantError, OSError, ValueError) as error:
         print(f"measure_notebooks: {error}", file=sys.stderr)
         return 1
     partial = given.output.with_name(f".{given.output.name}.partial")

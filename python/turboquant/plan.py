@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._output import explain, partial_file, publish
-from .llama.files import LlamaError
+from .errors import TurboQuantError
 from .measure.pairs import bits_per_value, block_of
 from .measure.results import write_text
 
@@ -50,7 +50,7 @@ _RUN = re.compile(r"(-|[a-z][a-z0-9_]*)(?:\*([1-9][0-9]{0,3}))?")
 Types = tuple["str | None", ...]
 
 
-class PlanError(LlamaError):
+class PlanError(TurboQuantError):
     """A plan cannot be read, written or used. The text names the file and the value, and says what to do."""
 
 

@@ -21,7 +21,7 @@ from turboquant.convert import run as convert_run
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.paths import Refusal, trace, trace_output
 from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
-from turboquant.llama.files import LlamaError
+from turboquant.errors import TurboQuantError
 from turboquant.measure.capture import Attention, Route
 from turboquant.models import weights
 from turboquant.models.modelfile import ModelError, ModelFile, Scaling, replace_metadata
@@ -535,7 +535,7 @@ def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         target.parent.mkdir(exist_ok=True)
         try:
             return convert_run.convert(model, target, tmp_path / "text.txt", bin=tmp_path / "bin", threads=1, **options)
-        except LlamaError as error:
+        except TurboQuantError as error:
             assert list(target.parent.iterdir()) == []
             return f"{modes} {error}"
 

@@ -1,23 +1,23 @@
-"""The package's layers: whatever imports, at its top or in a function, imports from below."""
+"""The package's layers: whatever imports, at its top or in a function, imports from below; and its errors."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import turboquant
 
 PACKAGE = Path(turboquant.__file__).parent
 
 #: Units of the package (its modules and packages), lowest first. A unit imports from the lines above its own alone.
 LAYERS = (
-    ("_core", "known_models", "llama", "reference"),
-    ("_arrays", "_kernels", "_output", "_types", "fetch", "models", "theory"),
-    ("_attention", "_codec", "_plot", "explore", "measure"),
-    ("dump", "gguf", "plan"),
+    ("_core", "errors", "known_models", "reference"),
+    ("_arrays", "_kernels", "_types", "llama", "theory"),
+    ("_attention", "_codec", "_output", "explore", "fetch", "measure", "models"),
+    ("_plot", "dump", "gguf", "plan"),
     ("convert", "evaluate", "tune"),
     ("analyze",),
     ("cli",),
@@ -29,7 +29,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 
 def imported(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, str]]:
-    """The line and the name within the package ("measure.pairs"; "" is the package itself) of every import in a file."""
+    """The line and the name of every import from the package in a file: "measure.pairs"; "" is the package itself."""
     inside = path.relative_to(package).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,7 +39,9 @@ def imported(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, str]]:
             start = ["turboquant", *inside][: len(inside) + 2 - node.level] if node.level else []
             module = ".".join([*start, *([node.module] if node.module else [])])
             # `from . import patch` may name a module, and `from .. import __version__` something of the package.
-            full = [f"{module}.{alias.name}" if is_module(module, alias.name, package) else module for alias in node.names]
+            full = [
+                f"{module}.{alias.name}" if is_module(module, alias.name, package) else module for alias in node.names
+            ]
         else:
             continue
         for name in full:
@@ -138,3 +140,21 @@ def test_an_import_from_above_is_seen(tmp_path, line, name):
 def test_a_circle_is_seen():
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": {"d"}}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d"]
+
+
+#: Exceptions that never leave their package: what catches them tells the user in a `TurboQuantError`.
+INNER = {"convert.paths.Refusal", "llama.source._CorruptError", "models.header.HeaderError"}
+
+
+def test_every_error_is_a_turboquant_error():
+    """The command line tells those in a sentence, and shows a traceback of any other."""
+    roots = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            bases = [getattr(builtins, base.id, object) for base in node.bases if isinstance(base, ast.Name)]
+            if any(issubclass(base, Exception) for base in bases):
+                roots.add(f"{module}.{node.name}")
+    assert roots == INNER | {"errors.TurboQuantError"}

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import TurboQuantError
 from ..llama.build import where
-from ..llama.files import LlamaError, last_lines
+from ..llama.files import last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
 from ..measure.kvsize import Caches
@@ -27,7 +28,7 @@ CHUNKS = 4
 _MEASURE = "turboquant-measure"
 
 
-class CheckError(LlamaError):
+class CheckError(TurboQuantError):
     """llama-perplexity could not be run. The text has what it said."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
 from ..llama.paths import native_dir
 from ..llama.progress import Reporter
 from ..measure.capture import check_model
@@ -45,7 +45,7 @@ _ADVICE = {
 }
 
 
-class ConvertError(LlamaError):
+class ConvertError(TurboQuantError):
     """The model was not converted, and no file was written. The text says why."""
 
 

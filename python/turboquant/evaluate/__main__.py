@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from turboquant.errors import TurboQuantError
 from turboquant.fetch import resolve_model
-from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir, native_dir
 
 from ..measure.measurer import Measurer
@@ -94,7 +94,7 @@ def evaluate(
         if json_path:
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
             write_text(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
-    except (LlamaError, OSError, ValueError) as error:
+    except (TurboQuantError, OSError, ValueError) as error:
         _console(sys.stderr.isatty(), stderr=True).print(
             f"error: {error}", markup=False, highlight=False, soft_wrap=True
         )

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..errors import TurboQuantError
 from ..fetch import resolve_model
 from ..llama.build import where
-from ..llama.files import LlamaError, read_json
+from ..llama.files import read_json
 from ..llama.paths import cache_dir, native_dir
 from ..llama.progress import Reporter
 from ..measure import needle
@@ -51,7 +52,7 @@ def run(
     """Compare as the options of the command say; return why the KLD is above `fail_above`, if it is.
 
     Raises:
-        LlamaError: the text says what to do.
+        TurboQuantError: the text says what to do.
         OSError: a file cannot be read or written.
     """
     model_path = resolve_model(model) if model else needle.bundled_model()
@@ -170,7 +171,7 @@ def _write(out: Path | None, name: str, command: Sequence[str], files: dict[str,
             path = folder / file
             write_text(path, content)
     except OSError as error:
-        raise LlamaError(
+        raise TurboQuantError(
             f"cannot write {path} ({error.strerror}); make room or give another --out: what was measured is remembered"
         ) from error
     return folder

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
 from ..measure import needle
 from ..measure.measurer import BASELINE, Measurer, Quality, Run, format_bits
 from ..measure.pairs import CachePair
@@ -48,7 +48,7 @@ Update = Callable[[str, float, float], None]
 """Called with what is being measured, the work done and the work in all (in tokens of a batch, roughly)."""
 
 
-class CompareError(LlamaError):
+class CompareError(TurboQuantError):
     """The comparison cannot be made. The text says what to do."""
 
 

@@ -1,4 +1,4 @@
-"""Measure one thing at a time of a model with a cache type: every result comes from the results cache, or from a run."""
+"""Measure one thing at a time of a model and a cache type: every result comes from the results cache, or from a run."""
 
 from __future__ import annotations
 

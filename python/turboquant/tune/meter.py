@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..llama.files import LlamaError, last_lines
+from ..errors import TurboQuantError
+from ..llama.files import last_lines
 from ..measure.programs import Programs
 from ..measure.results import Results, file_hash
 from ..measure.scratch import scratch_folder
@@ -27,7 +28,7 @@ _FORMAT = 2  # raise it when a stored result changes its meaning
 Step = Callable[[int, int], None]
 
 
-class MeasureError(LlamaError):
+class MeasureError(TurboQuantError):
     """The model cannot be measured. The text says what to do."""
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
+from ..errors import TurboQuantError
 from ..llama.build import where
-from ..llama.files import LlamaError
 from ..llama.paths import cache_dir, native_dir
 from ..llama.progress import Reporter, Track, duration
 from ..measure.capture import check_model
@@ -41,7 +41,7 @@ _LEAST = 0.1  # of the median cost of K or V: what a layer is taken to cost at l
 _NOTICE = 0.0005  # nats in q8_0 from which on a layer's K is tried in f16
 
 
-class TuneError(LlamaError):
+class TuneError(TurboQuantError):
     """There is no plan, and no file was written. The text says why."""
 
 
