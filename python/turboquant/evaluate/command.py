@@ -22,7 +22,8 @@ from ..measure.pairs import CachePair, parse_pairs
 from ..measure.programs import Programs
 from ..measure.results import Results, write_text
 from . import page
-from .compare import FORMAT, CompareError, CompareOptions, above, check, compare, read_model, to_json
+from .compare import CompareError, CompareOptions, above, check, compare, read_model
+from .comparison import FORMAT, Comparison
 
 __all__ = ["run"]
 
@@ -89,7 +90,7 @@ def run(
             options, described, programs, Results(scratch / "results"), scratch,
             lambda label, done, total: track.update(int(done), max(1, int(total)), label),
         )  # fmt: skip
-    contents = (to_json(report), page.to_markdown(report), page.to_html(report))
+    contents = (report.to_json(), page.to_markdown(report), page.to_html(report))
     folder = _write(out, name, options.command, dict(zip(_FILES, contents, strict=True)))
     _show(report, folder)
     return [] if fail_above is None else above(report, fail_above)
@@ -177,7 +178,7 @@ def _write(out: Path | None, name: str, command: Sequence[str], files: dict[str,
     return folder
 
 
-def _show(report: dict[str, object], folder: Path) -> None:
+def _show(report: Comparison, folder: Path) -> None:
     terminal = sys.stdout.isatty()
     console = Console(force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110)
     console.print(page.table(report), highlight=False)

@@ -123,8 +123,8 @@ def measure(
         if pair in failures:
             rows.append(Row(pair.k, pair.v, failure=failures[pair]))
             continue
-        answers, reason = _answers(measurer, pair, needles, options.needle_ctx)
-        rows.append(_row(pair, quality, answers, needles, why or reason))
+        answers, unanswered = _answers(measurer, pair, needles, options.needle_ctx)
+        rows.append(_row(pair, quality, answers, needles, why or unanswered))
     return rows
 
 
