@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from turboquant.errors import TurboQuantError
 from turboquant.fetch import resolve_model
-from turboquant.llama.paths import cache_dir, native_dir
+from turboquant.llama.paths import bundled_model, bundled_text, cache_dir
 
 from ..measure.measurer import Measurer
-from ..measure.needle import ask, bundled_model, fit_needles, template_for
+from ..measure.needle import ask, fit_needles, template_for
 from ..measure.pairs import CachePair, parse_pairs
 from ..measure.programs import ProgramError, Programs
 from ..measure.results import Results, write_text
@@ -63,7 +63,7 @@ def evaluate(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         pairs = parse_pairs(types)
-        text_path = _file(text or native_dir() / "models" / "heldout.txt")
+        text_path = _file(text or bundled_text())
         model_path = resolve_model(model or bundled_model())
         options = Options(
             model=model_path,

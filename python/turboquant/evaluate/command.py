@@ -15,7 +15,7 @@ from ..errors import TurboQuantError
 from ..fetch import resolve_model
 from ..llama.build import where
 from ..llama.files import read_json
-from ..llama.paths import cache_dir, native_dir
+from ..llama.paths import bundled_model, bundled_text, cache_dir
 from ..llama.progress import Reporter
 from ..measure import needle
 from ..measure.pairs import CachePair, parse_pairs
@@ -56,12 +56,12 @@ def run(
         TurboQuantError: the text says what to do.
         OSError: a file cannot be read or written.
     """
-    model_path = resolve_model(model) if model else needle.bundled_model()
+    model_path = resolve_model(model) if model else bundled_model()
     described = read_model(model_path)
     try:
         options = CompareOptions(
             model=model_path,
-            text=(text or native_dir() / "models" / "heldout.txt").expanduser(),
+            text=(text or bundled_text()).expanduser(),
             pairs=_with_plans(parse_pairs(types), described.plan, plan),
             ctx=ctx,
             chunks=chunks,

@@ -14,7 +14,7 @@ from typing import Any
 from .._output import check_new, partial_file, publish
 from ..errors import TurboQuantError
 from ..llama.build import where
-from ..llama.paths import cache_dir, native_dir
+from ..llama.paths import bundled_text, cache_dir
 from ..llama.progress import Reporter, Track, duration
 from ..measure.capture import check_model
 from ..measure.pairs import CachePair
@@ -113,11 +113,6 @@ class Tuned:
     replaced: bool  #: an older plan of that name
 
 
-def default_text() -> Path:
-    """The bundled text."""
-    return native_dir() / "models" / "heldout.txt"
-
-
 def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
     """Find the plan, write it, and put it into a copy of the model if asked to.
 
@@ -127,7 +122,7 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
         TuneError, MeasureError, PlanError, OutputError, ModelError: the text says why. No file is left half written.
     """
     reporter = reporter or Reporter()
-    text = options.text or default_text()
+    text = options.text or bundled_text()
     check_model(options.model)
     if not text.is_file():
         raise TuneError(f"{text}: no such file; give a text with -f")
