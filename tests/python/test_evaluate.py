@@ -636,6 +636,10 @@ def test_command_line(fake):
     done = subprocess.run(command_line(fake, *arguments), env=environment(fake), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^q8_0 +8\.5 +6\.38 +37\.506 ", done.stdout, re.MULTILINE)
+    assert done.stderr.splitlines() == [
+        "measuring perplexity f16 (4 x 2048), base ...", "measuring perplexity q8_0 (4 x 2048) ...",
+        "measuring needle f16 ...", "measuring needle q8_0 ...",
+    ]  # fmt: skip
     # Not a terminal: no escape sequences and nothing overwritten, FORCE_COLOR or not.
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
     assert (fake / "table.md").read_text(encoding="utf-8").splitlines()[3].startswith("| q8_0 | 8.5 | 6.38 |")
