@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from turboquant import dump
-from turboquant.llama.files import LlamaError
+from turboquant.errors import TurboQuantError
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "notebooks" / "data" / "kv-prose-8m.safetensors"
@@ -41,7 +41,7 @@ def main() -> int:
             with safe_open(whole, framework="numpy") as file:
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name).astype(np.float16) for name in names}
-    except (LlamaError, OSError) as error:
+    except (TurboQuantError, OSError) as error:
         print(f"make_kv_sample: {error}", file=sys.stderr)
         return 1
     metadata["scale"] = json.dumps({names[0]: json.loads(metadata["scale"])[names[0]]})

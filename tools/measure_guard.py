@@ -22,13 +22,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from turboquant.evaluate.pairs import CachePair
-from turboquant.evaluate.perplexity import run_base, run_divergence
-from turboquant.evaluate.programs import Programs
-from turboquant.evaluate.results import Results, file_hash
 from turboquant.llama.build import where
 from turboquant.llama.paths import cache_dir
 from turboquant.llama.progress import Reporter
+from turboquant.measure.pairs import CachePair
+from turboquant.measure.perplexity import run_base, run_divergence
+from turboquant.measure.programs import Programs
+from turboquant.measure.results import Results, file_hash
 
 _SIGMAS = re.compile(r"guard: noise of scores with K in (\S+), by layer: ([\d.e+-]+(?:, [\d.e+-]+)*) \(limit")
 #: Noise that --plant aims at, in nats.

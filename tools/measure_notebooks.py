@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from turboquant.convert.run import convert
-from turboquant.evaluate.measure import Options, measure
-from turboquant.evaluate.pairs import parse_pairs
-from turboquant.evaluate.programs import ProgramError, Programs
-from turboquant.evaluate.results import Results
+from turboquant.errors import TurboQuantError
+from turboquant.evaluate.rows import Options, measure
 from turboquant.llama.build import where
-from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir
+from turboquant.measure.pairs import parse_pairs
+from turboquant.measure.programs import ProgramError, Programs
+from turboquant.measure.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "notebooks" / "data" / "measured.json"
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{file}: no such file")
     try:
         found = run(given)
-    except (LlamaError, ProgramError, OSError, ValueError) as error:
+    except (TurboQuantError, OSError, ValueError) as error:
         print(f"measure_notebooks: {error}", file=sys.stderr)
         return 1
     partial = given.output.with_name(f".{given.output.name}.partial")

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .llama.files import LlamaError
+from .errors import TurboQuantError
 
 __all__ = ["OutputError", "check_new", "explain", "partial_file", "publish"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class OutputError(LlamaError):
+class OutputError(TurboQuantError):
     """A file cannot be written. The text says what to do."""
 
 

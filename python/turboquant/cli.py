@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 # Heavier modules are imported by the commands that need them: --help must not wait for them.
-from .llama.files import Interrupted, LlamaError
-from .llama.patch import PatchError
+from .errors import TurboQuantError
+from .llama.files import Interrupted
 from .llama.source import DEFAULT_VERSION
 
 __all__ = ["app", "main"]
@@ -53,7 +53,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             function(*args, **kwargs)
-        except (LlamaError, PatchError) as error:
+        except TurboQuantError as error:
             _tell(f"turboquant: {error}")
             raise typer.Exit(1) from None
         except OSError as error:  # a full disk, a folder without permission: the text names the file
@@ -282,7 +282,7 @@ def convert(
     are exact where the weights are f32 or f16, and powers of two elsewhere.
     """
     if exact and pow2:
-        raise LlamaError("give --exact or --pow2, not both")
+        raise TurboQuantError("give --exact or --pow2, not both")
     _need("gguf", "convert")
     from ._plot import check_plot
     from .convert import report
@@ -306,7 +306,7 @@ def _need(package: str, what: str, extra: str = "convert") -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise LlamaError(f"{what} needs the package {package}: pip install 'turboquant[{extra}]'")
+        raise TurboQuantError(f"{what} needs the package {package}: pip install 'turboquant[{extra}]'")
 
 
 @command
@@ -372,7 +372,7 @@ def tune(
     from .tune.run import tune as run_tune
 
     if mib is not None and ctx is None:
-        raise LlamaError("--mib needs --ctx: the size of a cache depends on the tokens in it")
+        raise TurboQuantError("--mib needs --ctx: the size of a cache depends on the tokens in it")
     options = TuneOptions(
         model.expanduser(), Goal(bits, mib, kld), target, text, ctx,
         None if types is None else list(dict.fromkeys(name.strip() for name in types.split(","))),

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._output import check_new, partial_file, publish
-from .convert.stream import Attention, Capture, CaptureError, Data
-from .llama.files import LlamaError
+from .errors import TurboQuantError
+from .measure.capture import Attention, Capture, CaptureError, Data
 
 __all__ = ["FORMAT", "DumpError", "KVLayer", "check_dump", "dump", "load"]
 
@@ -35,7 +35,7 @@ _NAME = re.compile(r"[qkv]\.(0|[1-9]\d{0,5})|q\.(0|[1-9]\d{0,5})\.\d{1,6}")
 _FLOATS = ("F16", "F32", "F64")
 
 
-class DumpError(LlamaError):
+class DumpError(TurboQuantError):
     """The file cannot be written or read. The text says what to do."""
 
 

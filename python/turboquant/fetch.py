@@ -16,16 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from .errors import TurboQuantError
 from .known_models import MODELS, KnownModel
 from .llama import pip
-from .llama.files import LlamaError, lock, remove_tree
+from .llama.files import lock, remove_tree
 from .llama.paths import cache_dir
 from .llama.progress import Reporter
 
 __all__ = ["FetchError", "UnavailableError", "fetch", "find_model", "resolve_model"]
 
 
-class FetchError(LlamaError):
+class FetchError(TurboQuantError):
     """There is no such model, or it could not be fetched. The text says what to do."""
 
 

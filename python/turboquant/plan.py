@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._output import explain, partial_file, publish
-from .evaluate.pairs import bits_per_value, block_of
-from .evaluate.results import write_text
-from .llama.files import LlamaError
+from .errors import TurboQuantError
+from .measure.pairs import bits_per_value, block_of
+from .measure.results import write_text
 
 __all__ = [
     "FORMAT",
@@ -50,7 +50,7 @@ _RUN = re.compile(r"(-|[a-z][a-z0-9_]*)(?:\*([1-9][0-9]{0,3}))?")
 Types = tuple["str | None", ...]
 
 
-class PlanError(LlamaError):
+class PlanError(TurboQuantError):
     """A plan cannot be read, written or used. The text names the file and the value, and says what to do."""
 
 
@@ -353,7 +353,7 @@ def read_shape(path: Path) -> CacheShape:
         PlanError: the metadata does not describe attention with a cache that plans can set.
         ModelError: it is no whole GGUF file.
     """
-    from .convert.modelfile import ModelFile
+    from .models.modelfile import ModelFile  # needs gguf, which plans themselves do not
 
     with ModelFile(path) as model:
         return shape_of(model.metadata, str(path))

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from turboquant import cli
 from turboquant.convert.check import checker
 from turboquant.convert.run import EXACT, MARK, ConvertError, convert
-from turboquant.convert.stream import Capture, Data
 from turboquant.llama.progress import Reporter
+from turboquant.measure.capture import Capture, Data
 from typer.testing import CliRunner, Result
 
 TURBO4 = ("turbo4", "turbo4")
@@ -223,7 +223,7 @@ def test_a_model_that_differs_is_not_written(
     build: Build, outliers: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If scaling changes the function, whatever the reason, the check sees it: here every second K row is forgotten."""
-    from turboquant.convert import modelfile
+    from turboquant.models import modelfile
 
     def forgetful(rows: np.ndarray, kind: str, factors: np.ndarray) -> np.ndarray:
         return real(rows, kind, np.where(np.arange(len(factors)) % 2, factors, 1))

@@ -78,13 +78,13 @@ def test_the_copy_takes_its_plan(probe, place: Path) -> None:
 
 def test_the_estimate_orders_layers_as_a_direct_measurement_does(build: Build, prose_model: Path, place: Path) -> None:
     """K of each layer costs most in turbo4 where it was found to cost most in turbo3."""
-    from turboquant.evaluate.programs import Programs
-    from turboquant.evaluate.results import Results
+    from turboquant.measure.programs import Programs
+    from turboquant.measure.results import Results
     from turboquant.tune.meter import Meter, Span
 
     programs = Programs(build.bin, place / "logs", 2)
     found: dict[str, list[float]] = {"turbo3": [], "turbo4": []}
-    from turboquant.convert.modelfile import ModelFile
+    from turboquant.models.modelfile import ModelFile
 
     with ModelFile(prose_model) as model:
         metadata = model.metadata

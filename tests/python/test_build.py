@@ -18,11 +18,13 @@ from pathlib import Path
 import pytest
 from fake_llama import EXTRA, FILES, make_native, make_sdist, make_tree, write
 from rich.console import Console
+from turboquant.errors import TurboQuantError
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
-from turboquant.llama import run, source, toolchain
-from turboquant.llama.files import LlamaError, list_files, lock, read_json
+from turboquant.llama import source, toolchain
+from turboquant.llama.files import list_files, lock, read_json
 from turboquant.llama.progress import Reporter, duration
+from turboquant.measure.programs import ProgramError, program
 
 TARGETS = ("llama-completion", "llama-bench")  # what the tiny tree has of the default ones
 
@@ -58,7 +60,7 @@ def build(said: io.StringIO) -> Callable[..., Path]:
 
 
 def answer(bin: Path, name: str = "llama-completion") -> str:
-    return run.run(name, bin=bin).stdout.strip()
+    return subprocess.run([program(name, bin)], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def log(bin: Path) -> str:
@@ -496,41 +498,25 @@ def test_jobs_and_cpu():
     assert toolchain.cpu() == toolchain.cpu() != ""
 
 
-# ---- run -------------------------------------------------------------------------------------------------------------
+# ---- programs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
-def test_run(tmp_path):
-    def script(name: str, text: str) -> None:
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-
-    script("llama-say", 'cat; echo "$1 $WORD"; echo loud >&2')
-    done = run.run("llama-say", ["a b"], bin=tmp_path, env={"WORD": "w"}, input="in\n")
-    assert (done.stdout, done.stderr, done.returncode) == ("in\na b w\n", "loud\n", 0)
-    assert run.run("llama-say", [], bin=tmp_path).stdout.startswith(" ")  # no input: it does not wait for any
-    script("llama-fail", "seq 100 >&2; exit 3")
-    with pytest.raises(run.ProgramError, match=r"(?s)llama-fail failed \(status 3\).*\n89\n.*\n100\n") as error:
-        run.run("llama-fail", bin=tmp_path)
-    assert "\n88\n" not in str(error.value)
-    assert run.run("llama-fail", bin=tmp_path, check=False).returncode == 3
-    script("llama-crash", "kill -SEGV $$")
-    with pytest.raises(run.ProgramError, match="ended by signal 11"):
-        run.run("llama-crash", bin=tmp_path)
-    script("llama-hang", "echo waiting >&2; exec sleep 600")
-    with pytest.raises(run.ProgramError, match=r"(?s)stopped after 1 s.*waiting"):
-        run.run("llama-hang", bin=tmp_path, timeout=1)
-    with pytest.raises(run.ProgramError, match=r"no llama-sya in .*it has llama-say.*--target llama-sya"):
-        run.program("llama-sya", tmp_path)
-    with pytest.raises(run.ProgramError, match="no such folder"):
-        run.program("llama-say", tmp_path / "nowhere")
+@pytest.mark.skipif(os.name == "nt", reason="the fake program is a shell script")
+def test_a_program_that_is_not_there(tmp_path):
+    (tmp_path / "llama-say").write_text("#!/bin/sh\n")
+    (tmp_path / "llama-say").chmod(0o755)
+    assert program("llama-say", tmp_path) == (tmp_path / "llama-say").resolve()
+    with pytest.raises(ProgramError, match=r"no llama-sya in .*it has llama-say.*--target llama-sya"):
+        program("llama-sya", tmp_path)
+    with pytest.raises(ProgramError, match="no such folder"):
+        program("llama-say", tmp_path / "nowhere")
 
 
 def test_program_of_the_last_build(native, tree, build):
-    with pytest.raises(LlamaError, match="turboquant build"):
-        run.program("llama-bench")
+    with pytest.raises(TurboQuantError, match="turboquant build"):
+        program("llama-bench")
     bin = build(tree, targets=["llama-bench"])
-    assert run.program("llama-bench") == (bin / "llama-bench").resolve()
+    assert program("llama-bench") == (bin / "llama-bench").resolve()
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -5,8 +5,12 @@ The programs are stood in for by scripts here; tests/llama/test_compare.py runs 
 
 from __future__ import annotations
 
+import collections.abc
+import dataclasses
+import functools
 import io
 import json
+import operator
 import os
 import re
 import resource
@@ -17,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, get_args, get_origin, get_type_hints
 
 import browser as browsers
 import pytest
@@ -26,10 +31,12 @@ from make_model import Shape, write_model
 from rich.console import Console
 from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, TEXTS, needs_posix, prose
 from turboquant import cli
-from turboquant.evaluate import compare, needle, page, verdict
-from turboquant.evaluate.kvsize import Caches, parse_caches
-from turboquant.evaluate.perplexity import base_bytes, parse_divergence
-from turboquant.evaluate.speed import parse_speed
+from turboquant.evaluate import compare, page, verdict
+from turboquant.evaluate.comparison import VERSION, Comparison, Measured, Pair
+from turboquant.measure import needle
+from turboquant.measure.kvsize import Caches, parse_caches
+from turboquant.measure.perplexity import base_bytes, parse_divergence
+from turboquant.measure.speed import parse_speed
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
@@ -233,25 +240,74 @@ def test_report(finished):
     assert re.fullmatch("[0-9a-f]{64}", data["model"]["sha256"]) and data["model"]["context"] == 4096
 
 
-def keys(value: object, path: str = "") -> set[str]:
-    """Every field's path; the items of a list have one in common."""
-    if isinstance(value, dict):
-        return set().union(*(keys(item, f"{path}.{name}" if path else name) for name, item in value.items()))
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return set().union(*(keys(item, f"{path}[]") for item in value))
-    return {path}
+NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def unfold(kind: object) -> tuple[type, str]:
+    """What a field has of a type of its own, and how its path goes on: list[Band] is Band and "[]"."""
+    if get_origin(kind) in (list, collections.abc.Sequence):
+        (kind,), mark = get_args(kind), "[]"
+    else:
+        mark = ""
+    return Measured if kind is Pair else kind, mark  # all fields of a pair
+
+
+def documentation(kind: type = Comparison, path: str = "") -> list[str]:
+    """The rows of the table of fields in docs/compare.md."""
+    rows, described = [], set()
+    for name, annotated in get_type_hints(kind, include_extras=True).items():
+        full, meaning = get_args(annotated)
+        inner, mark = unfold(full)
+        if dataclasses.is_dataclass(inner):
+            if inner not in described:  # the three divergences have the same fields, which are described once
+                rows += documentation(inner, f"{path}{name}{mark}.")
+            described.add(inner)
+            continue
+        words = f"list of {NAMES[inner]}s" if mark else " or ".join(NAMES[one] for one in get_args(full) or (full,))
+        rows.append(f"| `{path}{name}` | {words} | {meaning} |".replace("|  |", "| |"))
+    return rows
+
+
+def test_schema_is_documented():
+    """docs/compare.md has every field of a report with its type and meaning, and no others."""
+    text = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    rows = documentation()
+    assert re.findall(r"^\| `.*", text, re.MULTILINE) == rows, "\n".join(["it should be:", *rows])
+    assert f"`version` is {VERSION}" in text
+
+
+def typed(value: object, kind: object = Comparison) -> Any:
+    """What was read from JSON, as the type that wrote it. An AssertionError, KeyError or TypeError if it is none."""
+    inner, mark = unfold(kind)
+    if mark:
+        assert isinstance(value, list)
+        return [typed(item, inner) for item in value]
+    if dataclasses.is_dataclass(inner):
+        assert isinstance(value, dict)
+        inner = Pair if inner is Measured and value["failure"] else inner
+        hints = get_type_hints(inner)
+        return inner(**{name: typed(item, hints[name]) for name, item in value.items()})
+    kinds = get_args(kind) or (kind,)
+    assert type(value) in kinds or (type(value) is int and float in kinds), (value, kind)
+    return value
 
 
 @needs_posix
-def test_schema_is_documented(finished):
-    """docs/compare.md has every field of a report, and no others."""
-    data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
-    text = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `([\w.\[\]]+)` \|", text, re.MULTILINE))
-    # The three divergences have the same fields, which are described once.
-    short = {re.sub(r"^pairs\[\]\.(batched|decode)\.", "pairs[].quality.", key) for key in keys(data)}
-    assert documented == short
-    assert f"`version` is {compare.VERSION}" in text
+def test_report_has_the_schema(finished):
+    """Every field has its type, no field is missing and none is more, and they stand in the order of the classes."""
+    text = (finished / "report.json").read_text(encoding="utf-8")
+    assert typed(json.loads(text)).to_json() == text
+    for path in (["bands", 0, "name"], ["pairs", 1, "needles", 0, "depth"], ["machine", "threads"]):
+        *above, last = path
+        for change in ({last: 1.5}, {last: None}, {"more": 1}):
+            data = json.loads(text)
+            functools.reduce(operator.getitem, above, data).update(change)
+            with pytest.raises((AssertionError, KeyError)):
+                typed(data)
+        data = json.loads(text)
+        del functools.reduce(operator.getitem, above, data)[last]
+        with pytest.raises(TypeError, match=last):
+            typed(data)
 
 
 @needs_posix
@@ -265,7 +321,7 @@ def test_markdown(finished):
 
 @needs_posix
 def test_short_table(finished):
-    data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    data = typed(json.loads((finished / "report.json").read_text(encoding="utf-8")))
     stream = io.StringIO()
     Console(file=stream, width=80).print(page.table(data))
     lines = stream.getvalue().splitlines()
@@ -527,9 +583,9 @@ def test_page_escapes(finished):
     data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     evil = "</script><script>alert(1)</script><img src=x>|"
     data["model"]["name"] = data["pairs"][-1]["failure"] = data["pairs"][1]["needles"][0]["answer"] = evil
-    text = page.to_html(data)
-    assert "<script>alert(1)" not in text and "<img src=x>" not in text
-    assert "<script>" not in page.to_markdown(data) and "&lt;img src=x>\\|" in page.to_markdown(data)
+    page_text, markdown = page.to_html(typed(data)), page.to_markdown(typed(data))
+    assert "<script>alert(1)" not in page_text and "<img src=x>" not in page_text
+    assert "<script>" not in markdown and "&lt;img src=x>\\|" in markdown
 
 
 @needs_posix
@@ -542,8 +598,8 @@ def test_markdown_escapes(finished):
     data["pairs"][-1]["failure"] = data["pairs"][1]["label"] = evil
     data["pairs"][1]["needles"][0]["reason"] = data["pairs"][1]["speed"][0]["reason"] = evil
     data["pairs"][1]["speed"][0]["decode"] = None
-    clean = page.to_markdown(json.loads((finished / "report.json").read_text(encoding="utf-8")))
-    text = page.to_markdown(data)
+    clean = page.to_markdown(typed(json.loads((finished / "report.json").read_text(encoding="utf-8"))))
+    text = page.to_markdown(typed(data))
     assert len(text.splitlines()) == len(clean.splitlines()) + 1  # the reason of a needle
     spans, outside = re.findall(r"(?<!`)(?P<fence>`+)(?!`)(.*?)(?<!`)\1(?!`)", re.sub(r"\\`", "", text), re.DOTALL), text
     for fence, inside in spans:
@@ -614,7 +670,7 @@ def test_disagreement_is_red(finished, browser, tmp_path):
     data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     data["pairs"][3]["paths"]["agree"] = False
     file = tmp_path / "report.html"
-    file.write_text(page.to_html(data), encoding="utf-8")
+    file.write_text(page.to_html(typed(data)), encoding="utf-8")
     browser.open(file, width=800)
     color = browser.run("return getComputedStyle(document.querySelector('.alarm')).color;")
     red, green, blue = map(int, re.findall(r"\d+", color)[:3])

@@ -18,13 +18,13 @@ from make_model import Shape, write_model
 from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
 from turboquant.convert import run as convert_run
-from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
-from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
 from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
-from turboquant.convert.stream import Attention, Route
-from turboquant.llama.files import LlamaError
+from turboquant.errors import TurboQuantError
+from turboquant.measure.capture import Attention, Route
+from turboquant.models import weights
+from turboquant.models.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.plan import Plan as CachePlan
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -370,7 +370,7 @@ def test_tensors_in_pieces(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     with ModelFile(model) as opened:
         opened.write(whole, SCALINGS, {})
-        monkeypatch.setattr("turboquant.convert.modelfile._PIECE", 40)  # a row and a bit
+        monkeypatch.setattr("turboquant.models.modelfile._PIECE", 40)  # a row and a bit
         opened.write(pieces, SCALINGS, {})
     assert pieces.read_bytes() == whole.read_bytes()
 
@@ -535,7 +535,7 @@ def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         target.parent.mkdir(exist_ok=True)
         try:
             return convert_run.convert(model, target, tmp_path / "text.txt", bin=tmp_path / "bin", threads=1, **options)
-        except LlamaError as error:
+        except TurboQuantError as error:
             assert list(target.parent.iterdir()) == []
             return f"{modes} {error}"
 
@@ -657,7 +657,7 @@ _LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from turboquant._output import OutputError, partial_file
-from turboquant.convert.modelfile import ModelFile
+from turboquant.models.modelfile import ModelFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -684,7 +684,7 @@ _MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np
-from turboquant.convert.modelfile import ModelFile, Scaling
+from turboquant.models.modelfile import ModelFile, Scaling
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 with ModelFile(Path(sys.argv[1])) as model:

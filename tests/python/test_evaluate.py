@@ -19,13 +19,15 @@ from pathlib import Path
 import pytest
 import turboquant
 from rich.console import Console
-from turboquant.evaluate import demo, needle, report
-from turboquant.evaluate.kvsize import parse_cache_size
-from turboquant.evaluate.measure import Options, Row, measure, scratch_folder
-from turboquant.evaluate.pairs import CachePair, bits_per_value, parse_pairs
-from turboquant.evaluate.perplexity import parse_base, parse_divergence
-from turboquant.evaluate.programs import ProgramError, Programs, parse_cache_types
-from turboquant.evaluate.results import Results, file_hash
+from turboquant.evaluate import demo, report
+from turboquant.evaluate.rows import Options, Row, measure
+from turboquant.measure import needle
+from turboquant.measure.kvsize import parse_cache_size
+from turboquant.measure.pairs import CachePair, bits_per_value, parse_pairs
+from turboquant.measure.perplexity import parse_base, parse_divergence
+from turboquant.measure.programs import ProgramError, Programs, parse_cache_types
+from turboquant.measure.results import Results, file_hash
+from turboquant.measure.scratch import scratch_folder
 
 BASE = """\
 0.00.344.075 I perplexity: calculating perplexity over 4 chunks, n_ctx=2048, batch_size=2048, n_seq=1
@@ -317,7 +319,7 @@ def test_file_hash_is_remembered(tmp_path, monkeypatch):
     """Not by what a copy or a tool can restore: path, size and time."""
     file, results = tmp_path / "file", Results(tmp_path / "results")
     later = time.time_ns() + 10**10
-    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: later)
+    monkeypatch.setattr("turboquant.measure.results.time.time_ns", lambda: later)
     file.write_bytes(b"abc")
     before, times = file_hash(file, results), file.stat()
     (stored,) = results.folder.iterdir()
@@ -338,7 +340,7 @@ def test_file_hash_is_remembered(tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_hashed(tmp_path, monkeypatch):
     file, results = tmp_path / "file", Results(tmp_path / "results")
     file.write_bytes(b"abc")
-    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: file.write_bytes(b"abcd") and 1 << 62)
+    monkeypatch.setattr("turboquant.measure.results.time.time_ns", lambda: file.write_bytes(b"abcd") and 1 << 62)
     file_hash(file, results)
     assert not results.folder.exists()
 
@@ -357,7 +359,7 @@ def test_scratch_folders_in_use_stay(tmp_path):
 
 def test_scratch_folders_that_were_left_behind_go(tmp_path):
     """A run that is killed leaves its folder; the system gives its lock up."""
-    code = "import os, sys; from pathlib import Path; from turboquant.evaluate.measure import scratch_folder\n"
+    code = "import os, sys; from pathlib import Path; from turboquant.measure.scratch import scratch_folder\n"
     code += "with scratch_folder(Path(sys.argv[1])) as folder: (folder / 'f16.kld').touch(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -634,6 +636,10 @@ def test_command_line(fake):
     done = subprocess.run(command_line(fake, *arguments), env=environment(fake), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^q8_0 +8\.5 +6\.38 +37\.506 ", done.stdout, re.MULTILINE)
+    assert done.stderr.splitlines() == [
+        "measuring perplexity f16 (4 x 2048), base ...", "measuring perplexity q8_0 (4 x 2048) ...",
+        "measuring needle f16 ...", "measuring needle q8_0 ...",
+    ]  # fmt: skip
     # Not a terminal: no escape sequences and nothing overwritten, FORCE_COLOR or not.
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
     assert (fake / "table.md").read_text(encoding="utf-8").splitlines()[3].startswith("| q8_0 | 8.5 | 6.38 |")

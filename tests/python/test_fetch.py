@@ -19,10 +19,11 @@ import turboquant
 from rich.console import Console
 from turboquant import cli
 from turboquant import fetch as fetching
-from turboquant.evaluate import needle
 from turboquant.fetch import FetchError, UnavailableError, fetch, resolve_model
 from turboquant.known_models import MODELS, KnownModel
+from turboquant.llama.paths import bundled_model
 from turboquant.llama.progress import Reporter
+from turboquant.measure import needle
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("pip")
@@ -357,7 +358,7 @@ def test_commands_take_names(index, tmp_path, monkeypatch):
 
 
 def test_template_of_a_model(tmp_path):
-    bundled = needle.bundled_model()
+    bundled = bundled_model()
     other = tmp_path / "other.gguf"
     other.write_bytes(bundled.read_bytes()[:-1] + b"?")
     copy = shutil.copy(bundled, tmp_path / "copy.gguf")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from make_model import SHAPES, write_model
 from turboquant import cli
-from turboquant.convert import header
-from turboquant.convert.header import read_header
-from turboquant.convert.modelfile import ModelError, ModelFile
-from turboquant.llama.files import LlamaError
+from turboquant.errors import TurboQuantError
+from turboquant.models import header
+from turboquant.models.header import read_header
+from turboquant.models.modelfile import ModelError, ModelFile
 from turboquant.plan import read_shape
 from typer.testing import CliRunner
 
@@ -108,7 +108,7 @@ def test_damage_is_a_sentence(tmp_path: Path, raw: bytes, words: str) -> None:
     with pytest.raises(ModelError) as info:
         ModelFile(path)
     assert str(info.value).startswith(str(path)) and words in str(info.value)
-    with pytest.raises(LlamaError, match="evil"):
+    with pytest.raises(TurboQuantError, match="evil"):
         read_shape(path)
     for command in (
         ["compare", "-m", path],

@@ -233,7 +233,8 @@ def test_sample_is_what_the_page_says():
 
 def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
     """tools/measure_notebooks.py asks for the right pairs, models and variables; llama.cpp is left out."""
-    from turboquant.evaluate.measure import BASELINE, Row
+    from turboquant.evaluate.rows import Row
+    from turboquant.measure.measurer import BASELINE
 
     measuring = load_tool("measure_notebooks")
     runs = []

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-from pathlib import Path
 
 import gguf
 import pytest
 from make_model import Shape, write_model
 from turboquant._output import OutputError
-from turboquant.convert.modelfile import ModelFile
+from turboquant.models.modelfile import ModelFile
 from turboquant.plan import (
     CacheShape,
     Layer,
@@ -219,7 +218,7 @@ def test_bits_and_mib():
 
 
 def test_sliding_windows_hold_what_llama_cpp_gives_them():
-    """A window of 1000 and a batch of 512, rounded up to 256, as in evaluate.kvsize."""
+    """A window of 1000 and a batch of 512, rounded up to 256, as in measure.kvsize."""
     local, full = Layer(1, 128, 128, window=True), Layer(1, 128, 128)
     shape = CacheShape((local, full), window=1000)
     assert [shape.cells(local, n) for n in (512, 1536, 1537, 100000)] == [512, 1536, 1536, 1536]

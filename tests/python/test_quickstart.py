@@ -234,7 +234,8 @@ def test_story_question_and_table(quickstart, fake):  # noqa: F811
     assert "smollm2" not in done.stdout  # this run was not with the bundled model
 
     again = run(*arguments, "--installed", env=environment(fake))
-    assert "(remembered)" in again.stdout and "all remembered" in again.stdout and "measuring" not in again.stdout
+    assert "(remembered)" in again.stdout and "all remembered" in again.stdout
+    assert "measuring" in done.stderr and "measuring" not in done.stdout + again.stdout + again.stderr
 
 
 @needs_posix

@@ -20,7 +20,7 @@ from .._codec import dequantize, quantize, rotate
 from .._types import type_for_head
 from ..convert.balance import Problem, noise, solve
 from ..dump import FORMAT, check_dump
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
 from ..reference import hadamard
 
 __all__ = ["STOCK", "TYPES", "Analysis", "AnalyzeError", "Effect", "Half", "Layer", "analyze", "check_types"]
@@ -37,7 +37,7 @@ QUERIES = 128
 PROTECT = 2.0
 
 
-class AnalyzeError(LlamaError):
+class AnalyzeError(TurboQuantError):
     """The file or the types cannot be used. The text says what to do."""
 
 

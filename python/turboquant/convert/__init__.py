@@ -1,6 +1,6 @@
 """Balance K against Q, and V against the output, inside a model's weights: `turboquant convert`.
 
-`stream` reads what attention sees from the program turboquant-capture, `paths` follows it to the weights, `plan` and
-`balance` find the scales, `weights` and `modelfile` write them, `check` measures the result, and `run` ties them
-together. docs/convert.md explains the idea.
+`turboquant.measure.capture` reads what attention sees, `paths` follows it to the weights, `plan` and `balance` find the
+scales, `turboquant.models` writes the scaled weights, `check` measures the result, and `run` ties them together.
+docs/convert.md explains the idea.
 """

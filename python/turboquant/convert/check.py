@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.kvsize import Caches
-from ..evaluate.pairs import CachePair
-from ..evaluate.perplexity import run_base, run_divergence
-from ..evaluate.programs import ProgramError, Programs
+from ..errors import TurboQuantError
 from ..llama.build import where
-from ..llama.files import LlamaError, last_lines
+from ..llama.files import last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
+from ..measure.kvsize import Caches
+from ..measure.pairs import CachePair
+from ..measure.perplexity import run_base, run_divergence
+from ..measure.programs import ProgramError, Programs
 
 __all__ = ["CheckError", "Checker", "checker", "shape"]
 
@@ -27,7 +28,7 @@ CHUNKS = 4
 _MEASURE = "turboquant-measure"
 
 
-class CheckError(LlamaError):
+class CheckError(TurboQuantError):
     """llama-perplexity could not be run. The text has what it said."""
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..measure.capture import Attention, Capture, CaptureError, Data, Route
+from ..models.modelfile import ModelFile, Scaling
+from ..models.weights import FLOATS, LARGEST, block, exponents, largest
 from . import balance
 from .balance import Problem, groups
-from .modelfile import ModelFile, Scaling
 from .paths import Leaf, Refusal, Trace, trace, trace_output
-from .stream import Attention, Capture, CaptureError, Data, Route
-from .weights import FLOATS, LARGEST, block, exponents, largest
 
 __all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure", "ranges"]
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
-from ..llama.files import LlamaError
-from ..llama.paths import native_dir
+from ..errors import TurboQuantError
+from ..llama.paths import bundled_text
 from ..llama.progress import Reporter
+from ..measure.capture import check_model
+from ..models.modelfile import ModelFile, replace_metadata
 from ..plan import KEYS, VERSION, CacheShape, PlanError, Types, expand, shape_of
 from ..plan import Plan as CachePlan
 from .check import Checker, CheckError, checker, shape
-from .modelfile import ModelFile, replace_metadata
 from .plan import Balanced, Plan, make_plan, measure, ranges
-from .stream import check_model
 
-__all__ = ["MARK", "ConvertError", "Converted", "convert", "default_text", "reasons"]
+__all__ = ["MARK", "ConvertError", "Converted", "convert", "reasons"]
 
 #: The metadata key that a converted model is known by.
 MARK = "turboquant.convert.version"
@@ -45,7 +45,7 @@ _ADVICE = {
 }
 
 
-class ConvertError(LlamaError):
+class ConvertError(TurboQuantError):
     """The model was not converted, and no file was written. The text says why."""
 
 
@@ -60,11 +60,6 @@ class Converted:
     tokens: int  #: that were measured
     recommended: tuple[str, str]  #: cache types for K and V: the fewest bits with a KLD of at most GOOD
     layers: tuple[Types, Types] | None  #: the plan in the file: K and V of each layer; None if it cannot have one
-
-
-def default_text() -> Path:
-    """The bundled text."""
-    return native_dir() / "models" / "heldout.txt"
 
 
 def convert(
@@ -83,7 +78,7 @@ def convert(
     """Write to `target` the model `source` with balanced K and Q, and V and output.
 
     Args:
-        text: what to measure and to check on (default: `default_text`).
+        text: what to measure and to check on (default: the bundled text).
         mode: "auto", "exact" or "pow2", see `plan.make_plan`. "auto" falls back to powers of two if exact scales cost
             more than the check allows.
         values: balance V, too.
@@ -93,7 +88,7 @@ def convert(
         ConvertError, ModelError, CaptureError, CheckError, OutputError: the text says why; nothing is left behind.
     """
     reporter = reporter or Reporter()
-    text = text or default_text()
+    text = text or bundled_text()
     check_model(source)
     check_new(target)
     with ModelFile(source) as model:

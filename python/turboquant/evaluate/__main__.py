@@ -5,25 +5,27 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from turboquant.errors import TurboQuantError
 from turboquant.fetch import resolve_model
-from turboquant.llama.files import LlamaError
-from turboquant.llama.paths import cache_dir, native_dir
+from turboquant.llama.paths import bundled_model, bundled_text, cache_dir
+from turboquant.llama.progress import Reporter, Track
 
+from ..measure.measurer import Measurer
+from ..measure.needle import ask, fit_needles, template_for
+from ..measure.pairs import CachePair, parse_pairs
+from ..measure.programs import ProgramError, Programs
+from ..measure.results import Results, write_text
 from . import demo as demos
-from .measure import Measurer, Options, Row, measure
-from .needle import ask, bundled_model, fit_needles, template_for
-from .pairs import CachePair, parse_pairs
-from .programs import ProgramError, Programs
 from .report import notes, table, to_json, to_markdown
-from .results import Results, write_text
+from .rows import Options, Row, measure
 
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
 
@@ -62,7 +64,7 @@ def evaluate(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         pairs = parse_pairs(types)
-        text_path = _file(text or native_dir() / "models" / "heldout.txt")
+        text_path = _file(text or bundled_text())
         model_path = resolve_model(model or bundled_model())
         options = Options(
             model=model_path,
@@ -85,7 +87,7 @@ def evaluate(
         if headline:
             console.print(headline, markup=False, highlight=False)
         started = time.monotonic()
-        with _Display(console) as display:
+        with _Display(Reporter(_console(sys.stderr.isatty(), stderr=True))) as display:
             rows = measure(options, programs, results, folder, display.update)
         _show(console, rows, options, programs, started, display.runs)
         if markdown:
@@ -93,7 +95,7 @@ def evaluate(
         if json_path:
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
             write_text(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
-    except (LlamaError, OSError, ValueError) as error:
+    except (TurboQuantError, OSError, ValueError) as error:
         _console(sys.stderr.isatty(), stderr=True).print(
             f"error: {error}", markup=False, highlight=False, soft_wrap=True
         )
@@ -166,38 +168,28 @@ def _show(
 
 
 class _Display:
-    """Progress: a bar on a terminal, one line per measurement elsewhere."""
+    """A bar for each measurement, one after the other."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._stack = ExitStack()
+        self._track: Track | None = None
         self._what = ""
         self.runs = 0
 
     def __enter__(self) -> _Display:
-        if self._console.is_terminal:
-            columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._bar.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._stack.close()
 
     def update(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
+        if self._track is None or what != self._what:
+            self._stack.close()
             self._what = what
             self.runs += 1
-            if self._bar:
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(what, total=total)
-            else:
-                self._console.print(f"measuring {what}", highlight=False)
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done)
+            self._track = self._stack.enter_context(self._reporter.track(f"measuring {what}", total))
+        self._track.update(done)
 
 
 class _Stream:

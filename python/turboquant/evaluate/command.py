@@ -11,16 +11,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..errors import TurboQuantError
 from ..fetch import resolve_model
 from ..llama.build import where
-from ..llama.files import LlamaError, read_json
-from ..llama.paths import cache_dir, native_dir
+from ..llama.files import read_json
+from ..llama.paths import bundled_model, bundled_text, cache_dir
 from ..llama.progress import Reporter
-from . import needle, page
-from .compare import FORMAT, CompareError, CompareOptions, above, check, compare, read_model, to_json
-from .pairs import CachePair, parse_pairs
-from .programs import Programs
-from .results import Results, write_text
+from ..measure import needle
+from ..measure.pairs import CachePair, parse_pairs
+from ..measure.programs import Programs
+from ..measure.results import Results, write_text
+from . import page
+from .compare import CompareError, CompareOptions, above, check, compare, read_model
+from .comparison import FORMAT, Comparison
 
 __all__ = ["run"]
 
@@ -50,15 +53,15 @@ def run(
     """Compare as the options of the command say; return why the KLD is above `fail_above`, if it is.
 
     Raises:
-        LlamaError: the text says what to do.
+        TurboQuantError: the text says what to do.
         OSError: a file cannot be read or written.
     """
-    model_path = resolve_model(model) if model else needle.bundled_model()
+    model_path = resolve_model(model) if model else bundled_model()
     described = read_model(model_path)
     try:
         options = CompareOptions(
             model=model_path,
-            text=(text or native_dir() / "models" / "heldout.txt").expanduser(),
+            text=(text or bundled_text()).expanduser(),
             pairs=_with_plans(parse_pairs(types), described.plan, plan),
             ctx=ctx,
             chunks=chunks,
@@ -87,7 +90,7 @@ def run(
             options, described, programs, Results(scratch / "results"), scratch,
             lambda label, done, total: track.update(int(done), max(1, int(total)), label),
         )  # fmt: skip
-    contents = (to_json(report), page.to_markdown(report), page.to_html(report))
+    contents = (report.to_json(), page.to_markdown(report), page.to_html(report))
     folder = _write(out, name, options.command, dict(zip(_FILES, contents, strict=True)))
     _show(report, folder)
     return [] if fail_above is None else above(report, fail_above)
@@ -169,13 +172,13 @@ def _write(out: Path | None, name: str, command: Sequence[str], files: dict[str,
             path = folder / file
             write_text(path, content)
     except OSError as error:
-        raise LlamaError(
+        raise TurboQuantError(
             f"cannot write {path} ({error.strerror}); make room or give another --out: what was measured is remembered"
         ) from error
     return folder
 
 
-def _show(report: dict[str, object], folder: Path) -> None:
+def _show(report: Comparison, folder: Path) -> None:
     terminal = sys.stdout.isatty()
     console = Console(force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110)
     console.print(page.table(report), highlight=False)

@@ -1,12 +1,11 @@
 """Compare cache types on a user's own model: quality on two paths, retrieval, memory and speed, as one report.
 
-The report is a dict of plain values; docs/compare.md describes it. `page` draws it.
+`comparison` has the report's fields, and `page` draws it.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import platform
 import shlex
@@ -17,29 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..llama.files import LlamaError
-from . import needle, verdict
-from .measure import BASELINE, Measurer, Quality, Run, format_bits
-from .pairs import CachePair
-from .perplexity import Divergence, base_bytes
-from .programs import ProgramError, Programs
-from .results import Results
-from .speed import GENERATED, PROMPT, REPETITIONS
+from ..errors import TurboQuantError
+from ..measure import needle
+from ..measure.measurer import BASELINE, Measurer, Quality, Run, format_bits
+from ..measure.pairs import CachePair
+from ..measure.perplexity import Divergence, base_bytes
+from ..measure.programs import ProgramError, Programs
+from ..measure.results import Results
+from ..measure.speed import GENERATED, PROMPT, REPETITIONS
+from . import comparison, verdict
+from .comparison import Comparison, Measured, Pair
 
-__all__ = [
-    "FORMAT",
-    "VERSION",
-    "CompareError",
-    "CompareOptions",
-    "Model",
-    "above",
-    "check",
-    "compare",
-    "read_model",
-    "to_json",
-]
+__all__ = ["CompareError", "CompareOptions", "Model", "above", "check", "compare", "read_model"]
 
-FORMAT, VERSION = "turboquant-compare", 1
 _LEAST_TOKENS = 100  # llama-perplexity gives no statistics of fewer scored tokens
 _DECODE_COST = 8  # a token alone takes about so many times as long as one in a batch; only progress depends on it
 
@@ -47,7 +36,7 @@ Update = Callable[[str, float, float], None]
 """Called with what is being measured, the work done and the work in all (in tokens of a batch, roughly)."""
 
 
-class CompareError(LlamaError):
+class CompareError(TurboQuantError):
     """The comparison cannot be made. The text says what to do."""
 
 
@@ -102,7 +91,7 @@ def read_model(path: Path) -> Model:
     Raises:
         CompareError: it is not there, no GGUF model, or truncated. The text says what to do.
     """
-    from ..convert.modelfile import ModelFile
+    from ..models.modelfile import ModelFile
 
     if not path.is_file():
         raise CompareError(f"{path}: no such file; give a GGUF model with -m")
@@ -219,7 +208,7 @@ def compare(
     results: Results,
     scratch: Path,
     update: Update | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Measure every pair and return the report; what is stored is not run again.
 
     Args:
@@ -252,90 +241,84 @@ def compare(
     )
     scale = verdict.bands(noise)
 
-    rows = []
+    rows: list[Pair] = []
     machine: dict[str, Any] = {}
     for pair in options.all_pairs:
         runs = [run[pair] for run in (batched, short, single)]
         reasons = [failed[run] for run in runs if run in failed] or _not_finite([found[run] for run in runs])
-        row: dict[str, Any] = {
-            "k": pair.k, "v": pair.v, "plan": pair.plan and str(pair.plan), "label": str(pair),
-            "failure": reasons[0] if reasons else None,
-        }  # fmt: skip
-        if not reasons:
-            main, short_run, alone = (found[run] for run in runs)
-            row |= _memory(main, found[batched[BASELINE]], model)
-            row |= _quality(pair, main, short_run, alone, noise, scale)
-            row["needles"] = [_ask(measurer, pair, cell, work) for cell in cells]
-            row["speed"] = [_speed(measurer, pair, depth, machine, options.time_again) for depth in options.depths]
-        rows.append(row)
+        about = Pair(
+            pair.k, pair.v, str(pair.plan) if pair.plan else None, str(pair), reasons[0] if reasons else None
+        )
+        if reasons:
+            rows.append(about)
+            continue
+        main, short_run, alone = (found[run] for run in runs)
+        rows.append(
+            Measured(
+                **vars(about),
+                **_memory(main, found[batched[BASELINE]], model),
+                **_quality(pair, main, short_run, alone, noise, scale),
+                needles=[_ask(measurer, pair, cell, work) for cell in cells],
+                speed=[_speed(measurer, pair, depth, machine, options.time_again) for depth in options.depths],
+            )
+        )
     work.end()
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "turboquant": __version__,
-        "command": list(options.command),
-        "model": {
-            "path": str(options.model),
-            "sha256": measurer.model_hash,
+    return Comparison(
+        format=comparison.FORMAT,
+        version=comparison.VERSION,
+        created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        turboquant=__version__,
+        command=list(options.command),
+        model=comparison.Model(
+            path=str(options.model),
+            sha256=measurer.model_hash,
             **asdict(model),
-            "type": machine.get("model_type"),
-            "parameters": machine.get("model_n_params"),
-        },
-        "text": {
-            "path": str(options.text),
-            "sha256": measurer.text_hash,
-            "bytes": options.text.stat().st_size,
-        },
-        "build": {
-            "bin": str(programs.folder),
-            "sha256": measurer.build,
-            "commit": machine.get("build_commit"),
-            "number": machine.get("build_number"),
-        },
-        "machine": {
-            "cpu": machine.get("cpu_info") or platform.processor(),
-            "gpu": machine.get("gpu_info") or None,
-            "backends": machine.get("backends"),
-            "system": platform.platform(),
-            "threads": programs.threads,
-            "gpu_layers": programs.gpu_layers,
-        },
-        "settings": {
-            "ctx": options.ctx,
-            "chunks": options.chunks,
-            "decode_ctx": options.decode_ctx,
-            "decode_chunks": options.decode_chunks,
-            "depths": list(options.depths),
-            "prompt": PROMPT,
-            "generated": GENERATED,
-            "repetitions": REPETITIONS,
-            "needle_depths": depths,
-            "positions": options.positions,
-            "template": options.template,
-        },
-        "noise": {**asdict(noise), "floor": noise.floor},
-        "bands": [{**asdict(one), "up_to": None if one is scale[-1] else one.up_to} for one in scale],
-        "pairs": rows,
-        "recommendation": _recommendation(rows, scale),
-    }
+            type=machine.get("model_type"),
+            parameters=machine.get("model_n_params"),
+        ),
+        text=comparison.Text(str(options.text), measurer.text_hash, options.text.stat().st_size),
+        build=comparison.Build(
+            bin=str(programs.folder),
+            sha256=measurer.build,
+            commit=machine.get("build_commit"),
+            number=machine.get("build_number"),
+        ),
+        machine=comparison.Machine(
+            cpu=machine.get("cpu_info") or platform.processor(),
+            gpu=machine.get("gpu_info") or None,
+            backends=machine.get("backends"),
+            system=platform.platform(),
+            threads=programs.threads,
+            gpu_layers=programs.gpu_layers,
+        ),
+        settings=comparison.Settings(
+            ctx=options.ctx,
+            chunks=options.chunks,
+            decode_ctx=options.decode_ctx,
+            decode_chunks=options.decode_chunks,
+            depths=list(options.depths),
+            prompt=PROMPT,
+            generated=GENERATED,
+            repetitions=REPETITIONS,
+            needle_depths=depths,
+            positions=options.positions,
+            template=options.template,
+        ),
+        noise=comparison.Noise(**asdict(noise), floor=noise.floor),
+        bands=[comparison.Band(one.name, None if one is scale[-1] else one.up_to, one.meaning) for one in scale],
+        pairs=rows,
+        recommendation=_recommendation([row for row in rows if isinstance(row, Measured)], scale),
+    )
 
 
-def to_json(report: dict[str, Any]) -> str:
-    """The report as indented JSON, ending with a newline."""
-    return json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def above(report: dict[str, Any], limit: float) -> list[str]:
+def above(report: Comparison, limit: float) -> list[str]:
     """Why a report is not within a KLD of `limit` on either path: one line for each pair that is not."""
     lines = []
-    for row in report["pairs"]:
-        if row["failure"]:
-            lines.append(f"{row['label']} could not be measured: {row['failure']}")
-            continue
-        worst = max(row["quality"]["kld"], row["decode"]["kld"])
-        if worst > limit:
-            lines.append(f"{row['label']} has a KLD of {worst:.6f}, above {limit:g}")
+    for row in report.pairs:
+        if not isinstance(row, Measured):
+            lines.append(f"{row.label} could not be measured: {row.failure}")
+        elif (worst := max(row.quality.kld, row.decode.kld)) > limit:
+            lines.append(f"{row.label} has a KLD of {worst:.6f}, above {limit:g}")
     return lines
 
 
@@ -384,8 +367,7 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
     return cells
 
 
-def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> dict[str, Any]:
-    asked: dict[str, Any] = {"depth": cell.depth, "position": cell.position}
+def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> comparison.Needle:
     reason, answer = cell.reason, None
     if cell.needle is not None:
         if measurer.stored_answer(cell.needle, pair, cell.depth) is None:
@@ -394,21 +376,20 @@ def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> dict[
             answer = measurer.answer(cell.needle, pair, cell.depth)
         except ProgramError as error:
             reason = error.reason
-    expected = cell.needle and cell.needle.number
+    expected = cell.needle.number if cell.needle else None
     found = None if answer is None else answer == expected
-    return {**asked, "expected": expected, "answer": answer, "found": found, "reason": reason or None}
+    return comparison.Needle(cell.depth, cell.position, expected, answer, found, reason or None)
 
 
 def _speed(
     measurer: Measurer, pair: CachePair, depth: int, machine: dict[str, Any], again: bool
-) -> dict[str, Any]:
+) -> comparison.Timing:
     try:
         speed, told = measurer.speed(pair, depth, again)
     except ProgramError as error:
-        values = dict.fromkeys(("prefill", "prefill_error", "decode", "decode_error"))
-        return {"depth": depth, **values, "reason": error.reason}
+        return comparison.Timing(depth, None, None, None, None, error.reason)
     machine |= told
-    return {**asdict(speed), "reason": None}
+    return comparison.Timing(**asdict(speed), reason=None)
 
 
 # ---- rows of the report ----------------------------------------------------------------------------------------------
@@ -451,30 +432,20 @@ def _quality(
     if pair == BASELINE:  # its own difference is the noise, so the yardstick is the band of small losses
         paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
     return {
-        "quality": asdict(_divergence(batched)),
-        "decode": asdict(_divergence(single)),
-        "batched": asdict(_divergence(short)),
-        "paths": {"difference": paths.decode - paths.batched, "allowed": paths.allowed, "agree": paths.agree},
+        "quality": _divergence(batched),
+        "decode": _divergence(single),
+        "batched": _divergence(short),
+        "paths": comparison.Paths(paths.decode - paths.batched, paths.allowed, paths.agree),
         "verdict": verdict.band(_divergence(batched).kld, scale).name,
     }
 
 
-def _recommendation(rows: list[dict[str, Any]], scale: list[verdict.Band]) -> dict[str, Any]:
+def _recommendation(rows: list[Measured], scale: list[verdict.Band]) -> comparison.Recommendation:
     candidates = [
-        verdict.Candidate(
-            label=row["label"],
-            bits=row["bits"],
-            mib=row["mib"],
-            kld=row["quality"]["kld"],
-            found=sum(cell["found"] is True for cell in row["needles"]),
-            asked=sum(cell["found"] is not None for cell in row["needles"]),
-            agree=row["paths"]["agree"],
-        )
+        verdict.Candidate(row.label, row.bits, row.mib, row.quality.kld, row.found, row.asked, row.paths.agree)
         for row in rows
-        if not row["failure"]
     ]
     best, reason = verdict.recommend(candidates, candidates[0], scale)
-    row = next(row for row in rows if row["label"] == (best or candidates[0]).label)
-    chosen = CachePair(row["k"], row["v"])
-    arguments = ["--cache-plan", shlex.quote(row["plan"])] if row["plan"] else chosen.arguments
-    return {"pair": best and best.label, "arguments": " ".join(arguments), "reason": reason}
+    row = next(row for row in rows if row.label == (best or candidates[0]).label)
+    arguments = ["--cache-plan", shlex.quote(row.plan)] if row.plan else CachePair(row.k, row.v).arguments
+    return comparison.Recommendation(best.label if best else None, " ".join(arguments), reason)

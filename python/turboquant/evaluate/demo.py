@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .needle import generated_all
-from .pairs import CachePair
-from .programs import ProgramError, Programs
+from ..measure.needle import generated_all
+from ..measure.pairs import CachePair
+from ..measure.programs import ProgramError, Programs
 
 __all__ = ["OPENING", "REQUEST", "Written", "chat", "has_chat_template", "write_story"]
 

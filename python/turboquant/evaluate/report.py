@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich import box
 from rich.table import Table
 
-from .measure import Row
+from .rows import Row
 
 __all__ = ["COLUMNS", "cells", "code", "escape", "notes", "table", "to_json", "to_markdown"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .perplexity import Divergence
+from ..measure.perplexity import Divergence
 
 __all__ = ["Agreement", "Band", "Candidate", "Noise", "agreement", "band", "bands", "recommend"]
 

@@ -1,1 +1,1 @@
-"""llama.cpp with the TurboQuant cache types: patch its sources, build it, run it."""
+"""llama.cpp with the TurboQuant cache types: patch its sources, build it."""

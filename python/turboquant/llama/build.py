@@ -32,9 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..errors import TurboQuantError
 from . import patch as hooks
 from . import source as sources
-from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, sync, write_json
+from .files import hash_files, last_lines, list_files, lock, read_json, remove_tree, sync, write_json
 from .paths import cache_dir, native_dir
 from .progress import Reporter, duration
 from .toolchain import Tools, breaks_amx, compiler, cpu, cuda_compiler, find_tools
@@ -67,7 +68,7 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 _SUFFIX = ".exe" if os.name == "nt" else ""
 
 
-class BuildError(LlamaError):
+class BuildError(TurboQuantError):
     """llama.cpp could not be built, or has not been built."""
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 __all__ = [
     "Interrupted",
-    "LlamaError",
     "hash_files",
     "last_lines",
     "list_files",
@@ -27,10 +26,6 @@ __all__ = [
     "sync",
     "write_json",
 ]
-
-
-class LlamaError(Exception):
-    """Fetching, building or running llama.cpp failed. The text says what to do."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -27,6 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from ..errors import TurboQuantError
 from .paths import native_dir
 
 __all__ = [
@@ -58,7 +59,7 @@ _FOLDERS = ("ggml", "src", "common", "include", "tools", "tests", "examples")
 _SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".m", ".metal"}
 
 
-class PatchError(Exception):
+class PatchError(TurboQuantError):
     """A llama.cpp tree could not be patched, checked or unpatched."""
 
 

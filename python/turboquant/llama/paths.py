@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "native_dir"]
+__all__ = ["bundled_model", "bundled_text", "cache_dir", "native_dir"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -24,6 +24,16 @@ def native_dir() -> Path:
             return folder
     looked = ", ".join(str(folder) for folder in candidates)
     raise FileNotFoundError(f"ggml_types/hooks.toml is in none of {looked}: reinstall turboquant")
+
+
+def bundled_model() -> Path:
+    """The model that comes with the package."""
+    return native_dir() / "models" / "prose-8m-q8_0.gguf"
+
+
+def bundled_text() -> Path:
+    """The text that comes with it, which the model has not seen."""
+    return native_dir() / "models" / "heldout.txt"
 
 
 def cache_dir() -> Path:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..errors import TurboQuantError
 from . import pip
-from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, write_json
+from .files import hash_files, last_lines, list_files, lock, read_json, remove_tree, write_json
 from .paths import cache_dir
 from .progress import Reporter
 
@@ -64,7 +65,7 @@ _ESSENTIAL = (
 )
 
 
-class SourceError(LlamaError):
+class SourceError(TurboQuantError):
     """The sources of llama.cpp could not be had."""
 
 

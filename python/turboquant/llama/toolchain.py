@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import LlamaError, last_lines, lock, remove_tree
+from ..errors import TurboQuantError
+from .files import last_lines, lock, remove_tree
 from .paths import cache_dir
 from .progress import Reporter
 
@@ -31,7 +32,7 @@ MINIMUM_CMAKE = (3, 19)  # ggml_types/inject.cmake defers calls
 _PINNED = Path(__file__).with_name("build-tools.txt")
 
 
-class ToolError(LlamaError):
+class ToolError(TurboQuantError):
     """A program that the build needs is missing and could not be had."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .._codec import dequantize, quantize
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
 
 __all__ = ["LINEAR", "PROBES", "estimate", "finer", "relative_error"]
 
@@ -28,7 +28,7 @@ def relative_error(type: str) -> float:
     """The relative squared error of a type on normally distributed values, which a rotation makes of any.
 
     Raises:
-        LlamaError: no such type, or none that can be tried here.
+        TurboQuantError: no such type, or none that can be tried here.
     """
     if type in _FLOATS:
         return _FLOATS[type]
@@ -42,7 +42,7 @@ def relative_error(type: str) -> float:
             kind = gguf.GGMLQuantizationType[type.upper()]
             y = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
     except (KeyError, NotImplementedError, ValueError, gguf.quants.QuantError):
-        raise LlamaError(f"{type} cannot be tuned; give types such as turbo2, turbo3, turbo4, q4_0, q8_0, f16") from None
+        raise TurboQuantError(f"{type} cannot be tuned; give types such as turbo2, turbo3, turbo4, q4_0, q8_0, f16") from None
     return float(np.square(y - x).mean() / np.square(x).mean())
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..evaluate.measure import scratch_folder
-from ..evaluate.programs import Programs
-from ..evaluate.results import Results, file_hash
-from ..llama.files import LlamaError, last_lines
+from ..errors import TurboQuantError
+from ..llama.files import last_lines
+from ..measure.programs import Programs
+from ..measure.results import Results, file_hash
+from ..measure.scratch import scratch_folder
 from ..plan import CacheShape, Layer, Plan, compact, fitting, shape_of
 
 __all__ = ["Info", "MeasureError", "Measured", "Meter", "Span"]
@@ -27,7 +28,7 @@ _FORMAT = 2  # raise it when a stored result changes its meaning
 Step = Callable[[int, int], None]
 
 
-class MeasureError(LlamaError):
+class MeasureError(TurboQuantError):
     """The model cannot be measured. The text says what to do."""
 
 

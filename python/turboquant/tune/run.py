@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
-from ..convert.modelfile import ModelFile
-from ..convert.stream import check_model
-from ..evaluate.pairs import CachePair
-from ..evaluate.programs import Programs
-from ..evaluate.results import Results, file_hash
+from ..errors import TurboQuantError
 from ..llama.build import where
-from ..llama.files import LlamaError
-from ..llama.paths import cache_dir, native_dir
+from ..llama.paths import bundled_text, cache_dir
 from ..llama.progress import Reporter, Track, duration
-from ..plan import KEYS, CacheShape, Plan, check_target, fitting, write_plan
+from ..measure.capture import check_model
+from ..measure.pairs import CachePair
+from ..measure.programs import Programs
+from ..measure.results import Results, file_hash
+from ..models.modelfile import ModelFile
+from ..plan import CacheShape, Plan, check_target, fitting, write_plan
 from .allocate import Choice, allocate, allocate_for_loss, least, most
 from .losses import PROBES, estimate, finer, relative_error
 from .meter import Measured, Meter, Span
@@ -41,7 +41,7 @@ _LEAST = 0.1  # of the median cost of K or V: what a layer is taken to cost at l
 _NOTICE = 0.0005  # nats in q8_0 from which on a layer's K is tried in f16
 
 
-class TuneError(LlamaError):
+class TuneError(TurboQuantError):
     """There is no plan, and no file was written. The text says why."""
 
 
@@ -113,11 +113,6 @@ class Tuned:
     replaced: bool  #: an older plan of that name
 
 
-def default_text() -> Path:
-    """The bundled text."""
-    return native_dir() / "models" / "heldout.txt"
-
-
 def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
     """Find the plan, write it, and put it into a copy of the model if asked to.
 
@@ -127,7 +122,7 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
         TuneError, MeasureError, PlanError, OutputError, ModelError: the text says why. No file is left half written.
     """
     reporter = reporter or Reporter()
-    text = options.text or default_text()
+    text = options.text or bundled_text()
     check_model(options.model)
     if not text.is_file():
         raise TuneError(f"{text}: no such file; give a text with -f")

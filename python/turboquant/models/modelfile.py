@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
 from .header import MAGIC_BYTES, Header, HeaderError, Info, UnsupportedError, read_header, shown
 from .weights import scale_columns, scale_rows
 
@@ -27,8 +27,8 @@ __all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_metadata"]
 _PIECE = 4 << 20  # bytes of a tensor in memory at a time
 
 
-class ModelError(LlamaError):
-    """The file is no GGUF model that can be converted. The text says why."""
+class ModelError(TurboQuantError):
+    """The file is no GGUF model that can be used. The text says why."""
 
 
 @dataclass(frozen=True)

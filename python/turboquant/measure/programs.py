@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import hashlib
 import os
 import re
@@ -12,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..llama.files import LlamaError
+from ..errors import TurboQuantError
+from ..llama.build import where
 
-__all__ = ["ProgramError", "Programs", "Result", "parse_cache_types"]
+__all__ = ["ProgramError", "Programs", "Result", "cpus", "parse_cache_types", "program"]
+
+_SUFFIX = ".exe" if os.name == "nt" else ""
 
 # Environment variables that change what the programs compute belong to a result's identity.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
@@ -24,7 +28,7 @@ _ATTEMPTS = 5
 _ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
 
 
-class ProgramError(LlamaError):
+class ProgramError(TurboQuantError):
     """A llama.cpp program is missing, failed, or printed something else than expected.
 
     ``reason`` says why in one line, where the text goes on with the command and the end of its log.
@@ -63,7 +67,7 @@ class Programs:
         """
         self.folder = Path(folder).expanduser().resolve()
         self.logs = Path(logs)
-        self.threads = threads or _cpus()
+        self.threads = threads or cpus()
         self.gpu_layers = gpu_layers
         if not self.folder.is_dir():
             raise ProgramError(f"{self.folder}: no such folder; `turboquant build` makes one and prints its path")
@@ -155,6 +159,30 @@ class Programs:
         raise _failure(command, "ended without printing its result", result)
 
 
+def program(name: str, bin: str | os.PathLike[str] | None = None) -> Path:
+    """The path of the built program `name`, e.g. "llama-completion".
+
+    Args:
+        name: its name, without a folder.
+        bin: the folder to look in (default: that of the last build, see `build.where`).
+
+    Raises:
+        BuildError: `bin` is None and nothing has been built.
+        ProgramError: no such program in the folder.
+    """
+    folder = Path(bin) if bin is not None else where()
+    path = folder / f"{name}{_SUFFIX}"
+    if path.is_file() and os.access(path, os.X_OK):
+        return path.resolve()
+    if not folder.is_dir():
+        raise ProgramError(f"{folder}: no such folder; `turboquant build` makes one, `turboquant where` prints it")
+    there = sorted(file.name for file in folder.iterdir() if file.name.startswith(("llama-", "test-")))
+    close = difflib.get_close_matches(name, there, 3, 0.6)
+    hint = f" (it has {', '.join(close)})" if close else ""
+    how = f"`turboquant build --target default --target {name}`"
+    raise ProgramError(f"no {name} in {folder}{hint}; build it with {how}")
+
+
 def parse_cache_types(usage: str) -> list[str]:
     """The values of -ctk in a program's --help, which wraps its lines."""
     match = re.search(r"--cache-type-k TYPE\b.*?allowed values:([^()]*)\(", usage, re.DOTALL)
@@ -206,7 +234,8 @@ def _failure(command: Sequence[str], how: str, result: Result) -> ProgramError:
     return ProgramError("\n".join(lines + [f"  | {line}" for line in tail]), reason)
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """The CPUs that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from .kvsize import Caches, parse_caches
 from .pairs import CachePair
@@ -47,25 +48,20 @@ class Base:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A run against the f16 predictions: values with their standard errors.
+    """A run against the f16 predictions: values, and their standard errors as `_error`. Logarithms are in nats."""
 
-    ln_ratio is the mean over tokens of ln(perplexity / f16's perplexity), kld the mean KL divergence, kld_median and
-    kld_999 its median and 99.9th percentile, all in nats; rms_dp is the root mean square change of the probability of
-    the text's own token, same_top how often the likeliest token is the same, both in percent.
-    """
-
-    ppl: float
-    ppl_error: float
-    ln_ratio: float
-    ln_ratio_error: float
-    kld: float
-    kld_error: float
-    kld_median: float
-    kld_999: float
-    rms_dp: float
-    rms_dp_error: float
-    same_top: float
-    same_top_error: float
+    ppl: Annotated[float, "perplexity"]
+    ppl_error: Annotated[float, "that of the text, common to all pairs"]
+    ln_ratio: Annotated[float, "ln(perplexity / f16's)"]
+    ln_ratio_error: Annotated[float, ""]
+    kld: Annotated[float, "mean KL divergence from f16"]
+    kld_error: Annotated[float, ""]
+    kld_median: Annotated[float, ""]
+    kld_999: Annotated[float, "its 99.9th percentile"]
+    rms_dp: Annotated[float, "root mean square change of the probability of the text's token, in percent"]
+    rms_dp_error: Annotated[float, ""]
+    same_top: Annotated[float, "how often the likeliest token is the same, in percent"]
+    same_top_error: Annotated[float, ""]
 
 
 def _numbers(pattern: re.Pattern[str], text: str, what: str) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..llama.paths import native_dir
+from ..llama.paths import bundled_model
 from .pairs import CachePair
 from .programs import ProgramError, Programs, Result
 
@@ -20,7 +20,6 @@ __all__ = [
     "Needle",
     "answer",
     "ask",
-    "bundled_model",
     "check_template",
     "count_tokens",
     "fill",
@@ -83,11 +82,6 @@ class Needle:
     def question(self) -> str:
         """The question as the prompt puts it: the line before the last, with the templates of this module."""
         return self.prompt.splitlines()[-2].removeprefix("Question: ")
-
-
-def bundled_model() -> Path:
-    """The model that comes with the package."""
-    return native_dir() / "models" / "prose-8m-q8_0.gguf"
 
 
 def template_for(model: Path) -> str:

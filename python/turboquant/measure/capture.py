@@ -18,15 +18,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..llama.files import LlamaError, last_lines
-from ..llama.run import program
+from ..errors import TurboQuantError
+from ..llama.files import last_lines
+from .programs import cpus, program
 
 __all__ = ["Attention", "Capture", "CaptureError", "Data", "Route", "check_model"]
 
 _PROGRAM = "turboquant-capture"
 
 
-class CaptureError(LlamaError):
+class CaptureError(TurboQuantError):
     """The model or the text cannot be used, or the program failed. The text says what to do."""
 
 
@@ -45,7 +46,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Route:
-    """How q, k or v ("q", "k", "v") came from the weights, or where the output ("o") went: see `paths.trace`."""
+    """How q, k or v ("q", "k", "v") came from the weights, or where the output ("o") went; see `convert.paths`."""
 
     role: str
     use: int  #: -1 for k and v
@@ -97,7 +98,7 @@ class Capture:
         if not text.is_file():
             raise CaptureError(f"{text}: no such file; give a text with -f")
         self._model, self._text = model, text
-        numbers = (tokens, context, threads or _cpus(), gpu_layers)
+        numbers = (tokens, context, threads or cpus(), gpu_layers)
         self._command = [str(program(_PROGRAM, bin)), str(model), str(text), *map(str, numbers)]
         self.tokens = self.available = 0
 
@@ -181,7 +182,3 @@ class Capture:
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._log.close()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,192 @@
+"""The rows of the quickstart's table: what each cache type costs and saves, on one model and text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..measure import needle, perplexity
+from ..measure.measurer import BASELINE, Measurer, Progress, Quality, Run, format_bits, stepper
+from ..measure.pairs import CachePair
+from ..measure.programs import ProgramError, Programs
+from ..measure.results import Results
+
+__all__ = ["Options", "Row", "measure"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    The perplexity is that of the text's first ``chunks`` pieces of ``ctx`` tokens (the second half of each is scored).
+    ``needles`` questions are asked, each about a number ``distance`` characters earlier, with the prompt ``template``;
+    0 asks none.
+    """
+
+    model: Path
+    text: Path
+    pairs: list[CachePair]
+    ctx: int = 2048
+    chunks: int = 6
+    needles: int = 4
+    distance: int = 6000
+    needle_ctx: int = 4096
+    template: str = needle.TEMPLATES["plain"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. KLD and same top token are relative to the f16 cache and None for it.
+
+    A pair that could not be measured has the reason as its `failure`, and no numbers. A question that could not be
+    asked has None for its answer, and `needle_failure` says why.
+    """
+
+    k: str
+    v: str
+    bits_k: float | None = None
+    bits_v: float | None = None
+    k_mib: float | None = None
+    v_mib: float | None = None
+    ppl: float | None = None
+    ppl_error: float | None = None
+    kld: float | None = None
+    kld_error: float | None = None
+    same_top: float | None = None
+    same_top_error: float | None = None
+    answers: list[str | None] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+    distance: int | None = None  #: the fewest characters between a number and its question
+    failure: str | None = None
+    needle_failure: str | None = None
+
+    @property
+    def label(self) -> str:
+        return str(CachePair(self.k, self.v))
+
+    @property
+    def bits(self) -> float | None:
+        """Mean of K and V."""
+        return None if self.bits_k is None or self.bits_v is None else (self.bits_k + self.bits_v) / 2
+
+    @property
+    def mib(self) -> float | None:
+        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib
+
+    @property
+    def found(self) -> int:
+        """Needles found."""
+        return sum(got == wanted for got, wanted in zip(self.answers, self.expected, strict=True))
+
+    @property
+    def asked(self) -> int:
+        """Needles asked for."""
+        return sum(got is not None for got in self.answers)
+
+
+def measure(
+    options: Options, programs: Programs, results: Results, scratch: str | Path, progress: Progress | None = None
+) -> list[Row]:
+    """Measure every pair, the f16 cache first (it is the base of the others); what is stored is not run again.
+
+    Args:
+        options: what to measure.
+        programs: the build to measure with.
+        results, scratch, progress: see `Measurer`.
+
+    What fails is a row or a cell with its reason, and the others are measured all the same.
+
+    Raises:
+        ProgramError: a program is missing or knows no such type, or the f16 cache could not be measured.
+        OSError: the model or the text cannot be read.
+    """
+    measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
+    pairs = list(dict.fromkeys([BASELINE, *options.pairs]))
+    runs = [Run(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
+    missing = [run for run in runs if measurer.stored_quality(run) is None]
+    for reason in measurer.unknown_types(missing).values():
+        raise ProgramError(reason)
+    failed: dict[Run, str] = {}
+    found = measurer.quality(runs or [Run(BASELINE, options.ctx, options.chunks)], failed)
+    base = measurer.base(options.ctx, options.chunks)
+    assert base is not None
+    quality = {BASELINE: base, **{run.pair: found[run] for run in runs if run in found}}
+    failures = {run.pair: reason for run, reason in failed.items()}
+    for pair, one in quality.items():
+        if isinstance(one.values, perplexity.Divergence) and not math.isfinite(one.values.kld):
+            failures[pair] = f"its predictions are not finite (KLD {one.values.kld})"
+
+    needles, why = _needles(measurer, options)
+    rows = []
+    for pair in pairs:
+        if pair in failures:
+            rows.append(Row(pair.k, pair.v, failure=failures[pair]))
+            continue
+        answers, unanswered = _answers(measurer, pair, needles, options.needle_ctx)
+        rows.append(_row(pair, quality, answers, needles, why or unanswered))
+    return rows
+
+
+def _needles(measurer: Measurer, options: Options) -> tuple[list[needle.Needle], str | None]:
+    """The questions, or why there are none."""
+    if not options.needles:
+        return [], None
+    text = options.text.read_text(encoding="utf-8", errors="replace")
+    try:
+        return needle.fit_needles(
+            text, options.needles, options.distance, options.needle_ctx, measurer.count_tokens,
+            template=options.template,
+        ), None  # fmt: skip
+    except ProgramError as error:
+        return [], error.reason
+    except ValueError as error:
+        return [], str(error)
+
+
+def _answers(
+    measurer: Measurer, pair: CachePair, needles: list[needle.Needle], ctx: int
+) -> tuple[list[str | None], str | None]:
+    """The answers, and why one could not be got."""
+    answers: list[str | None] = []
+    step = reason = None
+    for done, one in enumerate(needles, 1):
+        if measurer.stored_answer(one, pair, ctx) is None and step is None:
+            step = stepper(measurer.progress, f"needle {pair}", len(needles))
+        try:
+            answers.append(measurer.answer(one, pair, ctx))
+        except ProgramError as error:
+            answers.append(None)
+            reason = error.reason
+        if step:
+            step(done)
+    return answers, reason
+
+
+def _row(
+    pair: CachePair,
+    quality: dict[CachePair, Quality],
+    answers: list[str | None],
+    needles: list[needle.Needle],
+    needle_failure: str | None,
+) -> Row:
+    values, size, f16 = quality[pair].values, quality[pair].caches.total(), quality[BASELINE].caches.total()
+    divergence = values if isinstance(values, perplexity.Divergence) and pair != BASELINE else None
+    return Row(
+        k=pair.k,
+        v=pair.v,
+        bits_k=format_bits(size.type_k, size.k_mib, f16.k_mib),
+        bits_v=format_bits(size.type_v, size.v_mib, f16.v_mib),
+        k_mib=size.k_mib,
+        v_mib=size.v_mib,
+        ppl=values.ppl,
+        ppl_error=values.ppl_error,
+        kld=divergence.kld if divergence else None,
+        kld_error=divergence.kld_error if divergence else None,
+        same_top=divergence.same_top if divergence else None,
+        same_top_error=divergence.same_top_error if divergence else None,
+        answers=answers,
+        expected=[one.number for one in needles],
+        distance=min((one.distance for one in needles), default=None),
+        needle_failure=needle_failure,
+    )

@@ -1,0 +1,58 @@
+"""Folders for the f16 predictions, which can take gigabytes and are never kept."""
+
+from __future__ import annotations
+
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ..llama.files import lock
+
+__all__ = ["scratch_folder"]
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder for predictions, which is deleted in the end.
+
+    A run that was killed leaves its own behind, so those of this machine that no process holds are deleted. The cache
+    may be shared with other machines: whether theirs are in use cannot be told for certain from here.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"kld-base-{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"
+    for old in parent.glob(f"{prefix}*"):
+        if old.is_dir():
+            with _held(old) as held:
+                if held:
+                    shutil.rmtree(old, ignore_errors=True)
+            if held:
+                _lock_file(old).unlink(missing_ok=True)
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    try:
+        with _held(folder):  # before the folder is there, so that it never is without
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        _lock_file(folder).unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder; on a file system without locks it never has."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock(_lock_file(folder), block=False)) is not None
+        except OSError:
+            held = False
+        yield held
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
