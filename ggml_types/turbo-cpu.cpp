@@ -23,12 +23,11 @@ constexpr int64_t chunk_bytes    = 256 << 10; // of K and V: this chunk and the 
 constexpr int64_t chunk_rows_max = 512;
 
 int row_type(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F16:  return TQ_ROW_F16;
-        case GGML_TYPE_BF16: return TQ_ROW_BF16;
-        case GGML_TYPE_Q8_0: return TQ_ROW_Q8_0;
-        case GGML_TYPE_Q4_0: return TQ_ROW_Q4_0;
-        default:             return turbo_is_type(type) ? (int) type - (int) TURBO_TYPE_FIRST : -1;
+    switch ((int) type) {
+#define TURBO_ROW_TYPE(ID, ...) case GGML_TYPE_##ID: return TQ_ROW_##ID;
+        TURBOQUANT_ROW_TYPES(TURBO_ROW_TYPE)
+#undef TURBO_ROW_TYPE
+        default: return turbo_to_tq(type);
     }
 }
 

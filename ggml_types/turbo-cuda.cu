@@ -19,7 +19,7 @@ namespace {
 namespace tq = turboquant::cuda;
 
 tq_type to_tq(ggml_type type) {
-    return (tq_type) ((int) type - (int) TURBO_TYPE_FIRST);
+    return (tq_type) turbo_to_tq(type);
 }
 
 tq::Rows rows_of(const ggml_tensor * t) {
@@ -90,13 +90,18 @@ bool is_get_rows(const ggml_tensor * op) {
 
 // The type as the decode kernel knows it, whose blocks are the largest that divide the head.
 bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
+    if (turbo_is_type(type)) {
+        if (turbo_type_for_head(turbo_family(type), head) != type) {
+            return false;
+        }
+        switch (turbo_family(type)) {
+            case GGML_TYPE_TURBO4: kv = tq::KV::turbo4; return true;
+            case GGML_TYPE_TURBO3: kv = tq::KV::turbo3; return true;
+            case GGML_TYPE_TURBO2: kv = tq::KV::turbo2; return true;
+            default: return false;
+        }
+    }
     switch (type) {
-        case GGML_TYPE_TURBO4: kv = tq::KV::turbo4; return head != 64;
-        case GGML_TYPE_TURBO3: kv = tq::KV::turbo3; return head != 64;
-        case GGML_TYPE_TURBO2: kv = tq::KV::turbo2; return head != 64;
-        case GGML_TYPE_TURBO4_64: kv = tq::KV::turbo4; return head == 64;
-        case GGML_TYPE_TURBO3_64: kv = tq::KV::turbo3; return head == 64;
-        case GGML_TYPE_TURBO2_64: kv = tq::KV::turbo2; return head == 64;
         case GGML_TYPE_Q8_0: kv = tq::KV::q8_0; return true;
         case GGML_TYPE_F16: kv = tq::KV::f16; return true;
         default: return false;

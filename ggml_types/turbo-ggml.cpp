@@ -11,28 +11,45 @@
 #include <cstring>
 #include <string>
 
-static_assert((int) TURBO_TYPE_LAST - (int) TURBO_TYPE_FIRST + 1 == (int) TQ_TYPE_COUNT, "one ggml type per tq_type");
-#define TURBO_CHECK(ID, name, block, bits) \
-    static_assert((int) GGML_TYPE_##ID - (int) TURBO_TYPE_FIRST == (int) TQ_##ID, "same order as enum tq_type");
-TURBO_TYPES(TURBO_CHECK)
+#define TURBO_CHECK(ID, name, FIRST, family, bits, block, bytes, id) \
+    static_assert((int) GGML_TYPE_##ID == id && id < (int) GGML_TYPE_COUNT, "hooks.toml has the id of " #name);
+TURBOQUANT_TYPES(TURBO_CHECK)
 #undef TURBO_CHECK
-static_assert(sizeof(tq_query128) == TURBO_QUERY_BYTES(128), "query block of 128");
-static_assert(sizeof(tq_query64)  == TURBO_QUERY_BYTES(64),  "query block of 64");
-static_assert(sizeof(tq_query32)  == TURBO_QUERY_BYTES(32),  "query block of 32");
+#define TURBO_CHECK(ID, name, block, id)                                                                               \
+    static_assert((int) GGML_TYPE_##ID == id && id < (int) GGML_TYPE_COUNT, "hooks.toml has the id of " #name);        \
+    static_assert(sizeof(tq_query##block) == TURBO_QUERY_BYTES(block), "bytes of a block of " #name);
+TURBO_QUERY_TYPES(TURBO_CHECK)
+#undef TURBO_CHECK
+#define TURBO_CHECK(ID, name, id) \
+    static_assert((int) GGML_TYPE_##ID == id && id < (int) GGML_TYPE_COUNT, "hooks.toml has the id of " #name);
+TURBO_OPTION_TYPES(TURBO_CHECK)
+#undef TURBO_CHECK
+
+int turbo_to_tq(ggml_type type) {
+    switch ((int) type) {
+#define TURBO_TO_TQ(ID, ...) case GGML_TYPE_##ID: return TQ_##ID;
+        TURBOQUANT_TYPES(TURBO_TO_TQ)
+#undef TURBO_TO_TQ
+        default: return -1;
+    }
+}
 
 namespace {
 
 tq_type to_tq(ggml_type type) {
-    return (tq_type) ((int) type - (int) TURBO_TYPE_FIRST);
+    return (tq_type) turbo_to_tq(type);
 }
 
 ggml_type from_tq(tq_type type) {
-    return type < TQ_TYPE_COUNT ? (ggml_type) ((int) TURBO_TYPE_FIRST + (int) type) : GGML_TYPE_COUNT;
+    const tq_type_info * info = tq_type_get(type);
+    return info ? (ggml_type) info->file_id : GGML_TYPE_COUNT;
 }
 
 bool is_any_turbo(ggml_type type) {
-    return turbo_is_type(type) || type == GGML_TYPE_TURBO_Q128 || type == GGML_TYPE_TURBO_Q64 ||
-           type == GGML_TYPE_TURBO_Q32;
+    switch ((int) type) {
+        TURBO_QUERY_TYPES(TURBO_CASE) return true;
+        default: return turbo_is_type(type);
+    }
 }
 
 bool fail(char * error, size_t error_size, const std::string & text) {
@@ -44,16 +61,16 @@ bool fail(char * error, size_t error_size, const std::string & text) {
 
 // ---- traits --------------------------------------------------------------------------------------------------------
 
-#define TURBO_DEFINE(ID, name, block, bits)                                                              \
+#define TURBO_DEFINE(ID, name, ...)                                                                      \
     void turbo_encode_##name(const float * x, void * y, int64_t k) { tq_encode_row(TQ_##ID, x, y, k); }  \
     void turbo_decode_##name(const void * x, float * y, int64_t k) { tq_decode_row(TQ_##ID, x, y, k); }  \
     void turbo_dot_##name(int n, float * s, size_t, const void * x, size_t, const void * y, size_t, int) { \
         *s = tq_dot_row(TQ_##ID, x, y, n);                                                               \
     }
-TURBO_TYPES(TURBO_DEFINE)
+TURBOQUANT_TYPES(TURBO_DEFINE)
 #undef TURBO_DEFINE
 
-#define TURBO_DEFINE(ID, name, block) \
+#define TURBO_DEFINE(ID, name, block, id) \
     void turbo_prepare_##name(const float * x, void * y, int64_t k) { tq_query_row(block, x, y, k); }
 TURBO_QUERY_TYPES(TURBO_DEFINE)
 #undef TURBO_DEFINE
@@ -136,11 +153,15 @@ ggml_type turbo_option_from_name(const char * name) {
 
 // ---- the cache -----------------------------------------------------------------------------------------------------
 
+ggml_type turbo_family(ggml_type type) {
+    return from_tq(tq_type_get(to_tq(type))->family);
+}
+
 ggml_type turbo_type_for_head(ggml_type type, int64_t head) {
     if (head > 0 && head % ggml_blck_size(type) == 0) {
         return type;
     }
-    if (!turbo_is_type(type) || ggml_blck_size(type) != 128) {
+    if (!turbo_is_type(type) || turbo_family(type) != type) {
         return GGML_TYPE_COUNT;
     }
     return from_tq(tq_type_for_head(to_tq(type), head));

@@ -11,104 +11,96 @@
 #include <stdint.h>
 
 #include "ggml.h"
+#include "turboquant_formats.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* X(ID, name, block, bits): the stored types, in the order of enum tq_type. GGML_TYPE_<ID> = 512 + tq_type. */
-#define TURBO_TYPES(X)           \
-    X(TURBO4,    turbo4,    128, 4) \
-    X(TURBO4_64, turbo4_64,  64, 4) \
-    X(TURBO4_32, turbo4_32,  32, 4) \
-    X(TURBO3,    turbo3,    128, 3) \
-    X(TURBO3_64, turbo3_64,  64, 3) \
-    X(TURBO3_32, turbo3_32,  32, 3) \
-    X(TURBO2,    turbo2,    128, 2) \
-    X(TURBO2_64, turbo2_64,  64, 2) \
-    X(TURBO2_32, turbo2_32,  32, 2)
+/* The stored types are the rows of TURBOQUANT_TYPES; GGML_TYPE_<ID> is the row's id. Further types of ours are of two other
+ * kinds. */
 
-/* X(ID, name, block): prepared query rows (rotated int8), the vec_dot_type of the stored types; never stored. */
-#define TURBO_QUERY_TYPES(X)      \
-    X(TURBO_Q128, turbo_q128, 128) \
-    X(TURBO_Q64,  turbo_q64,   64) \
-    X(TURBO_Q32,  turbo_q32,   32)
+/* X(ID, name, block, id): prepared query rows (rotated int8), the vec_dot_type of the stored types; never stored. */
+#define TURBO_QUERY_TYPES(X)            \
+    X(TURBO_Q128, turbo_q128, 128, 521) \
+    X(TURBO_Q64,  turbo_q64,   64, 522) \
+    X(TURBO_Q32,  turbo_q32,   32, 523)
 
-/* Bytes of one block of a stored type, and of one block of a prepared query. */
-#define TURBO_BLOCK_BYTES(block, bits) (2 + (block) * (bits) / 8)
-#define TURBO_QUERY_BYTES(block)       (8 + (block))
+/* X(ID, name, id): what -ctk and -ctv take besides stored types. No tensor has one: it stands in a context's parameters
+ * only. "auto" is chosen for each layer when a context is made. */
+#define TURBO_OPTION_TYPES(X) \
+    X(TURBO_AUTO, auto, 524)
 
-#define TURBO_TYPE_FIRST GGML_TYPE_TURBO4
-#define TURBO_TYPE_LAST  GGML_TYPE_TURBO2_32
+/* Bytes of one block of a prepared query. */
+#define TURBO_QUERY_BYTES(block) (8 + (block))
 
-/* For `case TURBO_TYPE_CASES:` in a switch over enum ggml_type. */
-#define TURBO_TYPE_CASES                                                                  \
-         GGML_TYPE_TURBO4: case GGML_TYPE_TURBO4_64: case GGML_TYPE_TURBO4_32: \
-    case GGML_TYPE_TURBO3: case GGML_TYPE_TURBO3_64: case GGML_TYPE_TURBO3_32: \
-    case GGML_TYPE_TURBO2: case GGML_TYPE_TURBO2_64: case GGML_TYPE_TURBO2_32
-/* The same with everything else that the enum hook adds, for a switch that names every type. */
+#define TURBO_CASE(ID, ...) case GGML_TYPE_##ID:
+/* In a switch over enum ggml_type, the stored types. */
+#define TURBO_TYPE_CASES TURBOQUANT_TYPES(TURBO_CASE)
+/* Everything that the enum hook adds, for a switch that names every type. */
 #define TURBO_ENUM_CASES \
-    TURBO_TYPE_CASES: case GGML_TYPE_TURBO_Q128: case GGML_TYPE_TURBO_Q64: case GGML_TYPE_TURBO_Q32: \
-    case GGML_TYPE_TURBO_AUTO: case GGML_TYPE_COUNT_UPSTREAM
+    TURBO_TYPE_CASES TURBO_QUERY_TYPES(TURBO_CASE) TURBO_OPTION_TYPES(TURBO_CASE) case GGML_TYPE_COUNT_UPSTREAM:
 
 /* The stored types as a comma-separated list, for initializers. */
-#define TURBO_TYPE_ITEM(ID, name, block, bits) GGML_TYPE_##ID,
-#define TURBO_TYPE_LIST TURBO_TYPES(TURBO_TYPE_ITEM)
-/* What -ctk and -ctv take besides upstream's types: "auto" is chosen for each layer when a context is made. */
-#define TURBO_CACHE_TYPE_LIST TURBO_TYPE_LIST GGML_TYPE_TURBO_AUTO,
-/* Those of the largest block, whose names people write. */
-#define TURBO_TYPE_LIST_128 GGML_TYPE_TURBO4, GGML_TYPE_TURBO3, GGML_TYPE_TURBO2
+#define TURBO_TYPE_ITEM(ID, ...) GGML_TYPE_##ID,
+#define TURBO_TYPE_LIST TURBOQUANT_TYPES(TURBO_TYPE_ITEM)
+/* What -ctk and -ctv take besides upstream's types. */
+#define TURBO_CACHE_TYPE_LIST TURBO_TYPE_LIST TURBO_OPTION_TYPES(TURBO_TYPE_ITEM)
 
 static inline bool turbo_is_type(enum ggml_type type) {
-    return (int) type >= (int) TURBO_TYPE_FIRST && (int) type <= (int) TURBO_TYPE_LAST;
+    switch ((int) type) {
+        TURBO_TYPE_CASES return true;
+        default: return false;
+    }
 }
 
 /* ---- traits: one row of k values ------------------------------------------------------------------------------ */
 
-#define TURBO_DECLARE(ID, name, block, bits)                                                     \
+#define TURBO_DECLARE(ID, name, ...)                                                             \
     GGML_API void turbo_encode_##name(const float * x, void * y, int64_t k);                     \
     GGML_API void turbo_decode_##name(const void * x, float * y, int64_t k);                     \
     GGML_API void turbo_dot_##name(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, \
                                    int nrc);
-TURBO_TYPES(TURBO_DECLARE)
+TURBOQUANT_TYPES(TURBO_DECLARE)
 #undef TURBO_DECLARE
 
-#define TURBO_DECLARE(ID, name, block) GGML_API void turbo_prepare_##name(const float * x, void * y, int64_t k);
+#define TURBO_DECLARE(ID, name, ...) GGML_API void turbo_prepare_##name(const float * x, void * y, int64_t k);
 TURBO_QUERY_TYPES(TURBO_DECLARE)
 #undef TURBO_DECLARE
 
 #ifndef __cplusplus /* the tables are C */
-#define TURBO_TRAITS_ROW(ID, name, block, bits)                 \
+#define TURBO_TRAITS_ROW(ID, name, FIRST, family, bits, block, bytes, id) \
     [GGML_TYPE_##ID] = {                                        \
         .type_name      = #name,                                \
         .blck_size      = block,                                \
-        .type_size      = TURBO_BLOCK_BYTES(block, bits),       \
+        .type_size      = bytes,                                \
         .is_quantized   = true,                                 \
         .to_float       = turbo_decode_##name,                  \
         .from_float_ref = (ggml_from_float_t) turbo_encode_##name, \
     },
-#define TURBO_QUERY_TRAITS_ROW(ID, name, block)        \
+#define TURBO_QUERY_TRAITS_ROW(ID, name, block, id)    \
     [GGML_TYPE_##ID] = {                               \
         .type_name    = #name,                         \
         .blck_size    = block,                         \
         .type_size    = TURBO_QUERY_BYTES(block),      \
         .is_quantized = true,                          \
     },
-/* No tensor has the type "auto": it stands in a context's parameters only. */
-#define TURBO_AUTO_TRAITS_ROW [GGML_TYPE_TURBO_AUTO] = { .type_name = "auto", },
+#define TURBO_OPTION_TRAITS_ROW(ID, name, id) [GGML_TYPE_##ID] = { .type_name = #name, },
 /* Rows of ggml.c's type_traits. */
-#define TURBO_TRAITS TURBO_TYPES(TURBO_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW) TURBO_AUTO_TRAITS_ROW
+#define TURBO_TRAITS                      \
+    TURBOQUANT_TYPES(TURBO_TRAITS_ROW)    \
+    TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW) TURBO_OPTION_TYPES(TURBO_OPTION_TRAITS_ROW)
 
-#define TURBO_CPU_TRAITS_ROW(ID, name, block, bits)  \
+#define TURBO_CPU_TRAITS_ROW(ID, name, FIRST, family, bits, block, bytes, id) \
     [GGML_TYPE_##ID] = {                             \
         .from_float   = turbo_encode_##name,         \
         .vec_dot      = turbo_dot_##name,            \
         .vec_dot_type = GGML_TYPE_TURBO_Q##block,    \
         .nrows        = 1,                           \
     },
-#define TURBO_QUERY_CPU_TRAITS_ROW(ID, name, block) [GGML_TYPE_##ID] = { .from_float = turbo_prepare_##name, },
+#define TURBO_QUERY_CPU_TRAITS_ROW(ID, name, block, id) [GGML_TYPE_##ID] = { .from_float = turbo_prepare_##name, },
 /* Rows of ggml-cpu.c's type_traits_cpu. */
-#define TURBO_CPU_TRAITS TURBO_TYPES(TURBO_CPU_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_CPU_TRAITS_ROW)
+#define TURBO_CPU_TRAITS TURBOQUANT_TYPES(TURBO_CPU_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_CPU_TRAITS_ROW)
 #endif
 
 /* ---- type switches of ggml ------------------------------------------------------------------------------------- */
@@ -122,6 +114,9 @@ GGML_API bool turbo_validate_row_data(enum ggml_type type, const void * data, si
 /* True if op reads or writes a turbo type in a way that ggml's CPU backend cannot compute (it would abort). */
 GGML_API bool turbo_cpu_refuses(const struct ggml_tensor * op);
 
+/* The codec's number of a stored type (tq_type), or -1. */
+GGML_API int turbo_to_tq(enum ggml_type type);
+
 /* The stored type of that name, or GGML_TYPE_COUNT. */
 GGML_API enum ggml_type turbo_type_from_name(const char * name);
 
@@ -133,8 +128,11 @@ GGML_API enum ggml_type turbo_cache_type_from_name(const char * name);
 
 /* ---- the cache ------------------------------------------------------------------------------------------------- */
 
-/* The type to store heads of `head` values in: `type` itself if its block divides the head; for turbo4, turbo3 and
- * turbo2 otherwise the type of as many bits and the largest block that does. GGML_TYPE_COUNT if there is none. */
+/* Of a stored type, the type of the same family with the longest block. */
+GGML_API enum ggml_type turbo_family(enum ggml_type type);
+
+/* The type to store heads of `head` values in: `type` itself if its block divides the head; otherwise, if it has the
+ * longest block of its family, the one with the largest block that does. GGML_TYPE_COUNT if there is none. */
 GGML_API enum ggml_type turbo_type_for_head(enum ggml_type type, int64_t head);
 
 GGML_API double turbo_bits_per_value(enum ggml_type type);

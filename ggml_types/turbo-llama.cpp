@@ -101,8 +101,9 @@ bool resolve(ggml_type & type, const std::vector<uint32_t> & heads, const std::v
                     what, ggml_type_name(type), heads[bad], layers[bad], option);
         } else {
             LLAMA_LOG_ERROR("turboquant: %s type %s: its block does not divide the head size %u (layer %u): use "
-                    "%s %.6s, which takes the largest block that does, or %s f16\n",
-                    what, ggml_type_name(type), heads[bad], layers[bad], option, ggml_type_name(type), option);
+                    "%s %s, which takes the largest block that does, or %s f16\n",
+                    what, ggml_type_name(type), heads[bad], layers[bad], option, ggml_type_name(turbo_family(type)),
+                    option);
         }
         return false;
     }

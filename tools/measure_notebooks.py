@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from turboquant import types
 from turboquant.convert.run import convert
 from turboquant.errors import TurboQuantError
 from turboquant.evaluate.rows import Options, measure
@@ -37,7 +38,7 @@ STOCK = "q8_0,q5_0,q4_0"
 SPARSE = "turbo4/turbo3"
 THRESHOLDS = (0.0, 1e-6, 1e-3, 1e-2, 1e-1)
 BOUNDARY = "turbo4/turbo2"
-BLOCKS = ",".join(f"turbo{bits}{block}" for bits in (4, 3, 2) for block in ("", "_64", "_32"))
+BLOCKS = ",".join(info.name for info in types())
 KEPT = ("k", "v", "bits_k", "bits_v", "bits", "mib", "ppl", "ppl_error", "kld", "kld_error", "same_top")
 
 

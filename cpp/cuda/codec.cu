@@ -160,7 +160,7 @@ __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], u
 
 template <int Bits, int N>
 __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int lane, const SearchTable & table) {
-    using F = Format<Bits, N>;
+    using F = Format<LloydMax<Bits>, N>;
     constexpr int P = N / 32, M = F::half_levels;
     float y[P];
     uint32_t largest = 0;
@@ -238,6 +238,7 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
 struct Stores {
     Store store[2];
     int64_t blocks[2]; // of a row
+    int bits[2];
     unsigned first_groups;
 };
 
@@ -247,7 +248,7 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
     let_next_start();
     const unsigned which = blockIdx.x >= s.first_groups, group = blockIdx.x - (which ? s.first_groups : 0);
     const Store & store = s.store[which];
-    const int bits = 4 - int(unsigned(store.type) / 3);
+    const int bits = s.bits[which];
     table.steps[threadIdx.x] = search_tables[bits - 2].steps[threadIdx.x];
     const int64_t blocks = s.blocks[which], item = int64_t(group) * encode_warps + threadIdx.x / 32;
     const int64_t i1 = blocks == 1 ? item : uint32_t(item) / uint32_t(blocks), b = item - i1 * blocks;
@@ -265,9 +266,9 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
                 reinterpret_cast<uint8_t *>(row_at(store.dst, row_of(store.index, i1, i2, i3), i2, i3));
             const int lane = threadIdx.x % 32;
             switch (bits) {
-                case 4: encode_block<4, N>(x, row + b * Format<4, N>::bytes, lane, table); break;
-                case 3: encode_block<3, N>(x, row + b * Format<3, N>::bytes, lane, table); break;
-                default: encode_block<2, N>(x, row + b * Format<2, N>::bytes, lane, table);
+                case 4: encode_block<4, N>(x, row + b * Format<LloydMax<4>, N>::bytes, lane, table); break;
+                case 3: encode_block<3, N>(x, row + b * Format<LloydMax<3>, N>::bytes, lane, table); break;
+                default: encode_block<2, N>(x, row + b * Format<LloydMax<2>, N>::bytes, lane, table);
             }
         }
 }
@@ -289,7 +290,7 @@ template <int Bits, int N, typename T, bool Rotated>
 __global__ void __launch_bounds__(decode_threads)
     decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
                   const int64_t ne3, const Index index) {
-    using F = Format<Bits, N>;
+    using F = Format<LloydMax<Bits>, N>;
     constexpr int lanes = N / 8;
     const int unit = threadIdx.x % lanes;
     const int64_t item = (int64_t(blockIdx.x) * decode_threads + threadIdx.x) / lanes;
@@ -400,9 +401,22 @@ bool grid_for(const int64_t ne[4], int block, int64_t items_per_group, Grid & gr
     return true;
 }
 
-bool known(tq_type type) { return type >= 0 && type < TQ_TYPE_COUNT; }
+template <int Bits, int N, typename Function> bool call(Format<LloydMax<Bits>, N> format, const Function & function) {
+    function(format);
+    return true;
+}
+template <typename Family, int N, typename Function> bool call(Format<Family, N>, const Function &) { return false; }
 
-int block_of(tq_type type) { return 128 >> (int(type) % 3); }
+// Calls function with the Format of `type`; false if there are no kernels for it.
+template <typename Function> bool with_format(tq_type type, const Function & function) {
+    switch (type) {
+#define TURBOQUANT_CASE(ID, ...) \
+    case TQ_##ID: return call(FormatOf<TQ_##ID>(), function);
+        TURBOQUANT_TYPES(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+        default: return false;
+    }
+}
 
 template <int Bits, int N>
 void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
@@ -421,34 +435,19 @@ void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const 
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
 }
 
-} // namespace
-
-// Calls f with the bits and the block of `type` as constants.
-#define TURBOQUANT_CUDA_TYPES(type, CALL)      \
-    switch (type) {                            \
-        case TQ_TURBO4: CALL(4, 128); break;   \
-        case TQ_TURBO4_64: CALL(4, 64); break; \
-        case TQ_TURBO4_32: CALL(4, 32); break; \
-        case TQ_TURBO3: CALL(3, 128); break;   \
-        case TQ_TURBO3_64: CALL(3, 64); break; \
-        case TQ_TURBO3_32: CALL(3, 32); break; \
-        case TQ_TURBO2: CALL(2, 128); break;   \
-        case TQ_TURBO2_64: CALL(2, 64); break; \
-        case TQ_TURBO2_32: CALL(2, 32); break; \
-        default: return cudaErrorNotSupported; \
-    }
-
-namespace {
-
 cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
     Stores s = {};
     dim3 size(0, 1, 1);
     int block = 0;
     for (int i = 0; i < count; ++i) {
         const Store & store = stores[i];
-        if (!known(store.type) || store.ne[0] % block_of(store.type) || (block && block_of(store.type) != block))
-            return cudaErrorNotSupported;
-        block = block_of(store.type);
+        int own_block = 0;
+        const bool covered = with_format(store.type, [&](auto format) {
+            own_block = format.block;
+            s.bits[i] = format.bits;
+        });
+        if (!covered || store.ne[0] % own_block || (block && own_block != block)) return cudaErrorNotSupported;
+        block = own_block;
         Grid grid = {dim3(0, 1, 1), 1};
         if (grid_for(store.ne, block, encode_warps, grid) && int64_t(grid.size.x) * encode_warps > UINT32_MAX)
             return cudaErrorNotSupported;
@@ -477,18 +476,22 @@ cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t 
 
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                         bool half, bool rotated, cudaStream_t stream) {
-    if (!known(type) || ne[0] % block_of(type)) return cudaErrorNotSupported;
-    Grid grid;
-    if (!grid_for(ne, block_of(type), decode_threads / (block_of(type) / 8), grid)) return cudaSuccess;
-#define CALL(BITS, N) launch_decode<BITS, N>(grid, src, dst, ne, index, half, rotated, stream)
-    TURBOQUANT_CUDA_TYPES(type, CALL)
-#undef CALL
-    return cudaGetLastError();
+    cudaError_t result = cudaErrorNotSupported;
+    with_format(type, [&](auto format) {
+        constexpr int bits = decltype(format)::bits, block = decltype(format)::block;
+        if (ne[0] % block) return;
+        Grid grid;
+        result = cudaSuccess;
+        if (!grid_for(ne, block, decode_threads / (block / 8), grid)) return;
+        launch_decode<bits, block>(grid, src, dst, ne, index, half, rotated, stream);
+        result = cudaGetLastError();
+    });
+    return result;
 }
 
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream) {
-    if ((block != 128 && block != 64 && block != 32) || ne[0] % block) return cudaErrorNotSupported;
+    if (block_index(block) < 0 || ne[0] % block) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block, encode_warps, grid)) return cudaSuccess;
 #define CALL(N)                                                                                        \

@@ -19,6 +19,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "turboquant_formats.h"
+
 #if defined(_WIN32) && defined(TURBOQUANT_SHARED)
 #  ifdef TURBOQUANT_BUILD
 #    define TURBOQUANT_API __declspec(dllexport)
@@ -53,10 +55,11 @@ TURBOQUANT_API const char * tq_status_text(tq_status status);
 
 /* ---- types ------------------------------------------------------------------------------------------------- */
 
+/* TQ_TURBO4, TQ_TURBO4_64, TQ_TURBO4_32, TQ_TURBO3, ...: the rows of turboquant_formats.h. */
 typedef enum tq_type {
-    TQ_TURBO4 = 0, TQ_TURBO4_64, TQ_TURBO4_32,
-    TQ_TURBO3,     TQ_TURBO3_64, TQ_TURBO3_32,
-    TQ_TURBO2,     TQ_TURBO2_64, TQ_TURBO2_32,
+#define TURBOQUANT_ENUMERATOR(ID, name, FIRST, family, bits, block, bytes, id) TQ_##ID,
+    TURBOQUANT_TYPES(TURBOQUANT_ENUMERATOR)
+#undef TURBOQUANT_ENUMERATOR
     TQ_TYPE_COUNT
 } tq_type;
 
@@ -68,13 +71,15 @@ typedef struct tq_type_info {
     int            levels;      /* 1 << bits */
     float          step;        /* rotated value = d * step * codebook[index] */
     const int8_t * codebook;    /* `levels` centroids, ascending */
+    tq_type        family;      /* the type of the same family with the longest block: that whose name has no suffix */
+    int            file_id;     /* the type's number in files: GGUF, saved states */
 } tq_type_info;
 
 /* The row of the type table, or null if there is no such type. */
 TURBOQUANT_API const tq_type_info * tq_type_get(tq_type type);
 /* The type of that name, or TQ_TYPE_COUNT. */
 TURBOQUANT_API tq_type tq_type_from_name(const char * name);
-/* The type with as many bits as `type` and the largest block that divides `head`, or TQ_TYPE_COUNT if none does. */
+/* The type of the same family as `type` with the largest block that divides `head`, or TQ_TYPE_COUNT if none does. */
 TURBOQUANT_API tq_type tq_type_for_head(tq_type type, int64_t head);
 /* Bytes of a row of n values; 0 if the type or n is invalid. */
 TURBOQUANT_API size_t tq_row_bytes(tq_type type, int64_t n);
@@ -110,10 +115,11 @@ TURBOQUANT_API tq_status tq_unrotate(int block, const float * src, float * dst, 
 /* ---- dot products ------------------------------------------------------------------------------------------ */
 
 /* A prepared query row: each block rotated and rounded to int8 with one float scale. In-memory only, never stored.
- * q lies in -127 ... 127; tq_dot may be wrong if it holds -128, which tq_query never writes. */
-typedef struct tq_query128 { float scale; int32_t sum; int8_t q[128]; } tq_query128; /* sum: of q */
-typedef struct tq_query64  { float scale; int32_t sum; int8_t q[64];  } tq_query64;
-typedef struct tq_query32  { float scale; int32_t sum; int8_t q[32];  } tq_query32;
+ * q lies in -127 ... 127; tq_dot may be wrong if it holds -128, which tq_query never writes. sum: of q. */
+/* tq_query128, tq_query64, tq_query32 */
+#define TURBOQUANT_QUERY(N) typedef struct tq_query##N { float scale; int32_t sum; int8_t q[N]; } tq_query##N;
+TURBOQUANT_BLOCKS(TURBOQUANT_QUERY)
+#undef TURBOQUANT_QUERY
 
 /* Bytes of a prepared query row of n values for block 128, 64 or 32; 0 if invalid. */
 TURBOQUANT_API size_t tq_query_bytes(int block, int64_t n);
@@ -126,7 +132,20 @@ TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_strid
 /* ---- attention --------------------------------------------------------------------------------------------- */
 
 /* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
-enum { TQ_ROW_F16 = 64, TQ_ROW_BF16, TQ_ROW_Q8_0, TQ_ROW_Q4_0 };
+enum {
+#define TURBOQUANT_ENUMERATOR(ID, name, type, block, bytes) TQ_ROW_##ID = type,
+    TURBOQUANT_ROW_TYPES(TURBOQUANT_ENUMERATOR)
+#undef TURBOQUANT_ENUMERATOR
+};
+
+typedef struct tq_row_info {
+    const char * name;        /* "turbo4", "f16", ... */
+    int          block;       /* values in a block; rows of floats are multiples of 32 */
+    int          block_bytes; /* bytes of a block */
+} tq_row_info;
+
+/* What rows of a tq_type or TQ_ROW_... are made of, or null if there is no such type. */
+TURBOQUANT_API const tq_row_info * tq_row_get(int type);
 
 /* What sparse V did: rows of V, masked ones too, times tiles of queries; and how many of these were left out. */
 typedef struct tq_attention_report {

@@ -4,26 +4,24 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <cstddef>
 
 namespace turboquant {
 namespace {
 
-template <int Bits, int N> constexpr tq_type_info info(const char * name) {
-    using F = Format<Bits, N>;
-    return {name, Bits, N, F::bytes, 2 * F::half_levels, F::step, F::centroids};
-}
+#define TURBOQUANT_INFO(ID, name, FIRST, family, bits, block, bytes, id)                                            \
+    {#name, bits, block, bytes, FormatOf<TQ_##ID>::levels, FormatOf<TQ_##ID>::step, FormatOf<TQ_##ID>::centroids, \
+     TQ_##FIRST, id},
+const tq_type_info types[TQ_TYPE_COUNT] = {TURBOQUANT_TYPES(TURBOQUANT_INFO)};
+#undef TURBOQUANT_INFO
 
-const tq_type_info types[TQ_TYPE_COUNT] = {
-    info<4, 128>("turbo4"), info<4, 64>("turbo4_64"), info<4, 32>("turbo4_32"),
-    info<3, 128>("turbo3"), info<3, 64>("turbo3_64"), info<3, 32>("turbo3_32"),
-    info<2, 128>("turbo2"), info<2, 64>("turbo2_64"), info<2, 32>("turbo2_32"),
-};
+#define TURBOQUANT_INFO(ID, name, FIRST, family, bits, block, bytes, id) {#name, block, bytes},
+const tq_row_info encoded_rows[TQ_TYPE_COUNT] = {TURBOQUANT_TYPES(TURBOQUANT_INFO)};
+#undef TURBOQUANT_INFO
 
 bool valid(tq_type type) { return int(type) >= 0 && type < TQ_TYPE_COUNT; }
 
-int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : block == 32 ? 2 : -1; }
-
-size_t query_block_bytes(int block) { return size_t(block) + 8; }
+size_t query_block_bytes(int block) { return size_t(block) + offsetof(tq_query128, q); }
 
 tq_status check(tq_type type, const void * src, const void * dst, int64_t rows, int64_t n, int threads) {
     if (!valid(type)) return TQ_ERROR_TYPE;
@@ -90,14 +88,28 @@ tq_type tq_type_from_name(const char * name) {
 
 tq_type tq_type_for_head(tq_type type, int64_t head) {
     if (!valid(type) || head <= 0) return TQ_TYPE_COUNT;
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) // blocks descend within a width
-        if (types[t].bits == types[type].bits && head % types[t].block == 0) return tq_type(t);
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) // blocks descend within a family
+        if (types[t].family == types[type].family && head % types[t].block == 0) return tq_type(t);
     return TQ_TYPE_COUNT;
 }
 
 size_t tq_row_bytes(tq_type type, int64_t n) {
     if (!valid(type) || n < 0 || n % types[type].block) return 0;
     return size_t(n / types[type].block) * size_t(types[type].block_bytes);
+}
+
+const tq_row_info * tq_row_get(int type) {
+    if (type >= 0 && type < TQ_TYPE_COUNT) return &encoded_rows[type];
+    switch (type) {
+#define TURBOQUANT_ROW(ID, name, number, block, bytes)              \
+    case TQ_ROW_##ID: {                                             \
+        static constexpr tq_row_info info = {#name, block, bytes}; \
+        return &info;                                               \
+    }
+        TURBOQUANT_ROW_TYPES(TURBOQUANT_ROW)
+#undef TURBOQUANT_ROW
+    }
+    return nullptr;
 }
 
 const uint8_t * tq_signs(int which) { return which == 1 ? signs1 : which == 2 ? signs2 : nullptr; }

@@ -25,29 +25,18 @@ struct RowType {
 };
 
 RowType row_type(int type) {
-    if (type >= 0 && type < TQ_TYPE_COUNT) return {tq_type_get(tq_type(type))->block, true, true};
-    switch (type) {
-        case TQ_ROW_F16:
-        case TQ_ROW_BF16: return {32, false, false};
-        case TQ_ROW_Q8_0:
-        case TQ_ROW_Q4_0: return {32, false, true};
-    }
-    return {0, false, false};
+    const tq_row_info * info = tq_row_get(type);
+    if (!info) return {0, false, false};
+    const bool turbo = type < TQ_TYPE_COUNT, floats = type == TQ_ROW_F16 || type == TQ_ROW_BF16;
+    return {info->block, turbo, !floats};
 }
 
 size_t row_bytes(int type, int64_t n) {
-    switch (type) {
-        case TQ_ROW_F16:
-        case TQ_ROW_BF16: return size_t(n) * 2;
-        case TQ_ROW_Q8_0: return size_t(n / 32) * 34;
-        case TQ_ROW_Q4_0: return size_t(n / 32) * 18;
-    }
-    return tq_row_bytes(tq_type(type), n);
+    const tq_row_info & info = *tq_row_get(type);
+    return size_t(n / info.block) * size_t(info.block_bytes);
 }
 
 constexpr int64_t query_tile = 128; // query rows that share a decoded tile; their sums stay in the L2 cache
-
-int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : 2; }
 
 // int8 levels of rows of `blocks` blocks, and their scales.
 void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64_t blocks, int8_t * level,

@@ -138,15 +138,15 @@ TURBOQUANT_INLINE void store_low_bytes(const words * m, uint8_t * out) {
     store_bytes(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(m[0], m[1]), 0xD8));
 }
 
-template <int Bits> TURBOQUANT_INLINE bytes magnitude_table() {
-    return _mm256_broadcastsi128_si256(load16_bytes(Codebook<Bits>::magnitudes));
+template <typename Family> TURBOQUANT_INLINE bytes magnitude_table() {
+    return _mm256_broadcastsi128_si256(load16_bytes(Family::magnitudes));
 }
 
-template <int Bits> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
+template <typename Family> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
     bytes m = _mm256_setzero_si256();
-    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
-        m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(coarse, _mm256_set1_epi8(Codebook<Bits>::coarse_thresholds[s][t])));
-    return _mm256_shuffle_epi8(magnitude_table<Bits>(), m);
+    for (int t = 0; t < Family::half_levels - 1; ++t)
+        m = _mm256_sub_epi8(m, _mm256_cmpgt_epi8(coarse, _mm256_set1_epi8(Family::coarse_thresholds[s][t])));
+    return _mm256_shuffle_epi8(magnitude_table<Family>(), m);
 }
 
 // The sums of eight registers, one in each lane of the result.
@@ -168,8 +168,8 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
     work.scale = best_scale(a8, b8);
 }
 
-template <int Bits> TURBOQUANT_INLINE words look_up(words count) { // bit 7 of an index byte: a zero
-    return _mm256_shuffle_epi8(magnitude_table<Bits>(), _mm256_or_si256(count, _mm256_set1_epi16(int16_t(0x8000))));
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // bit 7 of an index byte: a zero
+    return _mm256_shuffle_epi8(magnitude_table<Family>(), _mm256_or_si256(count, _mm256_set1_epi16(int16_t(0x8000))));
 }
 
 // int8 levels, 32 to a register.
@@ -187,9 +187,9 @@ __m256i spread_third_bits(const uint8_t * high) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(bytes, bit), _mm256_set1_epi8(4));
 }
 
-template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bits>, N>, const uint8_t * q) {
     constexpr int registers = Levels<N>::registers;
-    const __m256i table = _mm256_broadcastsi128_si256(load16_bytes(Format<Bits, N>::centroids));
+    const __m256i table = _mm256_broadcastsi128_si256(load16_bytes(LloydMax<Bits>::centroids));
     __m256i index[registers];
     if constexpr (Bits == 4) {
         const __m256i mask = _mm256_set1_epi8(15);
@@ -221,7 +221,7 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q)
         }
         if constexpr (Bits == 3)
             for (int r = 0; r < registers; ++r)
-                index[r] = _mm256_or_si256(index[r], spread_third_bits(q + Format<Bits, N>::high_offset + 4 * r));
+                index[r] = _mm256_or_si256(index[r], spread_third_bits(q + high_offset<N> + 4 * r));
     }
     Levels<N> out;
     for (int r = 0; r < registers; ++r) out.v[r] = _mm256_shuffle_epi8(table, index[r]);

@@ -133,14 +133,14 @@ TURBOQUANT_INLINE void store_low_bytes(const words * m, uint8_t * out) {
 
 #ifdef TURBOQUANT_VBMI
 // The centroid of every coarse magnitude, for each step of the search.
-template <int Bits> struct CoarseTable {
+template <typename Family> struct CoarseTable {
     struct Rows {
         alignas(64) int8_t row[search_steps][128];
         constexpr Rows() : row() {
             for (int s = 0; s < search_steps; ++s)
                 for (int r = 0, t = 0; r < 128; ++r) {
-                    while (t < (1 << (Bits - 1)) - 1 && r > Codebook<Bits>::coarse_thresholds[s][t]) ++t;
-                    row[s][r] = Codebook<Bits>::magnitudes[t];
+                    while (t < Family::half_levels - 1 && r > Family::coarse_thresholds[s][t]) ++t;
+                    row[s][r] = Family::magnitudes[t];
                 }
         }
     };
@@ -149,16 +149,15 @@ template <int Bits> struct CoarseTable {
 #endif
 
 // The centroids of 64 coarse magnitudes under step s of the search.
-template <int Bits> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
+template <typename Family> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
 #ifdef TURBOQUANT_VBMI
-    const int8_t * table = CoarseTable<Bits>::rows.row[s];
+    const int8_t * table = CoarseTable<Family>::rows.row[s];
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), coarse, _mm512_load_si512(table + 64));
 #else
-    using C = Codebook<Bits>;
-    __m512i c = _mm512_set1_epi8(C::magnitudes[0]);
-    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t) // thresholds ascend, so the last one exceeded decides
-        c = _mm512_mask_mov_epi8(c, _mm512_cmpgt_epi8_mask(coarse, _mm512_set1_epi8(C::coarse_thresholds[s][t])),
-                                 _mm512_set1_epi8(C::magnitudes[t + 1]));
+    __m512i c = _mm512_set1_epi8(Family::magnitudes[0]);
+    for (int t = 0; t < Family::half_levels - 1; ++t) // thresholds ascend, so the last one exceeded decides
+        c = _mm512_mask_mov_epi8(c, _mm512_cmpgt_epi8_mask(coarse, _mm512_set1_epi8(Family::coarse_thresholds[s][t])),
+                                 _mm512_set1_epi8(Family::magnitudes[t + 1]));
     return c;
 #endif
 }
@@ -196,8 +195,8 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
     work.scale = least_squares_scale(a8[best], b8[best]);
 }
 
-template <int Bits> TURBOQUANT_INLINE words look_up(words count) { // into the low byte of each word
-    const __m128i table = load16_bytes(Codebook<Bits>::magnitudes);
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // into the low byte of each word
+    const __m128i table = load16_bytes(Family::magnitudes);
     return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), count);
 }
 
@@ -208,8 +207,8 @@ template <int N> struct Levels {
 };
 
 // The index bytes are copied to every part of the register that they serve and shifted by a different amount in each.
-template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
-    const __m512i table = _mm512_broadcast_i32x4(load16_bytes(Format<Bits, N>::centroids));
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bits>, N>, const uint8_t * q) {
+    const __m512i table = _mm512_broadcast_i32x4(load16_bytes(LloydMax<Bits>::centroids));
     Levels<N> out;
     __m512i index[Levels<N>::registers];
     if constexpr (Bits == 4) {
@@ -248,7 +247,7 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q)
         if constexpr (Bits == 3)
             for (int r = 0; r < Levels<N>::registers; ++r) {
                 uint64_t high = 0; // the third bits are a lane mask as they are
-                std::memcpy(&high, q + Format<Bits, N>::high_offset + 8 * r, N == 32 ? 4 : 8);
+                std::memcpy(&high, q + high_offset<N> + 8 * r, N == 32 ? 4 : 8);
                 index[r] = _mm512_mask_add_epi8(index[r], high, index[r], _mm512_set1_epi8(4));
             }
     }

@@ -5,7 +5,7 @@
 #ifndef TURBOQUANT_FORMAT_H
 #define TURBOQUANT_FORMAT_H
 
-#include "codebooks.h"
+#include "families/lloyd_max.h"
 #include "turboquant.h"
 
 #include <cmath>
@@ -25,58 +25,54 @@
 namespace turboquant {
 namespace {
 
-// One row per index width; Format adds the block length.
-template <int Bits> struct Codebook;
-template <> struct Codebook<4> {
-    static constexpr const int8_t * centroids = centroids4;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes4; // the positive half, padded likewise
-    static constexpr float step = step4;
-    static constexpr const float * step_over_sqrt = step4_over_sqrt;
-    static constexpr const float * midpoints = midpoints4;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[7] = coarse_thresholds4;
-};
-template <> struct Codebook<3> {
-    static constexpr const int8_t * centroids = centroids3;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes3; // the positive half, padded likewise
-    static constexpr float step = step3;
-    static constexpr const float * step_over_sqrt = step3_over_sqrt;
-    static constexpr const float * midpoints = midpoints3;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[3] = coarse_thresholds3;
-};
-template <> struct Codebook<2> {
-    static constexpr const int8_t * centroids = centroids2;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes2; // the positive half, padded likewise
-    static constexpr float step = step2;
-    static constexpr const float * step_over_sqrt = step2_over_sqrt;
-    static constexpr const float * midpoints = midpoints2;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[1] = coarse_thresholds2;
-};
+// The place of a block length in TURBOQUANT_BLOCKS, and in every table over them; -1 if it is none.
+constexpr int block_index(int block) {
+    int index = 0;
+#define TURBOQUANT_BLOCK_INDEX(N) \
+    if (block == N) return index; \
+    ++index;
+    TURBOQUANT_BLOCKS(TURBOQUANT_BLOCK_INDEX)
+#undef TURBOQUANT_BLOCK_INDEX
+    return -1;
+}
+static_assert(block_index(128) == 0 && block_index(64) == 1 && block_index(32) == 2, "the order in codebooks.h");
 
 template <int N> struct Block {
-    static_assert(N == 128 || N == 64 || N == 32, "block lengths of the formats");
-    static constexpr int index = N == 128 ? 0 : N == 64 ? 1 : 2; // into the per-block tables of codebooks.h
+    static constexpr int index = block_index(N);
+    static_assert(index >= 0, "block lengths of the formats");
     static constexpr float one_over_sqrt_n = one_over_sqrt[index];
     static constexpr float query_scale = one_over_sqrt[index] / 127.0f;
 };
 
-template <int Bits, int N> struct Format : Codebook<Bits>, Block<N> {
-    static constexpr int half_levels = 1 << (Bits - 1);           // magnitudes
-    static constexpr int index_bytes = N * Bits / 8;
+// A format: its family, which knows the width of an index, and the length of its blocks. Kernels are templates over it;
+// where they differ by family they overload on an object of it, which is empty.
+template <typename Family, int N> struct Format : Family, Block<N> {
+    using family = Family;
+    static constexpr int block = N;
+    static constexpr int index_bytes = N * Family::bits / 8;
     static constexpr int bytes = 2 + index_bytes;                 // fp16 d, then the indices
-    static constexpr int high_offset = N / 4;                     // turbo3: hi[] follows lo[n/4]
-    static constexpr float step_n = Codebook<Bits>::step_over_sqrt[Block<N>::index];
+    static constexpr float step_n = Family::step_over_sqrt[Block<N>::index];
     // d = energy / a * rms * 2^k * this, of block_scale's arguments; see FORMAT.md, "Encoder"
     static constexpr double scale_unit = 1.0 / (double(rms_unit) * double(step_n) * N);
+
+    static void pack(const uint8_t * index, uint8_t * q) { Family::template pack<N>(index, q); }
+    static int index_at(const uint8_t * q, int i) { return Family::template index_at<N>(q, i); }
 };
-static_assert(Format<4, 128>::bytes == 66 && Format<4, 64>::bytes == 34 && Format<4, 32>::bytes == 18, "turbo4");
-static_assert(Format<3, 128>::bytes == 50 && Format<3, 64>::bytes == 26 && Format<3, 32>::bytes == 14, "turbo3");
-static_assert(Format<2, 128>::bytes == 34 && Format<2, 64>::bytes == 18 && Format<2, 32>::bytes == 10, "turbo2");
+
+template <tq_type> struct FormatRow;
+#define TURBOQUANT_FORMAT_ROW(ID, name, FIRST, family, bits, block, size, id)         \
+    template <> struct FormatRow<TQ_##ID> { using type = Format<family<bits>, block>; }; \
+    static_assert(FormatRow<TQ_##ID>::type::bytes == size, "bytes of the row " #name);
+TURBOQUANT_TYPES(TURBOQUANT_FORMAT_ROW)
+#undef TURBOQUANT_FORMAT_ROW
+template <tq_type Type> using FormatOf = typename FormatRow<Type>::type;
 
 template <int N> struct QueryBlock;
-template <> struct QueryBlock<128> { using type = tq_query128; };
-template <> struct QueryBlock<64>  { using type = tq_query64; };
-template <> struct QueryBlock<32>  { using type = tq_query32; };
-static_assert(sizeof(tq_query128) == 136 && sizeof(tq_query64) == 72 && sizeof(tq_query32) == 40, "prepared queries");
+#define TURBOQUANT_QUERY_BLOCK(N)                              \
+    template <> struct QueryBlock<N> { using type = tq_query##N; }; \
+    static_assert(sizeof(tq_query##N) == N + 8, "prepared queries");
+TURBOQUANT_BLOCKS(TURBOQUANT_QUERY_BLOCK)
+#undef TURBOQUANT_QUERY_BLOCK
 
 constexpr bool sign_bit(const uint8_t * signs, int i) { return (signs[i / 8] >> (i % 8)) & 1; }
 
@@ -139,9 +135,9 @@ inline float best_scale(const int32_t * a, const int32_t * b) {
 }
 
 // The midpoints of neighbouring centroids under a scale.
-template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {
-    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
-        thresholds[t] = int16_t(std::nearbyint(Codebook<Bits>::midpoints[t] * scale));
+template <typename Family> inline void thresholds_under(float scale, int16_t * thresholds) {
+    for (int t = 0; t < Family::half_levels - 1; ++t)
+        thresholds[t] = int16_t(std::nearbyint(Family::midpoints[t] * scale));
 }
 
 // What the encoder keeps of a block between its steps, besides each ISA file's vectors.
@@ -157,8 +153,8 @@ constexpr int encode_group = 4; // blocks that go through the steps together
 
 // The stored scale of a block. a = sum |z| c of the final assignment. energy / a preserves inner products:
 // <x, decoded x> = <x, x>.
-template <int Bits, int N> inline uint16_t block_scale(const EncodingBase & work, int32_t a, int64_t * saturated) {
-    const double d = double(work.energy) / double(a) * double(work.rms) * Format<Bits, N>::scale_unit *
+template <typename F> inline uint16_t block_scale(const EncodingBase & work, int32_t a, int64_t * saturated) {
+    const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit *
                      double(power_of_two(work.k));
     if (d >= 65520.0) { // rounds above fp16's largest finite value
         ++*saturated;

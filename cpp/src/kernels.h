@@ -26,13 +26,17 @@ struct CacheRows {
     const uint8_t * operator[](int r) const { return first + size_t(index ? index[r] : r) * stride; }
 };
 
+#define TURBOQUANT_ONE_MORE(N) +1
+constexpr int block_count = 0 TURBOQUANT_BLOCKS(TURBOQUANT_ONE_MORE);
+#undef TURBOQUANT_ONE_MORE
+
 // All functions work on whole blocks that follow each other without gaps. Arrays over types are indexed by tq_type,
-// arrays over blocks by 0 = 128, 1 = 64, 2 = 32.
+// arrays over blocks by block_index.
 struct Kernels {
     const char * name;
-    void  (*rotate[3])  (const float * src, float * dst, int64_t blocks); // dst may equal src
-    void  (*unrotate[3])(const float * src, float * dst, int64_t blocks); // dst may equal src
-    void  (*query[3])   (const float * src, void * dst, int64_t blocks);
+    void  (*rotate[block_count])  (const float * src, float * dst, int64_t blocks); // dst may equal src
+    void  (*unrotate[block_count])(const float * src, float * dst, int64_t blocks); // dst may equal src
+    void  (*query[block_count])   (const float * src, void * dst, int64_t blocks);
     void  (*encode[TQ_TYPE_COUNT])(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report); // adds
     void  (*decode[TQ_TYPE_COUNT])(const uint8_t * src, float * dst, int64_t blocks);
     void  (*decode_rotated[TQ_TYPE_COUNT])(const uint8_t * src, float * dst, int64_t blocks);
@@ -47,7 +51,7 @@ struct Kernels {
     // takes them as they are. level has 64 bytes to spare.
     void (*keys)(const int8_t * level, int64_t head, int8_t * tile);
     // s = sum over blocks of q.scale * scale * <q, level>; q [rows][blocks] prepared.
-    void (*scores[3])(const int8_t * tile, const float * scale, int64_t blocks, const void * q, int rows, float * s);
+    void (*scores[block_count])(const int8_t * tile, const float * scale, int64_t blocks, const void * q, int rows, float * s);
     void (*scores_float)(const float * k, int64_t head, const float * q, int rows, float * s);
     // What is added to a query row's scores: slope * mask (fp16 or float32), and -inf from `rows` to tile_rows.
     void (*bias)(const void * mask, bool f32, float slope, int rows, float * bias);
@@ -69,25 +73,28 @@ struct Kernels {
     bool (*lowest)(const int8_t * level, int64_t n);
 };
 
-// Fills a Kernels from the functions that an ISA file defines or includes, so that the nine rows are written once.
+// Fills a Kernels from the functions that an ISA file defines or includes.
+#define TURBOQUANT_ROTATE(N) rotate<N>,
+#define TURBOQUANT_UNROTATE(N) unrotate<N>,
+#define TURBOQUANT_PREPARE(N) query<N>,
+#define TURBOQUANT_SCORES(N) scores<N>,
+#define TURBOQUANT_ENCODE(ID, ...) encode<FormatOf<TQ_##ID>>,
+#define TURBOQUANT_DECODE(ID, ...) decode<FormatOf<TQ_##ID>>,
+#define TURBOQUANT_DECODE_ROTATED(ID, ...) decode_rotated<FormatOf<TQ_##ID>>,
+#define TURBOQUANT_DOT(ID, ...) dot<FormatOf<TQ_##ID>>,
+#define TURBOQUANT_LEVELS(ID, ...) levels<FormatOf<TQ_##ID>>,
 #define TURBOQUANT_KERNELS_TABLE(NAME)                                                                          \
     {NAME,                                                                                                      \
-     {rotate<128>, rotate<64>, rotate<32>},                                                                     \
-     {unrotate<128>, unrotate<64>, unrotate<32>},                                                               \
-     {query<128>, query<64>, query<32>},                                                                        \
-     {encode<4, 128>, encode<4, 64>, encode<4, 32>, encode<3, 128>, encode<3, 64>, encode<3, 32>,               \
-      encode<2, 128>, encode<2, 64>, encode<2, 32>},                                                            \
-     {decode<4, 128>, decode<4, 64>, decode<4, 32>, decode<3, 128>, decode<3, 64>, decode<3, 32>,               \
-      decode<2, 128>, decode<2, 64>, decode<2, 32>},                                                            \
-     {decode_rotated<4, 128>, decode_rotated<4, 64>, decode_rotated<4, 32>, decode_rotated<3, 128>,             \
-      decode_rotated<3, 64>, decode_rotated<3, 32>, decode_rotated<2, 128>, decode_rotated<2, 64>,              \
-      decode_rotated<2, 32>},                                                                                   \
-     {dot<4, 128>, dot<4, 64>, dot<4, 32>, dot<3, 128>, dot<3, 64>, dot<3, 32>, dot<2, 128>, dot<2, 64>,        \
-      dot<2, 32>},                                                                                              \
-     {levels<4, 128>, levels<4, 64>, levels<4, 32>, levels<3, 128>, levels<3, 64>, levels<3, 32>,               \
-      levels<2, 128>, levels<2, 64>, levels<2, 32>},                                                            \
+     {TURBOQUANT_BLOCKS(TURBOQUANT_ROTATE)},                                                                    \
+     {TURBOQUANT_BLOCKS(TURBOQUANT_UNROTATE)},                                                                  \
+     {TURBOQUANT_BLOCKS(TURBOQUANT_PREPARE)},                                                                   \
+     {TURBOQUANT_TYPES(TURBOQUANT_ENCODE)},                                                                     \
+     {TURBOQUANT_TYPES(TURBOQUANT_DECODE)},                                                                     \
+     {TURBOQUANT_TYPES(TURBOQUANT_DECODE_ROTATED)},                                                             \
+     {TURBOQUANT_TYPES(TURBOQUANT_DOT)},                                                                        \
+     {TURBOQUANT_TYPES(TURBOQUANT_LEVELS)},                                                                     \
      levels_q8_0, levels_q4_0, keys,                                                                            \
-     {scores<128>, scores<64>, scores<32>},                                                                     \
+     {TURBOQUANT_BLOCKS(TURBOQUANT_SCORES)},                                                                    \
      scores_float, bias_tile, softmax, values, accumulate_levels, accumulate, load_f16, load_bf16_row,          \
      query_plain, lowest}
 

@@ -133,11 +133,11 @@ TURBOQUANT_INLINE void store_low_bytes(const words * m, uint8_t * out) {
     vst1q_u8(out, vreinterpretq_u8_s8(vmovn_high_s16(vmovn_s16(m[0]), m[1])));
 }
 
-template <int Bits> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
+template <typename Family> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
     uint8x16_t m = vdupq_n_u8(0);
-    for (int t = 0; t < (1 << (Bits - 1)) - 1; ++t)
-        m = vsubq_u8(m, vcgtq_s8(coarse, vdupq_n_s8(Codebook<Bits>::coarse_thresholds[s][t])));
-    return vqtbl1q_s8(load_bytes(Codebook<Bits>::magnitudes), m);
+    for (int t = 0; t < Family::half_levels - 1; ++t)
+        m = vsubq_u8(m, vcgtq_s8(coarse, vdupq_n_s8(Family::coarse_thresholds[s][t])));
+    return vqtbl1q_s8(load_bytes(Family::magnitudes), m);
 }
 
 template <int Together> TURBOQUANT_INLINE void reduce_steps(const ints * v, Steps * out) {
@@ -150,9 +150,9 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, const Steps & a, const Steps 
     work.scale = best_scale(a.sum, b.sum);
 }
 
-template <int Bits> TURBOQUANT_INLINE words look_up(words count) { // an index above 15: a zero
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // an index above 15: a zero
     const uint8x16_t index = vreinterpretq_u8_s16(vorrq_s16(count, vdupq_n_s16(int16_t(0x8000))));
-    return vreinterpretq_s16_s8(vqtbl1q_s8(load_bytes(Codebook<Bits>::magnitudes), index));
+    return vreinterpretq_s16_s8(vqtbl1q_s8(load_bytes(Family::magnitudes), index));
 }
 
 // int8 levels, 16 to a register.
@@ -163,7 +163,8 @@ template <int N> struct Levels {
 
 // Shift-left-insert keeps the lower bits of its first operand, so a chain of them from the lowest part upwards packs
 // without masks: what an index has above its two bits is overwritten by the next part.
-template <int Bits, int N> TURBOQUANT_INLINE void pack(const uint8_t * index_bytes, uint8_t * q) {
+template <int Bits, int N>
+TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index_bytes, uint8_t * q) {
     constexpr int registers = N / 16;
     uint8x16_t index[registers];
     for (int r = 0; r < registers; ++r) index[r] = vld1q_u8(index_bytes + 16 * r);
@@ -199,7 +200,7 @@ template <int Bits, int N> TURBOQUANT_INLINE void pack(const uint8_t * index_byt
                 const uint8x16_t four = vpaddq_u8(two, other);
                 vst1q_u8(bytes, vpaddq_u8(four, four));
             }
-            std::memcpy(q + Format<Bits, N>::high_offset, bytes, N / 8);
+            std::memcpy(q + high_offset<N>, bytes, N / 8);
         }
     }
 }
@@ -211,10 +212,9 @@ TURBOQUANT_INLINE uint8x16_t spread_third_bits(uint8x16_t high, int r) {
     return vandq_u8(vtstq_u8(vqtbl1q_u8(high, source), place), vdupq_n_u8(4));
 }
 
-template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q) {
-    using F = Format<Bits, N>;
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bits>, N>, const uint8_t * q) {
     constexpr int registers = Levels<N>::registers;
-    const int8x16_t table = vld1q_s8(F::centroids);
+    const int8x16_t table = vld1q_s8(LloydMax<Bits>::centroids);
     uint8x16_t index[registers];
     if constexpr (Bits == 4) {
         for (int r = 0; r < registers / 2; ++r) {
@@ -240,7 +240,7 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(const uint8_t * q)
         }
         if constexpr (Bits == 3) {
             uint8_t bytes[16] = {};
-            std::memcpy(bytes, q + F::high_offset, N / 8);
+            std::memcpy(bytes, q + high_offset<N>, N / 8);
             const uint8x16_t high = vld1q_u8(bytes);
             for (int r = 0; r < registers; ++r) index[r] = vorrq_u8(index[r], spread_third_bits(high, r));
         }

@@ -49,30 +49,9 @@ template <int N> float sum_of_squares(const float * y) {
     return lane[0];
 }
 
-template <int Bits, int N> void pack(const uint8_t * index, uint8_t * q) {
-    std::memset(q, 0, Format<Bits, N>::index_bytes);
-    for (int i = 0; i < N; ++i) {
-        if (Bits == 4) {
-            q[i % (N / 2)] |= uint8_t(index[i] << (i / (N / 2) * 4));
-        } else {
-            q[i % (N / 4)] |= uint8_t((index[i] & 3) << (i / (N / 4) * 2));
-            if (Bits == 3) q[Format<Bits, N>::high_offset + i / 8] |= uint8_t((index[i] >> 2) << (i % 8));
-        }
-    }
-}
-
 // The one step that knows the index layout: a block's n int8 levels.
-template <int Bits, int N> void expand(const uint8_t * q, int8_t * level) {
-    for (int i = 0; i < N; ++i) {
-        int index;
-        if (Bits == 4) {
-            index = (q[i % (N / 2)] >> (i / (N / 2) * 4)) & 15;
-        } else {
-            index = (q[i % (N / 4)] >> (i / (N / 4) * 2)) & 3;
-            if (Bits == 3) index |= ((q[Format<Bits, N>::high_offset + i / 8] >> (i % 8)) & 1) << 2;
-        }
-        level[i] = Format<Bits, N>::centroids[index];
-    }
+template <typename F> void expand(const uint8_t * q, int8_t * level) {
+    for (int i = 0; i < F::block; ++i) level[i] = F::centroids[F::index_at(q, i)];
 }
 
 template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
@@ -140,8 +119,8 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
 }
 
 // A coarse search for the scale: which thresholds leave the least squared error?
-template <int Bits, int N> void search(Encoding<N> * work, int count) {
-    using F = Format<Bits, N>;
+template <typename F> void search(Encoding<F::block> * work, int count) {
+    constexpr int N = F::block;
     for (Encoding<N> * w = work; w < work + count; ++w) {
         if (!w->codable()) continue;
         double best = -1.0;
@@ -163,16 +142,15 @@ template <int Bits, int N> void search(Encoding<N> * work, int count) {
 }
 
 // The nearest centroids under that scale at full precision; then the scale to store.
-template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
-    using F = Format<Bits, N>;
-    constexpr int M = F::half_levels;
+template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst, tq_encode_report * report) {
+    constexpr int N = F::block, M = F::half_levels;
     std::memset(dst, 0, F::bytes);
     if (!work.codable()) {
         report->nonfinite += work.largest != 0;
         return;
     }
     int16_t thresholds[M];
-    thresholds_under<Bits>(work.scale, thresholds);
+    thresholds_under<typename F::family>(work.scale, thresholds);
     uint8_t index[N];
     int32_t a = 0;
     for (int i = 0; i < N; ++i) {
@@ -181,29 +159,30 @@ template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, 
         a += work.magnitude[i] * F::magnitudes[m];
         index[i] = uint8_t(work.z[i] < 0 ? M - 1 - m : M + m);
     }
-    const uint16_t d = block_scale<Bits, N>(work, a, &report->saturated);
+    const uint16_t d = block_scale<F>(work, a, &report->saturated);
     if (d == 0) return; // below fp16: a zero block
     store16(dst, d);
-    pack<Bits, N>(index, dst + 2);
+    F::pack(index, dst + 2);
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    constexpr int N = F::block;
     for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        search<Bits>(work, count);
-        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
+        search<F>(work, count);
+        for (int g = 0; g < count; ++g) assign<F>(work[g], dst + (first + g) * F::bytes, report);
     }
 }
 
 // Integers up to the last step: |W| <= 128 * 127 fits int16, so only the one multiplication rounds.
-template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
         const float scale = load_scale(src) * F::step_n;
         int8_t level[N];
-        expand<Bits, N>(src + 2, level);
+        expand<F>(src + 2, level);
         int16_t w[N];
         for (int i = 0; i < N; ++i) w[i] = int16_t(sign_bit(signs2, i) ? -level[i] : level[i]);
         hadamard<N>(w);
@@ -211,23 +190,23 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
     }
 }
 
-template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
         const float scale = load_scale(src) * F::step;
         int8_t level[N];
-        expand<Bits, N>(src + 2, level);
+        expand<F>(src + 2, level);
         for (int i = 0; i < N; ++i) dst[i] = scale * float(level[i]);
     }
 }
 
-template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    constexpr int N = F::block;
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q) {
         int8_t level[N];
-        expand<Bits, N>(src + 2, level);
+        expand<F>(src + 2, level);
         int32_t product = 0;
         for (int i = 0; i < N; ++i) product += int32_t(level[i]) * q->q[i];
         sum += load_scale(src) * F::step * q->scale * float(product);
@@ -235,13 +214,13 @@ template <int Bits, int N> float dot(const uint8_t * src, const void * query, in
     return sum;
 }
 
-template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
-    using F = Format<Bits, N>;
+template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    constexpr int N = F::block;
     for (int r = 0; r < rows.count; ++r) {
         const uint8_t * src = rows[r];
         for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
             scale[b * tile_rows + r] = load_scale(src) * F::step;
-            expand<Bits, N>(src + 2, level);
+            expand<F>(src + 2, level);
         }
     }
 }

@@ -31,7 +31,8 @@ TURBOQUANT_INLINE uint32_t third_bits(__m256i index) {
     return uint32_t(_mm256_movemask_epi8(_mm256_slli_epi16(index, 5))); // bit 2 to bit 7
 }
 
-template <int Bits, int N> TURBOQUANT_INLINE void pack(const uint8_t * index, uint8_t * q) {
+template <int Bits, int N>
+TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index, uint8_t * q) {
     if constexpr (Bits == 4) {
         constexpr int half = N / 2;
         for (int j = 0; j < half; j += 16) {
@@ -52,7 +53,7 @@ template <int Bits, int N> TURBOQUANT_INLINE void pack(const uint8_t * index, ui
         if constexpr (Bits == 3)
             for (int i = 0; i < N; i += 32) {
                 const uint32_t high = third_bits(load32_bytes(index + i));
-                std::memcpy(q + Format<Bits, N>::high_offset + i / 8, &high, 4);
+                std::memcpy(q + high_offset<N> + i / 8, &high, 4);
             }
     }
 }

@@ -83,15 +83,16 @@ size_t row_bytes_of(int type, ptrdiff_t n) {
     return size;
 }
 
+#define TURBOQUANT_ROW(ID, ...) TQ_ROW_##ID,
+constexpr int row_types[] = {TURBOQUANT_ROW_TYPES(TURBOQUANT_ROW)};
+#undef TURBOQUANT_ROW
+
 // Of a row of K or V, which may also have one of ggml's own types.
 size_t cache_row_bytes(int type, ptrdiff_t n) {
-    switch (type) {
-    case TQ_ROW_F16:
-    case TQ_ROW_BF16: return static_cast<size_t>(n) * 2;
-    case TQ_ROW_Q8_0: return static_cast<size_t>(n) / 32 * 34;
-    case TQ_ROW_Q4_0: return static_cast<size_t>(n) / 32 * 18;
-    default: return row_bytes_of(type, n);
-    }
+    const tq_row_info * info = tq_row_get(type);
+    if (!info) raise(TQ_ERROR_TYPE);
+    if (n <= 0 || n % info->block) raise(TQ_ERROR_LENGTH);
+    return static_cast<size_t>(n) / info->block * info->block_bytes;
 }
 
 py::list type_table() {
@@ -99,7 +100,17 @@ py::list type_table() {
     for (int i = 0; i < TQ_TYPE_COUNT; i++) {
         const tq_type_info & t = info_of(i);
         const py::array_t<int8_t> codebook(t.levels, t.codebook); // a copy
-        table.append(py::make_tuple(t.name, t.bits, t.block, t.block_bytes, t.levels, t.step, codebook));
+        const char * family = info_of(t.family).name;
+        table.append(py::make_tuple(t.name, t.bits, t.block, t.block_bytes, t.step, codebook, family, t.file_id));
+    }
+    return table;
+}
+
+py::list row_table() {
+    py::list table;
+    for (const int type : row_types) {
+        const tq_row_info & row = *tq_row_get(type);
+        table.append(py::make_tuple(row.name, row.block, row.block_bytes, type));
     }
     return table;
 }
@@ -277,6 +288,7 @@ void kernels_select(const std::string & name) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.attr("version") = TURBOQUANT_VERSION;
     m.def("type_table", &type_table);
+    m.def("row_table", &row_table);
     m.def("type_for_head", &type_for_head, py::arg("type"), py::arg("head"));
     m.def("signs", &signs, py::arg("which"));
     m.def("encode", &encode, py::arg("type"), py::arg("source").noconvert(), py::arg("target").noconvert(),
@@ -292,10 +304,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
           py::arg("mask"), py::arg("out").noconvert(), py::arg("type_k"), py::arg("type_v"), py::arg("scale"),
           py::arg("soft_cap"), py::arg("sparse_v"), py::arg("threads"));
-    m.attr("ROW_F16")  = int(TQ_ROW_F16);
-    m.attr("ROW_BF16") = int(TQ_ROW_BF16);
-    m.attr("ROW_Q8_0") = int(TQ_ROW_Q8_0);
-    m.attr("ROW_Q4_0") = int(TQ_ROW_Q4_0);
     m.def("kernels", &kernels);
     m.def("kernels_selected", &kernels_selected);
     m.def("kernels_select", &kernels_select, py::arg("name"));

@@ -25,6 +25,8 @@ class TypeInfo:
     step: float  #: distance of two neighbouring int8 levels, in units of the block's RMS
     levels: NDArray[np.int8] = field(repr=False, compare=False)  #: the 2**bits int8 centroids, ascending, read-only
     id: int = field(repr=False)  #: tq_type of the C ABI
+    family: str = field(repr=False)  #: name of the type of the same family with the longest block
+    file_id: int = field(repr=False)  #: the type's number in files: GGUF, llama.cpp's saved states
 
     @property
     def bits_per_value(self) -> float:
@@ -49,9 +51,9 @@ class TypeInfo:
 
 def _read_table() -> dict[str, TypeInfo]:
     table = {}
-    for id, (name, bits, block, block_bytes, _, step, levels) in enumerate(_core.type_table()):
+    for id, (name, bits, block, block_bytes, step, levels, family, file_id) in enumerate(_core.type_table()):
         levels.flags.writeable = False
-        table[name] = TypeInfo(name, bits, block, block_bytes, step, levels, id)
+        table[name] = TypeInfo(name, bits, block, block_bytes, step, levels, id, family, file_id)
     return table
 
 
@@ -95,9 +97,7 @@ class CacheType:
         return row_bytes // self.block_bytes * self.block
 
 
-_PLAIN = {one.name: one for one in (CacheType("f16", 32, 64, _core.ROW_F16), CacheType("bf16", 32, 64, _core.ROW_BF16),
-                                    CacheType("q8_0", 32, 34, _core.ROW_Q8_0),
-                                    CacheType("q4_0", 32, 18, _core.ROW_Q4_0))}
+_PLAIN = {row[0]: CacheType(*row) for row in _core.row_table()}
 
 
 def resolve_cache(type: str | TypeInfo, argument: str) -> TypeInfo | CacheType:
@@ -111,7 +111,7 @@ def resolve_cache(type: str | TypeInfo, argument: str) -> TypeInfo | CacheType:
 
 
 def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
-    """The type with as many bits as `type` and the largest block that divides a head of `head` values.
+    """The type of the same family as `type` with the largest block that divides a head of `head` values.
 
     128, 256, 512 take blocks of 128; 64, 192, 576 blocks of 64; 96 blocks of 32. ValueError if no block divides the
     head (80, 112).

@@ -35,15 +35,12 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("turboquant.gguf needs the package gguf: pip install 'turboquant[gguf]'",
                               name="gguf") from error
 
-__all__ = ["FIRST_ID", "ggml_type", "register"]
-
-#: GGML_TYPE_TURBO4; a type's id is this plus its place in `turboquant.types()`.
-FIRST_ID = 512
+__all__ = ["ggml_type", "register"]
 
 
 def ggml_type(type: str) -> Any:
     """The member of ``gguf.GGMLQuantizationType`` of that type: ``ggml_type("turbo4_64")`` is ``...TURBO4_64``."""
-    return _gguf.GGMLQuantizationType(FIRST_ID + resolve(type).id)
+    return _gguf.GGMLQuantizationType(resolve(type).file_id)
 
 
 def register() -> None:
@@ -64,7 +61,7 @@ def register() -> None:
 def _add_member(info: TypeInfo) -> Any:
     """Add a member to the finished enum. Python has no public way to do so: an IntEnum cannot be extended."""
     enum: Any = _gguf.GGMLQuantizationType
-    name, value = info.name.upper(), FIRST_ID + info.id
+    name, value = info.name.upper(), info.file_id
     by_name, by_value = enum._member_map_.get(name), enum._value2member_map_.get(value)
     if by_name is not None and by_name is by_value:
         return by_name

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ._output import explain, partial_file, publish
+from ._types import types
 from .errors import TurboQuantError
 from .measure.pairs import bits_per_value, block_of
 from .measure.results import write_text
@@ -91,8 +92,7 @@ def expand(text: str, where: str = "the types") -> Types:
 
 def fitting(type: str, head: int) -> str | None:
     """The type that heads of that many values are stored in: ``turbo4_64`` for turbo4 and 64; None if none fits."""
-    names = [type] if "_" in type or not type.startswith("turbo") else [type, f"{type}_64", f"{type}_32"]
-    for name in names:
+    for name in [info.name for info in types() if info.family == type] or [type]:
         block = block_of(name)
         if block and head % block[0] == 0:
             return name

@@ -9,27 +9,52 @@
 
 namespace {
 
+// What is released never changes, whatever is added to the list.
+void released_types() {
+    const struct { const char * name; tq_type type; int bits, block, bytes, id; } want[] = {
+        {"turbo4", TQ_TURBO4, 4, 128, 66, 512}, {"turbo4_64", TQ_TURBO4_64, 4, 64, 34, 513},
+        {"turbo4_32", TQ_TURBO4_32, 4, 32, 18, 514}, {"turbo3", TQ_TURBO3, 3, 128, 50, 515},
+        {"turbo3_64", TQ_TURBO3_64, 3, 64, 26, 516}, {"turbo3_32", TQ_TURBO3_32, 3, 32, 14, 517},
+        {"turbo2", TQ_TURBO2, 2, 128, 34, 518}, {"turbo2_64", TQ_TURBO2_64, 2, 64, 18, 519},
+        {"turbo2_32", TQ_TURBO2_32, 2, 32, 10, 520}};
+    int place = 0;
+    for (const auto & w : want) {
+        check::Case type_case(w.name);
+        CHECK_EQ(int(w.type), place++);
+        const tq_type_info * info = tq_type_get(w.type);
+        if (!CHECK(info != nullptr)) continue;
+        CHECK_EQ(std::string(info->name), w.name);
+        CHECK_EQ(info->bits, w.bits);
+        CHECK_EQ(info->block, w.block);
+        CHECK_EQ(info->block_bytes, w.bytes);
+        CHECK_EQ(info->file_id, w.id);
+        CHECK_EQ(int(info->family), place - 1 - (place - 1) % 3);
+    }
+    CHECK_EQ(sizeof(tq_query128), 136u);
+    CHECK_EQ(sizeof(tq_query64), 72u);
+    CHECK_EQ(sizeof(tq_query32), 40u);
+}
+
 void type_table() {
-    const struct { const char * name; int bits, block, bytes; } want[TQ_TYPE_COUNT] = {
-        {"turbo4", 4, 128, 66}, {"turbo4_64", 4, 64, 34}, {"turbo4_32", 4, 32, 18},
-        {"turbo3", 3, 128, 50}, {"turbo3_64", 3, 64, 26}, {"turbo3_32", 3, 32, 14},
-        {"turbo2", 2, 128, 34}, {"turbo2_64", 2, 64, 18}, {"turbo2_32", 2, 32, 10}};
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type type = tq_type(t);
         const tq_type_info * info = tq_type_get(type);
-        check::Case type_case(want[t].name);
+        check::Case type_case("type ", t);
         if (!CHECK(info != nullptr)) continue;
-        CHECK_EQ(std::string(info->name), want[t].name);
-        CHECK_EQ(info->bits, want[t].bits);
-        CHECK_EQ(info->block, want[t].block);
-        CHECK_EQ(info->block_bytes, want[t].bytes);
-        CHECK_EQ(info->levels, 1 << info->bits);
+        CHECK_EQ(info->block_bytes, 2 + info->block * info->bits / 8);
+        CHECK(info->levels >= 1 << info->bits);
         CHECK(info->step > 0);
         for (int i = 0; i < info->levels; ++i) {
             CHECK_EQ(int(info->codebook[i]), -int(info->codebook[info->levels - 1 - i])); // symmetric
             if (i) CHECK(info->codebook[i] > info->codebook[i - 1]);
         }
         CHECK_EQ(int(info->codebook[info->levels - 1]), 127);
+        const tq_type_info & first = *tq_type_get(info->family);
+        CHECK_EQ(int(first.family), int(info->family));
+        CHECK_EQ(first.block, 128);
+        CHECK_EQ(std::string(info->name),
+                 first.name + (info->block == 128 ? std::string() : "_" + std::to_string(info->block)));
+        for (int other = 0; other < t; ++other) CHECK(tq_type_get(tq_type(other))->file_id != info->file_id);
         CHECK_EQ(tq_type_from_name(info->name), type);
         CHECK_EQ(tq_row_bytes(type, 0), 0u);
         CHECK_EQ(tq_row_bytes(type, 10 * info->block), size_t(10 * info->block_bytes));
@@ -37,7 +62,25 @@ void type_table() {
         CHECK_EQ(tq_row_bytes(type, info->block - 1), 0u);
         CHECK_EQ(tq_row_bytes(type, -info->block), 0u);
         CHECK_EQ(tq_query_bytes(info->block, 3 * info->block), size_t(3 * (info->block + 8)));
+        const tq_row_info * row = tq_row_get(t);
+        if (!CHECK(row != nullptr)) continue;
+        CHECK_EQ(std::string(row->name), info->name);
+        CHECK_EQ(row->block, info->block);
+        CHECK_EQ(row->block_bytes, info->block_bytes);
     }
+    const struct { int type; const char * name; int bytes; } rows[] = {
+        {TQ_ROW_F16, "f16", 64}, {TQ_ROW_BF16, "bf16", 64}, {TQ_ROW_Q8_0, "q8_0", 34}, {TQ_ROW_Q4_0, "q4_0", 18}};
+    int number = 64;
+    for (const auto & want : rows) {
+        check::Case row_case(want.name);
+        CHECK_EQ(want.type, number++);
+        const tq_row_info * row = tq_row_get(want.type);
+        if (!CHECK(row != nullptr)) continue;
+        CHECK_EQ(std::string(row->name), want.name);
+        CHECK_EQ(row->block, 32);
+        CHECK_EQ(row->block_bytes, want.bytes);
+    }
+    for (const int type : {-1, int(TQ_TYPE_COUNT), 63, number}) CHECK(tq_row_get(type) == nullptr);
     for (const int t : {-1, int(TQ_TYPE_COUNT), 1000}) {
         CHECK(tq_type_get(tq_type(t)) == nullptr);
         CHECK_EQ(tq_row_bytes(tq_type(t), 128), 0u);
@@ -52,7 +95,8 @@ void type_table() {
     for (const auto & h : heads)
         for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
             check::Case case_("head ", h.head, ", type ", t);
-            const tq_type want_type = h.offset < 0 ? TQ_TYPE_COUNT : tq_type(t / 3 * 3 + h.offset);
+            const tq_type first = tq_type_get(tq_type(t))->family;
+            const tq_type want_type = h.offset < 0 ? TQ_TYPE_COUNT : tq_type(first + h.offset);
             CHECK_EQ(tq_type_for_head(tq_type(t), h.head), want_type);
         }
 
@@ -352,6 +396,7 @@ void concurrent_use() {
 } // namespace
 
 int main() {
+    released_types();
     type_table();
     status_texts();
     row_function_errors();

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import turboquant
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = ROOT / "models" / "prose-8m-q8_0.gguf"
 
 #: The types that a user names, and every explicit block size.
-TURBO = ("turbo4", "turbo3", "turbo2")
-TURBO_ALL = tuple(f"{name}{block}" for name in TURBO for block in ("", "_64", "_32"))
+TURBO = tuple(info.name for info in turboquant.types() if info.family == info.name)
+TURBO_ALL = tuple(info.name for info in turboquant.types())
 #: Threads that wait in a barrier sleep instead of spinning: on a busy machine spinning makes small models crawl.
 QUIET = {"OMP_WAIT_POLICY": "passive"}
 

@@ -52,14 +52,15 @@ def assert_same_floats(actual, expected):
 
 # ---- types -----------------------------------------------------------------------------------------------------------
 
-def test_types_are_those_of_the_format():
+def test_released_types_are_those_of_the_format():
     table = {t.name: (t.bits, t.block, t.block_bytes, t.bits_per_value, len(t.levels)) for t in turboquant.types()}
-    assert table == {
+    released = {
         "turbo4": (4, 128, 66, 4.125, 16), "turbo4_64": (4, 64, 34, 4.25, 16), "turbo4_32": (4, 32, 18, 4.5, 16),
         "turbo3": (3, 128, 50, 3.125, 8), "turbo3_64": (3, 64, 26, 3.25, 8), "turbo3_32": (3, 32, 14, 3.5, 8),
         "turbo2": (2, 128, 34, 2.125, 4), "turbo2_64": (2, 64, 18, 2.25, 4), "turbo2_32": (2, 32, 10, 2.5, 4),
     }
-    assert [t.id for t in turboquant.types()] == list(range(9))
+    assert table.items() >= released.items() and list(table)[:9] == list(released)
+    assert [t.id for t in turboquant.types()] == list(range(len(table)))
 
 
 def test_codebook_is_symmetric_ascending_and_read_only(type_name):

@@ -9,8 +9,11 @@ import stat
 from pathlib import Path
 
 import pytest
+import turboquant
 from turboquant.llama import patch as engine
 from turboquant.llama import paths, source
+
+ROOT = Path(__file__).resolve().parents[2]
 
 HEADER = "enum ggml_type {\n    GGML_TYPE_A = 0,\n    GGML_TYPE_COUNT   = 43,\n};\n"
 CONTEXT = (
@@ -463,6 +466,22 @@ def test_the_hooks_are_few_and_explained():
     for hook in hooks:
         for site in hook.sites:
             assert len(site.text.splitlines()) <= (7 if hook.id == "type-ids" else 3), hook.id
+
+
+def test_the_enum_has_the_listed_ids():
+    """ggml.h cannot include the list of formats, so its hook repeats the ids; rows of turbo-ggml.h name the others."""
+    (hook,) = (hook for hook in engine.load_hooks() if hook.id == "type-ids")
+    count, *members = re.findall(r"(\w*)\s*(?:= (\d+))?,|(\w+)\s*$", hook.sites[0].text)
+    ids, value = {}, -1
+    for name, given, last in members:
+        value = int(given) if given else value + 1
+        ids[(name or last).removeprefix("GGML_TYPE_")] = value
+    assert ids.popitem()[0] == "COUNT_UPSTREAM"
+    header = (ROOT / "ggml_types" / "turbo-ggml.h").read_text(encoding="utf-8")
+    others = {name: int(id) for name, id in re.findall(r"^    X\((TURBO_\w+), .* (\d+)\)", header, re.M)}
+    assert ids == {info.name.upper(): info.file_id for info in turboquant.types()} | others
+    assert list(others.items()) == [("TURBO_Q128", 521), ("TURBO_Q64", 522), ("TURBO_Q32", 523), ("TURBO_AUTO", 524)]
+    assert int(count[1]) == max(ids.values()) + 1
 
 
 @pytest.mark.parametrize("version", sorted(source.PROVEN))

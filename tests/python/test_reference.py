@@ -319,6 +319,16 @@ def hex_after(label, text):
     return bytes.fromhex(re.search(rf"^    {label} +([0-9a-f |]+)$", text, re.M).group(1).replace("|", ""))
 
 
+def test_format_document_lists_the_types():
+    rows = re.findall(r"^\| (turbo[\w, ]+) \| ([\d, ]+) \| (\d) \| ([\d, ]+) \| ([\d., ]+) \|", FORMAT, re.M)
+    listed = [
+        (name, int(block), int(bits), int(size), float(per_value))
+        for names, blocks, bits, sizes, values in rows
+        for name, block, size, per_value in zip(*(part.split(", ") for part in (names, blocks, sizes, values)))
+    ]
+    assert listed == [(t.name, t.block, t.bits, t.block_bytes, t.bits_per_value) for t in turboquant.types()]
+
+
 @pytest.mark.parametrize("type_name", ["turbo4_32", "turbo3_32", "turbo2_32"])
 def test_format_document_decodes_its_blocks_rightly(type_name):
     """The worked examples of FORMAT.md: bytes, indices, centroids, W and the two decoded values."""

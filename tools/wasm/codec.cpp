@@ -9,27 +9,41 @@ namespace {
 namespace tq = turboquant;
 
 constexpr int capacity = 1000 * 128; // values that one call can take
+
+constexpr int most_bytes() {
+    int most = 0;
+#define TURBOQUANT_BYTES(ID, name, FIRST, family, bits, block, bytes, id) \
+    most = capacity / block * bytes > most ? capacity / block * bytes : most;
+    TURBOQUANT_TYPES(TURBOQUANT_BYTES)
+#undef TURBOQUANT_BYTES
+    return most;
+}
+
 alignas(16) float input[capacity], output[capacity];
-alignas(16) uint8_t encoded[capacity / 32 * tq::Format<4, 32>::bytes];
+alignas(16) uint8_t encoded[most_bytes()];
+uint8_t index_of[128];
 tq_encode_report ignored;
 
-template <int V> struct Constant { static constexpr int value = V; };
-
-// Calls function(Constant<Bits>(), Constant<N>()) for the width and the block length; false if there are no such.
-template <int Bits, typename Function> bool with_block(int block, const Function & function) {
-    switch (block) {
-        case 128: function(Constant<Bits>(), Constant<128>()); return true;
-        case 64:  function(Constant<Bits>(), Constant<64>()); return true;
-        case 32:  function(Constant<Bits>(), Constant<32>()); return true;
+// Calls function with the Format of the type; false if there is no such type.
+template <typename Function> bool with_format(int type, const Function & function) {
+    switch (type) {
+#define TURBOQUANT_CASE(ID, ...) \
+    case TQ_##ID: function(tq::FormatOf<TQ_##ID>()); return true;
+        TURBOQUANT_TYPES(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
     }
     return false;
 }
 
-template <typename Function> bool with_format(int bits, int block, const Function & function) {
-    switch (bits) {
-        case 4: return with_block<4>(block, function);
-        case 3: return with_block<3>(block, function);
-        case 2: return with_block<2>(block, function);
+template <int N> struct Constant { static constexpr int value = N; };
+
+// Calls function with the block length as a Constant; false if there is no such length.
+template <typename Function> bool with_block(int block, const Function & function) {
+    switch (block) {
+#define TURBOQUANT_CASE(N) \
+    case N: function(Constant<N>()); return true;
+        TURBOQUANT_BLOCKS(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
     }
     return false;
 }
@@ -38,47 +52,51 @@ template <typename Function> bool with_format(int bits, int block, const Functio
 
 #define EXPORT(NAME) extern "C" __attribute__((export_name(#NAME)))
 
-// Where JavaScript finds the buffers: floats in, floats out, encoded blocks, and the signs.
+// Where JavaScript finds the buffers: floats in, floats out, encoded blocks, the indices of one block, and the signs.
 EXPORT(capacity) int exported_capacity() { return capacity; }
 EXPORT(values) float * exported_values() { return input; }
 EXPORT(results) float * exported_results() { return output; }
 EXPORT(bytes) uint8_t * exported_bytes() { return encoded; }
+EXPORT(indices) uint8_t * exported_indices() { return index_of; }
 EXPORT(signs) const uint8_t * exported_signs(int which) { return which == 1 ? tq::signs1 : tq::signs2; }
 
-// The format: bytes of a block (0 = no such format), the step, and the centroids, ascending.
-EXPORT(block_bytes) int exported_block_bytes(int bits, int block) {
-    int result = 0;
-    with_format(bits, block, [&](auto b, auto n) { result = tq::Format<b.value, n.value>::bytes; });
-    return result;
-}
-EXPORT(step) float exported_step(int bits) {
-    float result = 0;
-    with_format(bits, 128, [&](auto b, auto) { result = tq::Codebook<b.value>::step; });
-    return result;
-}
-EXPORT(centroids) const int8_t * exported_centroids(int bits) {
-    const int8_t * result = nullptr;
-    with_format(bits, 128, [&](auto b, auto) { result = tq::Codebook<b.value>::centroids; });
-    return result;
-}
+// The types are numbered from 0, as in tq_type: bits of an index, values and bytes of a block, the step, and the
+// centroids, ascending, with their number.
+EXPORT(types) int exported_types() { return TQ_TYPE_COUNT; }
+#define EXPORT_FACT(TYPE, NAME, VALUE)                                          \
+    EXPORT(NAME) TYPE exported_##NAME(int type) {                               \
+        TYPE result = 0;                                                        \
+        with_format(type, [&](auto f) { result = decltype(f)::VALUE; });        \
+        return result;                                                          \
+    }
+EXPORT_FACT(int, bits, bits)
+EXPORT_FACT(int, block, block)
+EXPORT_FACT(int, block_bytes, bytes)
+EXPORT_FACT(float, step, step)
+EXPORT_FACT(int, levels, levels)
+EXPORT_FACT(const int8_t *, centroids, centroids)
 
-// Blocks that follow each other: values -> bytes, bytes -> results, values -> results. False: no such format.
-EXPORT(encode) bool exported_encode(int bits, int block, int blocks) {
-    return with_format(bits, block,
-                       [&](auto b, auto n) { tq::encode<b.value, n.value>(input, encoded, blocks, &ignored); });
+// Blocks that follow each other: values -> bytes, bytes -> results, values -> results. False: no such type or length.
+EXPORT(encode) bool exported_encode(int type, int blocks) {
+    return with_format(type, [&](auto f) { tq::encode<decltype(f)>(input, encoded, blocks, &ignored); });
 }
-EXPORT(decode) bool exported_decode(int bits, int block, int blocks) {
-    return with_format(bits, block, [&](auto b, auto n) { tq::decode<b.value, n.value>(encoded, output, blocks); });
+EXPORT(decode) bool exported_decode(int type, int blocks) {
+    return with_format(type, [&](auto f) { tq::decode<decltype(f)>(encoded, output, blocks); });
 }
-EXPORT(decode_rotated) bool exported_decode_rotated(int bits, int block, int blocks) {
-    return with_format(bits, block,
-                       [&](auto b, auto n) { tq::decode_rotated<b.value, n.value>(encoded, output, blocks); });
+EXPORT(decode_rotated) bool exported_decode_rotated(int type, int blocks) {
+    return with_format(type, [&](auto f) { tq::decode_rotated<decltype(f)>(encoded, output, blocks); });
 }
 EXPORT(rotate) bool exported_rotate(int block, int blocks) {
-    return with_block<0>(block, [&](auto, auto n) { tq::rotate<n.value>(input, output, blocks); });
+    return with_block(block, [&](auto n) { tq::rotate<n.value>(input, output, blocks); });
 }
 EXPORT(unrotate) bool exported_unrotate(int block, int blocks) {
-    return with_block<0>(block, [&](auto, auto n) { tq::unrotate<n.value>(input, output, blocks); });
+    return with_block(block, [&](auto n) { tq::unrotate<n.value>(input, output, blocks); });
+}
+// The first block's bytes -> its indices.
+EXPORT(unpack) bool exported_unpack(int type) {
+    return with_format(type, [&](auto f) {
+        for (int i = 0; i < f.block; ++i) index_of[i] = uint8_t(f.index_at(encoded + 2, i));
+    });
 }
 
 } // namespace page

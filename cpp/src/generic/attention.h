@@ -10,13 +10,13 @@
 namespace turboquant {
 namespace {
 
-template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
-    using F = Format<Bits, N>;
+template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    constexpr int N = F::block;
     for (int r = 0; r < rows.count; ++r) {
         const uint8_t * src = rows[r];
         for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
             scale[b * tile_rows + r] = load_scale(src) * F::step;
-            store_levels<N>(level, expand<Bits, N>(src + 2));
+            store_levels<N>(level, expand(F(), src + 2));
         }
     }
 }

@@ -19,10 +19,11 @@
 //                             ints plus products; those of bytes are of 0 ... 127
 //   store_coarse              word_registers of magnitudes in coarse units, at most 127, in any order; load_coarse
 //   store_low_bytes           word_registers of words as bytes
-//   centroids_under<Bits>     the centroids of coarse magnitudes under a step of the search
-//   look_up<Bits>             the centroid for each count of thresholds
+//   centroids_under<Family>   the centroids of coarse magnitudes under a step of the search
+//   look_up<Family>           the centroid for each count of thresholds
 //   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the step that explains most
-//   pack, expand, Levels      the index layout, and the int8 levels of a block
+//   Levels                    the int8 levels of a block
+//   pack, expand              overloads for LloydMax's index layout; other families are packed by their own plain code
 //   transform_levels          S2 and the Hadamard transform of levels, in words
 //   floats_of<Half>           half a register of words
 //   store_scaled, store_levels
@@ -138,6 +139,19 @@ template <int N> void query(const float * src, void * dst, int64_t blocks) {
     }
 }
 
+template <typename Family, int N>
+TURBOQUANT_INLINE void pack(Format<Family, N>, const uint8_t * index, uint8_t * q) {
+    Family::template pack<N>(index, q);
+}
+
+template <typename Family, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Family, N>, const uint8_t * q) {
+    alignas(64) int8_t level[N > 4 * lanes ? N : 4 * lanes] = {};
+    for (int i = 0; i < N; ++i) level[i] = Family::centroids[Family::template index_at<N>(q, i)];
+    Levels<N> out;
+    for (int r = 0; r < Levels<N>::registers; ++r) out.v[r] = load_bytes(level + 4 * lanes * r);
+    return out;
+}
+
 template <int N> struct Encoding : EncodingBase {
     static constexpr int registers = N / (2 * lanes);
     words z[registers], magnitude[registers];
@@ -167,7 +181,8 @@ template <int N> void transform(const float * x, Encoding<N> & work, int8_t * co
     for (int r = 0; r < work.registers; r += word_registers) store_coarse(work.magnitude + r, coarse + 2 * lanes * r);
 }
 
-template <int Bits, int N> void search(Encoding<N> * work, const int8_t * coarse, int count) {
+template <typename F> void search(Encoding<F::block> * work, const int8_t * coarse, int count) {
+    constexpr int N = F::block;
     constexpr int registers = Levels<N>::registers, together = searched_together<N>;
     for (int w = 0; w < count; w += together, coarse += together * N) {
         if (together == 1 && !work[w].codable()) continue;
@@ -177,7 +192,7 @@ template <int Bits, int N> void search(Encoding<N> * work, const int8_t * coarse
         for (int s = 0; s < search_steps; ++s) {
             as[s] = bs[s] = zero_ints();
             for (int r = 0; r < registers; ++r) {
-                const bytes c = centroids_under<Bits>(s, x[r]);
+                const bytes c = centroids_under<typename F::family>(s, x[r]);
                 as[s] = multiply_add_bytes(as[s], x[r], c);
                 bs[s] = multiply_add_bytes(bs[s], c, c);
             }
@@ -190,26 +205,25 @@ template <int Bits, int N> void search(Encoding<N> * work, const int8_t * coarse
     }
 }
 
-template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
-    using F = Format<Bits, N>;
-    constexpr int M = F::half_levels;
+template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst, tq_encode_report * report) {
+    constexpr int N = F::block, M = F::half_levels;
     if (!work.codable()) {
         std::memset(dst, 0, F::bytes);
         report->nonfinite += work.largest != 0;
         return;
     }
     int16_t thresholds[M];
-    thresholds_under<Bits>(work.scale, thresholds);
+    thresholds_under<typename F::family>(work.scale, thresholds);
     ints a = zero_ints();
     words m[work.registers];
     for (int r = 0; r < work.registers; ++r) {
         m[r] = all_words(0);
         for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], thresholds[t]);
-        a = multiply_add_words(a, work.magnitude[r], look_up<Bits>(m[r]));
+        a = multiply_add_words(a, work.magnitude[r], look_up<typename F::family>(m[r]));
         // M - 1 - m is M + m with all its bits flipped
         m[r] = xor_words(add(m[r], all_words(M)), select_negative(work.z[r], all_words(2 * M - 1)));
     }
-    const uint16_t d = block_scale<Bits, N>(work, reduce_add(a), &report->saturated);
+    const uint16_t d = block_scale<F>(work, reduce_add(a), &report->saturated);
     if (d == 0) {
         std::memset(dst, 0, F::bytes);
         return;
@@ -217,27 +231,28 @@ template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, 
     alignas(64) uint8_t index[N];
     for (int r = 0; r < work.registers; r += word_registers) store_low_bytes(m + r, index + 2 * lanes * r);
     store16(dst, d);
-    pack<Bits, N>(index, dst + 2);
+    pack(F(), index, dst + 2);
 }
 
-template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    constexpr int N = F::block;
     for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         alignas(64) int8_t coarse[encode_group * N];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g], coarse + g * N);
         if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
-        search<Bits>(work, coarse, count);
-        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
+        search<F>(work, coarse, count);
+        for (int g = 0; g < count; ++g) assign<F>(work[g], dst + (first + g) * F::bytes, report);
     }
 }
 
-template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
         const floats scale = all(load_scale(src) * F::step_n);
         words w[N / (2 * lanes)];
-        transform_levels<N>(expand<Bits, N>(src + 2), w);
+        transform_levels<N>(expand(F(), src + 2), w);
         for (int r = 0; r < N / (2 * lanes); ++r) {
             float * out = dst + 2 * lanes * r;
             store(out, flip(mul(scale, floats_of<0>(w[r])), sign_tables.bits1, 2 * r));
@@ -246,10 +261,10 @@ template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t
     }
 }
 
-template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N)
-        store_scaled<N>(dst, expand<Bits, N>(src + 2), all(load_scale(src) * F::step));
+        store_scaled<N>(dst, expand(F(), src + 2), all(load_scale(src) * F::step));
 }
 
 template <int N> TURBOQUANT_INLINE int32_t dot_block(const Levels<N> & level, const typename QueryBlock<N>::type & q) {
@@ -259,12 +274,12 @@ template <int N> TURBOQUANT_INLINE int32_t dot_block(const Levels<N> & level, co
     return reduce_add(sum) - level_offset * q.sum;
 }
 
-template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
-    using F = Format<Bits, N>;
+template <typename F> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    constexpr int N = F::block;
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
-        sum += load_scale(src) * F::step * q->scale * float(dot_block<N>(expand<Bits, N>(src + 2), *q));
+        sum += load_scale(src) * F::step * q->scale * float(dot_block<N>(expand(F(), src + 2), *q));
     return sum;
 }
 

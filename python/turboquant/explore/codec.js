@@ -12,11 +12,21 @@ class Codec {
     this.values = new Float32Array(memory, exports.values(), exports.capacity());
     this.results = new Float32Array(memory, exports.results(), exports.capacity());
     this.bytes = new Uint8Array(memory, exports.bytes());
+    this.indexBuffer = new Uint8Array(memory, exports.indices());
+    this.types = Array.from({ length: exports.types() }, (_, id) => ({
+      id, bits: exports.bits(id), n: exports.block(id), bytes: exports.block_bytes(id), step: exports.step(id),
+      centroids: new Int8Array(memory, exports.centroids(id), exports.levels(id)),
+    }));
   }
 
-  blockBytes(bits, n) { return this.exports.block_bytes(bits, n); }
-  step(bits) { return this.exports.step(bits); }
-  centroids(bits) { return new Int8Array(this.exports.memory.buffer, this.exports.centroids(bits), 2 ** bits); }
+  // The first type with that many bits and, if n is given, blocks of n.
+  type(bits, n) {
+    const found = this.types.find((one) => one.bits === bits && (n === undefined || one.n === n));
+    if (!found) throw new RangeError('the codec has no such format');
+    return found;
+  }
+  step(bits) { return this.type(bits).step; }
+  centroids(bits) { return this.type(bits).centroids; }
 
   // The n signs of S1 or S2 as +1 and -1.
   signs(which, n) {
@@ -24,21 +34,44 @@ class Codec {
     return Int8Array.from({ length: n }, (_, i) => ((packed[i >> 3] >> (i & 7)) & 1 ? -1 : 1));
   }
 
-  // Whole blocks of n values or of blockBytes(bits, n) bytes each, as many as there are.
+  // Whole blocks of n values or their bytes, as many as there are.
   encode(bits, n, x) {
-    const size = this.blockBytes(bits, n);
-    return this.#run(x, this.values, n, this.bytes, size, Uint8Array, (blocks) => this.exports.encode(bits, n, blocks));
+    const { id, bytes } = this.type(bits, n);
+    return this.#run(x, this.values, n, this.bytes, bytes, Uint8Array, (blocks) => this.exports.encode(id, blocks));
   }
-  decode(bits, n, bytes) {
-    const size = this.blockBytes(bits, n);
-    return this.#run(bytes, this.bytes, size, this.results, n, Float32Array,
-      (blocks) => this.exports.decode(bits, n, blocks));
+  decode(bits, n, encoded) {
+    const { id, bytes } = this.type(bits, n);
+    return this.#run(encoded, this.bytes, bytes, this.results, n, Float32Array,
+      (blocks) => this.exports.decode(id, blocks));
   }
-  decodeRotated(bits, n, bytes) {
-    const size = this.blockBytes(bits, n);
-    return this.#run(bytes, this.bytes, size, this.results, n, Float32Array,
-      (blocks) => this.exports.decode_rotated(bits, n, blocks));
+  decodeRotated(bits, n, encoded) {
+    const { id, bytes } = this.type(bits, n);
+    return this.#run(encoded, this.bytes, bytes, this.results, n, Float32Array,
+      (blocks) => this.exports.decode_rotated(id, blocks));
   }
+
+  // The n indices in an encoded block.
+  unpack(bits, n, block) {
+    this.bytes.set(block);
+    this.exports.unpack(this.type(bits, n).id);
+    return this.indexBuffer.slice(0, n);
+  }
+
+  // Where they are: for each index, for each of its bits from the lowest on, the byte of the block and the bit in it.
+  places(bits, n) {
+    const block = new Uint8Array(this.type(bits, n).bytes), places = Array.from({ length: n }, () => []);
+    const before = this.unpack(bits, n, block);
+    for (let byte = 2; byte < block.length; byte++)
+      for (let bit = 0; bit < 8; bit++) {
+        block[byte] = 1 << bit;
+        this.unpack(bits, n, block).forEach((index, i) => {
+          if (index !== before[i]) places[i][Math.log2(index ^ before[i])] = { byte, bit };
+        });
+        block[byte] = 0;
+      }
+    return places;
+  }
+
   rotate(n, x) {
     return this.#run(x, this.values, n, this.results, n, Float32Array, (blocks) => this.exports.rotate(n, blocks));
   }
@@ -60,16 +93,6 @@ class Codec {
     }
     return output;
   }
-}
-
-// The indices in an encoded block (FORMAT.md, "Layout"), read here to be shown.
-function unpack(bits, n, block) {
-  const q = block.subarray(2);
-  return Uint8Array.from({ length: n }, (_, i) => {
-    if (bits === 4) return (q[i % (n / 2)] >> (Math.floor(i / (n / 2)) * 4)) & 15;
-    const low = (q[i % (n / 4)] >> (Math.floor(i / (n / 4)) * 2)) & 3;
-    return bits === 2 ? low : low | (((q[n / 4 + (i >> 3)] >> (i & 7)) & 1) << 2);
-  });
 }
 
 // The value of an IEEE binary16.

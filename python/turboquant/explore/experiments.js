@@ -74,7 +74,7 @@ function turboQuantizer(x, bits, rotate) {
   const levels = Array.from(codec.centroids(bits), (k) => k * unit);
   const gaps = levels.slice(1).map((level, i) => level - levels[i]);
   return {
-    before: rotate ? codec.rotate(n, x) : x, after, levels, indices: unpack(bits, n, block),
+    before: rotate ? codec.rotate(n, x) : x, after, levels, indices: codec.unpack(bits, n, block),
     back: rotate ? codec.decode(bits, n, block) : after,
     widths: [Math.min(...gaps), Math.max(...gaps)], perValue: (8 * block.length) / n,
   };
@@ -342,24 +342,28 @@ function stored() {
   const { n, bits, element: i } = state;
   const { x } = makeVector(state);
   const block = codec.encode(bits, n, x), d = half(block[0], block[1]);
-  const indices = unpack(bits, n, block), high = bits === 3 ? 2 + n / 4 : Infinity;
-  const parts = bits === 4 ? [2 + (i % (n / 2))] : [2 + (i % (n / 4)), ...(bits === 3 ? [high + (i >> 3)] : [])];
+  const indices = codec.unpack(bits, n, block), places = codec.places(bits, n);
+  const low = new Set(places.map((bit) => bit[0].byte)), high = places[0].findIndex((place) => !low.has(place.byte));
+  const parts = [...new Set(places[i].map((place) => place.byte))];
   const hex = (byte) => byte.toString(16).padStart(2, '0');
   fill('stored-bytes', Array.from(block, (byte, b) => {
-    const kind = b < 2 ? 'byte-scale' : b < high ? 'byte-index' : 'byte-high';
+    const kind = b < 2 ? 'byte-scale' : low.has(b) ? 'byte-index' : 'byte-high';
     return `<span class="${kind}${parts.includes(b) ? ' here' : ''}">${hex(byte)}</span>`;
   }).join(' '));
-  element('byte-high').hidden = bits !== 3;
-  element('byte-low').textContent = bits === 3 ? 'bits 0 and 1 of the indices' : 'indices';
+  element('byte-high').hidden = high < 0;
+  element('byte-low').textContent =
+    high < 0 ? 'indices' : `bits 0 ${high > 2 ? 'to' : 'and'} ${high - 1} of the indices`;
 
   const k = codec.centroids(bits)[indices[i]], value = codec.decodeRotated(bits, n, block)[i];
-  const places = bits === 4 ? [`the ${i < n / 2 ? 'low' : 'high'} half of byte ${parts[0]}`]
-    : [`bits ${2 * Math.floor(i / (n / 4))} and ${2 * Math.floor(i / (n / 4)) + 1} of byte ${parts[0]}`,
-      ...(bits === 3 ? [`bit ${i & 7} of byte ${parts[1]}`] : [])];
+  const words = parts.map((byte) => {
+    const of = places[i].filter((place) => place.byte === byte).map((place) => place.bit);
+    if (of.length === 4) return `the ${of[0] ? 'high' : 'low'} half of byte ${byte}`;
+    return `${of.length > 1 ? 'bits' : 'bit'} ${of.join(' and ')} of byte ${byte}`;
+  });
   fill('element-value', `${i} of ${n}`);
   fill('stored-result', `${block.length} bytes instead of ${2 * n} as f16: ${show((2 * n) / block.length)} times
     smaller. d = ${show(d, 5)}. Value ${i} of the rotated vector is ${show(codec.rotate(n, x)[i])}; its index,
-    ${indices[i]}, is in ${places.join(' and ')} and stands for the level ${show(k)}:
+    ${indices[i]}, is in ${words.join(' and ')} and stands for the level ${show(k)}:
     ${show(d, 5)} · ${show(codec.step(bits), 4)} · ${show(k)} = ${show(value)}.`);
 }
 
@@ -383,7 +387,8 @@ function signs() {
   for (const [name, { forward, input, backward }] of Object.entries(ways)) {
     const kept = [a, b].map((x) => {
       const block = codec.encode(bits, n, input(x));
-      return { y: forward(x), indices: unpack(bits, n, block), back: backward(codec.decodeRotated(bits, n, block)) };
+      const indices = codec.unpack(bits, n, block), back = backward(codec.decodeRotated(bits, n, block));
+      return { y: forward(x), indices, back };
     });
     const changed = kept[0].indices.filter((v, i) => v !== kept[1].indices[i]).length;
     different[name] = changed;

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._types import types
+
 __all__ = ["CachePair", "bits_per_value", "block_of", "parse_pairs"]
 
 # (values, bytes) of a block of llama.cpp's own cache types; fixed by the GGUF format.
@@ -21,7 +23,7 @@ _STOCK = {
     "q4_0": (32, 18),
     "iq4_nl": (32, 18),
 }
-_TURBO = re.compile(r"turbo([234])(?:_(64|32))?")
+_BLOCKS = _STOCK | {info.name: (info.block, info.block_bytes) for info in types()}
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,7 @@ def parse_pairs(text: str) -> list[CachePair]:
 
 def block_of(name: str) -> tuple[int, int] | None:
     """Values and bytes of a cache type's block: (128, 66) for ``"turbo4"``. None for an unknown name."""
-    if match := _TURBO.fullmatch(name):
-        values = int(match[2] or 128)
-        return values, 2 + values * int(match[1]) // 8  # one fp16 scale per block
-    return _STOCK.get(name)
+    return _BLOCKS.get(name)
 
 
 def bits_per_value(name: str) -> float | None:

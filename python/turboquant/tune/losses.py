@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .._codec import dequantize, quantize
+from .._types import types
 from ..errors import TurboQuantError
 
 __all__ = ["LINEAR", "PROBES", "estimate", "finer", "relative_error"]
@@ -19,6 +20,7 @@ LINEAR = 0.03
 PROBES = {"k": "turbo3", "v": "turbo2"}
 
 _FINER = {"turbo2": "turbo3", "turbo3": "turbo4"}
+_TURBO = {info.name for info in types()}
 # Half a unit of the last place, uniformly spread over a binade: 2^-2m / 18 with m stored bits of the mantissa.
 _FLOATS = {"f32": 0.0, "f16": 2.0**-20 / 18, "bf16": 2.0**-14 / 18}
 
@@ -36,7 +38,7 @@ def relative_error(type: str) -> float:
     import gguf
 
     try:
-        if type.startswith("turbo"):
+        if type in _TURBO:
             y = dequantize(quantize(x, type), type)
         else:
             kind = gguf.GGMLQuantizationType[type.upper()]

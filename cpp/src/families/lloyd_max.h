@@ -1,0 +1,74 @@
+// The family turbo4, turbo3, turbo2: each rotated value becomes the index of its nearest Lloyd-Max centroid. Here are
+// the codebooks and the layout of the indices (FORMAT.md, "Layout"), in plain code; the encoder's search and assignment
+// are in scalar.cpp and generic/codec.h. Included by format.h.
+#ifndef TURBOQUANT_FAMILIES_LLOYD_MAX_H
+#define TURBOQUANT_FAMILIES_LLOYD_MAX_H
+
+#include "../codebooks.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace turboquant {
+namespace {
+
+// One row per index width.
+template <int Bits> struct Codebook;
+template <> struct Codebook<4> {
+    static constexpr const int8_t * centroids = centroids4;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes4; // the positive half, padded likewise
+    static constexpr float step = step4;
+    static constexpr const float * step_over_sqrt = step4_over_sqrt;
+    static constexpr const float * midpoints = midpoints4;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[7] = coarse_thresholds4;
+};
+template <> struct Codebook<3> {
+    static constexpr const int8_t * centroids = centroids3;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes3; // the positive half, padded likewise
+    static constexpr float step = step3;
+    static constexpr const float * step_over_sqrt = step3_over_sqrt;
+    static constexpr const float * midpoints = midpoints3;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[3] = coarse_thresholds3;
+};
+template <> struct Codebook<2> {
+    static constexpr const int8_t * centroids = centroids2;   // ascending, padded to 16 with zeros
+    static constexpr const int8_t * magnitudes = magnitudes2; // the positive half, padded likewise
+    static constexpr float step = step2;
+    static constexpr const float * step_over_sqrt = step2_over_sqrt;
+    static constexpr const float * midpoints = midpoints2;    // of neighbouring magnitudes
+    static constexpr const int8_t (*coarse_thresholds)[1] = coarse_thresholds2;
+};
+
+// In a block of 3-bit indices hi[n/8] follows lo[n/4].
+template <int N> constexpr int high_offset = N / 4;
+
+template <int Bits> struct LloydMax : Codebook<Bits> {
+    static constexpr int bits = Bits;
+    static constexpr int half_levels = 1 << (Bits - 1); // magnitudes
+    static constexpr int levels = 2 * half_levels;
+
+    // The indices of n elements to the bytes after the scale.
+    template <int N> static void pack(const uint8_t * index, uint8_t * q) {
+        std::memset(q, 0, N * Bits / 8);
+        for (int i = 0; i < N; ++i) {
+            if (Bits == 4) {
+                q[i % (N / 2)] |= uint8_t(index[i] << (i / (N / 2) * 4));
+            } else {
+                q[i % (N / 4)] |= uint8_t((index[i] & 3) << (i / (N / 4) * 2));
+                if (Bits == 3) q[high_offset<N> + i / 8] |= uint8_t((index[i] >> 2) << (i % 8));
+            }
+        }
+    }
+
+    // The index of element i.
+    template <int N> static int index_at(const uint8_t * q, int i) {
+        if (Bits == 4) return (q[i % (N / 2)] >> (i / (N / 2) * 4)) & 15;
+        const int low = (q[i % (N / 4)] >> (i / (N / 4) * 2)) & 3;
+        return Bits == 2 ? low : low | ((q[high_offset<N> + i / 8] >> (i % 8)) & 1) << 2;
+    }
+};
+
+} // namespace
+} // namespace turboquant
+
+#endif
