@@ -408,7 +408,7 @@ double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_powe
         }
     }
     const size_t group    = std::max<size_t>(1, heads_q / std::max<size_t>(1, heads_k));
-    double       worst    = 0.0;
+    double       sum      = 0.0; // of the heads' standard deviations
     for (size_t h = 0; h < heads_q; ++h) {
         const float * q     = reader.q.data() + h * head;
         const float * k     = cache.k.data() + std::min(h / group, heads_k - 1) * head;
@@ -433,7 +433,7 @@ double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_powe
                 noise += step / 12.0 * sum_q;
             }
         }
-        worst = std::max(worst, noise);
+        sum += std::sqrt(noise);
     }
-    return cache.scale * std::sqrt(worst);
+    return heads_q ? cache.scale * sum / heads_q : 0.0;
 }

@@ -25,8 +25,8 @@ struct turbo_layer_power {
 // with a few random vectors on the devices that hold them, so any weight type and layout will do.
 std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, int n_threads);
 
-// The standard deviation, in nats, of the error that keys of that type cause in a score: the worst query head that
-// reads the keys of `cache`. Queries of other layers that read the same cache are passed as `reader`. rotated: llama.cpp
-// rotates keys of types that do not rotate for themselves.
+// The standard deviation, in nats, of the error that keys of that type cause in a score: the mean of the query heads that
+// read the keys of `cache`, as one head that sees nothing but noise does little harm. Queries of other layers that read
+// the same cache are passed as `reader`. rotated: llama.cpp rotates keys of types that do not rotate for themselves.
 double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type,
                          bool rotated);
