@@ -40,6 +40,15 @@ tq::Index index_of(const ggml_tensor * t) {
 
 const tq::Index no_index = { nullptr, false, { 1, 1, 1 }, { 0, 0, 0 } };
 
+// A format may have kernels for the CPU alone.
+bool is_covered(const ggml_tensor * op) {
+    bool covered = !turbo_is_type(op->type) || tq::codec_supports(to_tq(op->type));
+    for (const ggml_tensor * src : op->src) {
+        covered = covered && (!src || !turbo_is_type(src->type) || tq::codec_supports(to_tq(src->type)));
+    }
+    return covered;
+}
+
 bool whole_rows(const ggml_tensor * t) {
     return t->nb[0] == ggml_type_size(t->type);
 }
@@ -292,6 +301,9 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
     if (ggml_op_is_empty(op->op)) {
         return true;
+    }
+    if (!is_covered(op)) {
+        return false;
     }
     switch (op->op) {
         case GGML_OP_DUP:

@@ -23,7 +23,7 @@ const char * const usage =
     "usage: bench_codec [options]\n"
     "\n"
     "  --kernels NAME,...  kernels to run (default: all that this CPU supports)\n"
-    "  --types NAME,...    types to run (default: all nine)\n"
+    "  --types NAME,...    types to run (default: all)\n"
     "  --sets NAME,...     working sets: l2, dram (default: both)\n"
     "  --seconds S         time for each measurement in each round (default 0.03)\n"
     "  --rounds N          rounds over all measurements; the best counts (default 3)\n"
@@ -131,8 +131,10 @@ Options parse(int argc, char ** argv) {
 struct Data {
     std::vector<float> x, y;
     std::vector<uint8_t> bytes;
-    explicit Data(int64_t floats)
-        : x(static_cast<size_t>(floats)), y(x.size()), bytes(tq_row_bytes(TQ_TURBO4_32, floats)) {
+    explicit Data(int64_t floats) : x(static_cast<size_t>(floats)), y(x.size()) {
+        size_t most = 0;
+        for (int t = 0; t < TQ_TYPE_COUNT; ++t) most = std::max(most, tq_row_bytes(tq_type(t), floats));
+        bytes.resize(most);
         std::mt19937 random(1);
         std::normal_distribution<float> normal;
         for (int64_t i = 0; i < slice_floats; ++i) x[size_t(i)] = normal(random);

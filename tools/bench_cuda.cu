@@ -36,9 +36,9 @@ struct Type {
     KV kv;
     int block, bytes; // at heads of 128
 };
-const Type types[] = {{"turbo4", KV::turbo4, 128, 66},
-                      {"turbo3", KV::turbo3, 128, 50},
-                      {"turbo2", KV::turbo2, 128, 34},
+const Type types[] = {{"turbo4", KV::turbo4, 128, TURBOQUANT_BLOCK_BYTES(4, 128)},
+                      {"turbo3", KV::turbo3, 128, TURBOQUANT_BLOCK_BYTES(3, 128)},
+                      {"turbo2", KV::turbo2, 128, TURBOQUANT_BLOCK_BYTES(2, 128)},
                       {"q8_0", KV::q8_0, 32, 34},
                       {"f16", KV::f16, 1, 2}};
 const Type & type_of(const std::string & name) {
@@ -213,7 +213,7 @@ int main(int argc, char ** argv) {
     const Index none = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
     for (int bits = 4; bits >= 2; --bits) {
         const tq_type type = bits == 4 ? TQ_TURBO4 : bits == 3 ? TQ_TURBO3 : TQ_TURBO2;
-        const int64_t block_bytes = 2 + 16 * bits, rows = 131072, width = 1024, row = width / 128 * block_bytes;
+        const int64_t block_bytes = TURBOQUANT_BLOCK_BYTES(bits, 128), rows = 131072, width = 1024, row = width / 128 * block_bytes;
         float * values;
         void *encoded, *decoded;
         must(cudaMalloc(&values, 512 * width * 4), "cudaMalloc");

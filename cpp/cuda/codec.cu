@@ -467,6 +467,10 @@ cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
 
 } // namespace
 
+bool codec_supports(tq_type type) {
+    return with_format(type, [](auto) {});
+}
+
 cudaError_t encode_rows(const Store & store, cudaStream_t stream) { return encode(&store, 1, stream); }
 
 cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream) {

@@ -36,6 +36,9 @@ struct Store {
     Index index;
 };
 
+// Whether encode_rows and decode_rows cover the type.
+bool codec_supports(tq_type type);
+
 // Encode: the bytes are those of tq_encode_row. Two stores, of K and of V, take one launch if their types' blocks have
 // the same length; else cudaErrorNotSupported.
 cudaError_t encode_rows(const Store & store, cudaStream_t stream);

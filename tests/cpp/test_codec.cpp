@@ -48,11 +48,16 @@ double norm(const std::vector<double> & v) {
 
 // The index of element i, bit by bit as the layout is written in FORMAT.md.
 int index_of(const tq_type_info & t, const uint8_t * q, int i) {
-    if (t.bits == 4) return i < t.block / 2 ? q[i] & 15 : q[i - t.block / 2] >> 4;
     const int quarter = t.block / 4;
-    int index = (q[i % quarter] >> (2 * (i / quarter))) & 3;
-    if (t.bits == 3) index += 4 * ((q[quarter + i / 8] >> (i % 8)) & 1);
-    return index;
+    const auto low = [&] { return (q[i % quarter] >> (2 * (i / quarter))) & 3; };
+    switch (t.family) {
+        case TQ_TURBO4: return i < t.block / 2 ? q[i] & 15 : q[i - t.block / 2] >> 4;
+        case TQ_TURBO3: return low() + 4 * ((q[quarter + i / 8] >> (i % 8)) & 1);
+        case TQ_TURBO2: return low();
+        default:
+            std::fprintf(stderr, "test_codec: the layout of %s is to be written here\n", t.name);
+            std::exit(EXIT_FAILURE);
+    }
 }
 
 std::vector<double> rotated_values(const tq_type_info & t, const uint8_t * block) {

@@ -186,6 +186,7 @@ int main(int argc, char ** argv) {
     const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
     for (int i = 0; i < TQ_TYPE_COUNT; ++i) {
         const tq_type type = type_at(i);
+        CHECK(codec_supports(type));
         for (const Input & input : inputs()) {
             encode_equals_cpu(type, input, 1, 1);
             encode_equals_cpu(type, input, 3, 5);
@@ -206,6 +207,7 @@ int main(int argc, char ** argv) {
             encode_two(type_at(first), type_at(second), 3, 0, 1);
             encode_two(type_at(first), type_at(second), 1, 70, 2);
         }
+    CHECK(!codec_supports(TQ_TYPE_COUNT));
     CHECK_EQ(encode_rows({TQ_TURBO4, dense(nullptr, 0), dense(nullptr, 0), {100, 1, 1, 1}, no_index}, nullptr),
              cudaErrorNotSupported);
     must(cudaDeviceSynchronize(), "at the end");

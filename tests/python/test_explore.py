@@ -127,6 +127,16 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+def test_the_controls_offer_the_types():
+    frame = (ROOT / "python/turboquant/explore/page.html").read_text(encoding="utf-8")
+    blocks = {int(value) for value in re.findall(r'name="n" value="(\d+)"', frame)}
+    ranges = re.findall(r'data-state="bits" min="(\d)" max="(\d)"', frame)
+    assert ranges
+    for least, most in ranges:
+        offered = {(bits, n) for bits in range(int(least), int(most) + 1) for n in blocks}
+        assert offered == {(info.bits, info.block) for info in turboquant.types()}
+
+
 def test_wasm_is_current():
     result = check_wasm(ROOT)
     if result.returncode == 3:
