@@ -6,26 +6,23 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from turboquant.errors import TurboQuantError
-from turboquant.fetch import resolve_model
-from turboquant.llama.paths import bundled_model, bundled_text, cache_dir
-from turboquant.llama.progress import Reporter, Track
-
+from ..errors import TurboQuantError
+from ..fetch import resolve_model
+from ..llama.paths import bundled_model, bundled_text, cache_dir
+from ..llama.progress import Reporter, Track, plain_console
 from ..measure.measurer import Measurer
-from ..measure.needle import ask, fit_needles, template_for
+from ..measure.needle import template_for
 from ..measure.pairs import CachePair, parse_pairs
 from ..measure.programs import ProgramError, Programs
 from ..measure.results import Results, write_text
-from . import demo as demos
-from .report import notes, table, to_json, to_markdown
-from .rows import Options, Row, measure
+from .demo import show_demo
+from .report import show, to_json, to_markdown
+from .rows import Options, measure
 
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
 
@@ -59,7 +56,7 @@ def evaluate(
     Results are remembered in the cache folder; what was measured once with the same build, model, text and options is
     shown at once.
     """
-    console = _console(sys.stdout.isatty())
+    console = plain_console()
     # As Ctrl-C does, so that the running program is ended and the scratch folder removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -81,90 +78,24 @@ def evaluate(
         if demo:
             try:
                 measurer = Measurer(model_path, text_path, programs, results, folder)
-                _demo(console, CachePair.parse(demo), options, measurer)
+                show_demo(console, CachePair.parse(demo), options, measurer)
             except ProgramError as error:  # the table is measured all the same
                 console.print(f"\nThis could not be shown: {error.reason}.\n", markup=False, highlight=False)
         if headline:
             console.print(headline, markup=False, highlight=False)
         started = time.monotonic()
-        with _Display(Reporter(_console(sys.stderr.isatty(), stderr=True))) as display:
+        with _Display(Reporter(plain_console(stderr=True))) as display:
             rows = measure(options, programs, results, folder, display.update)
-        _show(console, rows, options, programs, started, display.runs)
+        took = f"{time.monotonic() - started:.0f} s" if display.runs else "all remembered"
+        show(console, rows, options, programs.threads, took)
         if markdown:
             write_text(markdown, to_markdown(rows))
         if json_path:
             about = {"model": str(options.model), "text": str(options.text), "ctx": ctx, "chunks": chunks}
             write_text(json_path, to_json(rows, **about, threads=programs.threads, distance=distance))
     except (TurboQuantError, OSError, ValueError) as error:
-        _console(sys.stderr.isatty(), stderr=True).print(
-            f"error: {error}", markup=False, highlight=False, soft_wrap=True
-        )
+        plain_console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def _demo(console: Console, pair: CachePair, options: Options, measurer: Measurer) -> None:
-    programs, results = measurer.programs, measurer.results
-    common = {"demo": 2, "build": measurer.build, "model": measurer.model_hash}
-    common |= {"pair": str(pair), "threads": programs.threads}
-
-    key = {**common, "what": "text", "request": demos.REQUEST, "opening": demos.OPENING}
-    known = results.get(key)
-    chats = known["chat"] if known else demos.has_chat_template(programs, options.model)
-    what = f"{'An answer' if chats else 'A story'}, written with K in {pair.k} and V in {pair.v}"
-    console.print(f"{what}{' (remembered)' if known else ''}:\n", markup=False, highlight=False)
-    stream = _Stream()
-    stream.write(f"> {demos.REQUEST}\n\n" if chats else demos.OPENING)
-    if known is None:
-        write = demos.chat if chats else demos.write_story
-        written = write(programs, options.model, pair, on_text=stream.write)
-        results.put(key, {"chat": chats, **asdict(written)})
-    else:
-        written = demos.Written(known["text"], known["ended"])
-        stream.write(written.text)
-    stream.end(cut=not written.ended)
-
-    if not options.needles:
-        return
-    text = options.text.read_text(encoding="utf-8", errors="replace")
-    try:
-        (needle,) = fit_needles(
-            text, 1, options.distance, options.needle_ctx, measurer.count_tokens, template=options.template
-        )
-    except ValueError as error:
-        console.print(f"No question is asked: {error}.\n", markup=False, highlight=False)
-        return
-    key = {**common, "prompt": needle.prompt}
-    answers = results.get(key)
-    note = " (remembered)" if answers else ""
-    console.print(f"Hidden {needle.distance:,} characters before the question: {needle.note}", highlight=False)
-    console.print(f"Question: {needle.question}", highlight=False)
-    if answers is None:
-        answers = ask(programs, options.model, [needle], pair)
-        results.put(key, answers)
-    verdict = "right" if answers == [needle.number] else f"wrong, it is {needle.number}"
-    console.print(f"Answer: {answers[0]} ({verdict}){note}\n", highlight=False, markup=False)
-
-
-def _show(
-    console: Console, rows: list[Row], options: Options, programs: Programs, started: float, runs: int
-) -> None:
-    took = "all remembered" if runs == 0 else f"{time.monotonic() - started:.0f} s"
-    title = (
-        f"{options.model.name}, {options.text.name}: {options.chunks} x {options.ctx} tokens, "
-        f"{programs.threads} threads ({took})"
-    )
-    caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
-    caption += "\nKLD (nats per token) and same top token: against the model's own f16 cache."
-    if distances := [row.distance for row in rows if row.distance]:
-        nearest = min(options.distance, *distances)
-        caption += f"\nNeedle: a number {nearest:,} characters before the question, greedy decoding."
-        if nearest < options.distance:
-            caption += f" More do not fit into {options.needle_ctx} tokens."
-    console.print(f"\n{title}\n", highlight=False, markup=False, soft_wrap=True)
-    console.print(table(rows), highlight=False)
-    console.print(f"\n{caption}", highlight=False, markup=False, soft_wrap=True)
-    for line in notes(rows):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Display:
@@ -190,32 +121,6 @@ class _Display:
             self.runs += 1
             self._track = self._stack.enter_context(self._reporter.track(f"measuring {what}", total))
         self._track.update(done)
-
-
-class _Stream:
-    """Write model output as it comes; off a terminal, control characters are dropped."""
-
-    def __init__(self) -> None:
-        self._trailing = ""
-
-    def write(self, text: str) -> None:
-        # Models may emit anything: escape sequences must not reach the terminal either.
-        text = self._trailing + "".join(one for one in text if one.isprintable() or one == "\n")
-        body = text.rstrip("\n")  # llama-completion ends with blank lines
-        self._trailing = text[len(body) :]
-        sys.stdout.write(body.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
-        sys.stdout.flush()
-
-    def end(self, cut: bool) -> None:
-        dots = (" …" if "utf" in sys.stdout.encoding.lower() else " ...") if cut else ""
-        sys.stdout.write(f"{dots}\n\n")
-        sys.stdout.flush()
-
-
-def _console(terminal: bool, stderr: bool = False) -> Console:
-    # Decided by the stream alone: FORCE_COLOR must not put control characters into a file.
-    width = None if terminal else 110
-    return Console(force_terminal=terminal, no_color=not terminal or None, width=width, stderr=stderr)
 
 
 def _file(path: Path) -> Path:

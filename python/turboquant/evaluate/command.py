@@ -9,14 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from ..errors import TurboQuantError
 from ..fetch import resolve_model
 from ..llama.build import where
 from ..llama.files import read_json
 from ..llama.paths import bundled_model, bundled_text, cache_dir
-from ..llama.progress import Reporter
+from ..llama.progress import Reporter, plain_console
 from ..measure import needle
 from ..measure.pairs import CachePair, parse_pairs
 from ..measure.programs import Programs
@@ -179,8 +177,7 @@ def _write(out: Path | None, name: str, command: Sequence[str], files: dict[str,
 
 
 def _show(report: Comparison, folder: Path) -> None:
-    terminal = sys.stdout.isatty()
-    console = Console(force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110)
+    console = plain_console()
     console.print(page.table(report), highlight=False)
     console.print()
     for line in page.alarms(report):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 from .. import __version__
 from ..errors import TurboQuantError
 from ..measure import needle
-from ..measure.measurer import BASELINE, Measurer, Quality, Run, format_bits
+from ..measure.measurer import BASELINE, Measurer, Quality, Run
 from ..measure.pairs import CachePair
 from ..measure.perplexity import Divergence, base_bytes
 from ..measure.programs import ProgramError, Programs
@@ -396,20 +395,17 @@ def _speed(
 
 
 def _divergence(quality: Quality) -> Divergence:
-    assert isinstance(quality.values, Divergence)
-    return quality.values
+    assert quality.divergence is not None
+    return quality.divergence
 
 
 def _not_finite(found: list[Quality]) -> list[str]:
-    """A reason if any of the numbers is none."""
-    broken = [quality for quality in found if not math.isfinite(_divergence(quality).kld)]
-    return [f"its predictions are not finite (KLD {_divergence(broken[0]).kld})"] if broken else []
+    """The reasons of those whose numbers are none."""
+    return [quality.failure for quality in found if quality.failure]
 
 
 def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
-    size, whole = quality.caches.total(), f16.caches.total()
-    bits_k = format_bits(size.type_k, size.k_mib, whole.k_mib)
-    bits_v = format_bits(size.type_v, size.v_mib, whole.v_mib)
+    size, (bits_k, bits_v) = quality.caches.total(), quality.bits(f16)
     # From f16's size, where the log's rounding weighs least.
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16

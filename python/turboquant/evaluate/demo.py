@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..measure.needle import generated_all
+from rich.console import Console
+
+from ..measure.measurer import Measurer
+from ..measure.needle import fit_needles, generated_all
 from ..measure.pairs import CachePair
 from ..measure.programs import ProgramError, Programs
+from .rows import Options
 
-__all__ = ["OPENING", "REQUEST", "Written", "chat", "has_chat_template", "write_story"]
+__all__ = ["OPENING", "REQUEST", "Written", "chat", "has_chat_template", "show_demo", "write_story"]
 
 OPENING = "The lighthouse keeper had not spoken to anyone for eleven days when, towards evening,"
 """What a story begins with."""
@@ -114,3 +119,72 @@ class _WithoutEnd:
 
     def flush(self) -> None:
         self._on_text(self._held.rstrip().removesuffix(_END).rstrip())
+
+
+# ---- on the terminal -------------------------------------------------------------------------------------------------
+
+
+def show_demo(console: Console, pair: CachePair, options: Options, measurer: Measurer) -> None:
+    """Print some text and, unless `options` has no needles, one question and its answer; all are remembered.
+
+    Raises:
+        ProgramError: llama-completion failed.
+    """
+    programs, results = measurer.programs, measurer.results
+    key = {
+        "demo": 2, "build": measurer.build, "model": measurer.model_hash, "pair": str(pair),
+        "threads": programs.threads, "what": "text", "request": REQUEST, "opening": OPENING,
+    }  # fmt: skip
+    known = results.get(key)
+    chats = known["chat"] if known else has_chat_template(programs, options.model)
+    what = f"{'An answer' if chats else 'A story'}, written with K in {pair.k} and V in {pair.v}"
+    console.print(f"{what}{' (remembered)' if known else ''}:\n", markup=False, highlight=False)
+    stream = _Stream()
+    stream.write(f"> {REQUEST}\n\n" if chats else OPENING)
+    if known is None:
+        write = chat if chats else write_story
+        written = write(programs, options.model, pair, on_text=stream.write)
+        results.put(key, {"chat": chats, **asdict(written)})
+    else:
+        written = Written(known["text"], known["ended"])
+        stream.write(written.text)
+    stream.end(cut=not written.ended)
+    if options.needles:
+        _show_question(console, pair, options, measurer)
+
+
+def _show_question(console: Console, pair: CachePair, options: Options, measurer: Measurer) -> None:
+    text = options.text.read_text(encoding="utf-8", errors="replace")
+    try:
+        (needle,) = fit_needles(
+            text, 1, options.distance, options.needle_ctx, measurer.count_tokens, template=options.template
+        )
+    except ValueError as error:
+        console.print(f"No question is asked: {error}.\n", markup=False, highlight=False)
+        return
+    note = " (remembered)" if measurer.stored_answer(needle, pair, options.needle_ctx) is not None else ""
+    console.print(f"Hidden {needle.distance:,} characters before the question: {needle.note}", highlight=False)
+    console.print(f"Question: {needle.question}", highlight=False)
+    answer = measurer.answer(needle, pair, options.needle_ctx)
+    verdict = "right" if answer == needle.number else f"wrong, it is {needle.number}"
+    console.print(f"Answer: {answer} ({verdict}){note}\n", highlight=False, markup=False)
+
+
+class _Stream:
+    """Write model output as it comes; off a terminal, control characters are dropped."""
+
+    def __init__(self) -> None:
+        self._trailing = ""
+
+    def write(self, text: str) -> None:
+        # Models may emit anything: escape sequences must not reach the terminal either.
+        text = self._trailing + "".join(one for one in text if one.isprintable() or one == "\n")
+        body = text.rstrip("\n")  # llama-completion ends with blank lines
+        self._trailing = text[len(body) :]
+        sys.stdout.write(body.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        sys.stdout.flush()
+
+    def end(self, cut: bool) -> None:
+        dots = (" …" if "utf" in sys.stdout.encoding.lower() else " ...") if cut else ""
+        sys.stdout.write(f"{dots}\n\n")
+        sys.stdout.flush()

@@ -7,11 +7,12 @@ import re
 from dataclasses import asdict
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from .rows import Row
+from .rows import Options, Row
 
-__all__ = ["COLUMNS", "cells", "code", "escape", "notes", "table", "to_json", "to_markdown"]
+__all__ = ["COLUMNS", "cells", "code", "escape", "notes", "show", "table", "to_json", "to_markdown"]
 
 COLUMNS = ("cache K/V", "bits/value", "KV MiB", "perplexity", "KLD", "same top token", "needles found")
 _NARROW = ("cache K/V", "bits/\nvalue", "KV MiB", "perplexity", "KLD", "same top\ntoken", "needles\nfound")
@@ -44,6 +45,24 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         result.add_row(*(cell.replace(" ± ", "±").replace(" %", "%") for cell in cells(row)))
     return result
+
+
+def show(console: Console, rows: list[Row], options: Options, threads: int, took: str) -> None:
+    """Print the table, what it is of, and what is to be said of it; `took` is the time or why it took none."""
+    title = f"{options.model.name}, {options.text.name}: {options.chunks} x {options.ctx} tokens"
+    title += f", {threads} threads ({took})"
+    caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
+    caption += "\nKLD (nats per token) and same top token: against the model's own f16 cache."
+    if distances := [row.distance for row in rows if row.distance]:
+        nearest = min(options.distance, *distances)
+        caption += f"\nNeedle: a number {nearest:,} characters before the question, greedy decoding."
+        if nearest < options.distance:
+            caption += f" More do not fit into {options.needle_ctx} tokens."
+    console.print(f"\n{title}\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(table(rows), highlight=False)
+    console.print(f"\n{caption}", highlight=False, markup=False, soft_wrap=True)
+    for line in notes(rows):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def to_markdown(rows: list[Row]) -> str:

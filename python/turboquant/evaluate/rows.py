@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..measure import needle, perplexity
-from ..measure.measurer import BASELINE, Measurer, Progress, Quality, Run, format_bits, stepper
+from ..measure import needle
+from ..measure.measurer import BASELINE, Measurer, Progress, Quality, Run, stepper
 from ..measure.pairs import CachePair
 from ..measure.programs import ProgramError, Programs
 from ..measure.results import Results
@@ -113,9 +112,7 @@ def measure(
     assert base is not None
     quality = {BASELINE: base, **{run.pair: found[run] for run in runs if run in found}}
     failures = {run.pair: reason for run, reason in failed.items()}
-    for pair, one in quality.items():
-        if isinstance(one.values, perplexity.Divergence) and not math.isfinite(one.values.kld):
-            failures[pair] = f"its predictions are not finite (KLD {one.values.kld})"
+    failures |= {pair: one.failure for pair, one in quality.items() if one.failure}
 
     needles, why = _needles(measurer, options)
     rows = []
@@ -170,13 +167,13 @@ def _row(
     needles: list[needle.Needle],
     needle_failure: str | None,
 ) -> Row:
-    values, size, f16 = quality[pair].values, quality[pair].caches.total(), quality[BASELINE].caches.total()
-    divergence = values if isinstance(values, perplexity.Divergence) and pair != BASELINE else None
+    values, divergence, size = quality[pair].values, quality[pair].divergence, quality[pair].caches.total()
+    bits_k, bits_v = quality[pair].bits(quality[BASELINE])
     return Row(
         k=pair.k,
         v=pair.v,
-        bits_k=format_bits(size.type_k, size.k_mib, f16.k_mib),
-        bits_v=format_bits(size.type_v, size.v_mib, f16.v_mib),
+        bits_k=bits_k,
+        bits_v=bits_v,
         k_mib=size.k_mib,
         v_mib=size.v_mib,
         ppl=values.ppl,

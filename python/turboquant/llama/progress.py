@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["Reporter", "Track", "duration"]
+__all__ = ["Reporter", "Track", "duration", "plain_console"]
 
 Unit = Literal["steps", "bytes", "work"]
 """What is counted; "work" is shown as a percentage alone."""
@@ -35,6 +36,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole // 60 % 60:02} min"
+
+
+def plain_console(stderr: bool = False) -> Console:
+    """A console whose stream alone decides: FORCE_COLOR must not put control characters into a file."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110, stderr=stderr
+    )
 
 
 class Track:

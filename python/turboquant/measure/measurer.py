@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,24 @@ class Quality:
 
     values: perplexity.Base | perplexity.Divergence
     caches: Caches
+
+    @property
+    def divergence(self) -> perplexity.Divergence | None:
+        """None for the base's own run."""
+        return self.values if isinstance(self.values, perplexity.Divergence) else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the numbers are none, if they are not."""
+        if self.divergence is None or math.isfinite(self.divergence.kld):
+            return None
+        return f"its predictions are not finite (KLD {self.divergence.kld})"
+
+    def bits(self, f16: Quality) -> tuple[float, float]:
+        """Bits per value of K and of V, where `f16` had the same cells."""
+        size, whole = self.caches.total(), f16.caches.total()
+        bits_k = format_bits(size.type_k, size.k_mib, whole.k_mib)
+        return bits_k, format_bits(size.type_v, size.v_mib, whole.v_mib)
 
 
 class Measurer:
