@@ -157,9 +157,10 @@ void equals_reference(const Shape & s, double bound) {
     const size_t results = size_t(s.streams * s.tokens * s.heads * head);
     DeviceArray<float> dst(results);
     a.dst = dst.get();
-    if (!CHECK(attention_supports(a))) return;
-    DeviceArray<uint8_t> workspace(attention_workspace(a));
-    must(attention(a, workspace.get(), nullptr), "attention");
+    AttentionPlan plan;
+    if (!CHECK(plan_attention(a, plan))) return;
+    DeviceArray<uint8_t> workspace(plan.workspace_bytes);
+    must(attention(a, plan, workspace.get(), nullptr), "attention");
     must(cudaDeviceSynchronize(), "attention");
     const std::vector<float> got = dst.host();
 
@@ -322,13 +323,14 @@ int main(int argc, char ** argv) {
         equals_reference(s, bound_of(s));
     }
     Attention a = {};
+    AttentionPlan plan;
     a.heads = a.kv_heads = a.tokens = a.streams = a.kv_streams = 1;
     a.n_kv = 32;
     a.head = 96;
-    CHECK(!attention_supports(a));
+    CHECK(!plan_attention(a, plan));
     a.head = 128;
     a.type_k = a.type_v = KV::f16;
-    CHECK(!attention_supports(a));
+    CHECK(!plan_attention(a, plan));
     must(cudaDeviceSynchronize(), "at the end");
     return check::summary();
 }
