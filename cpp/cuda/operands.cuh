@@ -164,21 +164,33 @@ __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 1
 constexpr float magic = 12582912.0f; // 1.5 * 2^23
 constexpr int magic_bits = 0x4b400000;
 
-// Weights times V's scales as integers of at most 15 bits of a common scale: operands of their high and low bytes. With
-// four columns, columns 4-7 take the low bytes and `low` is not used.
+// The greater magnitude; NaN if one of the two is none. `a` is a magnitude already.
+__device__ __forceinline__ float greater_magnitude(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float out;
+    asm("max.ftz.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(fabsf(b)));
+    return out;
+#else
+    return fmaxf(a, fabsf(b));
+#endif
+}
+
+// Weights times V's scales, which may be negative, as 16-bit integers of a common scale: operands of their high and low
+// bytes. With four columns, columns 4-7 take the low bytes and `low` is not used. Where a scale is no number, nor is the
+// common one.
 struct Weights {
     uint32_t high[2], low[2];
     float scale; // of the lane's column
 };
 
 template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], int quad) {
-    float top = w[0];
+    float top = fabsf(w[0]);
 #pragma unroll
-    for (int i = 1; i < 8; ++i) top = fmaxf(top, w[i]);
-    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
+    for (int i = 1; i < 8; ++i) top = greater_magnitude(top, w[i]);
+    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 1));
+    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 2));
     Weights out;
-    const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f;
+    const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f; // 127 * 256
     out.scale = top * (1.0f / 32512.0f);
     const bool low = Paired && quad >= 4;
     if (!low) out.scale *= 256.0f;
