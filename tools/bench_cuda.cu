@@ -196,7 +196,10 @@ int main(int argc, char ** argv) {
                 Attention layer = a;
                 layer.k = k[size_t(i)];
                 layer.v = v[size_t(i)];
-                must(attention(layer, plan, workspace, s), "attention");
+                AttentionPlan layer_plan;
+                must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
+                                                       : cudaErrorNotSupported,
+                     "attention");
             });
             std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
                         "\"share\": %.3f}\n",

@@ -2,10 +2,10 @@
 // and merges what thread blocks leave; the instances are compiled in files of their own.
 //
 // A thread block takes a run of KV rows for several KV heads, whose rows lie side by side, and for up to eight query
-// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async (load.cuh). Each warp
-// takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores (mma.cuh),
-// whose operands come from byte permutes (query.cuh, operands.cuh). Queries are rotated once, and the output is rotated
-// back once, by whoever has merged all parts of it (softmax.cuh).
+// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async (load.cuh). Each
+// warp takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores
+// (mma.cuh), whose operands come from byte permutes (query.cuh, operands.cuh). Queries are rotated once, and the output
+// is rotated back once, by whoever has merged all parts of it (softmax.cuh).
 #ifndef TURBOQUANT_CUDA_ATTENTION_H
 #define TURBOQUANT_CUDA_ATTENTION_H
 
@@ -17,34 +17,34 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// o, of columns 2 * in_quad and the next, times the factors of their columns.
+// Of the output a lane has columns 2 * in_quad and the next; of the factors the column `quad`.
 template <int D>
-__device__ __forceinline__ void correct_output(float (&o)[D / 16][4], float correction, int in_quad) {
+__device__ __forceinline__ void correct_output(float (&sums)[D / 16][4], float correction, int in_quad) {
     if (!__any_sync(all_lanes, correction != 1.0f)) return;
     const float c0 = __shfl_sync(all_lanes, correction, 8 * in_quad),
                 c1 = __shfl_sync(all_lanes, correction, 8 * in_quad + 4);
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) o[i][j] *= j & 1 ? c1 : c0;
+        for (int j = 0; j < 4; ++j) sums[i][j] *= j & 1 ? c1 : c0;
 }
 
 // What a warp has of its columns when all its tiles are done: sums over its rows.
 template <int D>
-__device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&o)[D / 16][4], bool paired) {
+__device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&sums)[D / 16][4], bool paired) {
     state.sum += __shfl_xor_sync(all_lanes, state.sum, 1);
     state.sum += __shfl_xor_sync(all_lanes, state.sum, 2);
     if (!paired) return;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(all_lanes, o[i][j], 2); // the low bytes' columns
+        for (int j = 0; j < 4; ++j) sums[i][j] += __shfl_xor_sync(all_lanes, sums[i][j], 2); // the low bytes' columns
 }
 
 // A warp's part of its query rows, for merge_kernel.
 template <KV TV, int D>
 __device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place, const SoftmaxState & state,
-                                           const float (&o)[D / 16][4], bool has_state, bool has_output) {
+                                           const float (&sums)[D / 16][4], bool has_state, bool has_output) {
     const AttentionPlan & p = call.plan;
     const int part = blockIdx.x * p.row_tiles + place.row_tile;
     const auto at = [&](int column) { return query_row(call, place.stream, place.kv_head(), column) * p.parts + part; };
@@ -53,14 +53,14 @@ __device__ __forceinline__ void store_part(const AttentionCall & call, const Pla
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int column = place.first_column + 2 * place.in_quad + j;
-        if (column < p.columns) store_output<TV, D>(call.partial + at(column) * D, o, j, place.quad);
+        if (column < p.columns) store_output<TV, D>(call.partial + at(column) * D, sums, j, place.quad);
     }
 }
 
 // A thread block that had all KV rows: its warps' parts meet in shared memory, and each warp finishes query rows.
 template <KV TV, int D>
 __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Place & place, uint8_t * shared,
-                                            const SoftmaxState & state, const float (&o)[D / 16][4], bool has_state,
+                                            const SoftmaxState & state, const float (&sums)[D / 16][4], bool has_state,
                                             bool has_output) {
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
@@ -73,8 +73,10 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     if (has_state) states[place.warp * p.column_tile + place.quad] = state;
     if (has_output && some) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-            store_output<TV, D>(results + (place.warp * p.column_tile + 2 * place.in_quad + j) * D, o, j, place.quad);
+        for (int j = 0; j < 2; ++j) {
+            const int row = place.warp * p.column_tile + 2 * place.in_quad + j;
+            store_output<TV, D>(results + row * D, sums, j, place.quad);
+        }
     }
     __syncthreads();
     for (int task = place.warp; task < p.block_heads * p.column_tile; task += warps) {
@@ -111,60 +113,61 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     attention_kernel(const __grid_constant__ AttentionCall call) {
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
-    const Attention & a = call.a;
-    const AttentionPlan & p = call.plan;
+    const AttentionPlan & plan = call.plan;
     const Place place(call);
     const int quad = place.quad, in_quad = place.in_quad;
-    const int column = place.first_column + (place.paired ? quad % 4 : quad);
-    const bool valid = column < p.columns;
-    const int token = valid ? column / p.group : 0, group_head = valid ? column % p.group : 0;
-    Mask mask(call, place, token, place.kv_head() * p.group + group_head);
+    const int column = place.first_column + (place.paired ? quad % 4 : quad); // the lane's, of scores
+    const bool valid = column < plan.columns;
+    const int token = valid ? column / plan.group : 0, group_head = valid ? column % plan.group : 0;
+    Mask mask(call, place, token, place.kv_head() * plan.group + group_head);
     const Stages<TK, TV, D> stages(call, place, shared);
 
     stages.prefetch_rows();
-    if (threadIdx.x == 0) prefetch(a.q);
+    if (threadIdx.x == 0) prefetch(call.a.q);
     if (mask.row && threadIdx.x == 0) prefetch(mask.row);
     wait_for_previous();
-    float queries[4][D / 32];
-    load_queries<D>(call, place, place.row_tile, queries);
+    float values[4][D / 32];
+    load_queries<D>(call, place, place.row_tile, values);
     stages.start();
     mask.load(place.begin + place.row_tile * tile_rows);
-    uint32_t q[D / 32][4];
-    uint8_t * scratch = shared + (p.stages - 1) * stages.bytes; // the last stage is not in use yet
+    uint32_t query[D / 32][4];
+    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // as yet
     const float to_score =
-        prepare_queries<TK, D>(call, place, scratch + place.head_in_block * query_scratch<D>, queries, q);
-    const float to_log2 = a.soft_cap != 0 ? log2e : to_score * log2e; // of what the soft cap leaves
+        prepare_queries<TK, D>(call, place, unused + place.head_in_block * query_scratch<D>, values, query);
+    const bool capped = call.a.soft_cap != 0;
+    const float to_log2 = capped ? log2e : to_score * log2e;
 
     SoftmaxState state = {nothing_seen, 0};
-    float o[D / 16][4] = {};
-    for (int at = 0, stage = 0; at < place.length; at += stages.rows, stage = stages.after(stage)) {
-        stages.advance(at, stage);
-        const int first = at + place.row_tile * tile_rows, next = first + stages.rows; // rows of the warp
+    float sums[D / 16][4] = {};
+    for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
+        stages.advance(row, stage);
+        const int first = row + place.row_tile * tile_rows; // of the warp's tile
         if (first >= place.length) continue;
         if (mask.hides_all()) {
-            if (next < place.length) mask.load(place.begin + next);
+            if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows);
             continue;
         }
         const uint8_t * memory = shared + stage * stages.bytes;
-        float s[8];
-        scores<TK, D>(q, memory, stages, p.pitch_k, in_quad, s);
-        if (a.soft_cap != 0) cap_scores(a.soft_cap, to_score, s);
-        mask.apply(to_log2, s);
-        if (next < place.length) mask.load(place.begin + next);
-        const float top = largest_score(s);
-        const float correction = add_scores(state, top, s);
-        correct_output<D>(o, correction, in_quad);
+        float score[8];
+        scores<TK, D>(query, memory, stages, plan.pitch_k, in_quad, score);
+        if (capped) cap_scores(call.a.soft_cap, to_score, score);
+        mask.apply(to_log2, score);
+        if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step
+        const float largest = largest_score(score);
+        float(&weight)[8] = score;
+        const float correction = add_scores(state, largest, weight);
+        correct_output<D>(sums, correction, in_quad);
         // sparse V: a tile of weights that are all small, or zero
-        if (!__any_sync(all_lanes, valid && !(exp2f(top - state.largest) <= a.sparse_v))) continue;
+        if (!__any_sync(all_lanes, valid && !(exp2f(largest - state.largest) <= call.a.sparse_v))) continue;
         const uint8_t *row0 = memory + stages.v_row0, *row1 = memory + stages.v_row1;
-        if (place.paired) output<TV, D, true>(o, s, row0, row1, p.pitch_v, quad, in_quad);
-        else output<TV, D, false>(o, s, row0, row1, p.pitch_v, quad, in_quad);
+        if (place.paired) output<TV, D, true>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
+        else output<TV, D, false>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
     }
-    add_lanes<D>(state, o, place.paired);
+    add_lanes<D>(state, sums, place.paired);
 
     const bool has_state = in_quad == 0 && (!place.paired || quad < 4), has_output = !place.paired || in_quad < 2;
-    if (gridDim.x > 1) store_part<TV, D>(call, place, state, o, has_state && valid, has_output);
-    else finish_rows<TV, D>(call, place, shared, state, o, has_state, has_output);
+    if (gridDim.x > 1) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
+    else finish_rows<TV, D>(call, place, shared, state, sums, has_state, has_output);
 }
 
 } // namespace

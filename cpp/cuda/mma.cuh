@@ -102,8 +102,8 @@ __device__ __forceinline__ void accumulate(float (&o)[4], const Levels<4> & v, c
     }
 }
 
-// o += V of a tile's 32 rows times the weights p of the lane's eight rows: row0, row1, then 8, 16 and 24 further on. o[i]
-// is one of the D / 16 products; store_output knows which elements.
+// o += V of a tile's 32 rows times the weights p of the lane's eight rows: row0, row1, then 8, 16 and 24 further on.
+// o[i] is one of the D / 16 products; store_output knows which elements.
 template <KV TV, int D, bool Paired>
 __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0,
                                        const uint8_t * row1, int pitch, int quad, int in_quad) {

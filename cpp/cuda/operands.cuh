@@ -1,7 +1,7 @@
 // From rows in shared memory to operands of the tensor cores: K's and V's levels, and the softmax's weights.
 //
-// A product's inner index may be summed in any order, as long as both operands have the same. So operands keep the order
-// in which values lie packed: eight indices of a unit become eight nibbles, and byte permutes look levels up with
+// A product's inner index may be summed in any order, as long as both operands have the same. So operands keep the
+// order in which values lie packed: eight indices of a unit become eight nibbles, and byte permutes look levels up with
 // nibbles as selectors.
 //
 //   scores: A = queries, rows 0-7 their high bytes, 8-15 their low bytes;  B = K; inner index = elements
@@ -52,7 +52,7 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
 
 // ---- V
 
-// Of a block of V a lane computes whole units: eight elements of a turbo type, four of q8_0; two to a product.
+// Of a block of V a lane computes whole units: eight elements of a turbo type, four of q8_0; a product has two.
 template <KV TV, int D> struct ValueUnits {
     using L = Layout<TV, D>;
     static constexpr int count = L::turbo ? L::block / 64 : 1; // of a lane
@@ -64,8 +64,8 @@ template <KV TV, int D> struct ValueUnits {
     }
 };
 
-// Nibbles of one unit in four rows to selectors by element; see above. The low half of out[i] is that of nibble 0, 4, 1,
-// 5 for i = 0, 1, 2, 3, the high half of the nibble two further on.
+// Nibbles of one unit in four rows to selectors by element; see above. The low half of out[i] is that of nibble 0, 4,
+// 1, 5 for i = 0, 1, 2, 3, the high half that of the nibble two further on.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
     const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
                    odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
@@ -159,8 +159,8 @@ __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 1
 
 // ---- weights
 
-// Added to a float of at most 22 bits it leaves the nearest integer, as two's complement, in the low bits; an int32 that
-// starts as its bits, read as a float, is that number plus what was added to the int32.
+// Added to a float of at most 22 bits it leaves the nearest integer, as two's complement, in the low bits. An int32
+// that starts as its bits is, read as a float, this number plus what was added to the int32.
 constexpr float magic = 12582912.0f; // 1.5 * 2^23
 constexpr int magic_bits = 0x4b400000;
 
@@ -175,9 +175,9 @@ __device__ __forceinline__ float greater_magnitude(float a, float b) {
 #endif
 }
 
-// Weights times V's scales, which may be negative, as 16-bit integers of a common scale: operands of their high and low
-// bytes. With four columns, columns 4-7 take the low bytes and `low` is not used. Where a scale is no number, nor is the
-// common one.
+// Weights times V's scales, which may be negative, as 16-bit integers of a common scale: operands of their high and
+// low bytes. With four columns, columns 4-7 take the low bytes and `low` is not used. Where a scale is no number, the
+// common one is none either.
 struct Weights {
     uint32_t high[2], low[2];
     float scale; // of the lane's column

@@ -83,7 +83,8 @@ template <int P> struct Merged : MergedSum {
 
     using MergedSum::MergedSum;
 
-    // x: the part's values; of a part that saw no row they need not be there. Else a NaN stays, however small the factor.
+    // x: the part's values; of a part that saw no row they need not be there. Else a NaN stays, however small the
+    // factor is.
     __device__ __forceinline__ void add(const SoftmaxState & part, const float (&x)[P]) {
         const float weight = MergedSum::add(part);
         if (!saw_rows(part)) return;

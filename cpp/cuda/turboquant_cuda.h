@@ -1,5 +1,5 @@
-// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. Every function
-// only launches; it returns what cudaGetLastError says, or cudaErrorNotSupported for a type, shape or device that the
+// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. The functions
+// that return an error only launch: it is the launch's, or cudaErrorNotSupported for a type, shape or device that the
 // kernels do not cover (nothing was launched then). All memory is the caller's.
 #ifndef TURBOQUANT_CUDA_H
 #define TURBOQUANT_CUDA_H
@@ -55,6 +55,9 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(head, 128)
 
+// A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
+// f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because
+// the tensor cores multiply hidden values by zero.
 struct Attention {
     KV type_k, type_v;
     int head;            // 64, 128 or 256, of K and of V

@@ -65,7 +65,7 @@ template <int Bits, int N> struct Format : Codebook<Bits>, Block<N> {
     static constexpr int bytes = 2 + index_bytes;                 // fp16 d, then the indices
     static constexpr int high_offset = N / 4;                     // turbo3: hi[] follows lo[n/4]
     static constexpr float step_n = Codebook<Bits>::step_over_sqrt[Block<N>::index];
-    // d = (A/B) * rms * 2^k * this; see FORMAT.md, "Encoder"
+    // d = (E/A) * rms * 2^k * this; see FORMAT.md, "Encoder"
     static constexpr double scale_unit = 1.0 / (double(rms_unit) * double(step_n) * N);
 };
 static_assert(Format<4, 128>::bytes == 66 && Format<4, 64>::bytes == 34 && Format<4, 32>::bytes == 18, "turbo4");
