@@ -330,7 +330,7 @@ int main(int argc, char ** argv) {
         for (const KV v : types) {
             if (!turbo(k) && !turbo(v)) continue;
             for (const int head : {64, 128, 256}) {
-                if (quick && (head != 128 || k != KV::turbo4)) continue;
+                if (head != 128 ? quick || k != v : quick && k != KV::turbo4) continue;
                 Shape s;
                 s.type_k = k;
                 s.type_v = v;
