@@ -115,11 +115,12 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     let_next_start();
     const AttentionPlan & plan = call.plan;
     const Place place(call);
-    const int quad = place.quad, in_quad = place.in_quad;
+    const int quad = place.quad, in_quad = place.in_quad, kv_head = place.kv_head();
     const int column = place.first_column + (place.paired ? quad % 4 : quad); // the lane's, of scores
     const bool valid = column < plan.columns;
-    const int token = valid ? column / plan.group : 0, group_head = valid ? column % plan.group : 0;
-    Mask mask(call, place, token, place.kv_head() * plan.group + group_head);
+    const int token = valid ? column / plan.group : 0;
+    const int head = kv_head * plan.group + (valid ? column % plan.group : 0);
+    Mask mask(call, place, token, head);
     const Stages<TK, TV, D> stages(call, place, shared);
 
     stages.prefetch_rows();
@@ -139,8 +140,9 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
 
     SoftmaxState state = {nothing_seen, 0};
     float sums[D / 16][4] = {};
+    const int ahead = (plan.stages - 1) * stages.rows; // as far as rows are under way
     for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
-        stages.advance(row, stage);
+        stages.advance(row, stage, ahead);
         const int first = row + place.row_tile * tile_rows; // of the warp's tile
         if (first >= place.length) continue;
         if (mask.hides_all()) {

@@ -206,13 +206,14 @@ template <KV TK, KV TV, int D> struct Stages {
 #pragma unroll 1
         for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
     }
-    // Waits for `stage`, which has the rows from `at` on, and fills the one that was computed on before.
-    __device__ __forceinline__ void advance(int at, int stage) const {
+    // Waits for `stage`, which has the rows from `at` on, and fills the one that was computed on before, `ahead` rows on.
+    // (Computed here, `ahead` costs some instances registers that they spill.)
+    __device__ __forceinline__ void advance(int at, int stage, int ahead) const {
         const int stages = call.plan.stages;
         if (stages == 3) copy_wait<1>();
         else copy_wait<0>();
         __syncthreads();
-        load(at + (stages - 1) * rows, stage ? stage - 1 : stages - 1);
+        load(at + ahead, stage ? stage - 1 : stages - 1);
     }
     __device__ __forceinline__ int after(int stage) const { return stage + 1 == call.plan.stages ? 0 : stage + 1; }
 };

@@ -71,8 +71,11 @@ __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uin
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint8_t * group = memory + 8 * i * pitch;
+        float pair[2];
         score_pair<TK, D>(q, group + stages.k_operand, group + stages.k_scale0, group + stages.k_scale1, in_quad,
-                          s[2 * i], s[2 * i + 1]);
+                          pair[0], pair[1]);
+        s[2 * i] = pair[0];
+        s[2 * i + 1] = pair[1];
     }
 }
 
