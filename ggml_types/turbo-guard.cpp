@@ -392,15 +392,21 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
     return powers;
 }
 
-double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type) {
+double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type,
+                         bool rotated) {
     if (!ggml_is_quantized(type)) {
         return 0.0; // half precision: five orders of magnitude below the types that the guard is for
     }
     const size_t head     = cache.head;
     const size_t heads_k  = cache.k.size() / head;
     const size_t heads_q  = reader.q.size() / head;
-    const bool   turbo    = turbo_is_type(type);
-    const size_t block    = ggml_blck_size(type);
+    const bool   spread   = rotated || turbo_is_type(type);
+    size_t       block    = ggml_blck_size(type);
+    if (rotated && !turbo_is_type(type)) { // llama.cpp turns as much of a head as a power of two can
+        for (block = 64; head % (2 * block) == 0;) {
+            block *= 2;
+        }
+    }
     const size_t group    = std::max<size_t>(1, heads_q / std::max<size_t>(1, heads_k));
     double       worst    = 0.0;
     for (size_t h = 0; h < heads_q; ++h) {
@@ -416,7 +422,7 @@ double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_powe
                 sum_q += q[i];
                 top_k = std::max(top_k, (double) k[i]);
             }
-            if (turbo) { // the rotation spreads a relative error evenly over the block
+            if (spread) { // the rotation spreads a relative error evenly over the block
                 noise += relative_error(type) * sum_k * sum_q / block;
             } else {
                 // Levels are as far apart as the largest value asks for. Its square is 4.4 times the mean for 32 normal

@@ -26,5 +26,7 @@ struct turbo_layer_power {
 std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, int n_threads);
 
 // The standard deviation, in nats, of the error that keys of that type cause in a score: the worst query head that
-// reads the keys of `cache`. Queries of other layers that read the same cache are passed as `reader`.
-double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type);
+// reads the keys of `cache`. Queries of other layers that read the same cache are passed as `reader`. rotated: llama.cpp
+// rotates keys of types that do not rotate for themselves.
+double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type,
+                         bool rotated);

@@ -181,6 +181,9 @@ std::vector<uint32_t> readers(const llama_hparams & hparams, uint32_t il) {
 // Keep K of each layer in the next type that holds the predicted noise of its scores below the limit.
 void apply_guard(const llama_hparams & hparams, const std::vector<turbo_layer_power> & powers) {
     std::map<std::string, std::vector<uint32_t>> unknown;
+    const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
+    const bool   rotated = turbo_rotates_by_layer(*t_chosen.model) && hparams.n_embd_head_k() % 64 == 0 &&
+                         !(disable && atoi(disable));
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
         if (!turbo_has_cache(hparams, il)) {
             continue;
@@ -190,7 +193,7 @@ void apply_guard(const llama_hparams & hparams, const std::vector<turbo_layer_po
             double worst = 0;
             for (const uint32_t reader : readers(hparams, il)) {
                 if (powers[reader].unknown.empty()) {
-                    worst = std::max(worst, turbo_score_noise(powers[il], powers[reader], type));
+                    worst = std::max(worst, turbo_score_noise(powers[il], powers[reader], type, rotated));
                 }
             }
             return worst;
@@ -469,8 +472,10 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
         return true;
     }
 
+    // The guard needs them for keys in turbo types, and a plan to be recognized.
+    const bool predict = auto_k || auto_v || (turbo_is_type(params.type_k) && t_chosen.limit > 0.0f);
     const std::vector<turbo_layer_power> powers =
-            turbo ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
+            predict ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
     turbo_plan       plan;
     const plan_state planned = auto_k || auto_v ? choose_plan(model, powers, plan) : plan_state::none;
     if (planned == plan_state::refused) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "turbo-ggml.h"
+#include "turbo-rotation.h"
 
 #include "llama-batch.h"
 #include "llama-hparams.h"

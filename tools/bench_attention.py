@@ -20,11 +20,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import turboquant
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-import turboquant
 from turboquant.llama.build import where
 from turboquant.llama.paths import cache_dir
 

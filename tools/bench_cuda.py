@@ -20,7 +20,6 @@ from typing import Any
 from bench_attention import Problem, make_model, numbers, pairs, progress_bar, shown
 from rich.console import Console
 from rich.table import Table
-
 from turboquant.llama.build import where
 from turboquant.llama.toolchain import ToolError, cuda_compiler
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
 from turboquant import dump
 from turboquant.llama.files import LlamaError
 

@@ -55,6 +55,9 @@ class Bench:
         options = Options(model, self.text, parse_pairs(pairs), self.ctx, self.chunks, needles=0)
         with variables(environment):
             found = measure(options, self.programs, Results(self.folder / "results"), self.folder, _Lines())
+        for row in found:
+            if row.failure:
+                raise ProgramError(f"{row.label}: {row.failure}")
         return [{key: getattr(row, key) for key in KEPT} for row in found]
 
 

@@ -85,7 +85,10 @@ def main() -> int:
         say(f"quickstart: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("\nquickstart: interrupted; nothing is broken, and the same command goes on from here", sys.stderr)
+        say(
+            "\nquickstart: interrupted; nothing is broken: what is finished is kept, and the same command does the rest",
+            sys.stderr,
+        )
         return 130
 
 
@@ -116,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     building = parser.add_argument_group("what is built")
     building.add_argument("--source", metavar="DIR", type=Path, help="a llama.cpp checkout of yours")
     building.add_argument("--version", metavar="X", help="the llama-cpp-python release whose llama.cpp to take")
+    building.add_argument(
+        "--unproven", action="store_true", help="take a --version whose checksum is not known; its build code runs here"
+    )
     building.add_argument("--venv", metavar="DIR", type=Path, default=ROOT / ".venv", help="the environment (.venv)")
     building.add_argument("--bin", metavar="DIR", type=Path, help="use the programs in DIR; build none")
     building.add_argument(
@@ -319,6 +325,8 @@ def build(python: Path, options: argparse.Namespace) -> Path:
         arguments += ["--source", str(options.source.expanduser().resolve())]
     if options.version:
         arguments += ["--version", options.version]
+    if options.unproven:
+        arguments.append("--unproven")
     folder = ask(python, arguments, "llama.cpp was not built")
     say(f"      {folder}")
     return Path(folder)

@@ -183,10 +183,11 @@ typedef struct tq_attention_queries {
 
 /* 1 if the engine covers this pair of row types and head sizes. */
 TURBOQUANT_API int    tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v);
-/* Bytes of scratch that tq_attention_partial needs. */
+/* Bytes of scratch that tq_attention_partial needs, whatever kernels are selected then. */
 TURBOQUANT_API size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows);
 /* Attention over KV rows first ... last-1. partial: [rows][head_v + 2] floats: unnormalised sum of V (in the rotated
- * domain if V is turbo), then the largest score (-inf if all are masked), then the sum of weights. Returns how many rows
+ * domain if V is turbo), then the largest score (-inf if all are masked), then the sum of weights, which a NaN score
+ * makes NaN for good. Rows of V that are not finite reach only the queries that give them a weight. Returns how many rows
  * of V were left out. */
 TURBOQUANT_API int64_t tq_attention_partial(const tq_attention_kv * kv, const tq_attention_queries * queries,
                                             int64_t first, int64_t last, float * partial, void * scratch);

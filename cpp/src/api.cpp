@@ -162,8 +162,9 @@ tq_status tq_dot(tq_type type, const void * src, size_t src_stride, const void *
     const tq_status status = check(type, src, out, rows, n, 1);
     if (status != TQ_OK) return status;
     if (rows > 0 && n > 0 && !query) return TQ_ERROR_NULL;
+    const auto function = kernels().dot[type];
     for (int64_t r = 0; r < rows; ++r)
-        out[r] = tq_dot_row(type, static_cast<const uint8_t *>(src) + size_t(r) * src_stride, query, n);
+        out[r] = function(static_cast<const uint8_t *>(src) + size_t(r) * src_stride, query, n / types[type].block);
     return TQ_OK;
 }
 

@@ -1,10 +1,10 @@
 // Attention over an encoded KV cache: the tile engine.
 //
 // All query rows that read one KV head (the heads of its GQA group, times a run of tokens) share each decoded tile of
-// 64 KV rows. K is expanded to int8 levels and multiplied with queries that were rotated and rounded to int8 once; V is
-// decoded to floats in the rotated domain, accumulated there, and un-rotated once per output row. The softmax is the
-// usual online one (Milakov and Gimelshein 2018; Dao et al. 2022): a running maximum and sum per query row, so that any
-// range of KV rows gives a partial result, and partial results merge.
+// 64 KV rows. K is expanded to int8 levels and multiplied with queries that were rotated and rounded to int8 once; V
+// becomes int8 levels where the kernels multiply these faster, else floats. V is accumulated in the rotated domain and
+// un-rotated once per output row. The softmax is the usual online one (Milakov and Gimelshein 2018; Dao et al. 2022): a
+// running maximum and sum per query row, so that any range of KV rows gives a partial result, and these merge.
 #include "format.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -50,8 +50,8 @@ constexpr int64_t query_tile = 128; // query rows that share a decoded tile; the
 int block_index(int block) { return block == 128 ? 0 : block == 64 ? 1 : 2; }
 
 // int8 levels of rows of `blocks` blocks, and their scales.
-void load_levels(int type, const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
-    const Kernels & kernel = kernels();
+void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64_t blocks, int8_t * level,
+                 float * scale) {
     if (type < TQ_TYPE_COUNT)
         kernel.levels[type](rows, blocks, level, scale);
     else if (type == TQ_ROW_Q8_0)
@@ -61,8 +61,7 @@ void load_levels(int type, const CacheRows & rows, int64_t blocks, int8_t * leve
 }
 
 // The values of rows of n, in the rotated domain if the type is turbo.
-void load_values(int type, const CacheRows & rows, int64_t n, float * dst) {
-    const Kernels & kernel = kernels();
+void load_values(const Kernels & kernel, int type, const CacheRows & rows, int64_t n, float * dst) {
     for (int r = 0; r < rows.count; ++r, dst += n) {
         const uint8_t * src = rows[r];
         if (type < TQ_TYPE_COUNT) {
@@ -75,7 +74,7 @@ void load_values(int type, const CacheRows & rows, int64_t n, float * dst) {
             for (int64_t i = 0; i < n; i += 32, src += row_bytes(type, 32)) {
                 int8_t level[32];
                 float scale;
-                load_levels(type, {src, 0, 1, nullptr}, 1, level, &scale);
+                load_levels(kernel, type, {src, 0, 1, nullptr}, 1, level, &scale);
                 for (int j = 0; j < 32; ++j) dst[i + j] = scale * float(level[j]);
             }
         }
@@ -90,7 +89,7 @@ struct Scratch {
     float * key_scale;    // [blocks of K][tile_rows]
     float * value_scale;  // [blocks of V][tile_rows]
     float * key;          // [tile_rows][head_k], if K is not integer
-    float * value;        // [tile_rows][head_v], unless the kernels take V as levels
+    float * value;        // [tile_rows][head_v]
     float * weight;       // [rows][tile_rows] scores, then weights
     float * bias;         // [tile_rows] of the masks of one query row
     float * most;         // [tile_rows] greatest weight of any query row
@@ -98,18 +97,16 @@ struct Scratch {
     size_t bytes;
 };
 
-bool values_as_levels(const RowType & v) { return v.integer && kernels().accumulate_levels; }
-
-Scratch layout(const tq_attention_kv & kv, int64_t rows, void * base) {
+// The same for all kernels: a host may ask for the size before others are selected.
+Scratch layout(const tq_attention_kv & kv, int64_t rows, uintptr_t base) {
     const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     size_t at = 0;
     auto take = [&](size_t bytes) {
-        uint8_t * p = static_cast<uint8_t *>(base) + at;
+        uint8_t * p = reinterpret_cast<uint8_t *>(base + at);
         at += (bytes + 63) & ~size_t(63);
         return p;
     };
-    const bool levels_v = values_as_levels(v);
-    const int64_t level_head = std::max(k.integer ? kv.head_k : 0, levels_v ? kv.head_v : 0);
+    const int64_t level_head = std::max(k.integer ? kv.head_k : 0, v.integer ? kv.head_v : 0);
     const int64_t level_bytes = level_head ? tile_rows * ((level_head + 63) / 64 * 64) + 64 : 0; // see Kernels::keys
     const size_t query_row = k.integer ? tq_query_bytes(k.block, kv.head_k) : size_t(kv.head_k) * sizeof(float);
     const auto floats = [&](int64_t n) { return reinterpret_cast<float *>(take(size_t(n) * sizeof(float))); };
@@ -118,9 +115,9 @@ Scratch layout(const tq_attention_kv & kv, int64_t rows, void * base) {
     s.level = reinterpret_cast<int8_t *>(take(size_t(level_bytes)));
     s.tile = reinterpret_cast<int8_t *>(take(size_t(level_bytes)));
     s.key_scale = floats(k.integer ? kv.head_k / k.block * tile_rows : 0);
-    s.value_scale = floats(levels_v ? kv.head_v / v.block * tile_rows : 0);
+    s.value_scale = floats(v.integer ? kv.head_v / v.block * tile_rows : 0);
     s.key = floats(k.integer ? 0 : tile_rows * kv.head_k);
-    s.value = floats(levels_v ? 0 : tile_rows * kv.head_v);
+    s.value = floats(tile_rows * kv.head_v);
     s.weight = floats(rows * tile_rows);
     s.bias = floats(tile_rows);
     s.most = floats(tile_rows);
@@ -129,37 +126,40 @@ Scratch layout(const tq_attention_kv & kv, int64_t rows, void * base) {
     return s;
 }
 
-void prepare_queries(const tq_attention_kv & kv, const RowType & k, const tq_attention_queries & queries, Scratch & s) {
+void prepare_queries(const Kernels & kernel, const tq_attention_kv & kv, const RowType & k,
+                     const tq_attention_queries & queries, Scratch & s) {
     const size_t row = k.integer ? tq_query_bytes(k.block, kv.head_k) : size_t(kv.head_k) * sizeof(float);
     for (int64_t m = 0; m < queries.rows; ++m) {
         uint8_t * out = s.query + size_t(m) * row;
         if (k.turbo)
-            tq_query_row(k.block, queries.q[m], out, kv.head_k);
+            kernel.query[block_index(k.block)](queries.q[m], out, kv.head_k / k.block);
         else if (k.integer)
-            kernels().query_plain(queries.q[m], out, kv.head_k / 32);
+            kernel.query_plain(queries.q[m], out, kv.head_k / 32);
         else
             std::memcpy(out, queries.q[m], row);
     }
 }
 
-void score(const tq_attention_kv & kv, const RowType & k, const CacheRows & rows, int queries, Scratch & s) {
-    const Kernels & kernel = kernels();
+void score(const Kernels & kernel, const tq_attention_kv & kv, const RowType & k, const CacheRows & rows, int queries,
+           Scratch & s) {
     const int rest = tile_rows - rows.count;
     if (!k.integer) {
-        load_values(kv.type_k, rows, kv.head_k, s.key);
+        load_values(kernel, kv.type_k, rows, kv.head_k, s.key);
         std::memset(s.key + rows.count * kv.head_k, 0, size_t(rest * kv.head_k) * sizeof(float));
         return kernel.scores_float(s.key, kv.head_k, reinterpret_cast<const float *>(s.query), queries, s.weight);
     }
     const int64_t blocks = kv.head_k / k.block;
-    load_levels(kv.type_k, rows, blocks, s.level, s.key_scale);
+    load_levels(kernel, kv.type_k, rows, blocks, s.level, s.key_scale);
     if (rest) {
         std::memset(s.level + rows.count * kv.head_k, 0, size_t(rest * kv.head_k));
         for (int64_t b = 0; b < blocks; ++b)
             std::memset(s.key_scale + b * tile_rows + rows.count, 0, size_t(rest) * sizeof(float));
     }
-    if (kernel.keys) kernel.keys(s.level, kv.head_k, s.tile);
-    const int8_t * tile = kernel.keys ? s.tile : s.level;
-    kernel.scores[block_index(k.block)](tile, s.key_scale, blocks, s.query, queries, s.weight);
+    const bool lowest = kv.type_k == TQ_ROW_Q8_0 && kernel.lowest && kernel.lowest(s.level, tile_rows * kv.head_k);
+    const Kernels & scoring = lowest ? kernels_scalar : kernel; // ggml writes no -128: this need not be fast
+    if (scoring.keys) scoring.keys(s.level, kv.head_k, s.tile);
+    const int8_t * tile = scoring.keys ? s.tile : s.level;
+    scoring.scores[block_index(k.block)](tile, s.key_scale, blocks, s.query, queries, s.weight);
 }
 
 CacheRows rows_at(const void * cache, size_t stride, int64_t first, int count) {
@@ -237,61 +237,71 @@ CacheRows needed_rows(const CacheRows & rows, float sparse_v, int queries, Scrat
     return {rows.first, rows.stride, count, index};
 }
 
-void add_values(const tq_attention_kv & kv, const RowType & v, const CacheRows & rows, int queries, Scratch & s,
-                float * sum, int64_t stride) {
-    const Kernels & kernel = kernels();
-    if (!values_as_levels(v)) {
-        load_values(kv.type_v, rows, kv.head_v, s.value);
-        return kernel.accumulate(s.value, rows.count, kv.head_v, s.weight, s.state, queries, sum, stride);
+// The rows of V that one query gives a weight; closes the gaps in its weights.
+CacheRows weighted_rows(const CacheRows & rows, float * weight, uint8_t * index) {
+    int count = 0;
+    for (int r = 0; r < rows.count; ++r) {
+        if (weight[r] == 0) continue;
+        index[count] = rows.index ? rows.index[r] : uint8_t(r);
+        weight[count++] = weight[r];
     }
-    const int64_t blocks = kv.head_v / v.block;
-    load_levels(kv.type_v, rows, blocks, s.level, s.value_scale);
-    for (int64_t b = 0; b < blocks; ++b) { // weights times scales must not be negative
+    return {rows.first, rows.stride, count, index};
+}
+
+// Weights times V's scales must not be negative: the signs move to the levels. False if a level's negative is no int8.
+bool turn_negative_scales(const RowType & v, int64_t head, int rows, Scratch & s) {
+    for (int64_t b = 0; b < head / v.block; ++b) {
         float * scale = s.value_scale + b * tile_rows;
         uint32_t sign = 0;
-        for (int r = 0; r < rows.count; ++r) sign |= float_bits(scale[r]);
+        for (int r = 0; r < rows; ++r) sign |= float_bits(scale[r]);
         if (sign >> 31 == 0) continue;
-        for (int r = 0; r < rows.count; ++r) {
+        for (int r = 0; r < rows; ++r) {
             if (!std::signbit(scale[r])) continue;
             scale[r] = -scale[r];
-            int8_t * level = s.level + r * kv.head_v + b * v.block;
-            for (int c = 0; c < v.block; ++c) level[c] = int8_t(-level[c]);
+            int8_t * level = s.level + r * head + b * v.block;
+            for (int c = 0; c < v.block; ++c) {
+                if (level[c] == -128) return false;
+                level[c] = int8_t(-level[c]);
+            }
         }
     }
-    kernel.values(s.level, rows.count, kv.head_v, s.tile);
-    kernel.accumulate_levels(s.tile, s.value_scale, v.block, rows.count, kv.head_v, s.weight, s.state, queries, sum,
-                             stride);
+    return true;
 }
 
-} // namespace
-} // namespace turboquant
-
-using namespace turboquant;
-
-int tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v) {
-    const RowType k = row_type(type_k), v = row_type(type_v);
-    return k.block && v.block && head_k > 0 && head_v > 0 && head_k % k.block == 0 && head_v % v.block == 0;
-}
-
-size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows) {
-    return layout(*kv, rows, nullptr).bytes + 64;
-}
-
-int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_queries * args_queries, int64_t first,
-                             int64_t last, float * partial, void * scratch) {
-    const tq_attention_kv & kv = *args;
-    const tq_attention_queries & queries = *args_queries;
-    const Kernels & kernel = kernels();
-    const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
-    Scratch s = layout(kv, queries.rows,
-                       reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63)));
+// Adds the rows of V to the sums of `queries` query rows from m on.
+void add_values(const Kernels & kernel, const tq_attention_kv & kv, const RowType & v, const CacheRows & rows,
+                int64_t m, int queries, Scratch & s, float * partial) {
     const int64_t stride = kv.head_v + 2;
+    const float * weight = s.weight + m * tile_rows;
+    const SoftmaxState * state = s.state + m;
+    float * sum = partial + m * stride;
+    if (v.integer && kernel.accumulate_levels) {
+        load_levels(kernel, kv.type_v, rows, kv.head_v / v.block, s.level, s.value_scale);
+        if (turn_negative_scales(v, kv.head_v, rows.count, s)) {
+            kernel.values(s.level, rows.count, kv.head_v, s.tile);
+            return kernel.accumulate_levels(s.tile, s.value_scale, v.block, rows.count, kv.head_v, weight, state,
+                                            queries, sum, stride);
+        }
+    }
+    load_values(kernel, kv.type_v, rows, kv.head_v, s.value);
+    kernel.accumulate(s.value, rows.count, kv.head_v, weight, state, queries, sum, stride);
+}
+
+bool finite(const float * x, int64_t n) {
+    uint32_t carry = 0; // into the sign bit, if an exponent is all ones; an OR, as compilers vectorise that
+    for (int64_t i = 0; i < n; ++i) carry |= (float_bits(x[i]) & 0x7fffffff) + 0x00800000;
+    return carry >> 31 == 0;
+}
+
+// One pass over KV rows first ... last-1. In tiles where a needed row of V is not finite the queries share nothing if
+// `apart`: 0 * Inf is no 0, so a query must not even multiply a row that it gives no weight.
+int64_t attend(const Kernels & kernel, const tq_attention_kv & kv, const tq_attention_queries & queries, int64_t first,
+               int64_t last, bool apart, float * partial, Scratch & s) {
+    const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     for (int64_t m = 0; m < queries.rows; ++m) {
         s.state[m] = {-INFINITY, 0.0f, 1.0f};
-        std::memset(partial + m * stride, 0, size_t(kv.head_v) * sizeof(float));
+        std::memset(partial + m * (kv.head_v + 2), 0, size_t(kv.head_v) * sizeof(float));
     }
-    prepare_queries(kv, k, queries, s);
-
     const int m_rows = int(queries.rows);
     Ahead ahead(kv, 3 * ((last - first + tile_rows - 1) / tile_rows));
     int64_t skipped = 0;
@@ -299,7 +309,7 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
         const int rows = int(last - tile < tile_rows ? last - tile : tile_rows);
         if (!visible(queries, tile, rows)) continue;
         ahead.fetch();
-        score(kv, k, rows_at(kv.k, kv.stride_k, tile, rows), m_rows, s);
+        score(kernel, kv, k, rows_at(kv.k, kv.stride_k, tile, rows), m_rows, s);
         ahead.fetch();
         std::memset(s.most, 0, tile_rows * sizeof(float));
         for (int m = 0; m < m_rows; ++m) {
@@ -313,14 +323,70 @@ int64_t tq_attention_partial(const tq_attention_kv * args, const tq_attention_qu
         uint8_t index[tile_rows];
         const CacheRows needed = needed_rows(rows_at(kv.v, kv.stride_v, tile, rows), kv.sparse_v, m_rows, s, index);
         ahead.fetch();
-        add_values(kv, v, needed, m_rows, s, partial, stride);
         skipped += rows - needed.count;
+        if (apart) load_values(kernel, kv.type_v, needed, kv.head_v, s.value);
+        if (!apart || finite(s.value, needed.count * kv.head_v)) {
+            add_values(kernel, kv, v, needed, 0, m_rows, s, partial);
+            continue;
+        }
+        for (int m = 0; m < m_rows; ++m) {
+            uint8_t own[tile_rows];
+            add_values(kernel, kv, v, weighted_rows(needed, s.weight + m * tile_rows, own), m, 1, s, partial);
+        }
     }
+    return skipped;
+}
+
+int64_t partial_of(const Kernels & kernel, const tq_attention_kv & kv, const tq_attention_queries & queries,
+                   int64_t first, int64_t last, float * partial, void * scratch) {
+    Scratch s = layout(kv, queries.rows, (reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+    prepare_queries(kernel, kv, row_type(kv.type_k), queries, s);
+    int64_t skipped = attend(kernel, kv, queries, first, last, false, partial, s);
+    const int64_t stride = kv.head_v + 2;
+    bool apart = false; // a row of V that is not finite, whose query or another's
+    for (int64_t m = 0; m < queries.rows && queries.rows > 1 && !apart; ++m)
+        apart = std::isfinite(s.state[m].sum) && !finite(partial + m * stride, kv.head_v);
+    if (apart) skipped = attend(kernel, kv, queries, first, last, true, partial, s);
     for (int64_t m = 0; m < queries.rows; ++m) {
         partial[m * stride + kv.head_v] = s.state[m].largest;
         partial[m * stride + kv.head_v + 1] = s.state[m].sum;
     }
     return skipped;
+}
+
+void finish(const Kernels & kernel, int type_v, float * partial, int64_t head_v, const float * sink, float * out) {
+    float largest = partial[head_v], sum = partial[head_v + 1], scale = 1.0f;
+    if (sink && *sink != -INFINITY) {
+        const float top = *sink > largest ? *sink : largest;
+        scale = largest == -INFINITY ? 0.0f : std::exp(largest - top);
+        sum = sum * scale + std::exp(*sink - top);
+    }
+    const float inverse = sum == 0 ? 0.0f : scale / sum; // a NaN is not hidden
+    for (int64_t c = 0; c < head_v; ++c) partial[c] *= inverse;
+    const RowType v = row_type(type_v);
+    if (v.turbo)
+        kernel.unrotate[block_index(v.block)](partial, out, head_v / v.block);
+    else
+        std::memcpy(out, partial, size_t(head_v) * sizeof(float));
+}
+
+} // namespace
+} // namespace turboquant
+
+using namespace turboquant;
+
+int tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v) {
+    const RowType k = row_type(type_k), v = row_type(type_v);
+    return k.block && v.block && head_k > 0 && head_v > 0 && head_k % k.block == 0 && head_v % v.block == 0;
+}
+
+size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows) {
+    return layout(*kv, rows, 0).bytes + 64;
+}
+
+int64_t tq_attention_partial(const tq_attention_kv * kv, const tq_attention_queries * queries, int64_t first,
+                             int64_t last, float * partial, void * scratch) {
+    return partial_of(kernels(), *kv, *queries, first, last, partial, scratch);
 }
 
 void tq_attention_merge(float * into, const float * from, int64_t head_v) {
@@ -335,19 +401,7 @@ void tq_attention_merge(float * into, const float * from, int64_t head_v) {
 }
 
 void tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out) {
-    float largest = partial[head_v], sum = partial[head_v + 1], scale = 1.0f;
-    if (sink) {
-        const float top = *sink > largest ? *sink : largest;
-        scale = largest == -INFINITY ? 0.0f : std::exp(largest - top);
-        sum = sum * scale + std::exp(*sink - top);
-    }
-    const float inverse = sum == 0 ? 0.0f : scale / sum; // a NaN is not hidden
-    for (int64_t c = 0; c < head_v; ++c) partial[c] *= inverse;
-    const RowType v = row_type(type_v);
-    if (v.turbo)
-        kernels().unrotate[block_index(v.block)](partial, out, head_v / v.block);
-    else
-        std::memcpy(out, partial, size_t(head_v) * sizeof(float));
+    finish(kernels(), type_v, partial, head_v, sink, out);
 }
 
 tq_status tq_attention(const tq_attention_args * args) {
@@ -362,6 +416,7 @@ tq_status tq_attention(const tq_attention_args * args) {
     if (a.n_query > 0 && (!a.q || !a.out || (a.n_kv > 0 && (!a.k || !a.v)))) return TQ_ERROR_NULL;
     const tq_status status = tq_kernels_status();
     if (status != TQ_OK) return status;
+    const Kernels & kernel = kernels();
 
     const int64_t group = a.n_head / a.n_kv_head;
     const int64_t tokens = group < query_tile ? query_tile / group : 1; // of one item of work
@@ -392,12 +447,12 @@ tq_status tq_attention(const tq_attention_args * args) {
                     mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv : nullptr;
                 }
             const tq_attention_queries queries = {rows, q.get(), mask.get(), 1, nullptr};
-            left_out += tq_attention_partial(&kv, &queries, 0, a.n_kv, partial.get(), scratch.get());
+            left_out += partial_of(kernel, kv, queries, 0, a.n_kv, partial.get(), scratch.get());
             seen += a.n_kv;
             for (int64_t m = 0; m < rows; ++m) {
                 const int64_t h = head * group + m % group, t = token + m / group;
-                tq_attention_finish(a.type_v, partial.get() + m * stride, a.head_v, nullptr,
-                                    a.out + (h * a.n_query + t) * a.head_v);
+                finish(kernel, a.type_v, partial.get() + m * stride, a.head_v, nullptr,
+                       a.out + (h * a.n_query + t) * a.head_v);
             }
         }
     });

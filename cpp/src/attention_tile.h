@@ -50,14 +50,16 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     for (int h = 8; h > 0; h /= 2)
         for (int l = 0; l < h; ++l) lane[l] = greater(lane[l], lane[l + h]);
     const float largest = greater(lane[0], state->largest);
-    if (largest == -INFINITY) { // masked so far
-        for (int r = 0; r < tile_rows; ++r) s[r] = s[r] == s[r] ? 0.0f : s[r];
-        for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r];
+    if (largest == -INFINITY) { // masked so far, but for a NaN, which no later tile or range may hide
+        int nan = 0;
+        for (int r = 0; r < tile_rows; ++r) nan |= s[r] != s[r];
+        if (nan) state->sum = NAN;
+        for (int r = 0; r < tile_rows; ++r) s[r] = 0.0f;
         state->correction = 1.0f;
         return;
     }
     for (int r = 0; r < tile_rows; ++r) s[r] = exp_negative(s[r] - largest);
-    for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r]; // a NaN weight stays
+    for (int r = 0; r < tile_rows; ++r) most[r] = most[r] > s[r] ? most[r] : s[r];
     for (int l = 0; l < 16; ++l) lane[l] = s[l];
     for (int r = 16; r < tile_rows; r += 16)
         for (int l = 0; l < 16; ++l) lane[l] += s[r + l];
@@ -68,26 +70,8 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     state->largest = largest;
 }
 
-// V as levels: weights are rounded to 8 bits in tiles where none is above this share of the sum so far, else to 16.
-[[maybe_unused]] constexpr float coarse_share = 1.0f / 128;
-
-// What is added before rounding to 8 bits, in units, so that many small weights are not all lost: the van der Corput
-// sequence over the tile's rows, between -0.5 and 0.5.
-struct Dither {
-    alignas(64) float row[tile_rows];
-    constexpr Dither() : row() {
-        for (int r = 0; r < tile_rows; ++r) {
-            int reversed = 0;
-            for (int bit = 0; bit < 6; ++bit) reversed |= (r >> bit & 1) << (5 - bit);
-            row[r] = (float(reversed) + 0.5f) / tile_rows - 0.5f;
-        }
-    }
-};
-static_assert(tile_rows == 64, "six bits");
-[[maybe_unused]] constexpr Dither dither;
-
 // K as floats: plain dot products.
-void scores_float_tile(const float * k, int64_t head, const float * q, int rows, float * s) {
+void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     for (int m = 0; m < rows; ++m)
         for (int r = 0; r < tile_rows; ++r) {
             const float * a = q + m * head;
@@ -99,54 +83,6 @@ void scores_float_tile(const float * k, int64_t head, const float * q, int rows,
                 for (int l = 0; l < h; ++l) lane[l] += lane[l + h];
             s[m * tile_rows + r] = lane[0];
         }
-}
-
-// Where an ISA file has nothing better.
-template <int N>
-[[maybe_unused]] void scores_tile(const int8_t * level, const float * scale, int64_t blocks, const void * query,
-                                  int rows, float * s) {
-    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
-    for (int m = 0; m < rows; ++m, q += blocks)
-        for (int r = 0; r < tile_rows; ++r) {
-            float sum = 0;
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int8_t * k = level + (r * blocks + b) * N;
-                int32_t product = 0;
-                for (int i = 0; i < N; ++i) product += int32_t(k[i]) * q[b].q[i];
-                sum += float(product) * q[b].scale * scale[b * tile_rows + r];
-            }
-            s[m * tile_rows + r] = sum;
-        }
-}
-
-[[maybe_unused]] void accumulate_tile(const float * v, int count, int64_t head, const float * weights,
-                                      const SoftmaxState * state, int rows, float * sum, int64_t stride) {
-    for (int m = 0; m < rows; ++m) {
-        float * out = sum + m * stride;
-        for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
-        for (int r = 0; r < count; ++r)
-            for (int64_t c = 0; c < head; ++c) out[c] += weights[m * tile_rows + r] * v[r * head + c];
-    }
-}
-
-[[maybe_unused]] void query_plain_tile(const float * src, void * dst, int64_t blocks) {
-    auto * out = static_cast<tq_query32 *>(dst);
-    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
-        float largest = 0;
-        bool finite = true;
-        for (int i = 0; i < 32; ++i) {
-            const float a = std::fabs(src[i]);
-            finite = finite && a < INFINITY;
-            largest = a > largest ? a : largest;
-        }
-        const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        out->scale = finite ? largest / 127.0f : NAN;
-        out->sum = 0;
-        for (int i = 0; i < 32; ++i) {
-            out->q[i] = finite ? int8_t(std::nearbyint(src[i] * inverse)) : int8_t(0);
-            out->sum += out->q[i];
-        }
-    }
 }
 
 // ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
@@ -181,7 +117,7 @@ void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
     }
 }
 
-void load_f16(const uint8_t * src, float * dst, int64_t n);
+void load_f16(const uint8_t * src, float * dst, int64_t n); // every ISA file's
 
 void bias_tile(const void * mask, bool f32, float slope, int rows, float * bias) {
     alignas(64) uint8_t padded[tile_rows * sizeof(float)];

@@ -65,7 +65,7 @@ template <int Bits, int N> struct Format : Codebook<Bits>, Block<N> {
     static constexpr int bytes = 2 + index_bytes;                 // fp16 d, then the indices
     static constexpr int high_offset = N / 4;                     // turbo3: hi[] follows lo[n/4]
     static constexpr float step_n = Codebook<Bits>::step_over_sqrt[Block<N>::index];
-    // d = (E/A) * rms * 2^k * this; see FORMAT.md, "Encoder"
+    // d = energy / a * rms * 2^k * this, of block_scale's arguments; see FORMAT.md, "Encoder"
     static constexpr double scale_unit = 1.0 / (double(rms_unit) * double(step_n) * N);
 };
 static_assert(Format<4, 128>::bytes == 66 && Format<4, 64>::bytes == 34 && Format<4, 32>::bytes == 18, "turbo4");
@@ -122,8 +122,21 @@ inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); }
 // squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// The scale A/B of a block's centroids, in the encoder's units; the magnitudes in A are coarse.
+// The scale A/B of the search's best step, in the encoder's units; the magnitudes in A are coarse. It places the
+// thresholds of the assignment; the scale to store is block_scale's.
 inline float least_squares_scale(int32_t a, int32_t b) { return float(double(coarse_unit) * double(a) / double(b)); }
+
+// The scale of the search's best step: the first of those whose sums explain most.
+inline float best_scale(const int32_t * a, const int32_t * b) {
+    int best = 0;
+    double best_explained = -1.0;
+    for (int s = 0; s < search_steps; ++s) {
+        const double e = explained(a[s], b[s]);
+        best = e > best_explained ? s : best;
+        best_explained = e > best_explained ? e : best_explained;
+    }
+    return least_squares_scale(a[best], b[best]);
+}
 
 // The midpoints of neighbouring centroids under a scale.
 template <int Bits> inline void thresholds_under(float scale, int16_t * thresholds) {

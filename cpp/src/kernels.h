@@ -1,5 +1,5 @@
-// The table that each ISA file fills, and the ordered list of tables. To add kernels: copy scalar.cpp, keep the order of
-// its functions, export one table here, add a row to dispatch.cpp and the file with its flags to turboquant.cmake.
+// The table that each ISA file fills, and the ordered list of tables. To add kernels: define the vocabulary of generic/
+// in a file, export one table here, add a row to dispatch.cpp and the file with its flags to turboquant.cmake.
 #ifndef TURBOQUANT_KERNELS_H
 #define TURBOQUANT_KERNELS_H
 
@@ -65,9 +65,11 @@ struct Kernels {
     void (*load_bf16)(const uint8_t * src, float * dst, int64_t n);
     // The plain int8 rounding of a query for K types that are not rotated, in blocks of 32.
     void (*query_plain)(const float * src, void * dst, int64_t blocks);
+    // Whether one of n levels, a multiple of 32, is -128, which `scores` would take wrongly; null if it takes them all.
+    bool (*lowest)(const int8_t * level, int64_t n);
 };
 
-// Fills a Kernels from an ISA file's function templates, so that the nine rows are written once.
+// Fills a Kernels from the functions that an ISA file defines or includes, so that the nine rows are written once.
 #define TURBOQUANT_KERNELS_TABLE(NAME)                                                                          \
     {NAME,                                                                                                      \
      {rotate<128>, rotate<64>, rotate<32>},                                                                     \
@@ -87,7 +89,7 @@ struct Kernels {
      levels_q8_0, levels_q4_0, keys,                                                                            \
      {scores<128>, scores<64>, scores<32>},                                                                     \
      scores_float, bias_tile, softmax, values, accumulate_levels, accumulate, load_f16, load_bf16_row,          \
-     query_plain}
+     query_plain, lowest}
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;

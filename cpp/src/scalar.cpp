@@ -1,7 +1,8 @@
-// The specification in code: plain loops, no intrinsics. Every other kernel file has the same functions in the same
-// order and must give the same bytes and floats.
+// The specification in code: plain loops, no intrinsics. The vector kernels (generic/) have the same functions in the
+// same order and must give the same bytes and floats.
 #include "attention_tile.h"
 #include "format.h"
+#include "generic/scores_plain.h"
 #include "kernels.h"
 
 namespace turboquant {
@@ -245,24 +246,16 @@ template <int Bits, int N> void levels(const CacheRows & rows, int64_t blocks, i
     }
 }
 
-constexpr decltype(Kernels::keys) keys = nullptr;
-
-template <int N>
-void scores(const int8_t * level, const float * scale, int64_t blocks, const void * query, int rows, float * s) {
-    scores_tile<N>(level, scale, blocks, query, rows, s);
-}
-
-void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
-    scores_float_tile(k, head, q, rows, s);
-}
-
-void softmax(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
-    softmax_tile(s, bias, scale, soft_cap, state, most);
-}
+constexpr decltype(Kernels::softmax) softmax = softmax_tile;
 
 void accumulate(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state, int rows,
                 float * sum, int64_t stride) {
-    accumulate_tile(v, count, head, weights, state, rows, sum, stride);
+    for (int m = 0; m < rows; ++m) {
+        float * out = sum + m * stride;
+        for (int64_t c = 0; c < head; ++c) out[c] *= state[m].correction;
+        for (int r = 0; r < count; ++r)
+            for (int64_t c = 0; c < head; ++c) out[c] += weights[m * tile_rows + r] * v[r * head + c];
+    }
 }
 
 constexpr decltype(Kernels::values) values = nullptr;
@@ -272,7 +265,22 @@ void load_f16(const uint8_t * src, float * dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) dst[i] = half_to_float(load16(src + 2 * i));
 }
 
-void query_plain(const float * src, void * dst, int64_t blocks) { query_plain_tile(src, dst, blocks); }
+void query_plain(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<tq_query32 *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += 32, ++out) {
+        std::memset(out, 0, sizeof(*out));
+        const float largest = bits_float(largest_bits<32>(src)), inverse = 127.0f / largest;
+        if (!(largest < INFINITY)) out->scale = NAN;
+        if (!(largest < INFINITY) || inverse == INFINITY) continue; // zero, or so small that it rounds to zero
+        for (int i = 0; i < 32; ++i) {
+            out->q[i] = int8_t(std::nearbyint(src[i] * inverse));
+            out->sum += out->q[i];
+        }
+        out->scale = largest / 127.0f;
+    }
+}
+
+constexpr decltype(Kernels::lowest) lowest = nullptr;
 
 } // namespace
 

@@ -12,18 +12,21 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 # Heavier modules are imported by the commands that need them: --help must not wait for them.
-from .llama.files import LlamaError
+from .llama.files import Interrupted, LlamaError
 from .llama.patch import PatchError
 from .llama.source import DEFAULT_VERSION
 
 __all__ = ["app", "main"]
+
+#: Commands that keep what they have done when they are stopped; the others have nothing to keep.
+_RESUMED = ("build", "compare", "tune")
 
 app = typer.Typer(
     name="turboquant",
@@ -56,8 +59,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:  # a full disk, a folder without permission: the text names the file
             _tell(f"turboquant: {error}")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _tell("turboquant: interrupted; nothing is broken, and the same command goes on from here")
+        except KeyboardInterrupt as error:
+            then = "goes on from here" if function.__name__ in _RESUMED else "starts anew"
+            if isinstance(error, Interrupted):
+                then = str(error)
+            _tell(f"turboquant: interrupted; nothing is broken, and the same command {then}")
             raise typer.Exit(130) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -72,6 +78,12 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _confirm(question: str) -> bool:
+    # Not through stdout, which scripts read.
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _plural(count: int, noun: str) -> str:
@@ -136,6 +148,12 @@ def build(
             metavar="X", help="The llama-cpp-python release whose llama.cpp to take.", show_default=DEFAULT_VERSION
         ),
     ] = None,
+    unproven: Annotated[
+        bool,
+        typer.Option(
+            "--unproven", help="Fetch a --version whose checksum is not known here; pip runs its build code unchecked."
+        ),
+    ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,8 +188,19 @@ def build(
     kept in the cache folder (TURBOQUANT_CACHE, by default ~/.cache/turboquant); a rerun compiles only what changed.
     """
     from .llama.build import build as run_build
+    from .llama.source import UnprovenError
 
-    print(run_build(source, version, target or (), jobs, cmake_arg or (), backend=backend, arch=arch))
+    options: dict[str, Any] = {"backend": backend, "arch": arch}
+    try:
+        folder = run_build(source, version, target or (), jobs, cmake_arg or (), unproven=unproven, **options)
+    except UnprovenError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        _tell(f"turboquant: {error}")
+        if not _confirm("Fetch it and run its build code?"):
+            raise typer.Exit(1) from None
+        folder = run_build(source, version, target or (), jobs, cmake_arg or (), unproven=True, **options)
+    print(folder)
 
 
 @command

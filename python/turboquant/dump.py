@@ -12,10 +12,13 @@ attention multiplies q·k by).
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +27,12 @@ from ._output import check_new, partial_file, publish
 from .convert.stream import Attention, Capture, CaptureError, Data
 from .llama.files import LlamaError
 
-__all__ = ["FORMAT", "DumpError", "KVLayer", "dump", "load"]
+__all__ = ["FORMAT", "DumpError", "KVLayer", "check_dump", "dump", "load"]
 
 #: What the file says that it is.
 FORMAT = "turboquant-kv 1"
+_NAME = re.compile(r"[qkv]\.(0|[1-9]\d{0,5})|q\.(0|[1-9]\d{0,5})\.\d{1,6}")
+_FLOATS = ("F16", "F32", "F64")
 
 
 class DumpError(LlamaError):
@@ -50,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
     Further attentions over a layer's cache (q.LAYER.N) are left out.
 
     Raises:
-        DumpError: it is no such file, or has a layer without V of its own (multi-head latent attention).
+        DumpError: it is no such file, is damaged, or has a layer without V of its own (multi-head latent attention).
         OSError: it cannot be read.
     """
     try:
@@ -64,8 +69,9 @@ def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
             if metadata.get("format") != FORMAT:
                 raise DumpError(f"{path} is not a dump of queries, keys and values: its format is "
                                 f"{metadata.get('format')!r}, wanted {FORMAT!r}")
-            names, scales = set(file.keys()), json.loads(metadata["scale"])
-            for number in sorted(int(name[2:]) for name in names if name.startswith("k.")):
+            scales, numbers = check_dump(file, path)
+            names = set(file.keys())
+            for number in numbers:
                 missing = [f"{role}.{number}" for role in "qkv" if f"{role}.{number}" not in names]
                 if missing:
                     raise DumpError(f"{path} has no {missing[0]}")
@@ -75,6 +81,47 @@ def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
     except SafetensorError as error:
         raise DumpError(f"{path} is not a safetensors file: {error}") from error
     return layers
+
+
+def check_dump(file: Any, path: str | os.PathLike[str]) -> tuple[dict[str, float], list[int]]:
+    """See that the metadata and the shapes in an open dump are such as `dump` writes; no tensor is read for it.
+
+    Returns:
+        The scales by q's name, and the layers that have a K.
+
+    Raises:
+        DumpError: the text names the file and what is wrong with it.
+    """
+    scales = _scales(file, path)
+    tokens: dict[int, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in filter(_NAME.fullmatch, list(file.keys())):
+        part = file.get_slice(name)
+        shape, kind = tuple(part.get_shape()), part.get_dtype()
+        if len(shape) != 3 or min(shape) < 1 or kind not in _FLOATS:
+            raise DumpError(f"{path}: {name} is {kind} of shape {shape}, wanted floats (tokens, heads, head)")
+        shapes[name] = shape
+        tokens.setdefault(shape[0], name)
+        if name.startswith("q.") and name not in scales:
+            raise DumpError(f"{path} names no scale of {name}")
+    if len(tokens) > 1:
+        raise DumpError(f"{path} has different numbers of tokens: " + ", ".join(f"{n} in {of}" for n, of in tokens.items()))
+    for name, (_, heads, head) in shapes.items():
+        role, layer = name.split(".")[:2]
+        key = shapes.get(f"k.{layer}")
+        if key and ((role == "q" and (head != key[2] or heads % key[1])) or (role == "v" and heads != key[1])):
+            raise DumpError(f"{path}: {name} has {heads} heads of {head}, which do not go with {key[1]} of {key[2]} in K")
+    return scales, sorted(int(name[2:]) for name in shapes if name.startswith("k."))
+
+
+def _scales(file: Any, path: str | os.PathLike[str]) -> dict[str, float]:
+    try:
+        scales = json.loads((file.metadata() or {}).get("scale", ""))
+    except (ValueError, RecursionError):
+        scales = None
+    if not isinstance(scales, dict) or not all(type(x) in (int, float) and math.isfinite(x) for x in scales.values()):
+        raise DumpError(f"{path} names no scales of its queries: make it again with `turboquant dump-kv`")
+    return scales
 
 
 def dump(

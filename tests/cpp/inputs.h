@@ -31,6 +31,13 @@ private:
 inline uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 inline float float_of(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 
+// A finite IEEE binary16 by its definition.
+inline double half(int h) {
+    const int e = (h >> 10) & 31, m = h & 1023;
+    const double value = e == 0 ? std::ldexp(m, -24) : std::ldexp(1024 + m, e - 25);
+    return h & 0x8000 ? -value : value;
+}
+
 // Bit-equal, zeros' signs included; any NaN equals any NaN.
 inline bool same(float a, float b) { return bits_of(a) == bits_of(b) || (std::isnan(a) && std::isnan(b)); }
 

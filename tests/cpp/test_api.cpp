@@ -263,6 +263,49 @@ void threads_agree() {
     }
 }
 
+// One layer's attention, and what the scalar kernels make of it.
+struct Attention {
+    static constexpr int64_t n_head = 4, n_kv_head = 2, n_query = 5, n_kv = 1000, head = 128;
+    std::vector<float> q, want;
+    std::vector<uint8_t> k, v;
+
+    explicit Attention(Random & r) : q(size_t(n_head * n_query * head)) {
+        std::vector<float> x(size_t(n_kv_head * n_kv * head));
+        const auto encoded = [&](tq_type type) {
+            for (float & value : x) value = r.normal();
+            std::vector<uint8_t> bytes(tq_row_bytes(type, int64_t(x.size())));
+            tq_encode_row(type, x.data(), bytes.data(), int64_t(x.size()));
+            return bytes;
+        };
+        for (float & value : q) value = r.normal();
+        k = encoded(TQ_TURBO4);
+        v = encoded(TQ_TURBO3);
+        CHECK_EQ(tq_kernels_select("scalar"), TQ_OK);
+        want = run();
+    }
+    std::vector<float> run() const {
+        std::vector<float> out(q.size());
+        tq_attention_args a = {};
+        a.q = q.data(); a.k = k.data(); a.v = v.data(); a.out = out.data();
+        a.type_k = TQ_TURBO4; a.type_v = TQ_TURBO3;
+        a.n_head = n_head; a.n_kv_head = n_kv_head; a.n_query = n_query; a.n_kv = n_kv;
+        a.head_k = a.head_v = head;
+        a.scale = 0.1f;
+        a.threads = 1;
+        CHECK_EQ(tq_attention(&a), TQ_OK);
+        return out;
+    }
+    void check_any_kernels() const { // some round the weights of V to 8 bits
+        const std::vector<float> out = run();
+        double error = 0, norm = 0;
+        for (size_t i = 0; i < out.size(); ++i) {
+            error += (out[i] - want[i]) * (out[i] - want[i]);
+            norm += want[i] * want[i];
+        }
+        CHECK(std::sqrt(error) <= 0.01 * std::sqrt(norm));
+    }
+};
+
 // Many callers at once, while the selection of kernels changes under them.
 void concurrent_use() {
     const int64_t n = 128 * 16;
@@ -270,6 +313,7 @@ void concurrent_use() {
     Random r(11);
     for (float & value : x) value = r.normal();
     CHECK_EQ(tq_kernels_select("scalar"), TQ_OK);
+    const Attention attention(r);
     std::vector<std::vector<uint8_t>> want(TQ_TYPE_COUNT);
     std::vector<std::vector<float>> want_floats(TQ_TYPE_COUNT);
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
@@ -296,6 +340,7 @@ void concurrent_use() {
                 CHECK(bytes == want[t]);
                 CHECK_EQ(tq_decode(tq_type(t), bytes.data(), bytes.size(), floats.data(), n, 1, n, 1), TQ_OK);
                 CHECK(std::memcmp(floats.data(), want_floats[t].data(), floats.size() * sizeof(float)) == 0);
+                for (int i = 0; i < 20; ++i) attention.check_any_kernels();
             }
         });
     for (std::thread & caller : callers) caller.join();

@@ -46,13 +46,6 @@ double norm(const std::vector<double> & v) {
     return std::sqrt(sum);
 }
 
-// IEEE binary16 by its definition.
-double half(int h) {
-    const int e = (h >> 10) & 31, m = h & 1023;
-    const double value = e == 0 ? std::ldexp(m, -24) : std::ldexp(1024 + m, e - 25);
-    return h & 0x8000 ? -value : value;
-}
-
 // The index of element i, bit by bit as the layout is written in FORMAT.md.
 int index_of(const tq_type_info & t, const uint8_t * q, int i) {
     if (t.bits == 4) return i < t.block / 2 ? q[i] & 15 : q[i - t.block / 2] >> 4;

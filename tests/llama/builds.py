@@ -79,7 +79,8 @@ def _library(version: str, hooks: bool) -> Path:
     reporter = Reporter()
     tools = find_tools(reporter)
     tree = source(version)
-    parts = [version, sources.PROVEN[version].sha256, *builder._OPTIONS, *map(str, compiler()), cpu()]
+    options = builder.base_options(compiler())
+    parts = [version, sources.PROVEN[version].sha256, *options, *map(str, compiler()), cpu()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
     state = key
     if hooks:
@@ -102,7 +103,7 @@ def _library(version: str, hooks: bool) -> Path:
             engine.patch(stage)
         sync(stage, list(list_files(stage)), work / "llama.cpp")  # touches only what changed
         remove_tree(stage)
-        arguments = ["-G", "Ninja", "-S", work / "llama.cpp", "-B", work / "build", *builder._OPTIONS]
+        arguments = ["-G", "Ninja", "-S", work / "llama.cpp", "-B", work / "build", *options]
         arguments += [f"-DCMAKE_MAKE_PROGRAM={tools.ninja}", "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
         arguments += ["-DLLAMA_BUILD_TOOLS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF"]
         arguments += engine.cmake_args() if hooks else []

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from make_model import Shape, write_model
-from typer.testing import CliRunner, Result
-
 from turboquant import cli
+from typer.testing import CliRunner, Result
 
 #: In ctx and chunks as small as they are here the standard error of turbo3's KLD is about 0.004.
 OPTIONS = ("-c", 256, "--chunks", 2, "--depths", "0,256", "--needle-depths", "1024", "--positions", 1)

@@ -115,6 +115,20 @@ def test_an_outlier_model_is_repaired(
     assert again.exit_code == 1 and "is converted already" in again.stderr and not (tmp_path / "again.gguf").exists()
 
 
+def test_weights_that_are_no_numbers(tool, prose_model: Path, text: Path, tmp_path: Path) -> None:
+    """After the last keys and values, so that only the predictions have any of it."""
+    broken = tmp_path / "broken.gguf"
+    shutil.copyfile(prose_model, broken)
+    reader = gguf.GGUFReader(broken, "r+")
+    (last,) = (one for one in reader.tensors if one.name == "blk.5.ffn_down.weight")
+    last.data[0].reshape(-1, 34)[:, :2].view("<f2")[:] = np.nan
+    reader.data.flush()
+    done = tool("convert", broken, tmp_path / "fixed.gguf", "-f", text, "--tokens", 512)
+    assert done.exit_code == 1 and not (tmp_path / "fixed.gguf").exists()
+    wanted = f"turboquant: {broken}: its predictions of {text} are not finite; is the model damaged?"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
 def test_mixed_quantization(build: Build, outliers: Path, text: Path, tmp_path: Path) -> None:
     """Q4_K_M: rows of Q4_K and Q6_K through their blocks' scales; the output's columns cannot be scaled."""
     model, fixed = tmp_path / "q4_k_m.gguf", tmp_path / "fixed.gguf"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, Build
-
 from turboquant.fetch import UnavailableError, fetch
 
 

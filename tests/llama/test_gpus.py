@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from harness import Build, Result, perplexity_report
-
 from turboquant.llama.build import BuildError, where
 
 PROMPT = "She looked out of the window and saw that the road was empty. The rain had"

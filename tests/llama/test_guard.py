@@ -7,9 +7,8 @@ import re
 import gguf
 import numpy as np
 import pytest
-from harness import ProbeError, kld, kv_sizes, random_tokens
-
 import turboquant
+from harness import ProbeError, kld, kv_sizes, random_tokens
 
 TOKENS = random_tokens(200, seed=5)
 NORMAL = np.random.default_rng(0).standard_normal((512, 128), dtype=np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import gguf
@@ -69,6 +70,50 @@ def test_sides_on_their_own(probe, tiny, tmp_path, side: str) -> None:
     assert types(p.log) == ((MIXED_K, ["turbo3"] * 6) if side == "k" else (["turbo3"] * 6, MIXED_V))
     p.context("q8_0", "f16")  # no side is auto
     assert (kv_sizes(p.log)[-1]["type_k"], kv_sizes(p.log)[-1]["type_v"]) == ("q8_0", "f16")
+
+
+def first_record(state: bytes, type: str, row: int) -> bytes:
+    """What a state file holds of the first layer and side with that type and row size, for all of TOKENS."""
+    ids = {"f16": 1, "q8_0": 8, "turbo4": 512, "turbo2": 518}
+    head = struct.pack("<iQ", ids[type], row)
+    start = state.index(head) + len(head)
+    return state[start : start + len(TOKENS) * row]
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("type", ["q8_0", "turbo4", "f16"])
+def test_a_layer_is_stored_as_in_a_cache_of_its_type(probe, tiny, tmp_path, type: str, side: str) -> None:
+    """To the bit, and so rotated by llama.cpp where its type is, and only there, whatever the other layers have."""
+    others = [one for one in ("q8_0", "turbo4", "f16") if one != type]
+    records = []
+    for own in ([type] * 6, [type, *others, *others, type]):
+        sides = (own, ["turbo2"] * 6) if side == "k" else (["turbo2"] * 6, own)
+        p = probe(tiny("deep"), LLAMA_ARG_CACHE_PLAN=str(write(tmp_path / "plan.json", *sides)))
+        p.context("auto", "auto")
+        p.logits(TOKENS)
+        p.command(f"save {tmp_path}/state")
+        row = {"q8_0": 2 * 136, "turbo4": 2 * 66, "f16": 2 * 256}[type]
+        records.append(first_record((tmp_path / "state").read_bytes(), type, row))
+    assert any(records[0]) and records[0] == records[1]
+
+
+@pytest.mark.parametrize("pair", [("q8_0", "f16"), ("q8_0", "turbo4"), ("q4_0", "turbo3"), ("f16", "turbo4")])
+@pytest.mark.parametrize("model", ["deep", "iswa", "hybrid", "head64"])
+def test_mixed_layers_lose_no_more_than_uniform_ones(probe, tiny, tmp_path, model: str, pair: tuple[str, str]) -> None:
+    """Queries and outputs are rotated where keys and values are."""
+    p = probe(tiny(model))
+    p.context()
+    base = p.logits(TOKENS)
+    uniform = []
+    for type in pair:
+        p.context(type, type)
+        uniform.append(kld(base, p.logits(TOKENS)))
+    p.context("turbo4", "turbo4")  # tells which layers have a cache
+    k = [None if one == "-" else pair[number // 2 % 2] for number, one in enumerate(types(p.log)[0])]
+    v = [None if one == "-" else pair[(number // 2 + 1) % 2] for number, one in enumerate(types(p.log)[1])]
+    q = probe(tiny(model), LLAMA_ARG_CACHE_PLAN=str(write(tmp_path / "plan.json", k, v)))
+    q.context("auto", "auto")
+    assert 0 < kld(base, q.logits(TOKENS)) <= 1.3 * max(uniform)
 
 
 def test_uniform_plan_is_the_plain_cache(probe, tiny, tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from harness import TURBO_ALL, ProbeError, kld, random_tokens
@@ -100,6 +102,19 @@ def test_context_shift(probe, tiny, model: str, name: str) -> None:
     if name == "turbo4":  # a shift of half of the tokens is what a wrong shift would be like
         wrong = kld(base, after_drop(p, "f16", (DROPPED, 2 * DROPPED)))
         assert wrong > 1.2 * move, "the test cannot tell a wrong shift from a right one"
+
+
+@pytest.mark.parametrize("k", [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"]])
+def test_context_shift_of_mixed_layers(probe, tiny, tmp_path, k: list[str]) -> None:
+    """Each layer is turned back before the shift if llama.cpp has rotated it, and only then."""
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"format": "turboquant-plan", "version": 1, "k": k, "v": ["turbo4"] * 3})
+    )
+    p = probe(tiny("gqa"), LLAMA_ARG_CACHE_PLAN=str(tmp_path / "plan.json"))
+    base = after_drop(p, "f16", None)
+    stay, move = (kld(base, after_drop(p, "auto", moves)) for moves in (None, (DROPPED, len(TOKENS))))
+    wrong = kld(base, after_drop(p, "f16", (DROPPED, 2 * DROPPED)))
+    assert 0 < move <= SHIFT * stay and wrong > 1.2 * move
 
 
 @pytest.mark.parametrize("ctk", ["turbo4", "turbo3", "turbo2_32"])

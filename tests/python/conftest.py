@@ -1,5 +1,4 @@
 import pytest
-
 import turboquant
 
 TYPES = [info.name for info in turboquant.types()]

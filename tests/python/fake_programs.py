@@ -2,8 +2,9 @@
 
 `perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, `bench` is
 slower with depth. Each notes in runs.txt what it was asked for. Files beside the programs change what they do: the pair
-named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, and "slow" makes
-llama-perplexity wait, token by token, until it is killed.
+named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, llama-completion and
+llama-bench fail for the one in "unasked", with "damaged" the model predicts NaN, with "types" the log tells
+these types of the layers, and "slow" makes llama-perplexity wait, token by token, until it is killed.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ named = lambda file: (here / file).exists() and (here / file).read_text() == pai
 with open(here / "runs.txt", "a") as file:
     file.write(name + " " + pair + (" token by token" if "-ub" in args else "") + "\\n")
 
+if name != "llama-perplexity" and named("unasked") and value("-n") != "1":
+    log("E main: no kernel for this type")
+    sys.exit(1)
 if name == "llama-bench":
     depth = int(value("-d"))
     common = dict(build_commit="abc1234", build_number=7, cpu_info="A CPU", gpu_info="", backends="CPU", n_depth=depth)
@@ -64,9 +68,15 @@ else:
         sys.exit(1)
     log(f"I llama_kv_cache: size = {{MIB[k] + MIB[v]:7.2f}} MiB (  2048 cells,   6 layers,  1/1 seqs), "
         f"K ({{k}}): {{MIB[k]:7.2f}} MiB, V ({{v}}): {{MIB[v]:7.2f}} MiB")
+    if (here / "types").exists():
+        log("I turboquant: cache types: " + (here / "types").read_text())
     base = Path(value("--kl-divergence-base"))
     if "--kl-divergence" not in args:
         base.write_text("predictions")
+        if (here / "damaged").exists():
+            print("[1]nan,[2]nan,[3]nan,[4]nan,")
+            log("E Unexpected negative standard deviation of log(prob)")
+            sys.exit()
         print(BASE.replace("over 4 chunks", f"over {{value('--chunks')}} chunks"))
         sys.exit()
     assert base.read_text() == "predictions"
@@ -74,8 +84,10 @@ else:
     if alone and (here / "slow").exists():
         (here / "sleeping").touch()
         time.sleep(600)
+    unfused = args[::-1][args[::-1].index("-fa") - 1] == "off"
     kld = 1.5 if alone and named("broken") else KLD[pair][alone]
-    told = f"{{kld:10.6f}} ± {{kld / 40:10.6f}}" if not named("nan") else "nan ± nan"
+    lost = named("nan") or unfused and named("nan unfused")
+    told = f"{{kld:10.6f}} ± {{kld / 40:10.6f}}" if not lost else "nan ± nan"
     print(DIVERGENCE.replace("0.010706 ±   0.000272", told))
 '''
 

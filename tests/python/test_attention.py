@@ -5,7 +5,6 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-
 import turboquant
 from turboquant import reference
 
@@ -34,7 +33,7 @@ def near(n_kv):
     """Relative error that the selected kernels may have where rounding the query changes nothing.
 
     Those with dot products of 8 bits round the softmax weights to 16 bits or, where none is above 1/128 of their sum, to
-    8 (cpp/src/attention_tile.h).
+    8 (cpp/src/generic/values.h).
     """
     selected = next(k.name for k in turboquant.kernels() if k.selected)
     if selected not in ("avx512vbmi", "avx512vnni", "avxvnni"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,6 @@ from pathlib import Path
 import pytest
 from fake_llama import EXTRA, FILES, make_native, make_sdist, make_tree, write
 from rich.console import Console
-
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
 from turboquant.llama import run, source, toolchain
@@ -135,7 +136,7 @@ def test_options_and_compilers_have_folders_of_their_own(native, tree, build, mo
 
 def test_cpu_counts_only_for_native_code(native, tree, monkeypatch):
     def folder(*options: str) -> Path:
-        return builds._make_plan(source.local(tree), (), options, ["cc"]).folder
+        return builds._make_plan(source.local(tree), (), options, ["cc", "c++"]).folder
 
     here, portable = folder(), folder("-DGGML_NATIVE=OFF")
     monkeypatch.setattr(builds, "cpu", lambda: "another one")
@@ -151,7 +152,9 @@ def test_release_of_llama_cpp_python(native, tmp_path, build, monkeypatch):
         return Path(shutil.copy(archive, to))
 
     monkeypatch.setattr(source, "_pip_download", copy)
-    bin = build(version="9.9.9", targets=["llama-bench"])
+    with pytest.raises(source.UnprovenError):
+        build(version="9.9.9", targets=["llama-bench"])
+    bin = build(version="9.9.9", targets=["llama-bench"], unproven=True)
     assert answer(bin, "llama-bench") == "512 41 one"
     assert bin.parent.parent.name.startswith("llama.cpp-9.9.9-")
     archive.unlink()
@@ -347,6 +350,27 @@ def test_moved_cache_is_built_again(native, tree, build, monkeypatch):
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("cpu", "version", "broken"),
+    [
+        ("avx2 amx_tile amx_int8", "c++ (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        ("avx2 amx_tile amx_int8", "g++ (GCC) 11.4.1 20231218 (Red Hat 11.4.1-3)", True),
+        ("avx2 amx_tile amx_int8", "g++ (Ubuntu 13.2.0-23ubuntu4) 13.2.0", True),
+        ("avx2 amx_tile amx_int8", "c++ (Debian 12.4.0-1) 12.4.0", False),
+        ("avx2 amx_tile amx_int8", "g++ (GCC) 14.1.0", False),
+        ("avx2 amx_tile amx_int8", "Debian clang version 14.0.6", False),
+        ("avx2 avx512f", "c++ (Debian 12.2.0-14+deb12u1) 12.2.0", False),
+    ],
+)  # fmt: skip
+def test_compilers_that_break_amx_build_without_it(monkeypatch, cpu, version, broken):
+    """llama.cpp crashed at its first product where such a GCC had built it for a CPU with AMX."""
+    monkeypatch.setattr(toolchain, "_cpu_flags", lambda: set(cpu.split()))
+    monkeypatch.setenv("CXXFLAGS", "-O2")
+    options = builds.base_options(["/usr/bin/cc: " + version, "/usr/bin/c++: " + version])
+    flags = [option for option in options if "CXX_FLAGS" in option]
+    assert flags == (["-DCMAKE_CXX_FLAGS=-O2 -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"] if broken else [])
+
+
 def test_missing_compiler_names_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -392,15 +416,18 @@ def fake_program(path: Path, output: str) -> None:
     path.chmod(0o755)
 
 
-def fake_wheel(folder: Path, name: str, version: str) -> None:
+def fake_wheel(folder: Path, name: str, version: str) -> str:
+    """Write a wheel, and return the line that pins it."""
     info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
         program = zipfile.ZipInfo(f"{name}/data/bin/{name}")
         program.external_attr = 0o100755 << 16
         wheel.writestr(program, f"#!/bin/sh\necho {name} version {version}\n")
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+    return f"{name}=={version} --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
@@ -416,8 +443,9 @@ def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeyp
     elif machine == "has ninja":
         fake_program(path / "ninja", "1.11.1")
     (path / "sh").symlink_to(shutil.which("sh") or "/bin/sh")
-    fake_wheel(wheels, "cmake", "3.31.0")
-    fake_wheel(wheels, "ninja", "1.12.0")
+    pinned = tmp_path / "pinned.txt"
+    pinned.write_text("".join(fake_wheel(wheels, *one) for one in (("cmake", "3.31.0"), ("ninja", "1.12.0"))))
+    monkeypatch.setattr(toolchain, "_PINNED", pinned)
     monkeypatch.setenv("PATH", str(path))
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(path))
     monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
@@ -432,6 +460,24 @@ def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeyp
     assert ("Ninja" in said.getvalue()) == (machine == "has nothing")
     shutil.rmtree(wheels)  # the second time nothing is fetched
     assert toolchain.find_tools(reporter) == tools
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
+def test_replaced_wheels_are_not_installed(monkeypatch, tmp_path, said):
+    """The same names and versions, other bytes: those that are pinned are the real ones."""
+    pytest.importorskip("pip")
+    pinned = dict(re.findall(r"^(\w+)==(\S+)", toolchain._PINNED.read_text(), re.MULTILINE))
+    assert pinned.keys() == {"cmake", "ninja"}
+    for name, version in pinned.items():
+        fake_wheel(tmp_path, name, version)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(toolchain.ToolError, match=r"what pip fetched is not what .*build-tools\.txt pins"):
+        toolchain.find_tools(Reporter(Console(file=said)))
+    assert not (tmp_path / "cache" / "tools" / "cmake-ninja").exists()
 
 
 def test_no_cmake_and_no_network(monkeypatch, tmp_path, said):

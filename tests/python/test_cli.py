@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_llama import EXTRA, FILES, make_native, make_tree, write
-from typer.testing import CliRunner, Result
-
 import turboquant
+from fake_llama import EXTRA, FILES, make_native, make_tree, write
 from turboquant import cli
 from turboquant.llama import build as builds
 from turboquant.llama import patch as hooks
 from turboquant.llama.files import list_files
+from typer.testing import CliRunner, Result
 
 
 @pytest.fixture
@@ -41,6 +40,24 @@ def turbo(*arguments: object) -> Result:
 
 def contents(root: Path) -> dict[str, str]:
     return {name: (root / name).read_text() for name in list_files(root)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "then"),
+    [
+        (["build", "--source", "tree"], "turboquant.llama.build.build", "goes on from here"),
+        (["patch", "tree"], "turboquant.llama.patch.patch", "starts anew"),
+        (["fetch", "smollm2"], "turboquant.fetch.fetch", "starts anew"),
+    ],
+)
+def test_interruptions_say_what_is_kept(monkeypatch, arguments, place, then):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    done = turbo(*arguments)
+    assert done.exit_code == 130
+    assert done.stderr == f"turboquant: interrupted; nothing is broken, and the same command {then}\n"
 
 
 def test_patch_check_unpatch(native, tree):

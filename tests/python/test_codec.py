@@ -11,7 +11,6 @@ import warnings
 
 import numpy as np
 import pytest
-
 import turboquant
 from turboquant import _arrays
 

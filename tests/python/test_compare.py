@@ -24,14 +24,13 @@ from browser import Browser
 from fake_programs import write_programs
 from make_model import Shape, write_model
 from rich.console import Console
-from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, needs_posix, prose
-from typer.testing import CliRunner, Result
-
+from test_evaluate import BASE, DIVERGENCE, HELP, SIZE, TEXTS, needs_posix, prose
 from turboquant import cli
 from turboquant.evaluate import compare, needle, page, verdict
 from turboquant.evaluate.kvsize import Caches, parse_caches
 from turboquant.evaluate.perplexity import base_bytes, parse_divergence
 from turboquant.evaluate.speed import parse_speed
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo3"
@@ -337,6 +336,32 @@ def test_what_cannot_be_measured(place):
 
 
 @needs_posix
+def test_what_cannot_be_asked_or_timed(place):
+    """Such cells have their reasons; the rest of the row, and the other pairs, have their numbers."""
+    (place / "bin" / "unasked").write_text("turbo4")
+    assert run("--types", "turbo4,q8_0").exit_code == 0
+    rows = {row["label"]: row for row in report()["pairs"]}
+    assert [row["failure"] for row in rows.values()] == [None] * 3
+    why = "llama-completion exited with 1: no kernel for this type"
+    assert {cell["reason"] for cell in rows["turbo4"]["needles"]} == {why}
+    assert all(cell["found"] for cell in rows["q8_0"]["needles"])
+    assert rows["turbo4"]["speed"][0]["decode"] is None and rows["q8_0"]["speed"][0]["decode"] == 100
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert "| turbo4 | `??` | `??` |" in text and f"`?`: {why}." in text
+    assert "turbo4 at 1,000: llama-bench exited with 1" in text
+    assert "turbo4 at 1,000: llama-bench exited with 1" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+@needs_posix
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_needles_of_any_text(place, text):
+    Path("text.txt").unlink()
+    Path("text.txt").write_bytes(text.encode())
+    assert run("--types", "q8_0", "--depths", "").exit_code == 0
+    assert [cell["found"] for cell in report()["pairs"][1]["needles"]] == [True] * 4
+
+
+@needs_posix
 def test_interrupted(place):
     """Killed within the token-by-token run: what was measured before is kept, and the same command goes on."""
     slow, sleeping = place / "bin" / "slow", place / "bin" / "sleeping"
@@ -364,6 +389,37 @@ def test_interrupted(place):
     assert done.exit_code == 0, done.output
     assert "llama-perplexity q8_0 token by token" in runs()
     assert report()["pairs"][1]["quality"]["kld"] == 0.0007
+
+
+@needs_posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_without_a_folder_of_its_own(place, number):
+    """However it ended: no folder is left that the same command would avoid."""
+    slow, sleeping = place / "bin" / "slow", place / "bin" / "sleeping"
+    slow.touch()
+    options = ["--bin", "bin", "-m", "model.gguf", "-f", "text.txt", "--types", "q8_0", "--chunks", "4", "-t", "1"]
+    options += ["--depths", "", "--needle-depths", ""]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "turboquant.cli", "compare", *options], stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while not sleeping.exists():
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.05)
+        child.send_signal(number)
+        child.communicate(timeout=60)
+    finally:
+        if child.poll() is None or number == signal.SIGKILL:
+            os.killpg(child.pid, signal.SIGKILL)
+    assert not list(place.glob("compare-*"))
+    slow.unlink()
+    Path("compare-model").mkdir()  # as older versions left one behind
+    for _ in range(2):
+        assert CliRunner().invoke(cli.app, ["compare", *options]).exit_code == 0
+        assert [path.name for path in place.glob("compare-*")] == ["compare-model"]
+    Path("compare-model/report.json").write_text("mine")
+    assert CliRunner().invoke(cli.app, ["compare", *options]).exit_code == 0
+    assert Path("compare-model/report.json").read_text() == "mine" and Path("compare-model-2/report.json").is_file()
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -474,6 +530,26 @@ def test_page_escapes(finished):
     text = page.to_html(data)
     assert "<script>alert(1)" not in text and "<img src=x>" not in text
     assert "<script>" not in page.to_markdown(data) and "&lt;img src=x>\\|" in page.to_markdown(data)
+
+
+@needs_posix
+def test_markdown_escapes(finished):
+    """Names come from files of others, and none of them ends a code span, a cell or a line, or begins HTML or a link."""
+    data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    evil = "<img src=x>`<b>`` [x](javascript:0)\n# &lt;|"
+    data["model"]["path"] = data["text"]["path"] = f"/models/{evil}"
+    data["model"]["name"] = data["machine"]["cpu"] = data["build"]["bin"] = evil
+    data["pairs"][-1]["failure"] = data["pairs"][1]["label"] = evil
+    data["pairs"][1]["needles"][0]["reason"] = data["pairs"][1]["speed"][0]["reason"] = evil
+    data["pairs"][1]["speed"][0]["decode"] = None
+    clean = page.to_markdown(json.loads((finished / "report.json").read_text(encoding="utf-8")))
+    text = page.to_markdown(data)
+    assert len(text.splitlines()) == len(clean.splitlines()) + 1  # the reason of a needle
+    spans, outside = re.findall(r"(?<!`)(?P<fence>`+)(?!`)(.*?)(?<!`)\1(?!`)", re.sub(r"\\`", "", text), re.DOTALL), text
+    for fence, inside in spans:
+        outside = outside.replace(f"{fence}{inside}{fence}", "")
+    assert "<" not in outside and "](" not in re.sub(r"\\[\[\]]", "", outside)
+    assert sum("<img src=x>" in inside for _, inside in spans) == 4  # model, text, build, CPU
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from fake_measure import write_measure
+from fake_programs import write_programs
+from make_model import Shape, write_model
+from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
+from turboquant.convert import run as convert_run
 from turboquant.convert import weights
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.modelfile import ModelError, ModelFile, Scaling, replace_metadata
 from turboquant.convert.paths import Refusal, trace, trace_output
-from turboquant.convert.plan import Measurement, make_plan
+from turboquant.convert.plan import Balanced, Measurement, Plan, make_plan
 from turboquant.convert.stream import Attention, Route
+from turboquant.llama.files import LlamaError
+from turboquant.plan import Plan as CachePlan
 
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -380,14 +389,21 @@ def test_truncated_files(model: Path, tmp_path: Path, kept: int) -> None:
 HEADS, HEAD = 2, 32
 
 
-def planned(tmp_path: Path, v_steps: list[dict], types: dict[str, str] | None = None, **options: object) -> dict:
-    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types."""
+def planned(
+    tmp_path: Path,
+    v_steps: list[dict],
+    types: dict[str, str] | None = None,
+    sizes: dict[str, float] | None = None,
+    **options: object,
+) -> dict:
+    """Plan a layer with 2 query heads and a KV head of 32, in a file with weights of the given types and sizes."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for name, shape in {"q": (64, 256), "k": (32, 256), "v": (32, 256), "o": (256, 64)}.items():
         kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
-        raw = gguf.quants.quantize(rng.standard_normal(shape, dtype=np.float32), kind)
-        writer.add_tensor(name, raw, raw_dtype=kind)
+        values = rng.standard_normal(shape, dtype=np.float32) * np.float32((sizes or {}).get(name, 1))
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor("bias", np.full(HEAD, 60000, np.float16))  # as large as fp16 allows
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -432,6 +448,42 @@ def test_a_layer_is_balanced(tmp_path: Path) -> None:
     assert set(planned(tmp_path, from_matrix("v"), values=False)["scalings"]) == {"q", "k"}
 
 
+def test_exact_scales_beyond_fp16_become_powers_of_two(tmp_path: Path) -> None:
+    """The largest of these weights is 60000: what can be written is planned, and what was planned is written."""
+    large = {"types": {"k": "F16"}, "sizes": {"k": 15000}}
+    found = planned(tmp_path, from_matrix("v"), **large)
+    assert (found["K"].exact, found["K"].refused, found["V"].exact, found["mode"]) == (False, "", True, "mixed")
+    assert 1 > found["K"].ratio
+    with ModelFile(tmp_path / "model.gguf") as model:
+        model.write(tmp_path / "out.gguf", found["scalings"], {})
+    (k,) = (tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors if tensor.name == "k")
+    assert np.isfinite(k.data).all()
+    found = planned(tmp_path, from_matrix("v"), mode="exact", **large)
+    assert found["K"].refused == "its scales take k out of the range of its type: convert without --exact"
+
+
+@pytest.mark.parametrize("mode", ["auto", "pow2"])
+@pytest.mark.parametrize("type", ["F16", "F32", "BF16"])
+def test_weights_that_are_not_finite_stay(tmp_path: Path, mode: str, type: str) -> None:
+    found = planned(tmp_path, from_matrix("v"), {"k": type}, {"k": np.inf}, mode=mode)
+    assert found["K"].refused == "k has weights that are not finite" and not found["V"].refused
+
+
+def test_a_weight_out_of_range_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    with ModelFile(model) as opened, pytest.raises(ModelError, match=r"in\.gguf: columns cannot be scaled \(a weight"):
+        opened.write(tmp_path / "out.gguf", {"columns": [Scaling("columns", np.full(8, 1e6))]}, {})
+
+
+@pytest.mark.parametrize("mode", ["auto", "pow2"])
+def test_biases_have_limits_too(tmp_path: Path, mode: str) -> None:
+    steps = [tensor("ADD", [HEAD, 5], weight="bias", wne=[HEAD, 1, 1, 1]), *from_matrix("v")]
+    found = planned(tmp_path, steps, mode=mode)
+    assert not found["V"].refused and not found["V"].exact
+    assert found["scalings"]["bias"][0].factors.max() == 1
+    with ModelFile(tmp_path / "model.gguf") as model:
+        model.write(tmp_path / "out.gguf", found["scalings"], {})
+
+
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_keys_that_are_values_too_stay(tmp_path: Path, values: bool, normalised: bool) -> None:
@@ -458,6 +510,96 @@ def test_types_decide(tmp_path: Path, types: dict[str, str], mode: str, k: str, 
     if not k and mode != "exact":
         exponents = np.log2(found["scalings"]["k"][0].factors)
         assert np.array_equal(exponents, np.round(exponents)) == (not found["K"].exact)
+
+
+# ---- the check -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`convert` on `model` with stand-ins for llama-perplexity and for the measurement."""
+    monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
+    write_programs(tmp_path / "bin", HELP, BASE, DIVERGENCE)
+    (tmp_path / "text.txt").write_text("some text")
+    modes: list[str] = []
+
+    def plan(model: ModelFile, measured: Measurement, mode: str, values: bool) -> Plan:
+        modes.append(mode)
+        return Plan(SCALINGS, [Balanced(0, "K", exact=mode != "pow2", before=2.0, after=1.0)])
+
+    monkeypatch.setattr(convert_run, "measure", lambda *_, **__: Measurement(2048, 2048))
+    monkeypatch.setattr(convert_run, "make_plan", plan)
+
+    def run(**options: Any) -> Any:
+        target = tmp_path / "out" / "out.gguf"
+        target.parent.mkdir(exist_ok=True)
+        try:
+            return convert_run.convert(model, target, tmp_path / "text.txt", bin=tmp_path / "bin", threads=1, **options)
+        except LlamaError as error:
+            assert list(target.parent.iterdir()) == []
+            return f"{modes} {error}"
+
+    return run
+
+
+@needs_posix
+def test_the_check_passes(converting: Callable[..., Any], tmp_path: Path) -> None:
+    assert converting().recommended == ("turbo4", "turbo4")
+    assert (tmp_path / "out" / "out.gguf").is_file()
+
+
+@needs_posix
+@pytest.mark.parametrize(("mode", "tried"), [("auto", ["auto", "pow2"]), ("exact", ["exact"]), ("pow2", ["pow2"])])
+def test_predictions_that_are_no_numbers_exceed_the_limit(
+    converting: Callable[..., Any], tmp_path: Path, mode: str, tried: list[str]
+) -> None:
+    (tmp_path / "bin" / "nan").write_text("f16")
+    said = converting(mode=mode)
+    if mode == "exact":
+        assert said.startswith(f"{tried} the converted model differs from the original by inf nats with an f16 cache")
+    else:
+        assert said.startswith(f"{tried} {tmp_path / 'in.gguf'}: its predictions without flash attention are not")
+
+
+@needs_posix
+def test_a_cache_without_predictions_is_not_recommended(converting: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "nan").write_text("turbo4")
+    assert converting().recommended == ("q8_0", "turbo3")
+
+
+@needs_posix
+def test_a_model_that_predicts_nothing(converting: Callable[..., Any], tmp_path: Path) -> None:
+    """NaN weights after the last keys and values: the measurement sees none of them, the original's predictions do."""
+    (tmp_path / "bin" / "damaged").touch()
+    said = converting()
+    what = f"{tmp_path / 'in.gguf'}: its predictions of {tmp_path / 'text.txt'} are not finite"
+    assert said == f"['auto'] {what}; is the model damaged?"
+    assert (tmp_path / "bin" / "runs.txt").read_text().count("llama-perplexity") == 1
+
+
+@needs_posix
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_file_has_a_plan_of_what_is_recommended(
+    converting: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """With the types that the guard gave; an older plan in the model does not stay."""
+    write_model(model, Shape(layers=3))
+    with ModelFile(model) as source:
+        old = tmp_path / "old.gguf"
+        source.write(old, {}, {"turboquant.plan.version": 1, "turboquant.plan.type_k": "f16*3"})
+    old.replace(model)
+    scaling = {"blk.0.attn_q.weight": [Scaling("rows", np.ones(512))]}
+    monkeypatch.setattr(convert_run, "make_plan", lambda *_: Plan(scaling, [Balanced(0, "K", before=2.0, after=1.0)]))
+    write_measure(tmp_path / "bin", [{"k": 1, "v": 1}] * 3)
+    if guarded:
+        (tmp_path / "bin" / "types").write_text("K q8_0,turbo4*2; V turbo4*3")
+    k = ("q8_0" if guarded else "turbo4", "turbo4", "turbo4")
+    assert converting().layers == (k, ("turbo4",) * 3)
+    with ModelFile(tmp_path / "out" / "out.gguf") as written:
+        found = CachePlan.from_metadata(written.metadata, "out.gguf")
+        assert found is not None and (found.k, found.v) == (k, ("turbo4",) * 3)
+        assert found.model == {"architecture": "llama", "layers": 3}
+        assert written.metadata["turboquant.cache_type_k"] == "turbo4"
 
 
 # ---- files that appear whole -----------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("safetensors", reason="needs pip install '.[convert]'")
 from safetensors.numpy import save_file  # noqa: E402
-
-from turboquant import dump  # noqa: E402
+from turboquant import cli, dump  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 
 def written(path, tensors, **metadata):
@@ -56,3 +56,73 @@ def test_refusals(tmp_path):
         dump.load(text)
     with pytest.raises(OSError):
         dump.load(tmp_path / "missing")
+
+
+def one(shape=(5, 2, 64), kind=np.float32):
+    return np.zeros(shape, kind)
+
+
+GOOD = {"q.0": one((5, 4, 64)), "k.0": one(), "v.0": one()}
+#: Tensors in place of those above, metadata, and what is said of it.
+DAMAGED = {
+    "no scale": ({}, {"scale": ""}, "names no scales of its queries"),
+    "deep scale": ({}, {"scale": "[" * 100_000}, "names no scales of its queries"),
+    "list of scales": ({}, {"scale": "[1]"}, "names no scales of its queries"),
+    "scale in words": ({}, {"scale": '{"q.0": "x"}'}, "names no scales of its queries"),
+    "endless scale": ({}, {"scale": '{"q.0": 1e999}'}, "names no scales of its queries"),
+    "other scale": ({}, {"scale": '{"q.1": 1}'}, "names no scale of q.0"),
+    "matrix": ({"k.0": one((5, 64))}, {}, "k.0 is F32 of shape (5, 64), wanted floats (tokens, heads, head)"),
+    "numbers": ({"v.0": one(kind=np.int8)}, {}, "v.0 is I8 of shape"),
+    "nothing": ({"v.0": one((5, 0, 64))}, {}, "v.0 is F32 of shape (5, 0, 64)"),
+    "many heads of nothing": ({"k.0": one((5, 1 << 40, 0))}, {}, "k.0 is F32 of shape (5, 1099511627776, 0)"),
+    "fewer tokens": ({"v.0": one((4, 2, 64))}, {}, "has different numbers of tokens: 5 in"),
+    "odd heads": ({"q.0": one((5, 3, 64))}, {}, "q.0 has 3 heads of 64, which do not go with 2 of 64 in K"),
+    "other head": ({"q.0": one((5, 4, 32))}, {}, "q.0 has 4 heads of 32, which do not go with 2 of 64 in K"),
+    "odd values": ({"v.0": one((5, 1, 64))}, {}, "v.0 has 1 heads of 64, which do not go with 2 of 64 in K"),
+}
+
+
+def refused(path):
+    """What `turboquant analyze` says of the file: one sentence, after the line that tells what it does."""
+    done = CliRunner().invoke(cli.app, ["analyze", str(path)])
+    assert done.exit_code == 1 and done.stdout == ""
+    start, said = done.stderr.splitlines()
+    assert start == "analyzing layers ..."
+    return said
+
+
+@pytest.mark.parametrize("change, metadata, words", DAMAGED.values(), ids=DAMAGED)
+def test_damage_is_a_sentence(tmp_path, change, metadata, words):
+    about = {"model": "m", "text": "t", "tokens": "5", **metadata}
+    path = written(tmp_path / "evil.safetensors", {**GOOD, **change}, **about)
+    with pytest.raises(dump.DumpError) as info:
+        dump.load(path)
+    assert str(path) in str(info.value) and words in str(info.value)
+    said = refused(path)
+    assert str(path) in said and words in said
+
+
+@pytest.mark.parametrize("name", ["k.x", "k.-1", "k.01", f"k.{'9' * 5000}", "v", "q.0.0.0", "k.0\n"])
+def test_names_of_others_are_left_alone(tmp_path, name):
+    path = written(tmp_path / "more.safetensors", {**GOOD, name: one((3,), np.int8)}, model="m", text="t", tokens="5")
+    assert list(dump.load(path)) == [0]
+    assert CliRunner().invoke(cli.app, ["analyze", str(path)]).exit_code == 0
+
+
+@pytest.mark.parametrize("missing", ["model", "text", "tokens"])
+def test_analyze_needs_to_know_what_it_reports(tmp_path, missing):
+    about = {key: "5" for key in ("model", "text", "tokens") if key != missing}
+    path = written(tmp_path / "evil.safetensors", GOOD, **about)
+    assert f"{path} names no {missing}" in refused(path)
+
+
+def test_analyze_refuses_what_is_no_number(tmp_path):
+    stored = {**GOOD, "k.0": np.full((5, 2, 64), np.nan, np.float32)}
+    path = written(tmp_path / "evil.safetensors", stored, model="m", text="t", tokens="5")
+    assert f"{path}: k.0 is not finite" in refused(path)
+
+
+def test_analyze_needs_queries(tmp_path):
+    stored = {name: GOOD[name] for name in ("k.0", "v.0")}
+    path = written(tmp_path / "evil.safetensors", stored, model="m", text="t", tokens="5")
+    assert f"{path} has no q.0" in refused(path)

@@ -3,6 +3,7 @@
 The programs are stood in for by small scripts here; tests/llama runs the real ones.
 """
 
+import errno
 import io
 import json
 import os
@@ -16,12 +17,11 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-
 import turboquant
+from rich.console import Console
 from turboquant.evaluate import demo, needle, report
 from turboquant.evaluate.kvsize import parse_cache_size
-from turboquant.evaluate.measure import Options, Row, measure
+from turboquant.evaluate.measure import Options, Row, measure, scratch_folder
 from turboquant.evaluate.pairs import CachePair, bits_per_value, parse_pairs
 from turboquant.evaluate.perplexity import parse_base, parse_divergence
 from turboquant.evaluate.programs import ProgramError, Programs, parse_cache_types
@@ -174,6 +174,42 @@ def test_needles():
     assert needle.make_needles(text, count=4, distance=6000) == needles
 
 
+TEXTS = {
+    "lines": "".join(f" Line {index} of it has no blank one after it . \n" for index in range(9000)),
+    "CRLF": prose(400).replace("\n", "\r\n"),
+    "one word": "x" * 40_000,
+    "CJK": "".join(chr(0x4E00 + index % 5000) for index in range(40_000)),
+    "late CJK": prose(800) + "漢字" * 20_000,
+}
+
+
+@pytest.mark.parametrize("unit", [4, 1])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_needles_fit(text, unit):
+    """With a tokenizer of four bytes a token, and with one of bytes."""
+
+    def count(prompt: str) -> int:
+        return len(prompt.encode()) // unit
+
+    for ctx in (4096, 512):
+        needles = needle.fit_needles(text, 4, 6000, ctx, count, template=needle.TEMPLATES["plain"])
+        assert all(count(one.prompt) <= ctx - 12 for one in needles)
+        assert all(one.prompt.count(one.number) == 1 and one.distance > ctx / 20 for one in needles)
+        assert "\r" not in needles[0].prompt
+        for index, position in enumerate((0.1, 0.5, 0.9) if ctx > 512 else ()):
+            one = needle.fit_grid_needle(text, ctx, position, index, count)
+            assert count(one.prompt) <= ctx - 12 and one.prompt.count(one.number) == 1
+    with pytest.raises(ValueError, match="no needle of it fits into 64 tokens"):
+        needle.fit_needles(text, 4, 6000, 64, count, template=needle.TEMPLATES["plain"])
+
+
+def test_a_long_line_is_cut():
+    """The distance does not grow with the lengths of lines."""
+    for text in TEXTS.values():
+        for one in needle.make_needles(text, 4):
+            assert 6000 <= one.distance < 6600 and len(one.prompt) < 8000
+
+
 def test_needles_with_another_prompt():
     for one in needle.make_needles(prose(), count=2, template=needle.TEMPLATES["plain"]):
         assert one.note == f"Remember this: the secret number of {one.name} is {one.number}."
@@ -261,7 +297,7 @@ def test_results(tmp_path):
     assert results.get({"a": 1}) == [1.5, "x"]
     assert results.get({"a": 2}) is None
     (stored,) = results.folder.iterdir()
-    for broken in ("", "{", "[]", '{"key": {"a": 2}, "value": 3}'):
+    for broken in ("", "{", "[]", '{"key": {"a": 2}, "value": 3}', '{"key": {"a": 1}}'):
         stored.write_text(broken)
         assert results.get({"a": 1}) is None
     results.put({"a": 1}, 2)
@@ -274,6 +310,83 @@ def test_file_hash(tmp_path):
     assert file_hash(file, results) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     file.write_bytes(b"abcd")
     assert file_hash(file, results) != "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert not results.folder.exists()  # such a young file may change once more within the same tick
+
+
+def test_file_hash_is_remembered(tmp_path, monkeypatch):
+    """Not by what a copy or a tool can restore: path, size and time."""
+    file, results = tmp_path / "file", Results(tmp_path / "results")
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: later)
+    file.write_bytes(b"abc")
+    before, times = file_hash(file, results), file.stat()
+    (stored,) = results.folder.iterdir()
+    stored.write_text(stored.read_text().replace(before, "remembered"))
+    assert file_hash(file, results) == "remembered"
+
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = file_hash(file, results)
+    assert changed != "remembered"
+    other = tmp_path / "other"
+    other.write_bytes(b"abe")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, file)
+    assert file_hash(file, results) not in (changed, "remembered")
+
+
+def test_a_file_that_changes_while_it_is_hashed(tmp_path, monkeypatch):
+    file, results = tmp_path / "file", Results(tmp_path / "results")
+    file.write_bytes(b"abc")
+    monkeypatch.setattr("turboquant.evaluate.results.time.time_ns", lambda: file.write_bytes(b"abcd") and 1 << 62)
+    file_hash(file, results)
+    assert not results.folder.exists()
+
+
+# ---- scratch folders -------------------------------------------------------------------------------------------------
+
+
+def test_scratch_folders_in_use_stay(tmp_path):
+    with scratch_folder(tmp_path) as first:
+        (first / "f16.kld").touch()
+        with scratch_folder(tmp_path) as second:
+            assert second != first
+        assert (first / "f16.kld").exists() and not second.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folders_that_were_left_behind_go(tmp_path):
+    """A run that is killed leaves its folder; the system gives its lock up."""
+    code = "import os, sys; from pathlib import Path; from turboquant.evaluate.measure import scratch_folder\n"
+    code += "with scratch_folder(Path(sys.argv[1])) as folder: (folder / 'f16.kld').touch(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with scratch_folder(tmp_path):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folders_of_other_machines_stay(tmp_path, monkeypatch):
+    """Where a cache is shared, neither their processes nor, on every file system, their locks are seen from here."""
+    monkeypatch.setattr("platform.node", lambda: "other-machine")
+    with scratch_folder(tmp_path) as theirs:
+        monkeypatch.setattr("platform.node", lambda: "other")
+        monkeypatch.setattr("turboquant.llama.files._try_lock", lambda descriptor: True)
+        with scratch_folder(tmp_path):
+            assert theirs.is_dir()
+        assert theirs.is_dir()
+
+
+def test_scratch_folders_without_locks(tmp_path, monkeypatch):
+    """A file system may have none: then nothing of others is deleted, and one's own still is."""
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("turboquant.llama.files._try_lock", refuse)
+    with scratch_folder(tmp_path) as first, scratch_folder(tmp_path):
+        assert first.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- measuring, with stand-ins for the programs ----------------------------------------------------------------------
@@ -305,7 +418,10 @@ if "--kl-divergence" in args:
     if (here / "slow").exists():
         (here / "sleeping").touch()
         time.sleep(600)
-    print(DIVERGENCE)
+    if (here / "breaks").exists() and (here / "breaks").read_text() == k:
+        log("E main: out of memory")
+        sys.exit(1)
+    print(DIVERGENCE.replace("0.010706 ±   0.000272", "nan ± nan") if (here / "nan").exists() else DIVERGENCE)
 else:
     base.write_text("predictions")
     print(BASE)
@@ -324,6 +440,14 @@ if "-p" in args:
         print(" he \\x1b[31msaw\\x1b[0m a light.\\n\\n")
     sys.exit()
 prompt = Path(args[args.index("-f") + 1]).read_text()
+tokens = len(prompt.encode()) // (1 if (here / "bytes").exists() else 4)
+room = int(args[args.index("-c") + 1]) - 4
+if tokens > room:
+    log(f"E main: prompt is too long ({tokens} tokens, max {room})")
+    sys.exit(1)
+if (here / "fails").exists() and (here / "fails").read_text() == k and room > 252:
+    log("E main: no kernel for this type")
+    sys.exit(1)
 number = re.search(r"is (\\d+)", prompt)[1]
 print(f" {number}.")
 if not (here / "busy").exists() or runs % 2 == 0:
@@ -372,7 +496,7 @@ def test_measure(fake):
         "llama-perplexity q8_0/q8_0",
         "llama-perplexity q4_0/q8_0",
     ]
-    assert len(runs) == 3 + 3 * 2
+    assert len(runs) == 3 + 3 * 2 + 2  # two prompts are counted
     assert list((fake / "scratch").iterdir()) == []  # the predictions are gone
 
     again, runs = measured(fake)
@@ -392,9 +516,19 @@ def test_measure_runs_only_what_is_new(fake):
         assert measured(fake, "q8_0", **change)[1] == ["llama-perplexity f16/f16", "llama-perplexity q8_0/q8_0"]
     assert {run.split()[0] for run in measured(fake, "q8_0", distance=5000)[1]} == {"llama-completion"}
     (fake / "model.gguf").write_bytes(b"GGUF 2")
-    assert len(measured(fake, "q8_0")[1]) == 2 + 2 * 2
+    assert len(measured(fake, "q8_0")[1]) == 2 + 2 * 2 + 2
     (fake / "bin" / "libggml-cpu.so").write_bytes(b"another build")
     assert len(measured(fake, "q8_0")[1]) == 2 + 2 * 2
+
+
+@needs_posix
+@pytest.mark.parametrize("damage", ["{}", "[]", "7", '{"values": {"kld": 1}, "caches": {}}'])
+def test_damaged_results_are_measured_again(fake, damage):
+    rows, first = measured(fake, "q8_0", needles=0)
+    for path in (fake / "results").iterdir():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({"key": stored["key"], "value": json.loads(damage)}))
+    assert measured(fake, "q8_0", needles=0) == (rows, first)
 
 
 @needs_posix
@@ -404,6 +538,55 @@ def test_truncated_output_is_run_again(fake):
     rows, runs = measured(fake, "q8_0")
     assert [one.found for one in rows] == [2, 2]
     assert len([run for run in runs if "completion" in run]) > 2 * 2
+
+
+@needs_posix
+@pytest.mark.parametrize("unit", [4, 1])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_needles_of_any_text_are_asked(fake, text, unit):
+    """No blank line, no break at all, other line ends, three bytes in a character: every prompt fits."""
+    (fake / "text.txt").write_bytes(text.encode())
+    if unit == 1:
+        (fake / "bin" / "bytes").touch()
+    rows, _ = measured(fake, "q8_0")
+    assert [(one.found, one.asked, one.needle_failure) for one in rows] == [(2, 2, None)] * 2
+    assert rows[0].distance >= 6000 or len(text.encode()) / unit > 4096
+
+
+@needs_posix
+def test_one_failure_is_a_row(fake):
+    """Whatever fails besides the f16 cache leaves the others' results in the table."""
+    (fake / "bin" / "breaks").write_text("q4_0")
+    (fake / "bin" / "fails").write_text("q8_0")
+    rows, _ = measured(fake, "q4_0,q8_0,f16/q8_0")
+    assert [one.label for one in rows] == ["f16", "q4_0", "q8_0", "f16/q8_0"]
+    assert rows[1].failure == "llama-perplexity exited with 1: out of memory" and rows[1].bits is None
+    assert rows[2].answers == [None, None] and rows[2].kld == 0.010706
+    assert rows[2].needle_failure == "llama-completion exited with 1: no kernel for this type"
+    assert rows[0].found == rows[3].found == 2 and rows[3].needle_failure is None
+    assert report.cells(rows[1]) == ["q4_0", *["–"] * 6] and report.cells(rows[2])[-1] == "–"
+    (fake / "bin" / "nan").touch()
+    (fake / "bin" / "breaks").unlink()
+    rows, _ = measured(fake, "q4_0")
+    assert rows[1].failure == "its predictions are not finite (KLD nan)"
+    json.loads(report.to_json(rows), parse_constant=pytest.fail)
+
+
+@needs_posix
+def test_text_too_short_for_needles(fake):
+    """Everything else is in the table, and below it is the reason."""
+    (fake / "text.txt").write_text("A word. " * 500)
+    done = subprocess.run(
+        command_line(fake, "--types", "q4_0", "--demo", "q4_0", "--markdown", fake / "table.md"),
+        env=environment(fake), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    why = "text: 4000 characters are too few for a needle 6000 characters back."
+    assert f"No question is asked: {why}" in done.stdout
+    assert f"Needles of f16, q4_0 were not asked for: {why}" in done.stdout
+    assert re.search(r"^q4_0 +4\.5 +3\.38 +37\.506 .* –$", done.stdout, re.MULTILINE)
+    words = (fake / "table.md").read_text(encoding="utf-8")
+    assert words.endswith(f"\n\nNeedles of f16, q4_0 were not asked for: {why}\n")
 
 
 @needs_posix

@@ -15,11 +15,10 @@ from pathlib import Path
 import browser as browsers
 import numpy as np
 import pytest
-from browser import Browser
-from typer.testing import CliRunner, Result
-
 import turboquant
+from browser import Browser
 from turboquant import cli, explore, reference
+from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[2]
 MAKE_WASM = ROOT / "tools" / "make_wasm.py"

@@ -123,13 +123,16 @@ def test_patch_twice_is_patch_once_and_writes_nothing(tree, hooks):
 )
 def test_unpatch_restores_every_byte(tree, hooks, change):
     path = tree / "src/llama-context.cpp"
-    data = change(path.read_bytes())
-    if b"\r\n" in data:  # the anchors of this test's hooks end in \n
-        hooks = load(tree.parent, HOOKS.replace("\\{\\n'", "\\{\\r\\n'").replace("\\};\\n\\Z", "\\};\\r\\n\\Z"))
-    path.write_bytes(data)
+    path.write_bytes(change(path.read_bytes()))
     before = snapshot(tree)
     engine.patch(tree, hooks)
-    assert snapshot(tree) != before
+    once = snapshot(tree)
+    assert once != before and set(states(tree, hooks).values()) == {"applied"}
+    engine.patch(tree, hooks)
+    assert snapshot(tree) == once
+    assert (once["src/llama-context.cpp"].count(b"\n") == once["src/llama-context.cpp"].count(b"\r\n")) == (
+        b"\r\n" in before["src/llama-context.cpp"]
+    )
     assert sorted(engine.unpatch(tree)) == ["ggml/include/ggml.h", "src/llama-context.cpp"]
     assert snapshot(tree) == before
     assert engine.unpatch(tree) == []
@@ -192,16 +195,139 @@ def test_a_failed_write_says_so_and_can_be_repeated(tree, hooks, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(engine.os, "replace", full_disk)
-    with pytest.raises(
-        engine.PatchError, match="cannot be written: No space left on device; run the same command again"
-    ):
+    told = "cannot be written: No space left on device; nothing was changed: run the same command again"
+    with pytest.raises(engine.PatchError, match=told):
         engine.patch(tree, hooks)
-    assert set(snapshot(tree)) == set(before)  # no temporary file is left
+    assert len(calls) == 3 and snapshot(tree) == before  # the first file is as it was, and no temporary file is left
     monkeypatch.undo()
     engine.patch(tree, hooks)
     assert set(states(tree, hooks).values()) == {"applied"}
     engine.unpatch(tree)
     assert snapshot(tree) == before
+
+
+def test_room_on_the_disk_is_taken_before_anything_changes(tree, hooks, monkeypatch):
+    before, write_bytes, calls = snapshot(tree), Path.write_bytes, []
+
+    def full_disk(path, data):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(engine.os, "replace", lambda *names: pytest.fail("replaced"))
+    with pytest.raises(engine.PatchError, match="nothing was changed"):
+        engine.patch(tree, hooks)
+    assert snapshot(tree) == before
+
+
+def test_an_interruption_leaves_all_as_it_was(tree, hooks, monkeypatch):
+    before = snapshot(tree)
+    times = {name: (tree / name).stat().st_mtime_ns for name in before}
+    replace, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(engine.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.patch(tree, hooks)
+    assert snapshot(tree) == before
+    assert {name: (tree / name).stat().st_mtime_ns for name in before} == times  # nothing is compiled again for it
+
+
+@pytest.mark.parametrize("action", ["patch", "unpatch"])
+def test_a_killed_run_never_leaves_what_looks_patched(tree, hooks, monkeypatch, action):
+    """The ids in ggml.h come last, and go first: what stopped in between does not compile, and can be gone on with."""
+    original = snapshot(tree)
+    if action == "unpatch":
+        engine.patch(tree, hooks)
+    replace, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source, target):
+        if calls:
+            raise Killed  # from the second on nothing happens, as in a process that is gone
+        calls.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.os, "replace", killed)
+        patch.setattr(engine, "_put_back", lambda staged: [])
+        with pytest.raises(Killed):
+            engine.patch(tree, hooks) if action == "patch" else engine.unpatch(tree)
+    assert "turboquant" not in (tree / "ggml/include/ggml.h").read_text()
+    assert "turboquant" in (tree / "src/llama-context.cpp").read_text()
+    if action == "patch":
+        assert states(tree, hooks)["ids"] == "missing"
+        engine.patch(tree, hooks)
+        assert set(states(tree, hooks).values()) == {"applied"}
+    engine.unpatch(tree)
+    assert snapshot(tree) == original
+
+
+def linked(tree: Path, name: str) -> Path:
+    """Move a folder of the tree elsewhere, and put a link in its place."""
+    elsewhere = tree.parent / "elsewhere" / name
+    elsewhere.parent.mkdir(parents=True)
+    shutil.move(tree / name, elsewhere)
+    (tree / name).symlink_to(elsewhere, target_is_directory=True)
+    return elsewhere
+
+
+@pytest.mark.parametrize("name", ["ggml", "ggml/include", "src"])
+def test_nothing_is_written_through_a_link_to_a_folder(tree, hooks, name):
+    elsewhere = linked(tree, name)
+    before = snapshot(elsewhere)
+    for action in (engine.patch, engine.check):
+        with pytest.raises(engine.LinkError) as caught:
+            action(tree, hooks)
+        assert f"{tree / name} is a link to {elsewhere}, which other trees" in str(caught.value)
+        assert f"`turboquant build --source {tree}` copies the sources" in str(caught.value)
+    assert snapshot(elsewhere) == before
+
+
+def test_the_tree_itself_may_be_a_link(tree, hooks):
+    link = tree.parent / "link"
+    link.symlink_to(tree, target_is_directory=True)
+    assert {state.state for state in engine.patch(link, hooks)} == {"applied"}
+    assert len(engine.unpatch(link)) == 2
+
+
+@pytest.mark.parametrize("name", ["ggml", "src"])
+def test_unpatch_restores_what_older_versions_wrote_through_links(tree, hooks, monkeypatch, name):
+    before = snapshot(tree)
+    engine.patch(tree, hooks)
+    linked(tree, name)
+    monkeypatch.setattr(engine, "load_hooks", lambda: hooks)
+    assert sorted(engine.unpatch(tree)) == ["ggml/include/ggml.h", "src/llama-context.cpp"]
+    assert {file: (tree / file).read_bytes() for file in before} == before
+
+
+def test_links_to_other_trees_are_left_alone(tree, hooks, tmp_path):
+    """An example of the user's in another tree, which is patched and stays so."""
+    other = tmp_path / "other"
+    shutil.copytree(tree, other)
+    engine.patch(other, hooks)
+    patched = snapshot(other)
+    (tree / "examples").mkdir()
+    (tree / "examples" / "mine").symlink_to(other / "src", target_is_directory=True)
+    engine.patch(tree, hooks)
+    engine.unpatch(tree)
+    assert snapshot(other) == patched
+
+
+def test_mixed_line_ends_are_told(tree, hooks):
+    path = tree / "src/llama-context.cpp"
+    path.write_bytes(path.read_bytes().replace(b"{\n", b"{\r\n"))
+    with pytest.raises(engine.AnchorError, match=r"the file's line ends are mixed, \\r\\n and \\n: git checkout restores it"):
+        engine.patch(tree, hooks)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +463,21 @@ def test_the_hooks_are_few_and_explained():
     for hook in hooks:
         for site in hook.sites:
             assert len(site.text.splitlines()) <= (7 if hook.id == "type-ids" else 3), hook.id
+
+
+@pytest.mark.parametrize("version", sorted(source.PROVEN))
+def test_real_tree_with_crlf(version, tmp_path):
+    """As git makes it on Windows."""
+    tree = real_tree(version, tmp_path / "llama.cpp")
+    for folder in ("ggml", "src", "common", "include", "tools", "tests"):
+        for path in (tree / folder).rglob("*"):
+            if path.suffix in (".h", ".c", ".cpp", ".cu", ".cuh", ".hpp") and b"\r" not in path.read_bytes():
+                path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    before = snapshot(tree)
+    assert {state.state for state in engine.patch(tree)} == {"applied"}
+    assert set(states(tree).values()) == {"applied"}
+    engine.unpatch(tree)
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("version", sorted(source.PROVEN))

@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import pytest
 from make_model import Shape, write_model
-
 from turboquant._output import OutputError
 from turboquant.convert.modelfile import ModelFile
 from turboquant.plan import (

@@ -293,13 +293,16 @@ def test_build(quickstart, tmp_path, capfd, monkeypatch):
     python, told = tmp_path / "python", tmp_path / "told"
     python.write_text(f'#!/bin/sh\necho "$@" > {told}\necho compiling >&2\necho hello\necho {tmp_path}\nexit $STATUS\n')
     python.chmod(0o755)
-    options = SimpleNamespace(source=tmp_path, version="0.3.36")
+    options = SimpleNamespace(source=tmp_path, version="0.3.36", unproven=False)
     monkeypatch.setenv("STATUS", "0")
     assert quickstart.build(python, options) == tmp_path
     assert told.read_text().split() == [
         *("-I", "-m", "turboquant.cli", "build", "--source", str(tmp_path), "--version", "0.3.36")
     ]
     assert capfd.readouterr().err == "compiling\n"
+    options.unproven = True
+    quickstart.build(python, options)
+    assert told.read_text().split()[-1] == "--unproven"
     monkeypatch.setenv("STATUS", "1")
     with pytest.raises(quickstart.Problem, match="llama.cpp was not built"):
         quickstart.build(python, options)

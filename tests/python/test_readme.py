@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 import turboquant
 
 ROOT = Path(__file__).parents[2]

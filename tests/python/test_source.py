@@ -6,16 +6,18 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from fake_llama import COMMIT, FILES, make_sdist, make_tree, write
+from fake_llama import BACKEND, COMMIT, FILES, make_sdist, make_tree, write
 from rich.console import Console
-
+from turboquant import cli
 from turboquant.llama import source
 from turboquant.llama.files import hash_files, list_files, sync
 from turboquant.llama.progress import Reporter
+from typer.testing import CliRunner
 
 pytest.importorskip("pip")
 VERSION = "9.9.9"
@@ -69,18 +71,18 @@ def contents(root: Path) -> dict[str, str]:
 
 def test_fetch_unpacks_llama_without_what_no_build_needs(index, reporter, said):
     make_sdist(index, VERSION)
-    tree = source.fetch(VERSION, reporter)
+    tree = source.fetch(VERSION, reporter, unproven=True)
     assert contents(tree.root) == FILES
     assert tree.commit == COMMIT[:9]
     assert os.access(tree.root / "scripts/tool.sh", os.X_OK)
     assert not os.access(tree.root / "CMakeLists.txt", os.X_OK)
-    assert "not one of the releases" in said.getvalue()  # of an unknown version the user is told
+    assert "was compared with no checksum" in said.getvalue()  # of an unknown version the user is told
     assert [path.name for path in tree.root.parent.parent.iterdir()] == [f"llama-cpp-python-{VERSION}"]
 
 
 def test_with_pip_itself(pip_index, reporter, said, monkeypatch):
     with pytest.raises(source.SourceError, match="(?s)No matching distribution.*--source DIR"):
-        source.fetch(VERSION, reporter)
+        source.fetch(VERSION, reporter, unproven=True)
     known(make_sdist(pip_index, VERSION), monkeypatch)
     first = source.fetch(VERSION, reporter)
     assert contents(first.root) == FILES
@@ -89,8 +91,65 @@ def test_with_pip_itself(pip_index, reporter, said, monkeypatch):
     assert source.fetch(VERSION, reporter) == first == source.cached(VERSION)
 
 
-def test_damaged_cache_is_fetched_again(index, reporter):
+def test_nothing_of_a_replaced_package_is_run(pip_index, reporter, said, tmp_path, monkeypatch):
+    """Its build backend would leave a trace; pip compares the checksum before it comes to that."""
+    trace = tmp_path / "trace"
+    known(make_sdist(pip_index, VERSION), monkeypatch)
+    leave = f"import pathlib; pathlib.Path({str(trace)!r}).touch()\n"
+    make_sdist(pip_index, VERSION, {f"llama_cpp_python-{VERSION}/backend.py": leave + BACKEND.replace("{version}", VERSION)})
+    with pytest.raises(source.SourceError, match=f"corrupt, twice .sha256 [0-9a-f]{{64}}, expected {source.PROVEN[VERSION].sha256}"):
+        source.fetch(VERSION, reporter)
+    assert not trace.exists() and source.cached(VERSION) is None
+    assert "is corrupt (sha256 " in said.getvalue() and "fetching it again" in said.getvalue()
+    monkeypatch.delitem(source.PROVEN, VERSION)
+    source.fetch(VERSION, reporter, unproven=True)
+    assert trace.exists()  # so the trace would have shown
+
+
+def test_unproven_releases_need_a_word(index, reporter, monkeypatch):
     make_sdist(index, VERSION)
+    real = source._pip_download
+    monkeypatch.setattr(source, "_pip_download", lambda *args, **kwargs: pytest.fail("fetched"))
+    with pytest.raises(source.UnprovenError, match="0.3.36.*pip would run its build code unchecked. Give --unproven"):
+        source.fetch(VERSION, reporter)
+    monkeypatch.setattr(source, "_pip_download", real)
+    tree = source.fetch(VERSION, reporter, unproven=True)
+    assert source.fetch(VERSION, reporter) == tree  # it is here already
+
+
+@pytest.mark.parametrize(("terminal", "answer", "code"), [(False, "", 1), (True, "n\n", 1), (True, "\n", 1), (True, "y\n", 0)])
+def test_the_command_asks_on_a_terminal(index, tmp_path, monkeypatch, terminal, answer, code):
+    asked = []
+
+    def build(*args, unproven, **options):
+        asked.append(unproven)
+        if not unproven:
+            raise source.UnprovenError("nothing of it was checked")
+        return tmp_path
+
+    monkeypatch.setattr("turboquant.llama.build.build", build)
+    stdin = io.StringIO(answer)
+    stdin.isatty = lambda: terminal
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    runner = CliRunner()
+    with monkeypatch.context() as patch, runner.isolation():
+        patch.setattr(sys, "stdin", stdin)
+        patch.setattr(sys, "stderr", stderr)
+        with pytest.raises(SystemExit) as ended:
+            cli.app(["build", "--version", VERSION])
+        sys.stdout.flush()
+        printed = sys.stdout.buffer.getvalue().decode()
+    assert ended.value.code == code and "nothing of it was checked" in stderr.getvalue()
+    assert printed == (f"{tmp_path}\n" if code == 0 else "")
+    assert ("[y/N]" in stderr.getvalue()) == terminal
+    assert asked == ([False, True] if code == 0 else [False])
+    assert CliRunner().invoke(cli.app, ["build", "--version", VERSION, "--unproven"]).exit_code == 0
+    assert asked[-1]
+
+
+def test_damaged_cache_is_fetched_again(index, reporter, monkeypatch):
+    known(make_sdist(index, VERSION), monkeypatch)
     tree = source.fetch(VERSION, reporter)
     (tree.root / "ggml/include/ggml.h").unlink()
     assert source.cached(VERSION) is None
@@ -131,7 +190,7 @@ def test_truncated_archive_of_an_unknown_version_is_noticed(index, reporter, mon
 
     monkeypatch.setattr(source, "_pip_download", truncated)
     with pytest.raises(source.SourceError, match="not a readable tar.gz"):
-        source.fetch(VERSION, reporter)
+        source.fetch(VERSION, reporter, unproven=True)
 
 
 @pytest.mark.parametrize("where", ["vendor/llama.cpp/../../../evil.txt", "vendor/llama.cpp/src/../../../../evil.txt"])
@@ -177,12 +236,12 @@ def test_version_must_look_like_one(version):
 def test_missing_pip_is_told(index, reporter, monkeypatch):
     monkeypatch.setattr(source.pip, "is_installed", lambda: False)
     with pytest.raises(source.SourceError, match="ensurepip.*--source DIR"):
-        source.fetch(VERSION, reporter)
+        source.fetch("0.3.36", reporter)
 
 
-def test_leftovers_of_a_killed_run_are_removed(index, reporter, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(index, reporter, tmp_path, monkeypatch):
     leftover = write(tmp_path / "cache" / "sources" / f".{VERSION}.abc", {"llama.cpp/half.c": "x"})
-    make_sdist(index, VERSION)
+    known(make_sdist(index, VERSION), monkeypatch)
     source.fetch(VERSION, reporter)
     assert not leftover.exists()
 
@@ -197,6 +256,31 @@ def test_local_tree(tmp_path):
     assert source.local(root).digest == tree.digest
     write(root, {"src/more.cpp": "read"})
     assert source.local(root).digest != tree.digest
+
+
+def test_links_to_folders_are_part_of_a_local_tree(tmp_path):
+    """A ggml of its own, or one shared by several trees: it is copied, and its changes count."""
+    root = make_tree(tmp_path / "llama")
+    plain = source.local(root)
+    shutil.move(root / "ggml", tmp_path / "ggml")
+    (root / "ggml").symlink_to(tmp_path / "ggml", target_is_directory=True)
+    (root / "src/back").symlink_to(root, target_is_directory=True)  # leads to where it is
+    (root / "src/nowhere").symlink_to(tmp_path / "gone")
+    tree = source.local(root)
+    assert tree.digest == plain.digest and list(tree.files()) == list(plain.files())
+    assert sync(tree.root, tree.files(), tmp_path / "copy") == len(FILES)
+    assert contents(tmp_path / "copy") == FILES and not (tmp_path / "copy/ggml").is_symlink()
+    write(tmp_path, {"ggml/include/ggml.h": "enum ggml_type { GGML_TYPE_COUNT = 601 };\n"})
+    assert source.local(root).digest != tree.digest
+
+
+def test_a_link_out_of_the_tree_has_an_end(tmp_path, monkeypatch):
+    root = make_tree(tmp_path / "llama")
+    write(tmp_path, {f"much/{number}.c": "" for number in range(20)})
+    (root / "src/much").symlink_to(tmp_path / "much", target_is_directory=True)
+    monkeypatch.setattr(source, "_MAX_FILES", 20)
+    with pytest.raises(source.SourceError, match="more than 20 files in it; does a link lead out of the tree"):
+        source.local(root)
 
 
 def test_local_tree_that_is_no_llama_names_what_it_lacks(tmp_path):

@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 import pytest
-
 from turboquant import reference
 from turboquant.theory import codebook, errors, polarquant, qjl, rotation, uniform
 

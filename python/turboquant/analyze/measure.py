@@ -6,8 +6,8 @@ what a model may add to it (sliding windows, sinks, soft caps), and of at most `
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .._codec import dequantize, quantize, rotate
 from .._types import type_for_head
 from ..convert.balance import Problem, noise, solve
-from ..dump import FORMAT
+from ..dump import FORMAT, check_dump
 from ..llama.files import LlamaError
 from ..reference import hadamard
 
@@ -117,7 +117,7 @@ def analyze(
     """Measure a file of `turboquant dump-kv`, one layer in memory at a time.
 
     Raises:
-        AnalyzeError: it is no such file, or a type is unknown.
+        AnalyzeError, DumpError: it is no such file, or a type is unknown.
     """
     check_types(types)
     with _opened(path) as file:
@@ -127,15 +127,20 @@ def analyze(
                 f"{path} was not made by `turboquant dump-kv` of this version: its format is "
                 f"{metadata.get('format', 'not given')!r}, not {FORMAT!r}"
             )
+        for key in ("model", "text", "tokens"):
+            if key not in metadata or (key == "tokens" and not re.fullmatch(r"\d{1,12}", metadata[key])):
+                raise AnalyzeError(f"{path} names no {key}: make it again with `turboquant dump-kv`")
+        scales, numbers = check_dump(file, path)
         names = set(file.keys())
-        numbers = sorted(int(name[2:]) for name in names if name.startswith("k."))
-        scales = json.loads(metadata["scale"])
         layers = []
         for done, number in enumerate(numbers):
             progress(done, len(numbers))
             if f"v.{number}" in names:  # else V is a part of K, which only whole rows of one type can store
-                queries = [(_read(file, name), scales[name]) for name in _queries(names, number)]
-                layers.append(_layer(number, queries, _read(file, f"k.{number}"), _read(file, f"v.{number}"), types))
+                if f"q.{number}" not in names:
+                    raise AnalyzeError(f"{path} has no q.{number}: make it again with `turboquant dump-kv`")
+                queries = [(_read(file, path, name), scales[name]) for name in _queries(names, number)]
+                k, v = (_read(file, path, f"{role}.{number}") for role in "kv")
+                layers.append(_layer(number, queries, k, v, types))
         progress(len(numbers), len(numbers))
     if not layers:
         raise AnalyzeError(f"{path} has no layer with K and V of its own: there is nothing to analyze")
@@ -160,12 +165,15 @@ def _opened(path: Path) -> Any:
         ) from None
 
 
-def _read(file: Any, name: str) -> Array:
-    return np.asarray(file.get_tensor(name), np.float32)
+def _read(file: Any, path: Path, name: str) -> Array:
+    values = np.asarray(file.get_tensor(name), np.float32)
+    if not np.isfinite(values).all():
+        raise AnalyzeError(f"{path}: {name} is not finite: make it again with `turboquant dump-kv`")
+    return values
 
 
 def _queries(names: set[str], layer: int) -> list[str]:
-    return sorted(name for name in names if name == f"q.{layer}" or name.startswith(f"q.{layer}."))
+    return sorted(name for name in names if re.fullmatch(rf"q\.{layer}(\.\d{{1,6}})?", name))
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------

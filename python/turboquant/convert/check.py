@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from ..evaluate.kvsize import Caches
 from ..evaluate.pairs import CachePair
 from ..evaluate.perplexity import run_base, run_divergence
 from ..evaluate.programs import ProgramError, Programs
 from ..llama.build import where
-from ..llama.files import LlamaError
+from ..llama.files import LlamaError, last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
 
 __all__ = ["CheckError", "Checker", "checker", "shape"]
 
 CHUNKS = 4
+_MEASURE = "turboquant-measure"
 
 
 class CheckError(LlamaError):
@@ -54,27 +60,47 @@ class Checker:
     def kld(self, model: Path, k: str = "f16", v: str = "f16", *, what: str) -> float:
         """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run.
 
-        `what` is told the user.
+        Infinite where a prediction is not finite, so that every limit is exceeded. `what` is told the user.
         """
-        return self._kld(model, CachePair(k, v), what)
+        return self._kld(model, CachePair(k, v), what)[0]
+
+    def kld_and_types(self, model: Path, k: str, v: str, *, what: str) -> tuple[float, tuple[str, str]]:
+        """As `kld`, and the types that the layers' K and V got, in a plan's compact syntax ("": all as asked for)."""
+        kld, caches = self._kld(model, CachePair(k, v), what)
+        return kld, (caches.types_k, caches.types_v)
+
+    def identity(self, model: Path, text: Path) -> dict[str, Any]:
+        """What a plan knows `model` by. CheckError if the program does not say."""
+        with tempfile.TemporaryDirectory(dir=self._base.parent) as scratch:
+            command = [str(self._programs.path(_MEASURE)), str(model), str(text), "0", "1", "128"]
+            command += [str(self._programs.threads), "0", str(Path(scratch) / "f16.kld")]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
+        try:
+            found: dict[str, Any] = json.loads(done.stdout.splitlines()[0])["model"]
+        except (IndexError, KeyError, ValueError):
+            raise CheckError(f"{_MEASURE} does not describe {model}:\n{last_lines(done.stderr, 6)}") from None
+        return found
 
     def floor(self, model: Path) -> float:
         """The KLD of the original, `model`, from itself if nothing but rounding differs: without flash attention.
 
         Where weights are quantized, activations are, too, and any change, however small, moves some of them by a step.
         """
-        return self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
+        found, _ = self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
+        if not math.isfinite(found):
+            raise CheckError(f"{model}: its predictions without flash attention are not finite; is the model damaged?")
+        return found
 
-    def _kld(self, model: Path, pair: CachePair, what: str) -> float:
+    def _kld(self, model: Path, pair: CachePair, what: str) -> tuple[float, Caches]:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
             try:
-                found, _ = run_divergence(
+                found, caches = run_divergence(
                     self._programs, model, self._base, pair, ctx=self._context, chunks=self._chunks,
                     on_chunk=track.update,
                 )  # fmt: skip
             except ProgramError as error:
                 raise CheckError(str(error)) from error
-        return found.kld
+        return (found.kld if math.isfinite(found.kld) else math.inf), caches
 
 
 @contextmanager

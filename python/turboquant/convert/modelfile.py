@@ -6,6 +6,7 @@ tensor are in memory at a time, however large the file.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..llama.files import LlamaError
+from .header import MAGIC_BYTES, Header, HeaderError, Info, UnsupportedError, read_header, shown
 from .weights import scale_columns, scale_rows
 
 __all__ = ["ModelError", "ModelFile", "Scaling", "Tensor", "replace_metadata"]
 
 _PIECE = 4 << 20  # bytes of a tensor in memory at a time
-_LIST = 4096  # numbers in a list that is still read: the layers of a model; those of its vocabulary are more
-_HEADER = 24  # magic, version, count of tensors, count of metadata
 
 
 class ModelError(LlamaError):
@@ -59,33 +59,16 @@ class ModelFile:
     """An open model file: a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """ModelError if it is no whole GGUF file of this machine's byte order."""
+        """ModelError if it is no whole GGUF file of this machine's byte order, or its metadata make no sense."""
         self.path = path
-        size = path.stat().st_size
-        try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:  # whatever the package stumbles over in a damaged file
-            raise ModelError(f"{path} is truncated or damaged ({error}): get the file again") from error
-        if reader.byte_order != "I":
-            raise ModelError(f"{path} has the byte order of another kind of machine; gguf-convert-endian changes it")
-        if not reader.tensors:
+        self.size = path.stat().st_size
+        head = _read(path)
+        if not head.tensors:
             raise ModelError(f"{path} has no tensors in it: is it a vocabulary, or the first part of a split model?")
-        self.metadata: dict[str, Any] = {}
-        for name, field in reader.fields.items():
-            if len(field.types) == 1 or _is_short_list(field):
-                self.metadata[name] = field.contents()
-        self.tensors = {tensor.name: _describe(tensor) for tensor in reader.tensors}
-        self._infos = reader.tensors[0].field.offset
-        last = reader.tensors[-1].field
-        self._infos_end = last.offset + sum(part.nbytes for part in last.parts)
-        self._counts = (len(reader.tensors), len([name for name in reader.fields if not name.startswith("GGUF.")]))
-        self.alignment = reader.alignment
-        self.data = reader.data_offset
-        del reader  # and with it the mapping of the file
-        end = max(tensor.offset + tensor.bytes for tensor in self.tensors.values())
-        if end > size:
-            raise ModelError(f"{path} is truncated ({size} bytes, and its tensors end at {end}): get the file again")
-        self.size = size
+        self.metadata = head.metadata
+        _check_metadata(path, head.metadata)
+        self.tensors = {info.name: _describe(info) for info in head.tensors}
+        self._head = head
         self._file = path.open("rb")
 
     def __enter__(self) -> ModelFile:
@@ -120,22 +103,25 @@ class ModelFile:
 
         Args:
             scalings: what to do to which tensors; they keep their types and sizes.
-            metadata: added at the end; str, int, float, or lists of one of them.
+            metadata: added at the end, in place of what has the same keys; str, int, float, or lists of one of them.
             progress: called with the bytes written so far.
 
         Raises:
             OSError: as a full disk.
-            ValueError: a scaled weight leaves the range of its type.
+            ModelError: a scaled weight leaves the range of its type, or the file changes meanwhile.
         """
         with target.open("wb") as out:
             self._write_head(out, metadata)
-            shift = out.tell() - self.data
-            at = self.data
+            shift = out.tell() - self._head.data
+            at = self._head.data
             for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
                 self._copy(out, at, tensor.offset)
                 for first, rows in self.pieces(tensor):
                     for scaling in scalings.get(tensor.name, ()):
-                        rows = _apply(rows, first, tensor, scaling)
+                        try:
+                            rows = _apply(rows, first, tensor, scaling)
+                        except ValueError as error:
+                            raise ModelError(f"{self.path}: {tensor.name} cannot be scaled ({error})") from error
                     out.write(rows.data)
                     progress(out.tell())
                 at = tensor.offset + tensor.bytes
@@ -145,14 +131,19 @@ class ModelFile:
             os.fsync(out.fileno())
 
     def _write_head(self, out: Any, metadata: Mapping[str, Any]) -> None:
-        tensors, fields = self._counts
+        head = self._head
         self._file.seek(0)
         out.write(self._file.read(8))
-        out.write(struct.pack("<QQ", tensors, fields + len(metadata)))
-        self._copy(out, _HEADER, self._infos)
+        replaced = sorted(head.spans[key] for key in metadata if key in head.spans)
+        out.write(struct.pack("<QQ", len(head.tensors), head.fields + len(metadata) - len(replaced)))
+        at = MAGIC_BYTES
+        for start, end in replaced:
+            self._copy(out, at, start)
+            at = end
+        self._copy(out, at, head.infos)
         out.write(_packed(metadata))
-        self._copy(out, self._infos, self._infos_end)
-        out.write(b"\0" * (-out.tell() % self.alignment))
+        self._copy(out, head.infos, head.infos_end)
+        out.write(b"\0" * (-out.tell() % head.alignment))
 
     def _copy(self, out: Any, start: int, end: int) -> None:
         self._file.seek(start)
@@ -178,7 +169,7 @@ def replace_metadata(path: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     *_, last = new
     after = _packed({**new, last: new[last] + " " * (len(before) - len(after))})
     with path.open("r+b") as file:
-        head = file.read(gguf.GGUFReader(path).data_offset)
+        head = file.read(_read(path).data)
         file.seek(head.index(before))
         file.write(after)
 
@@ -198,14 +189,29 @@ def _apply(rows: NDArray[np.uint8], first: int, tensor: Tensor, scaling: Scaling
     return scale_columns(rows, tensor.type, scaling.factors)
 
 
-def _describe(tensor: Any) -> Tensor:
-    shape = tuple(int(n) for n in tensor.shape)
-    rows = int(np.prod(shape[1:], dtype=np.int64))
-    return Tensor(tensor.name, tensor.tensor_type.name, shape, int(tensor.data_offset), rows, tensor.n_bytes // rows)
+def _read(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except UnsupportedError as error:
+        raise ModelError(f"{path} cannot be used: {error}") from None
+    except HeaderError as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}): get the file again") from None
 
 
-def _is_short_list(field: Any) -> bool:
-    return field.types[1] != gguf.GGUFValueType.STRING and len(field.data) <= _LIST
+def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """ModelError if what is relied on everywhere is not of its kind."""
+    architecture = metadata.get("general.architecture", "")
+    if not isinstance(architecture, str):
+        raise ModelError(f"{path}: general.architecture is {shown(repr(architecture))}, wanted a name")
+    for key in ("split.count", f"{architecture}.block_count", f"{architecture}.context_length"):
+        value = metadata.get(key, 0)
+        if type(value) is not int or value < 0:
+            raise ModelError(f"{path}: {shown(key)} is {shown(repr(value))}, wanted a number: get the file again")
+
+
+def _describe(info: Info) -> Tensor:
+    rows = math.prod(info.shape[1:])
+    return Tensor(info.name, info.type, info.shape, info.offset, rows, info.bytes // rows)
 
 
 def _text(text: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .balance import Problem, groups
 from .modelfile import ModelFile, Scaling
 from .paths import Leaf, Refusal, Trace, trace, trace_output
 from .stream import Attention, Capture, CaptureError, Data, Route
-from .weights import FLOATS, block, exponents
+from .weights import FLOATS, LARGEST, block, exponents, largest
 
 __all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure", "ranges"]
 
@@ -127,7 +127,8 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
     """Balance every layer of `measured` that can be.
 
     Args:
-        mode: "auto": exact where the weights are f32 or f16, powers of two elsewhere; "exact" or "pow2": everywhere.
+        mode: "auto": exact where the weights are f32 or f16 and stay within their range, powers of two elsewhere;
+            "exact" or "pow2": everywhere.
         values: balance V, too.
     """
     plan = Plan()
@@ -265,8 +266,14 @@ def _balance(
     before = balance.noise(problem, np.ones_like(cached))
     if exact:
         scale = balance.solve(problem)
-    else:
+        if outside := _outside(model, sides, scale):
+            if mode == "exact":
+                raise Refusal(f"its scales take {outside} out of the range of its type: convert without --exact")
+            exact = False
+    if not exact:
         scale = balance.solve_powers(problem, *_limits(model, sides, len(cached)))
+        if outside := _outside(model, sides, scale):  # within the limits only a weight that is outside already
+            raise Refusal(f"{outside} has weights that are not finite")
     after = balance.noise(problem, scale)
     if after < before:
         for side in sides:
@@ -310,11 +317,8 @@ def _limits(model: ModelFile, sides: list[_Side], channels: int) -> tuple[Ints, 
     low, high = np.full(channels, -100), np.full(channels, 100)
     for side in sides:
         for leaf in side.trace.leaves:
-            if leaf.axis == "elements":
-                continue
-            tensor = model.tensors[leaf.tensor]
-            found = [exponents(rows, tensor.type, leaf.axis) for _, rows in model.pieces(tensor)]
-            if leaf.axis == "rows":
+            found = [exponents(rows, type, axis) for rows, type, axis in _pieces(model, leaf)]
+            if leaf.axis != "columns":
                 least, most = (np.concatenate(parts)[leaf.index] for parts in zip(*found, strict=True))
             else:
                 least = np.max([part[0] for part in found], axis=0)[leaf.index]
@@ -324,6 +328,30 @@ def _limits(model: ModelFile, sides: list[_Side], channels: int) -> tuple[Ints, 
             np.maximum.at(low, side.channel, least)
             np.minimum.at(high, side.channel, most)
     return low, high
+
+
+def _outside(model: ModelFile, sides: list[_Side], scale: Floats) -> str:
+    """A tensor of floats that the scale takes out of its type's range; empty if there is none."""
+    for side in sides:
+        factors = (1 / scale if side.reads else scale)[side.channel]
+        for leaf in side.trace.leaves:
+            found = [largest(rows, type, axis) for rows, type, axis in _pieces(model, leaf) if type in FLOATS]
+            if not found:
+                continue
+            magnitudes = np.max(found, axis=0) if leaf.axis == "columns" else np.concatenate(found)
+            if not (magnitudes[leaf.index] * factors <= LARGEST[model.tensors[leaf.tensor].type]).all():
+                return leaf.tensor
+    return ""
+
+
+def _pieces(model: ModelFile, leaf: Leaf) -> Iterator[tuple[NDArray[np.uint8], str, str]]:
+    """A leaf's tensor, some rows at a time, with its type and the axis to look along; elements are columns of one row."""
+    tensor = model.tensors[leaf.tensor]
+    for _, rows in model.pieces(tensor):
+        if leaf.axis == "elements":
+            yield rows.reshape(1, -1), tensor.type, "columns"
+        else:
+            yield rows, tensor.type, leaf.axis
 
 
 def _columns(model: ModelFile, leaf: Leaf) -> Floats:

@@ -60,7 +60,7 @@ def show(done: Converted, console: Console) -> None:
         f"{_SCALES[done.mode]}."
     )
     k_type, v_type = done.recommended
-    say(f"Recommended: -ctk {k_type} -ctv {v_type}")
+    say(f"Recommended: -ctk {k_type} -ctv {v_type}" + (", or -ctk auto -ctv auto" if done.layers else ""))
 
 
 def plot(done: Converted, path: Path, title: str) -> None:

@@ -15,6 +15,8 @@ from .._output import check_new, partial_file, publish
 from ..llama.files import LlamaError
 from ..llama.paths import native_dir
 from ..llama.progress import Reporter
+from ..plan import KEYS, VERSION, CacheShape, PlanError, Types, expand, shape_of
+from ..plan import Plan as CachePlan
 from .check import Checker, CheckError, checker, shape
 from .modelfile import ModelFile, replace_metadata
 from .plan import Balanced, Plan, make_plan, measure, ranges
@@ -34,6 +36,7 @@ CANDIDATES = (
 GOOD = 0.02
 _CONTEXT = 512
 _WIDTH = 10  # of a cache type's name
+_TYPES, _MODEL = 12, 64  # bytes that a layer takes at most in the types of a plan, and in its description of the model
 _NOTE = "K is balanced against Q, and V against the output, inside the weights"
 _ADVICE = {
     "auto": "with --no-v only K is balanced",
@@ -56,6 +59,7 @@ class Converted:
     limit: float  #: that it had to keep to
     tokens: int  #: that were measured
     recommended: tuple[str, str]  #: cache types for K and V: the fewest bits with a KLD of at most GOOD
+    layers: tuple[Types, Types] | None  #: the plan in the file: K and V of each layer; None if it cannot have one
 
 
 def default_text() -> Path:
@@ -128,10 +132,13 @@ def convert(
                     f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, over the "
                     f"limit of {limit:.2g}, so it was not written: {_ADVICE[mode]}"
                 )
-            recommended = _recommend(partial, check, reporter)
-            replace_metadata(partial, metadata, _with_types(metadata, *recommended))
+            recommended, layers = _recommend(partial, check, _shape(model))
+            known = _with_types(metadata, *recommended)
+            if layers:  # what -ctk auto -ctv auto take: the recommended types, with the guard's
+                known |= CachePlan(*layers, check.identity(partial, text)).to_metadata()
+            replace_metadata(partial, metadata, known)
             publish(partial, target)
-    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, recommended)
+    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, recommended, layers)
 
 
 def _write(
@@ -140,6 +147,9 @@ def _write(
     """Write the file under a temporary name and measure it: its KLD, what that may be, and the metadata that it has."""
     metadata = {**about, "turboquant.convert.mode": plan.mode, **_summary(plan)}
     metadata = _with_types(metadata, " " * _WIDTH, " " * _WIDTH)  # known last: room for them
+    if shape := _shape(model):
+        count = len(shape.layers)
+        metadata |= dict(zip(KEYS, (VERSION, *[" " * _TYPES * count] * 2, " " * (_MODEL * (4 + count))), strict=True))
     with reporter.track("writing", model.size, "bytes") as track:
         model.write(partial, plan.scalings, metadata, track.update)
     kld, limit = check.kld(partial, what="the converted model"), EXACT
@@ -153,15 +163,36 @@ def _with_types(metadata: dict[str, Any], k: str, v: str) -> dict[str, Any]:
     return {**metadata, "turboquant.cache_type_k": k, "turboquant.cache_type_v": v, "turboquant.convert.note": _NOTE}
 
 
-def _recommend(model: Path, check: Checker, reporter: Reporter) -> tuple[str, str]:
-    """The pair of cache types with the fewest bits that is good, or the best there is."""
+def _shape(model: ModelFile) -> CacheShape | None:
+    """The caches of the model; None if plans cannot be made for it."""
+    try:
+        return shape_of(model.metadata, str(model.path))
+    except PlanError:
+        return None
+
+
+def _recommend(
+    model: Path, check: Checker, shape: CacheShape | None
+) -> tuple[tuple[str, str], tuple[Types, Types] | None]:
+    """The pair of cache types with the fewest bits that is good, or f16; and the types that each layer gets with it."""
     for k, v in CANDIDATES:
         try:
-            if check.kld(model, k, v, what=f"a cache of {k}/{v}") <= GOOD:
-                return k, v
+            kld, types = check.kld_and_types(model, k, v, what=f"a cache of {k}/{v}")
         except CheckError:  # heads that no block divides, or other types that this model cannot have
             continue
-    return "f16", "f16"
+        if kld <= GOOD:
+            return (k, v), _by_layer(shape, (k, v), types)
+    return ("f16", "f16"), _by_layer(shape, ("f16", "f16"), ("", ""))
+
+
+def _by_layer(shape: CacheShape | None, pair: tuple[str, str], logged: tuple[str, str]) -> tuple[Types, Types] | None:
+    if shape is None:
+        return None
+    k, v = (
+        expand(types) if types else tuple(type if layer else None for layer in shape.layers)
+        for type, types in zip(pair, logged, strict=True)
+    )
+    return k, v
 
 
 def _refuse(model: ModelFile) -> None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "Block", "block", "exponents", "scale_columns", "scale_rows"]
+__all__ = ["FLOATS", "LARGEST", "Block", "block", "exponents", "largest", "scale_columns", "scale_rows"]
 
 Bytes = NDArray[np.uint8]
 
 #: Types whose values are numbers of their own.
 FLOATS = ("F32", "F16", "BF16")
+#: The largest finite value of each.
+LARGEST = {"F32": (2 - 2.0**-23) * 2.0**127, "F16": 65504.0, "BF16": (2 - 2.0**-7) * 2.0**127}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def exponents(rows: Bytes, type: str, axis: str = "rows") -> tuple[NDArray[np.in
     """
     over = 1 if axis == "rows" else 0
     if type in FLOATS:
-        largest = np.abs(_to_float(rows, type)).max(axis=over)
-        free = np.full(len(largest), 100)
-        return -free, np.where(largest > 0, 15 - _exponent(largest), 100) if type == "F16" else free
+        found = largest(rows, type, axis)
+        free = np.full(len(found), 100)
+        top = 15 if type == "F16" else 127
+        return -free, np.where(found > 0, np.minimum(free, top - _exponent(found)), free)
     layout = _BLOCKS[type]
     scales = _fp16(rows, layout).astype(np.float64)
     mantissa, exponent = np.frexp(scales)
@@ -73,6 +76,12 @@ def exponents(rows: Bytes, type: str, axis: str = "rows") -> tuple[NDArray[np.in
     low = np.where(used, -24 - lowest, -100).max(axis=2).max(axis=over)
     high = np.where(used, 15 - _exponent(scales), 100).min(axis=2).min(axis=over)
     return (low, high) if axis == "rows" else (low.repeat(layout.values), high.repeat(layout.values))
+
+
+def largest(rows: Bytes, type: str, axis: str = "rows") -> NDArray[np.float64]:
+    """The largest magnitude in each row of floats, or (axis "columns") in each column; NaN counts as infinite."""
+    magnitudes = np.abs(_to_float(rows, type)).max(axis=1 if axis == "rows" else 0)
+    return np.where(np.isnan(magnitudes), np.inf, magnitudes)
 
 
 def scale_rows(rows: Bytes, type: str, factors: NDArray[np.float64]) -> Bytes:

@@ -18,12 +18,12 @@ from turboquant.llama.files import LlamaError
 from turboquant.llama.paths import cache_dir, native_dir
 
 from . import demo as demos
-from .measure import Options, Row, measure
-from .needle import ask, bundled_model, make_needles, template_for
+from .measure import Measurer, Options, Row, measure
+from .needle import ask, bundled_model, fit_needles, template_for
 from .pairs import CachePair, parse_pairs
-from .programs import Programs
-from .report import table, to_json, to_markdown
-from .results import Results, file_hash, write_text
+from .programs import ProgramError, Programs
+from .report import notes, table, to_json, to_markdown
+from .results import Results, write_text
 
 TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
 
@@ -77,7 +77,11 @@ def evaluate(
         folder = cache_dir() / "evaluate"
         programs, results = Programs(bin_dir, folder / "logs", threads), Results(folder / "results")
         if demo:
-            _demo(console, CachePair.parse(demo), options, programs, results)
+            try:
+                measurer = Measurer(model_path, text_path, programs, results, folder)
+                _demo(console, CachePair.parse(demo), options, measurer)
+            except ProgramError as error:  # the table is measured all the same
+                console.print(f"\nThis could not be shown: {error.reason}.\n", markup=False, highlight=False)
         if headline:
             console.print(headline, markup=False, highlight=False)
         started = time.monotonic()
@@ -96,8 +100,9 @@ def evaluate(
         raise typer.Exit(1) from None
 
 
-def _demo(console: Console, pair: CachePair, options: Options, programs: Programs, results: Results) -> None:
-    common = {"demo": 2, "build": programs.fingerprint(), "model": file_hash(options.model, results)}
+def _demo(console: Console, pair: CachePair, options: Options, measurer: Measurer) -> None:
+    programs, results = measurer.programs, measurer.results
+    common = {"demo": 2, "build": measurer.build, "model": measurer.model_hash}
     common |= {"pair": str(pair), "threads": programs.threads}
 
     key = {**common, "what": "text", "request": demos.REQUEST, "opening": demos.OPENING}
@@ -119,7 +124,13 @@ def _demo(console: Console, pair: CachePair, options: Options, programs: Program
     if not options.needles:
         return
     text = options.text.read_text(encoding="utf-8", errors="replace")
-    needle = make_needles(text, 1, options.distance, template=options.template)[0]
+    try:
+        (needle,) = fit_needles(
+            text, 1, options.distance, options.needle_ctx, measurer.count_tokens, template=options.template
+        )
+    except ValueError as error:
+        console.print(f"No question is asked: {error}.\n", markup=False, highlight=False)
+        return
     key = {**common, "prompt": needle.prompt}
     answers = results.get(key)
     note = " (remembered)" if answers else ""
@@ -142,11 +153,16 @@ def _show(
     )
     caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
     caption += "\nKLD (nats per token) and same top token: against the model's own f16 cache."
-    if options.needles:
-        caption += f"\nNeedle: a number {options.distance:,} characters before the question, greedy decoding."
+    if distances := [row.distance for row in rows if row.distance]:
+        nearest = min(options.distance, *distances)
+        caption += f"\nNeedle: a number {nearest:,} characters before the question, greedy decoding."
+        if nearest < options.distance:
+            caption += f" More do not fit into {options.needle_ctx} tokens."
     console.print(f"\n{title}\n", highlight=False, markup=False, soft_wrap=True)
     console.print(table(rows), highlight=False)
     console.print(f"\n{caption}", highlight=False, markup=False, soft_wrap=True)
+    for line in notes(rows):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Display:

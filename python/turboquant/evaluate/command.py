@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,15 +75,20 @@ def run(
         raise CompareError(str(error)) from error
     scratch = cache_dir() / "evaluate"
     check(options, described, scratch)
-    folder = _folder(out or _free(f"compare-{model_path.stem}", options.command))
+    name = f"compare-{model_path.stem}"
+    out = out and out.expanduser()
+    if out:
+        _check(out)
+    else:
+        _probe(Path(name))
     programs = Programs(bin or where(), scratch / "logs", threads, gpu_layers)
     with Reporter().track("starting", 1, "work") as track:
         report = compare(
             options, described, programs, Results(scratch / "results"), scratch,
             lambda label, done, total: track.update(int(done), max(1, int(total)), label),
         )  # fmt: skip
-    for name, content in zip(_FILES, (to_json(report), page.to_markdown(report), page.to_html(report)), strict=True):
-        _write(folder / name, content)
+    contents = (to_json(report), page.to_markdown(report), page.to_html(report))
+    folder = _write(out, name, options.command, dict(zip(_FILES, contents, strict=True)))
     _show(report, folder)
     return [] if fail_above is None else above(report, fail_above)
 
@@ -119,40 +126,53 @@ def _template(name: str) -> str:
     return needle.check_template(path.read_text(encoding="utf-8").removesuffix("\n"))
 
 
-def _free(name: str, command: Sequence[str]) -> Path:
-    """A folder that is free, or holds what the same command wrote: reports of other commands stay."""
-    for number in itertools.count(1):
-        folder = Path(name if number == 1 else f"{name}-{number}")
-        if not folder.exists() or (read_json(folder / _FILES[0]) or {}).get("command") == list(command):
-            return folder
-    raise AssertionError
-
-
-def _folder(folder: Path) -> Path:
-    """Make the folder and see that the report can be written to it, without writing over what is not ours."""
-    folder = folder.expanduser()
+def _check(folder: Path) -> None:
+    """See that the report can be written to the folder, without writing over what is not ours. It is not made yet."""
     taken = [name for name in _FILES if (folder / name).exists()]
     if taken and (read_json(folder / _FILES[0]) or {}).get("format") != FORMAT:
         raise CompareError(
             f"{folder / taken[0]} exists and is no report of this program; give another folder with --out"
         )
+    _probe(folder)
+
+
+def _probe(folder: Path) -> None:
+    """CompareError if a folder cannot be made or written to."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        write_text(probe, "")
-        probe.unlink()
+        tempfile.TemporaryFile(prefix=".writable-", dir=above).close()
     except OSError as error:
         raise CompareError(f"cannot write to {folder} ({error.strerror}); give another folder with --out") from error
-    return folder
 
 
-def _write(path: Path, text: str) -> None:
+def _make(folder: Path | None, name: str, command: Sequence[str]) -> Path:
+    """Make the folder that was asked for; else one that is new or empty, or holds what the same command wrote."""
+    for number in itertools.count(1):
+        one = folder or Path(name if number == 1 else f"{name}-{number}")
+        try:
+            one.mkdir(parents=True, exist_ok=folder is not None)
+            return one
+        except FileExistsError:
+            if folder:
+                raise
+            written = (read_json(one / _FILES[0]) or {}).get("command") == list(command)
+            if one.is_dir() and (written or not any(one.iterdir())):
+                return one
+    raise AssertionError
+
+
+def _write(out: Path | None, name: str, command: Sequence[str], files: dict[str, str]) -> Path:
+    path = out or Path(name)
     try:
-        write_text(path, text)
+        folder = _make(out, name, command)
+        for file, content in files.items():
+            path = folder / file
+            write_text(path, content)
     except OSError as error:
         raise LlamaError(
             f"cannot write {path} ({error.strerror}); make room or give another --out: what was measured is remembered"
         ) from error
+    return folder
 
 
 def _show(report: dict[str, object], folder: Path) -> None:

@@ -116,7 +116,7 @@ def read_model(path: Path) -> Model:
     architecture = str(metadata.get("general.architecture", ""))
     context = metadata.get(f"{architecture}.context_length")
     embedding = tensors.get("token_embd.weight")
-    if not isinstance(context, int) or embedding is None:
+    if not isinstance(context, int) or embedding is None or len(embedding.shape) != 2:
         raise CompareError(
             f"{path} holds no language model (architecture {architecture or 'unknown'!r}); give another with -m"
         )
@@ -125,7 +125,7 @@ def read_model(path: Path) -> Model:
         architecture=architecture,
         context=context,
         vocabulary=embedding.shape[1],
-        layers=int(metadata.get(f"{architecture}.block_count", 0)),
+        layers=metadata.get(f"{architecture}.block_count", 0),
         bytes=path.stat().st_size,
         plan="turboquant.plan.version" in metadata,
     )
@@ -371,27 +371,17 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
         for place in range(options.positions):
             position = (place + 0.5) / options.positions  # never the very start or end, which are easy or odd places
             try:
-                one = _fitting(measurer, options, model, text, depth, position, len(cells))
+                if depth > model.context:
+                    raise ValueError(f"beyond the model's context of {model.context} tokens")
+                one = needle.fit_grid_needle(
+                    text, depth, position, len(cells), measurer.count_tokens, template=options.template
+                )
                 cells.append(_Cell(depth, position, one))
             except (ValueError, ProgramError) as error:
                 cells.append(
                     _Cell(depth, position, None, error.reason if isinstance(error, ProgramError) else str(error))
                 )
     return cells
-
-
-def _fitting(
-    measurer: Measurer, options: CompareOptions, model: Model, text: str, depth: int, position: float, index: int
-) -> needle.Needle:
-    """A needle whose prompt fills `depth` tokens nearly; the characters in a token are counted on the prompt itself."""
-    if depth > model.context:
-        raise ValueError(f"beyond the model's context of {model.context} tokens")
-    characters = min(4 * depth, len(text))
-    trial = needle.make_grid_needle(text, characters, depth, position, index, options.template)
-    per_token = len(trial.prompt) / max(1, measurer.count_tokens(trial.prompt))
-    # Other characters of the text may make more tokens; and the answer needs some.
-    characters = int((0.97 * depth - 16) * per_token)
-    return needle.make_grid_needle(text, characters, depth, position, index, options.template)
 
 
 def _ask(measurer: Measurer, pair: CachePair, cell: _Cell, work: _Work) -> dict[str, Any]:

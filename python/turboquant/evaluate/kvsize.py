@@ -52,6 +52,8 @@ class Caches:
 
     caches: list[Cache]
     window: int
+    types_k: str = ""  #: of each layer, in a plan's compact syntax; empty where libllama does not log them
+    types_v: str = ""
 
     def total(self) -> CacheSize:
         """As logged. Several types in one place are joined with ``+``."""
@@ -78,7 +80,7 @@ class Caches:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Caches:
         caches = [Cache(**{**cache, "size": CacheSize(**cache["size"])}) for cache in stored["caches"]]
-        return cls(caches, stored["window"])
+        return cls(**{**stored, "caches": caches})
 
 
 def parse_caches(log: str) -> Caches:
@@ -97,7 +99,7 @@ def parse_caches(log: str) -> Caches:
         Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v))
         for cells, _, streams, type_k, k_mib, type_v, v_mib in found
     ]
-    return Caches(caches, int(window[1]) if window else 0)
+    return Caches(caches, int(window[1]) if window else 0, *(types.groups() if types else ()))
 
 
 def parse_cache_size(log: str) -> CacheSize:

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
-import os
+import math
+import platform
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..llama.files import lock
 from . import needle, perplexity, speed
 from .kvsize import Caches
 from .pairs import CachePair, bits_per_value
@@ -50,40 +54,52 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. KLD and same top token are relative to the f16 cache and None for it."""
+    """One line of the table. KLD and same top token are relative to the f16 cache and None for it.
+
+    A pair that could not be measured has the reason as its `failure`, and no numbers. A question that could not be
+    asked has None for its answer, and `needle_failure` says why.
+    """
 
     k: str
     v: str
-    bits_k: float
-    bits_v: float
-    k_mib: float
-    v_mib: float
-    ppl: float
-    ppl_error: float
-    kld: float | None
-    kld_error: float | None
-    same_top: float | None
-    same_top_error: float | None
-    answers: list[str] = field(default_factory=list)
+    bits_k: float | None = None
+    bits_v: float | None = None
+    k_mib: float | None = None
+    v_mib: float | None = None
+    ppl: float | None = None
+    ppl_error: float | None = None
+    kld: float | None = None
+    kld_error: float | None = None
+    same_top: float | None = None
+    same_top_error: float | None = None
+    answers: list[str | None] = field(default_factory=list)
     expected: list[str] = field(default_factory=list)
+    distance: int | None = None  #: the fewest characters between a number and its question
+    failure: str | None = None
+    needle_failure: str | None = None
 
     @property
     def label(self) -> str:
         return str(CachePair(self.k, self.v))
 
     @property
-    def bits(self) -> float:
+    def bits(self) -> float | None:
         """Mean of K and V."""
-        return (self.bits_k + self.bits_v) / 2
+        return None if self.bits_k is None or self.bits_v is None else (self.bits_k + self.bits_v) / 2
 
     @property
-    def mib(self) -> float:
-        return self.k_mib + self.v_mib
+    def mib(self) -> float | None:
+        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib
 
     @property
     def found(self) -> int:
         """Needles found."""
         return sum(got == wanted for got, wanted in zip(self.answers, self.expected, strict=True))
+
+    @property
+    def asked(self) -> int:
+        """Needles asked for."""
+        return sum(got is not None for got in self.answers)
 
 
 @dataclass(frozen=True)
@@ -176,12 +192,15 @@ class Measurer:
         ctx, chunks = runs[0].ctx, runs[0].chunks
         if not missing and self.base(ctx, chunks):
             return found
-        known = self.programs.cache_types() if missing else []
-        missing = [run for run in missing if self._can_run(run, known, failed)]
+        for run, reason in self.unknown_types(missing).items():
+            if failed is None:
+                raise ProgramError(reason)
+            failed[run] = reason
+            missing.remove(run)
         if not missing and self.base(ctx, chunks):
             return found
         with scratch_folder(self._scratch) as folder:
-            base = Path(folder) / "f16.kld"
+            base = folder / "f16.kld"
             # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
             own = Run(BASELINE, ctx, chunks)
             step = _stepper(self.progress, f"{own.label}, base", chunks)
@@ -207,16 +226,14 @@ class Measurer:
                 )
         return found
 
-    def _can_run(self, run: Run, known: Sequence[str], failed: dict[Run, str] | None) -> bool:
-        """Whether the build has the run's types, as far as it tells (`known` may be empty)."""
-        for name in (run.pair.k, run.pair.v):
-            if known and name not in known:
-                reason = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}"
-                if failed is None:
-                    raise ProgramError(reason)
-                failed[run] = reason
-                return False
-        return True
+    def unknown_types(self, runs: Sequence[Run]) -> dict[Run, str]:
+        """Why the build cannot run some of `runs`: it does not know a type, as far as it tells."""
+        known = self.programs.cache_types() if runs else []
+        reasons = {}
+        for run in runs:
+            if known and (name := next((one for one in (run.pair.k, run.pair.v) if one not in known), None)):
+                reasons[run] = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}"
+        return reasons
 
     # ---- needles ----
 
@@ -250,7 +267,10 @@ class Measurer:
     def stored_speed(self, pair: CachePair, depth: int) -> tuple[speed.Speed, dict[str, Any]] | None:
         """The speed at a depth, and what llama-bench says of the machine, if they are stored."""
         stored = self.results.get(self._speed_key(pair, depth))
-        return None if stored is None else (speed.Speed(**stored["speed"]), stored["machine"])
+        try:
+            return None if stored is None else (speed.Speed(**stored["speed"]), dict(stored["machine"]))
+        except (KeyError, TypeError, ValueError):  # a damaged file: it is measured again
+            return None
 
     def speed(self, pair: CachePair, depth: int, again: bool = False) -> tuple[speed.Speed, dict[str, Any]]:
         """Measure the speed at a depth, with `again` even if it is stored. ProgramError if llama-bench fails."""
@@ -273,9 +293,12 @@ class Measurer:
 def _quality(stored: Any) -> Quality | None:
     if stored is None:
         return None
-    values = stored["values"]
-    kind = perplexity.Divergence if "kld" in values else perplexity.Base
-    return Quality(kind(**values), Caches.from_dict(stored["caches"]))
+    try:
+        values = stored["values"]
+        kind = perplexity.Divergence if "kld" in values else perplexity.Base
+        return Quality(kind(**values), Caches.from_dict(stored["caches"]))
+    except (KeyError, TypeError):  # a damaged file: it is measured again
+        return None
 
 
 def measure(
@@ -288,56 +311,115 @@ def measure(
         programs: the build to measure with.
         results, scratch, progress: see `Measurer`.
 
+    What fails is a row or a cell with its reason, and the others are measured all the same.
+
     Raises:
-        ProgramError: a program failed.
+        ProgramError: a program is missing or knows no such type, or the f16 cache could not be measured.
         OSError: the model or the text cannot be read.
-        ValueError: the text is too short for the needles.
     """
     measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
     pairs = list(dict.fromkeys([BASELINE, *options.pairs]))
     runs = [Run(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
-    found = measurer.quality(runs or [Run(BASELINE, options.ctx, options.chunks)])
+    missing = [run for run in runs if measurer.stored_quality(run) is None]
+    for reason in measurer.unknown_types(missing).values():
+        raise ProgramError(reason)
+    failed: dict[Run, str] = {}
+    found = measurer.quality(runs or [Run(BASELINE, options.ctx, options.chunks)], failed)
     base = measurer.base(options.ctx, options.chunks)
     assert base is not None
-    quality = {BASELINE: base, **{run.pair: found[run] for run in runs}}
+    quality = {BASELINE: base, **{run.pair: found[run] for run in runs if run in found}}
+    failures = {run.pair: reason for run, reason in failed.items()}
+    for pair, one in quality.items():
+        if isinstance(one.values, perplexity.Divergence) and not math.isfinite(one.values.kld):
+            failures[pair] = f"its predictions are not finite (KLD {one.values.kld})"
 
-    needles: list[needle.Needle] = []
-    if options.needles:
-        text = options.text.read_text(encoding="utf-8", errors="replace")
-        needles = needle.make_needles(text, options.needles, options.distance, template=options.template)
-    answers: dict[CachePair, list[str]] = {}
-    for pair in pairs if needles else []:
-        step = None
-        answers[pair] = []
-        for done, one in enumerate(needles, 1):
-            if measurer.stored_answer(one, pair, options.needle_ctx) is None and step is None:
-                step = _stepper(progress, f"needle {pair}", len(needles))
-            answers[pair].append(measurer.answer(one, pair, options.needle_ctx))
-            if step:
-                step(done)
-    return [_row(pair, quality, answers.get(pair, []), needles) for pair in pairs]
+    needles, why = _needles(measurer, options)
+    rows = []
+    for pair in pairs:
+        if pair in failures:
+            rows.append(Row(pair.k, pair.v, failure=failures[pair]))
+            continue
+        answers, reason = _answers(measurer, pair, needles, options.needle_ctx)
+        rows.append(_row(pair, quality, answers, needles, why or reason))
+    return rows
 
 
-def scratch_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
-    parent.mkdir(parents=True, exist_ok=True)
-    # A run that was killed leaves its predictions behind: remove those whose process is gone.
-    for old in parent.glob("kld-base-*"):
-        pid = old.name.split("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"kld-base-{os.getpid()}-", dir=parent)
-
-
-def _alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # os.kill would end it there
+def _needles(measurer: Measurer, options: Options) -> tuple[list[needle.Needle], str | None]:
+    """The questions, or why there are none."""
+    if not options.needles:
+        return [], None
+    text = options.text.read_text(encoding="utf-8", errors="replace")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return needle.fit_needles(
+            text, options.needles, options.distance, options.needle_ctx, measurer.count_tokens,
+            template=options.template,
+        ), None  # fmt: skip
+    except ProgramError as error:
+        return [], error.reason
+    except ValueError as error:
+        return [], str(error)
+
+
+def _answers(
+    measurer: Measurer, pair: CachePair, needles: list[needle.Needle], ctx: int
+) -> tuple[list[str | None], str | None]:
+    """The answers, and why one could not be got."""
+    answers: list[str | None] = []
+    step = reason = None
+    for done, one in enumerate(needles, 1):
+        if measurer.stored_answer(one, pair, ctx) is None and step is None:
+            step = _stepper(measurer.progress, f"needle {pair}", len(needles))
+        try:
+            answers.append(measurer.answer(one, pair, ctx))
+        except ProgramError as error:
+            answers.append(None)
+            reason = error.reason
+        if step:
+            step(done)
+    return answers, reason
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder for predictions, which is deleted in the end.
+
+    A run that was killed leaves its own behind, so those of this machine that no process holds are deleted. The cache
+    may be shared with other machines: whether theirs are in use cannot be told for certain from here.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"kld-base-{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"
+    for old in parent.glob(f"{prefix}*"):
+        if old.is_dir():
+            with _held(old) as held:
+                if held:
+                    shutil.rmtree(old, ignore_errors=True)
+            if held:
+                _lock_file(old).unlink(missing_ok=True)
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    try:
+        with _held(folder):  # before the folder is there, so that it never is without
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        _lock_file(folder).unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder; on a file system without locks it never has."""
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(lock(_lock_file(folder), block=False)) is not None
+        except OSError:
+            held = False
+        yield held
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def _stepper(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
@@ -348,7 +430,11 @@ def _stepper(progress: Progress | None, what: str, total: int) -> Callable[[int]
 
 
 def _row(
-    pair: CachePair, quality: dict[CachePair, Quality], answers: list[str], needles: list[needle.Needle]
+    pair: CachePair,
+    quality: dict[CachePair, Quality],
+    answers: list[str | None],
+    needles: list[needle.Needle],
+    needle_failure: str | None,
 ) -> Row:
     values, size, f16 = quality[pair].values, quality[pair].caches.total(), quality[BASELINE].caches.total()
     divergence = values if isinstance(values, perplexity.Divergence) and pair != BASELINE else None
@@ -367,6 +453,8 @@ def _row(
         same_top_error=divergence.same_top_error if divergence else None,
         answers=answers,
         expected=[one.number for one in needles],
+        distance=min((one.distance for one in needles), default=None),
+        needle_failure=needle_failure,
     )
 
 

@@ -24,6 +24,8 @@ __all__ = [
     "check_template",
     "count_tokens",
     "fill",
+    "fit_grid_needle",
+    "fit_needles",
     "generated_all",
     "make_grid_needle",
     "make_needles",
@@ -53,6 +55,9 @@ TEMPLATES = {
 
 _FIELDS = ("before", "name", "number", "after")
 _LEAD = 600  # characters of prose before the note: the note is not the prompt's first line
+_GENERATED = 8  # tokens of an answer
+_ANSWER = 16  # tokens that a prompt leaves free: llama-completion wants four, and an answer
+_TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -95,32 +100,58 @@ def make_needles(
 ) -> list[Needle]:
     """Build `count` prompts from different stretches of `text`, each with another name and number.
 
-    Between the number and the question stand whole paragraphs of the text, together at least `distance` characters.
+    Between the number and the question stand whole paragraphs of the text, together at least `distance` characters. A
+    paragraph of more than half of that is cut, so that a prompt never grows with the length of a line.
 
     Raises:
         ValueError: the text is too short for the distance, or there are fewer names than questions.
     """
     if not 1 <= count <= len(NAMES):
         raise ValueError(f"needles: expected 1 to {len(NAMES)}, got {count}")
-    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
-    # The last paragraph from which enough text follows.
-    room, last = 0, len(paragraphs)
-    while last > 0 and room < _LEAD + distance:
+    text = re.sub(r"\r\n?", "\n", text)
+    lead = min(_LEAD, distance)
+    pieces = _pieces(text, distance // 2)
+    # The last piece from which enough text follows.
+    room, last = 0, len(pieces)
+    while last > 0 and room < lead + distance:
         last -= 1
-        room += len(paragraphs[last])
-    if room < _LEAD + distance:
+        room += len(pieces[last])
+    if room < lead + distance:
         raise ValueError(f"text: {len(text)} characters are too few for a needle {distance} characters back")
     chance = random.Random(seed)
     needles = []
     for index, name in enumerate(chance.sample(NAMES, count)):
         number = str(chance.randrange(10_000, 100_000))
         start = (last + 1) * index // count  # evenly over the text
-        before, start = _take(paragraphs, start, _LEAD)
-        between, _ = _take(paragraphs, start, distance)
-        hay = "\n\n".join(between)
-        prompt = fill(template, before="\n\n".join(before), name=name, number=number, after=hay)
+        before, start = _take(pieces, start, lead)
+        between, _ = _take(pieces, start, distance)
+        hay = text[between[0].start : between[-1].stop]
+        opening = text[before[0].start : before[-1].stop]
+        prompt = fill(template, before=opening, name=name, number=number, after=hay)
         needles.append(Needle(name, number, prompt, distance=len(hay)))
     return needles
+
+
+def fit_needles(
+    text: str, count: int, distance: int, ctx: int, count_tokens: Callable[[str], int], *, template: str
+) -> list[Needle]:
+    """`make_needles`, nearer than `distance` where a prompt and its answer would have more than `ctx` tokens.
+
+    Raises:
+        ValueError: as `make_needles`, or no prompt is short enough.
+    """
+    for _ in range(_TRIALS):
+        needles = make_needles(text, count, distance, template=template)
+        # No tokenizer makes more tokens than bytes, so short prompts need no counting.
+        sizes = [(len(one.prompt.encode()), one.prompt) for one in needles]
+        tokens = max(size if size <= ctx - _ANSWER else count_tokens(prompt) for size, prompt in sizes)
+        if tokens <= ctx - _ANSWER:
+            return needles
+        # A little less than what fits: the other stretches of text may have more tokens for their characters.
+        distance = int(0.9 * distance * (ctx - _ANSWER) / tokens)
+        if distance < 1:
+            break
+    raise ValueError(f"text: no needle of it fits into {ctx} tokens")
 
 
 def check_template(template: str) -> str:
@@ -168,6 +199,31 @@ def make_grid_needle(
     return Needle(name, number, prompt, distance=len(after), depth=depth, position=position)
 
 
+def fit_grid_needle(
+    text: str,
+    depth: int,
+    position: float,
+    index: int,
+    count_tokens: Callable[[str], int],
+    *,
+    template: str = TEMPLATES["plain"],
+) -> Needle:
+    """`make_grid_needle` with as many characters as nearly fill `depth` tokens, and leave room for the answer.
+
+    Raises:
+        ValueError: as `make_grid_needle`, or no number of characters fits.
+    """
+    characters = min(4 * depth, len(text))
+    for trial in range(_TRIALS):
+        one = make_grid_needle(text, characters, depth, position, index, template)
+        tokens = count_tokens(one.prompt)
+        if trial and tokens <= depth - _ANSWER:
+            return one
+        # Each length takes another stretch of the text, which may have more tokens for its characters.
+        characters = int(((0.97 - 0.1 * trial) * depth - _ANSWER) * len(one.prompt) / max(1, tokens))
+    raise ValueError(f"the text has no stretch that fills {depth} tokens")
+
+
 def _break_near(text: str, place: int) -> int:
     """The paragraph break, line break or space nearest to `place`, whichever is found first nearby."""
     if not 0 < place < len(text):
@@ -180,12 +236,31 @@ def _break_near(text: str, place: int) -> int:
     return place
 
 
-def _take(paragraphs: list[str], start: int, characters: int) -> tuple[list[str], int]:
-    taken: list[str] = []
+def _pieces(text: str, limit: int) -> list[range]:
+    """Where the paragraphs of a text stand; those of more than `limit` characters are cut at breaks, if they have any."""
+    pieces = []
+    most = max(1, limit // 6)
+    bounds = [0, *(place for gap in re.finditer(r"\n\s*\n", text) for place in gap.span()), len(text)]
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        paragraph = text[start:end]
+        end = start + len(paragraph.rstrip())
+        start += len(paragraph) - len(paragraph.lstrip())
+        long = end - start > limit
+        while long and end - start > most:
+            cut = max(text.rfind(mark, start + most // 2, start + most) for mark in "\n ") + 1 or start + most
+            pieces.append(range(start, cut))
+            start = cut
+        if start < end:
+            pieces.append(range(start, end))
+    return pieces
+
+
+def _take(pieces: list[range], start: int, characters: int) -> tuple[list[range], int]:
+    taken: list[range] = []
     length = 0
-    while length < characters and start < len(paragraphs):
-        taken.append(paragraphs[start])
-        length += len(paragraphs[start])
+    while length < characters and start < len(pieces):
+        taken.append(pieces[start])
+        length += len(pieces[start])
         start += 1
     return taken, start
 
@@ -217,7 +292,7 @@ def ask(
     """
     answers = []
     for index, needle in enumerate(needles):
-        result = _complete(programs, model, needle.prompt, pair, ctx, tokens=8)
+        result = _complete(programs, model, needle.prompt, pair, ctx, tokens=_GENERATED)
         answers.append(answer(result.out))
         if on_answer:
             on_answer(index + 1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from .report import code, escape
 
 __all__ = ["alarms", "failures", "table", "to_html", "to_markdown", "verdict"]
 
@@ -188,22 +191,22 @@ def table(report: Report) -> Table:
 
 def to_markdown(report: Report) -> str:
     """The report as Markdown, ending with a newline."""
-    parts = [f"# KV-cache comparison: {_escape(report['model']['name'])}", _about(report)]
-    parts += [f"> **Warning:** {_escape(line)}" for line in alarms(report)]
-    parts.append("\n".join(f"- {_escape(line)}" for line in verdict(report) + failures(report)))
+    parts = [f"# KV-cache comparison: {escape(report['model']['name'])}", escape(_about(report))]
+    parts += [f"> **Warning:** {escape(line)}" for line in alarms(report)]
+    parts.append("\n".join(f"- {escape(line)}" for line in verdict(report) + failures(report)))
     parts += ["## Quality, retrieval, memory", _markdown_table(*quality_table(report)), _method(report)]
     if report["pairs"][0].get("speed"):
-        parts += ["## Speed, tokens per second", _markdown_table(*speed_table(report)), _speed_method(report)]
+        parts += ["## Speed, tokens per second", _markdown_table(*speed_table(report)), escape(_speed_method(report))]
     if grid := _grid(report):
         parts += ["## Needles", grid]
-    parts += ["## How this was measured", "\n".join(f"- {name}: `{value}`" for name, value in _facts(report))]
+    parts += ["## How this was measured", "\n".join(f"- {name}: {code(value)}" for name, value in _facts(report))]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+def _markdown_table(heads: list[str], rows: list[list[str]], shown: Callable[[str], str] = escape) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for row in rows:
-        cells = [_escape(cell) for cell in row] + [""] * (len(heads) - len(row))
+        cells = [shown(cell) for cell in row] + [""] * (len(heads) - len(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -218,15 +221,11 @@ def _grid(report: Report) -> str:
     body = []
     for row in rows:
         cells = ["".join(marks[cell["found"]] for cell in row["needles"] if cell["depth"] == depth) for depth in depths]
-        body.append([row["label"], *(f"`{cell}`" for cell in cells)])
+        body.append([escape(row["label"]), *(f"`{cell}`" for cell in cells)])
     reasons = dict.fromkeys(cell["reason"] for row in rows for cell in row["needles"] if cell["reason"])
     note = "From the start of the text to its end: `+` found, `-` not found, `?` not asked."
-    note += "".join(f"\n`?`: {_escape(reason)}." for reason in reasons)
-    return _markdown_table(["cache K/V", *(f"{depth:,} tokens" for depth in depths)], body) + f"\n\n{note}"
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    note += "".join(f"\n`?`: {escape(reason)}." for reason in reasons)
+    return _markdown_table(["cache K/V", *(f"{depth:,} tokens" for depth in depths)], body, str) + f"\n\n{note}"
 
 
 # ---- what both formats say -------------------------------------------------------------------------------------------
@@ -256,10 +255,15 @@ def _method(report: Report) -> str:
 
 def _speed_method(report: Report) -> str:
     settings = report["settings"]
-    return (
+    reasons = {
+        f"{row['label']} at {speed['depth']:,}: {speed['reason']}."
+        for row in _measured(report) for speed in row["speed"] if speed["reason"]
+    }  # fmt: skip
+    method = (
         f"llama-bench: a batch of {settings['prompt']} tokens (prefill) and {settings['generated']} single ones "
         f"(decode) behind that many others, mean of {settings['repetitions']}, {report['machine']['threads']} threads."
     )
+    return " ".join([method, *sorted(reasons)])
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ _MEDIAN = re.compile(rf"Median\s+KLD:\s*{_NUMBER}")
 _TAIL = re.compile(rf"99\.9%\s+KLD:\s*{_NUMBER}")
 _RMS = re.compile(rf"RMS Δp\s*:\s*{_NUMBER} ±\s*{_NUMBER} %")
 _TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
+_BROKEN = re.compile(r"Unexpected negative standard deviation")  # its words where a probability is not a number
 _SHORT = re.compile(r"you need at least \d+ tokens")
 _CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
 _VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
@@ -147,7 +148,8 @@ def run_base(
     """Measure the f16 cache and write its predictions to `base` (about ``ctx * vocabulary`` bytes per chunk).
 
     Raises:
-        ProgramError: the run failed, the text is too short, or the file is shorter than it must be (a full disk).
+        ProgramError: the run failed, the text is too short, the model predicts no finite probabilities, or the file is
+            shorter than it must be (a full disk).
     """
     pair = CachePair("f16", "f16")
     arguments = [*_arguments(model, pair, ctx, chunks, base), "-f", str(text)]
@@ -156,7 +158,7 @@ def run_base(
         arguments,
         log=f"perplexity-{pair}",
         on_text=_chunk_counter(r"\[\d+\]-?[\dni]", on_chunk),
-        complete=lambda result: any(one.search(result.out + result.log) for one in (_FINAL, _SHORT)),
+        complete=lambda result: any(one.search(result.out + result.log) for one in (_FINAL, _SHORT, _BROKEN)),
     )
     printed = result.out + result.log
     # llama-perplexity wants two chunks of text at least, and takes fewer than asked for if there are no more.
@@ -167,10 +169,13 @@ def run_base(
             f"{text} {available} of {ctx} tokens, {chunks} were asked for: give a longer text, or smaller --chunks or "
             "--ctx"
         )
+    broken = _BROKEN.search(printed) is not None
     try:
-        values, size = parse_base(printed), parse_caches(result.log)
+        values, size = Base(math.nan, math.nan) if broken else parse_base(printed), parse_caches(result.log)
     except ValueError as error:
         raise ProgramError(f"cache {pair}: {error}. Log: {result.log_path}") from error
+    if not math.isfinite(values.ppl):
+        raise ProgramError(f"{model}: its predictions of {text} are not finite; is the model damaged?")
     if vocabulary := _VOCABULARY.search(result.log):
         expected = base_bytes(int(vocabulary[1]), ctx, chunks)
         if (written := base.stat().st_size) < expected:

@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Results", "file_hash", "write_text"]
+
+_SETTLED = 3 * 10**9  # nanoseconds; the times of FAT, the coarsest, are two seconds apart
 
 
 class Results:
@@ -28,7 +31,7 @@ class Results:
             stored = json.loads(self._path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return stored["value"] if isinstance(stored, dict) and stored.get("key") == key else None
+        return stored.get("value") if isinstance(stored, dict) and stored.get("key") == key else None
 
     def put(self, key: dict[str, Any], value: Any) -> None:
         """Store a value that JSON can hold."""
@@ -37,21 +40,35 @@ class Results:
 
 
 def file_hash(path: Path, results: Results) -> str:
-    """SHA-256 of a file; remembered by path, size and time, as a model may have many gigabytes.
+    """SHA-256 of a file; remembered by what a change of the file changes, as a model may have many gigabytes.
+
+    The time of the last change of the inode (ctime) cannot be set back as that of the content can, and another file
+    under the same name has another inode. A file that changed a moment ago may change once more without another time,
+    so its hash is not remembered yet.
 
     Raises:
         OSError: the file cannot be read.
     """
-    status = path.stat()
-    key = {"hash of": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    key = _identity(path)
     if isinstance(known := results.get(key), str):
         return known
+    started = time.time_ns()
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    results.put(key, digest.hexdigest())
+    settled = all(abs(started - key[time]) > _SETTLED for time in ("mtime_ns", "ctime_ns"))
+    if settled and _identity(path) == key:
+        results.put(key, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {
+        "hash of": str(path.resolve()), "inode": status.st_ino, "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns,
+    }  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:

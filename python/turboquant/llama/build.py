@@ -37,7 +37,7 @@ from . import source as sources
 from .files import LlamaError, hash_files, last_lines, list_files, lock, read_json, remove_tree, sync, write_json
 from .paths import cache_dir, native_dir
 from .progress import Reporter, duration
-from .toolchain import Tools, compiler, cpu, cuda_compiler, find_tools
+from .toolchain import Tools, breaks_amx, compiler, cpu, cuda_compiler, find_tools
 from .toolchain import jobs as default_jobs
 
 __all__ = ["BACKENDS", "DEFAULT_TARGETS", "BuildError", "build", "is_outdated", "where"]
@@ -60,6 +60,7 @@ _OPTIONS = (
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _LAYOUT = 1  # raised when a change here makes existing build folders unusable
 _KEEP = 3  # build folders
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
@@ -98,6 +99,7 @@ def build(
     reporter: Reporter | None = None,
     backend: str = "cpu",
     arch: str | None = None,
+    unproven: bool = False,
 ) -> Path:
     """Build llama.cpp with the turbo types, as far as that is not done yet.
 
@@ -111,6 +113,7 @@ def build(
         backend: one of `BACKENDS`.
         arch: for "cuda", the GPUs to compile for: "native" or compute capabilities, as in "80,90" (default: llama.cpp's
             choice, which is native where a GPU is found).
+        unproven: fetch releases that the hooks are not proven with, too; see `source.fetch`.
 
     Returns:
         The folder with the programs.
@@ -146,7 +149,7 @@ def build(
         cached = sources.cached(release)
         if cached is None:
             tools = find_tools(reporter)
-            cached = sources.fetch(release, reporter, tools.path())
+            cached = sources.fetch(release, reporter, tools.path(), unproven)
         tree = cached
     plan = _make_plan(tree, targets, options, compilers)
     if _is_done(plan):
@@ -190,6 +193,14 @@ def is_outdated(bin: Path) -> bool:
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
+def base_options(compilers: Sequence[str]) -> list[str]:
+    """The CMake options of every build with these compilers."""
+    options = list(_OPTIONS)
+    if breaks_amx(compilers):
+        options.append(f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')} {_NO_AMX}".replace("= ", "="))
+    return options
+
+
 def _option(arg: str) -> str:
     match = re.fullmatch(r"(?:-D)?([A-Za-z_][A-Za-z0-9_]*(?::[A-Z]+)?=.*)", arg, re.DOTALL)
     if not match:
@@ -212,7 +223,7 @@ def _make_plan(
     wanted: dict[str, None] = {}  # an ordered set
     for target in targets or ("default",):
         wanted.update(dict.fromkeys(DEFAULT_TARGETS if target == "default" else (target,)))
-    all_options = (*_OPTIONS, *options)
+    all_options = (*base_options(compilers), *options)
     native = not any(re.match(r"-DGGML_NATIVE(:\w+)?=(OFF|0|NO|FALSE|N)$", option, re.I) for option in options)
     inputs: dict[str, object] = {
         "layout": _LAYOUT,

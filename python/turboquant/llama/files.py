@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Interrupted",
     "LlamaError",
     "hash_files",
     "last_lines",
@@ -30,6 +31,10 @@ __all__ = [
 
 class LlamaError(Exception):
     """Fetching, building or running llama.cpp failed. The text says what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C within something of which nothing is kept. The text says what the same command will do: "begins ..."."""
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------
@@ -66,16 +71,23 @@ def last_lines(text: str, count: int = 20) -> str:
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
 
-def list_files(root: Path, skip: Callable[[str, bool], bool] = lambda path, is_dir: False) -> Iterator[str]:
+def list_files(
+    root: Path, skip: Callable[[str, bool], bool] = lambda path, is_dir: False, follow: bool = False
+) -> Iterator[str]:
     """The regular files below `root`, sorted, as relative paths with '/'.
 
-    `skip(path, is_dir)` leaves out a file or a whole folder. Links to folders are not followed.
+    `skip(path, is_dir)` leaves out a file or a whole folder. Links to folders count as folders with `follow`, but for
+    those that lead back to a folder that they are in; without it they are left out.
     """
+    return _list(root, skip, follow, (os.path.realpath(root),) if follow else ())
+
+
+def _list(root: Path, skip: Callable[[str, bool], bool], follow: bool, above: tuple[str, ...]) -> Iterator[str]:
     folders: list[os.DirEntry[str]] = []
     files: list[os.DirEntry[str]] = []
     with os.scandir(root) as entries:
         for entry in entries:
-            (folders if entry.is_dir(follow_symlinks=False) else files).append(entry)
+            (folders if entry.is_dir(follow_symlinks=follow) else files).append(entry)
     for entry in sorted(files, key=lambda entry: entry.name):
         if entry.is_file() and not skip(entry.name, False):
             yield entry.name
@@ -85,7 +97,10 @@ def list_files(root: Path, skip: Callable[[str, bool], bool] = lambda path, is_d
             def skip_below(path: str, is_dir: bool, name: str = name) -> bool:
                 return skip(f"{name}/{path}", is_dir)
 
-            for path in list_files(root / name, skip_below):
+            real = os.path.realpath(root / name) if follow else ""
+            if real in above:
+                continue
+            for path in _list(root / name, skip_below, follow, (*above, real) if follow else ()):
                 yield f"{name}/{path}"
 
 

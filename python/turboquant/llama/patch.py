@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ __all__ = [
     "Hook",
     "HookState",
     "HooksFileError",
+    "LinkError",
     "MarkerError",
     "NotLlamaError",
     "PatchError",
@@ -51,6 +53,7 @@ _BEGIN = "/* turboquant:begin {} */"
 _END = "/* turboquant:end {} */"
 _INSERTED = re.compile(rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL)
 _MARKER = "turboquant:begin "
+_HEADER = "ggml/include/ggml.h"
 _FOLDERS = ("ggml", "src", "common", "include", "tools", "tests", "examples")
 _SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".m", ".metal"}
 
@@ -69,6 +72,10 @@ class NotLlamaError(PatchError):
 
 class AnchorError(PatchError):
     """A hook's anchor matches nowhere, or more than once."""
+
+
+class LinkError(PatchError):
+    """A folder of the tree is a link to somewhere else, where nothing must be written."""
 
 
 class MarkerError(PatchError):
@@ -261,7 +268,7 @@ def _root(directory: str | os.PathLike[str]) -> Path:
     root = Path(directory).expanduser()
     if not root.is_dir():
         raise NotLlamaError(f"{root}: no such folder")
-    if not (root / "ggml/include/ggml.h").is_file() or not (root / "src/llama-context.cpp").is_file():
+    if not (root / _HEADER).is_file() or not (root / "src/llama-context.cpp").is_file():
         inner = root / "vendor" / "llama.cpp"
         hint = f"; did you mean {inner}?" if (inner / "ggml/include/ggml.h").is_file() else ""
         raise NotLlamaError(
@@ -278,35 +285,82 @@ def _read(path: Path) -> str:
         raise PatchError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write_all(files: dict[Path, str]) -> None:
+    """Give every file its new content, in this order, or leave all as they are.
+
+    Everything that needs room on the disk is done before the first file changes. Only a process that is killed can stop
+    in between; the same command then goes on from there.
+    """
+    staged: list[tuple[Path, Path, Path]] = []  # the file, its new content, a copy of what it is
+    temporaries: list[Path] = []
+    replaced = 0
+
+    def temporary(path: Path) -> Path:
+        descriptor, name = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
+        os.close(descriptor)
+        temporaries.append(Path(name))
+        return temporaries[-1]
+
+    path = Path()
     try:
-        _replace(path.resolve(), text.encode("utf-8", "surrogateescape"))  # a link stays a link
-    except OSError as error:
+        for path, text in files.items():
+            target = path.resolve()  # a link stays a link
+            new, old = temporary(target), temporary(target)
+            new.write_bytes(text.encode("utf-8", "surrogateescape"))
+            os.chmod(new, stat.S_IMODE(target.stat().st_mode))
+            shutil.copy2(target, old)
+            staged.append((target, new, old))
+        for path, (target, new, _) in zip(files, staged, strict=True):
+            os.replace(new, target)
+            replaced += 1
+    except BaseException as error:
+        changed = _put_back(staged[:replaced])
+        if not isinstance(error, OSError):
+            raise
+        state = f"{', '.join(map(str, changed))} changed already" if changed else "nothing was changed"
         raise PatchError(
-            f"{path}: cannot be written: {error.strerror}; run the same command again when it can, it goes on where "
-            f"it stopped"
+            f"{path}: cannot be written: {error.strerror}; {state}: run the same command again when it can"
         ) from error
+    finally:
+        for one in temporaries:
+            one.unlink(missing_ok=True)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _put_back(staged: list[tuple[Path, Path, Path]]) -> list[Path]:
+    """Undo what was replaced; the files with which that fails."""
+    failed = []
+    for target, _, old in staged:
+        try:
+            os.replace(old, target)
+        except OSError:
+            failed.append(target)
+    return failed
 
 
 def _patched_files(root: Path) -> Iterator[Path]:
     """Every source file of the tree that holds an insertion, also of a version with other hooks."""
-    marker = _MARKER.encode()
     for folder in _FOLDERS:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in _SUFFIXES and path.is_file() and marker in path.read_bytes():
+            if path.suffix in _SUFFIXES and path.is_file() and _is_patched(path):
                 yield path
+
+
+def _is_patched(path: Path) -> bool:
+    return _MARKER.encode() in path.read_bytes()
+
+
+def _refuse_links(root: Path, files: Iterable[str]) -> None:
+    """LinkError if a folder inside the tree is a link to where files would be written."""
+    for file in files:
+        place, real = root, root.resolve()
+        for part in Path(file).parent.parts:
+            place, real = place / part, real / part
+            if place.is_dir() and place.resolve() != real:
+                raise LinkError(
+                    f"{place} is a link to {place.resolve()}, which other trees may use as well: patch the tree that it "
+                    f"belongs to, or put a copy in its place. `turboquant build --source {root}` copies the sources and "
+                    "needs neither"
+                )
 
 
 @dataclass
@@ -324,11 +378,17 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
     present: dict[str, tuple[str, str]] = {}  # hook id -> file, insertion
     wanted = {site.file for hook in hooks for site in hook.sites}
     wanted |= {path.relative_to(root).as_posix() for path in _patched_files(root)}
+    _refuse_links(root, sorted(wanted))
+    crlf: set[str] = set()
     for file in sorted(wanted):
         path = root / file
         if path.is_file():
-            before[file] = _read(path)
-            original[file], found = _strip(before[file], file)
+            before[file] = text = _read(path)
+            # Anchors are written for \n; a file that has \r\n everywhere is the same to them.
+            if 0 < text.count("\r\n") == text.count("\n"):
+                crlf.add(file)
+                text = text.replace("\r\n", "\n")
+            original[file], found = _strip(text, file)
             present.update({name: (file, text) for name, text in found.items()})
 
     states: list[HookState] = []
@@ -343,7 +403,8 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
             position, count = _locate(site, text)
             if position is None:
                 how = "not found" if count == 0 else f"found {count} times instead of once"
-                failures.append(f"{site.file}: anchor {how}: {site.anchor}")
+                mixed = " (the file's line ends are mixed, \\r\\n and \\n: git checkout restores it)" if "\r\n" in text else ""
+                failures.append(f"{site.file}: anchor {how}: {site.anchor}{mixed}")
                 continue
             newline = "\r\n" if "\r\n" in text else "\n"
             insertion = _insertion(hook, site, position == 0 or text[position - 1] == "\n", newline)
@@ -369,6 +430,8 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
             pieces += [text[position:start], insertion]
             position = start
         after[file] = "".join([*pieces, text[position:]])
+        if file in crlf:
+            after[file], text = after[file].replace("\n", "\r\n"), text.replace("\n", "\r\n")
         if _strip(after[file], file)[0] != text:
             raise HooksFileError(f"{file}: the hooks would not come out again byte for byte: overlapping insertions?")
     return _Plan(before, after, states)
@@ -386,22 +449,24 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
 
 
 def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
-    """Insert all hooks into the llama.cpp tree `directory`. Idempotent; all or nothing.
+    """Insert all hooks into the llama.cpp tree `directory`. Idempotent.
+
+    All or nothing, but for a process that is killed: ggml.h, with the types' ids, comes last, and without it the rest
+    does not compile, so that such a tree never passes for a patched one.
 
     Returns:
         The hooks' states afterwards (``applied`` or ``skipped``).
 
     Raises:
-        NotLlamaError, AnchorError, MarkerError, HooksFileError: see there; nothing was written.
+        NotLlamaError, AnchorError, LinkError, MarkerError, HooksFileError: see there; nothing was written.
     """
     root = _root(directory)
     plan = _plan(root, load_hooks() if hooks is None else hooks)
     broken = [state for state in plan.states if state.state == "broken"]
     if broken:
         raise AnchorError("\n".join(state.detail for state in broken))
-    for file, text in plan.after.items():
-        if text != plan.before[file]:
-            _write(root / file, text)
+    order = sorted(plan.after, key=lambda file: file == _HEADER)
+    _write_all({root / file: plan.after[file] for file in order if plan.after[file] != plan.before[file]})
     return [s if s.state == "skipped" else HookState(s.hook, "applied", s.file) for s in plan.states]
 
 
@@ -409,7 +474,7 @@ def check(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) ->
     """The state of every hook in the llama.cpp tree `directory`. Writes nothing.
 
     Raises:
-        NotLlamaError, MarkerError, HooksFileError.
+        NotLlamaError, LinkError, MarkerError, HooksFileError.
     """
     return _plan(_root(directory), load_hooks() if hooks is None else hooks).states
 
@@ -421,12 +486,17 @@ def unpatch(directory: str | os.PathLike[str]) -> list[str]:
         The files that changed, relative to `directory`.
 
     Raises:
-        NotLlamaError, MarkerError: nothing was written.
+        NotLlamaError, MarkerError, HooksFileError: nothing was written.
     """
     root = _root(directory)
-    clean = {path: _strip(_read(path), path.relative_to(root).as_posix())[0] for path in _patched_files(root)}
-    for path, text in clean.items():
-        _write(path, text)
+    files = set(_patched_files(root))
+    # Older versions have written through links to folders, which are not searched.
+    sites = {root / site.file for hook in load_hooks() for site in hook.sites}
+    files |= {path for path in sites - files if path.is_file() and _is_patched(path)}
+    # ggml.h first: see `patch`.
+    order = sorted(files, key=lambda path: (path != root / _HEADER, path))
+    clean = {path: _strip(_read(path), path.relative_to(root).as_posix())[0] for path in order}
+    _write_all(clean)
     return [path.relative_to(root).as_posix() for path in clean]
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .files import Interrupted
 from .progress import Reporter
 
 __all__ = ["download", "is_installed"]
@@ -29,23 +30,35 @@ def download(
     label: str,
     size: int | None,
     path: str | None = None,
+    sha256: str | None = None,
 ) -> tuple[Path | None, str]:
     """Run `pip download --no-deps` for `requirement`, with progress.
 
     Args:
+        requirement: "name==version".
         options: further ones for pip.
         folder: gets the file, and all that pip writes on the way; made here. It is the caller's to remove.
         pattern: of the file's name, such as "*.whl".
         label, size: what the progress bar shows; the size in bytes, if it is known.
         path: the PATH that pip runs with.
+        sha256: what the file must have. pip looks at it before it runs anything that is in the file.
 
     Returns:
         The file, None if pip failed; and what pip printed.
+
+    Raises:
+        Interrupted: what pip has of the file so far is lost.
     """
     temporary = folder / "tmp"
     temporary.mkdir(parents=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download", "--no-deps"]
-    command += [*options, "--progress-bar", "off", "--dest", str(folder), requirement]
+    command += [*options, "--progress-bar", "off", "--dest", str(folder)]
+    if sha256:
+        listed = folder / "requirements.txt"
+        listed.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command += ["--require-hashes", "-r", str(listed)]
+    else:
+        command.append(requirement)
     # pip's temporary files go where ours are: the same disk, seen by the progress bar, and removed with the rest.
     env = dict(os.environ, TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary))
     if path:
@@ -58,9 +71,11 @@ def download(
                 while process.poll() is None:
                     time.sleep(0.1)
                     track.update(done := max(done, _downloaded(temporary, pattern)))
-            except BaseException:
+            except BaseException as error:
                 process.terminate()
                 process.wait()
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted("begins the download again") from error
                 raise
         log.seek(0)
         output = log.read()

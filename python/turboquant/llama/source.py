@@ -23,7 +23,7 @@ from .files import LlamaError, hash_files, last_lines, list_files, lock, read_js
 from .paths import cache_dir
 from .progress import Reporter
 
-__all__ = ["DEFAULT_VERSION", "PROVEN", "Archive", "Source", "SourceError", "cached", "fetch", "local"]
+__all__ = ["DEFAULT_VERSION", "PROVEN", "Archive", "Source", "SourceError", "UnprovenError", "cached", "fetch", "local"]
 
 DEFAULT_VERSION = "0.3.36"
 
@@ -68,6 +68,14 @@ class SourceError(LlamaError):
     """The sources of llama.cpp could not be had."""
 
 
+class UnprovenError(SourceError):
+    """The release is none of `PROVEN`, and nobody has said that it may be fetched all the same."""
+
+
+class _CorruptError(Exception):
+    """pip got another file than the one that was pinned. The text says which."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A llama.cpp source tree that is read and never written.
@@ -85,8 +93,18 @@ class Source:
     number: int = 0
 
     def files(self) -> Iterator[str]:
-        """The files a build needs, as sorted relative paths."""
-        return list_files(self.root, lambda path, is_dir: _skip(self.root, path, is_dir))
+        """The files a build needs, as sorted relative paths. Links to folders are followed.
+
+        SourceError if there are far more than llama.cpp has.
+        """
+        return _files(self.root)
+
+
+def _files(root: Path) -> Iterator[str]:
+    for count, file in enumerate(list_files(root, lambda path, is_dir: _skip(root, path, is_dir), follow=True)):
+        if count >= _MAX_FILES:
+            raise SourceError(f"{root} has more than {_MAX_FILES} files in it; does a link lead out of the tree?")
+        yield file
 
 
 def _skip(root: Path, path: str, is_dir: bool) -> bool:
@@ -116,7 +134,7 @@ def local(directory: str | os.PathLike[str]) -> Source:
         inner = root / "vendor" / "llama.cpp"
         hint = f"; did you mean {inner}?" if (inner / "ggml/include/ggml.h").is_file() else ""
         raise SourceError(f"{root} is no llama.cpp source tree: it lacks {', '.join(missing)}{hint}")
-    digest = hash_files(root, list_files(root, lambda path, is_dir: _skip(root, path, is_dir)))
+    digest = hash_files(root, _files(root))
     commit, number = _git_version(root)
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", root.name).strip("-.") or "llama.cpp"
     return Source(root, str(root), slug, f"folder:{root}", digest, commit, number)
@@ -141,21 +159,31 @@ def _git_version(root: Path) -> tuple[str, int]:
 # ---- a release of llama-cpp-python -----------------------------------------------------------------------------------
 
 
-def fetch(version: str = DEFAULT_VERSION, reporter: Reporter | None = None, path: str | None = None) -> Source:
+def fetch(
+    version: str = DEFAULT_VERSION, reporter: Reporter | None = None, path: str | None = None, unproven: bool = False
+) -> Source:
     """The llama.cpp inside llama-cpp-python `version`, from the cache or, the first time, through pip.
 
     Args:
-        version: e.g. "0.3.36". Any release goes; only those of `PROVEN` are checked against a known checksum.
+        version: e.g. "0.3.36". Those of `PROVEN` are checked against a known checksum before anything in them is run.
         reporter: where progress goes.
         path: the PATH that pip runs with (cmake and ninja there spare it fetching its own).
+        unproven: fetch other releases, too: their build code runs here, and nothing tells whether it is the authors'.
 
     Raises:
+        UnprovenError: another release, without `unproven`.
         SourceError: bad version, no pip, no network, a download that stays corrupt, an archive without llama.cpp.
     """
     found = cached(version)
     if found:
         return found
     reporter = reporter or Reporter()
+    if version not in PROVEN and not unproven:
+        raise UnprovenError(
+            f"llama-cpp-python {version} is not one of the releases that the hooks are proven with "
+            f"({', '.join(PROVEN)}), so its checksum is not known here, and pip would run its build code unchecked. "
+            "Give --unproven if you trust where your pip fetches from, or a llama.cpp checkout with --source DIR"
+        )
     folder = cache_dir() / "sources"
     target = _folder(version)
 
@@ -229,20 +257,23 @@ def _download(version: str, work: Path, reporter: Reporter, path: str | None) ->
         )
     known = PROVEN.get(version)
     for attempt in (1, 2):
-        archive = _pip_download(version, work / f"download{attempt}", reporter, path, fresh=attempt > 1)
-        problem, sha256 = _verify(archive, known)
+        try:
+            archive = _pip_download(version, work / f"download{attempt}", reporter, path, fresh=attempt > 1)
+            problem, sha256 = _verify(archive, known)
+        except _CorruptError as error:
+            problem = str(error)
         if not problem:
             if known is None:
                 reporter.say(
                     f"note: llama-cpp-python {version} is not one of the releases the hooks are proven with "
-                    f"({', '.join(PROVEN)}); its checksum is not known here (sha256 {sha256})"
+                    f"({', '.join(PROVEN)}): what was fetched, and the build code in it that pip ran, was compared with "
+                    f"no checksum (it has sha256 {sha256})"
                 )
             return archive, sha256
-        archive.unlink()
         if attempt == 1:
-            reporter.say(f"{archive.name} is corrupt ({problem}); fetching it again")
+            reporter.say(f"llama-cpp-python {version} is corrupt ({problem}); fetching it again")
     raise SourceError(
-        f"{archive.name} is corrupt, twice ({problem}); does a proxy or a mirror change it? "
+        f"llama-cpp-python {version} is corrupt, twice ({problem}); does a proxy or a mirror change it? "
         f"Give a llama.cpp checkout with --source DIR instead"
     )
 
@@ -270,16 +301,24 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
     """Fetch the source package with pip into `folder`.
 
     pip prepares the package's metadata after the download (there is no way to tell it not to), which runs the
-    package's build backend in an environment of its own.
+    package's build backend in an environment of its own. So pip itself is to compare the checksum, before that.
+
+    Raises:
+        _CorruptError: the checksum is another one.
+        SourceError: pip failed.
     """
     options = ["--no-binary", "llama-cpp-python", *["--no-cache-dir"] * fresh]
     known = PROVEN.get(version)
     archive, output = pip.download(
         f"llama-cpp-python=={version}", options, folder, "*.tar.gz", reporter,
         f"fetching llama-cpp-python {version}", known.size if known else None, path,
+        known.sha256 if known else None,
     )  # fmt: skip
     if archive:
         return archive
+    if known and "DO NOT MATCH THE HASHES" in output:
+        got = re.search(r"Got\s+([0-9a-f]{64})", output)
+        raise _CorruptError(f"sha256 {got[1] if got else 'unknown'}, expected {known.sha256}")
     raise SourceError(
         f"pip could not fetch llama-cpp-python {version}:\n{last_lines(output, 12)}\n"
         f"Is this machine offline, or the version misspelt? With a llama.cpp checkout at hand, "

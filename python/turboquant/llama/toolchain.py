@@ -25,10 +25,10 @@ from .files import LlamaError, last_lines, lock, remove_tree
 from .paths import cache_dir
 from .progress import Reporter
 
-__all__ = ["Tools", "ToolError", "compiler", "cpu", "cuda_compiler", "find_tools", "jobs"]
+__all__ = ["Tools", "ToolError", "breaks_amx", "compiler", "cpu", "cuda_compiler", "find_tools", "jobs"]
 
 MINIMUM_CMAKE = (3, 19)  # ggml_types/inject.cmake defers calls
-_PACKAGES = ("cmake>=3.19,<5", "ninja>=1.10")
+_PINNED = Path(__file__).with_name("build-tools.txt")
 
 
 class ToolError(LlamaError):
@@ -85,6 +85,23 @@ def _compiler(variable: str, names: tuple[str, ...]) -> str | None:
     return None
 
 
+def breaks_amx(compilers: Sequence[str]) -> bool:
+    """True if this CPU has AMX and the C++ compiler miscompiles llama.cpp's use of it.
+
+    GCC before 11.5, 12.4, 13.3 and 14 takes ldtilecfg to read 8 bytes and drops most of the tile configuration that
+    llama.cpp stores for it (GCC bug 114098). The programs then crash at the first product with quantized weights.
+
+    Args:
+        compilers: as :func:`compiler` returns them.
+    """
+    identity = "".join(compilers[1:2]).rpartition(": ")[2]
+    match = re.search(r"(\d+)\.(\d+)\.\d+\b(?!.*\d\.\d)", identity)
+    if "amx_tile" not in _cpu_flags() or "clang" in identity.lower() or match is None:
+        return False
+    major, minor = int(match[1]), int(match[2])
+    return major < 14 and minor < {11: 5, 12: 4, 13: 3}.get(major, 99)
+
+
 def cuda_compiler() -> tuple[Path, str]:
     """nvcc, and what identifies it: that of CUDACXX, of PATH, or of the usual folders of the CUDA toolkit.
 
@@ -123,6 +140,16 @@ def _how_to_get_a_compiler() -> str:
         if shutil.which(manager):
             return f"install one with `{command}` (as root), or point CC and CXX at one"
     return "install g++ or clang with the system's package manager, or point CC and CXX at one"
+
+
+def _cpu_flags() -> set[str]:
+    """The features that Linux lists for an x86 CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(match[1].split()) if match else set()
 
 
 def cpu() -> str:
@@ -214,9 +241,14 @@ def _install(folder: Path, missing: str) -> None:
         target = Path(temporary) / "tools"
         # Wheels only: compiling CMake from source would take longer than llama.cpp.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
-        command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), *_PACKAGES]
+        command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), "--require-hashes", "-r", str(_PINNED)]
         env = dict(os.environ, PIP_USER="0")  # a user's pip.conf may say --user, which --target excludes
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise ToolError(
+                f"{missing} not found, and what pip fetched is not what {_PINNED} pins; does a proxy or a mirror change "
+                f"it? Install {missing} with the system's package manager"
+            )
         if done.returncode != 0:
             raise ToolError(
                 f"{missing} not found, and pip could not fetch it:\n{last_lines(done.stderr, 8)}\n"

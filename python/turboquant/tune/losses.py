@@ -14,7 +14,7 @@ __all__ = ["LINEAR", "PROBES", "estimate", "finer", "relative_error"]
 
 #: Nats up to which a layer's KLD is taken to be proportional to the noise that causes it. Above it saturates, and finer
 #: types are measured.
-LINEAR = 0.1
+LINEAR = 0.03
 #: The type to measure first: K shows at 3 bits; V, which costs an eighth of it, at 2.
 PROBES = {"k": "turbo3", "v": "turbo2"}
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from ..plan import CacheShape, Layer, Plan, compact, fitting, shape_of
 __all__ = ["Info", "MeasureError", "Measured", "Meter", "Span"]
 
 _PROGRAM = "turboquant-measure"
-_FORMAT = 1  # raise it when a stored result changes its meaning
+_FORMAT = 2  # raise it when a stored result changes its meaning
 Step = Callable[[int, int], None]
 
 
@@ -39,7 +38,11 @@ class Span:
     first: str
     count: int
     context: int
-    rotate: bool = True  #: llama.cpp rotates K and V of q8_0 if all layers have it, and not beside turbo types
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one run evaluates."""
+        return self.count * self.context
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Meter:
         self._scratch, self._metadata = scratch, metadata
         self._stack = ExitStack()
         self._process: subprocess.Popen[str] | None = None
+        self._based = False
         self._log: IO[str] | None = None
         self._folder = Path()
         self._common = {
@@ -110,7 +114,7 @@ class Meter:
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe:
                     pipe.close()
-        self._process = None
+        self._process, self._based = None, False
         self._stack.close()
 
     @property
@@ -146,7 +150,11 @@ class Meter:
         """
         if known := self.stored(k, v):
             return known
+        runs = 1 if self.ready else 2
         self._start()
+        if not self._based:
+            self._until("base", lambda done, of: step(done, runs * of))
+            self._based = True
         assert self._process is not None and self._process.stdin is not None
         path = self._folder / "plan.json"
         path.write_text(Plan(tuple(k), tuple(v)).to_json(), encoding="utf-8")
@@ -155,7 +163,7 @@ class Meter:
             self._process.stdin.flush()
         except OSError:  # it has ended: what it printed says why
             pass
-        record = self._until("result", step)
+        record = self._until("result", lambda done, of: step((runs - 1) * of + done, runs * of))
         names = self._names(k, v)
         if not record["types"]:
             raise MeasureError(
@@ -183,8 +191,13 @@ class Meter:
     def _key(self, what: str) -> dict[str, Any]:
         return {**self._common, "types": what}
 
+    @property
+    def ready(self) -> bool:
+        """Whether the run with f16, which others are compared with, was made: the first measurement makes it, too."""
+        return self._based
+
     def _start(self) -> None:
-        """Start the program and wait for the run with f16, unless it runs."""
+        """Start the program and read what it says of the model, unless it runs."""
         if self._process:
             return
         if any(character in str(self._scratch) for character in "\n\r"):
@@ -200,7 +213,7 @@ class Meter:
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
-                errors="replace", env=os.environ | ({} if self.span.rotate else {"LLAMA_ATTN_ROT_DISABLE": "1"}),
+                errors="replace",
             )  # fmt: skip
         except OSError as error:
             raise MeasureError(f"{command[0]} could not be started: {error}") from error
@@ -208,7 +221,6 @@ class Meter:
         wanted = ("model", "available", "first", "window", "layers", "vocabulary")
         self._info = Info(**{key: record[key] for key in wanted})
         self.results.put(self._key("info"), asdict(self._info))
-        self._until("base")
 
     def _until(self, kind: str, step: Step = lambda done, of: None) -> dict[str, Any]:
         """The next record of that kind."""

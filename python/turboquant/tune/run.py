@@ -38,7 +38,7 @@ BASE = "q8_0"
 _CONTEXT, _CHECK_CONTEXT = 512, 2048
 _TRIES = 4  # to meet --kld on the text of the check
 _LEAST = 0.1  # of the median cost of K or V: what a layer is taken to cost at least, as small costs are noise
-_NOTICE = 0.002  # nats in q8_0 from which on a layer's K is tried in f16
+_NOTICE = 0.0005  # nats in q8_0 from which on a layer's K is tried in f16
 
 
 class TuneError(LlamaError):
@@ -141,7 +141,7 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
     programs = Programs(options.bin or where(), scratch / "logs", options.threads, options.gpu_layers)
     most_context = int(metadata.get(f"{metadata.get('general.architecture')}.context_length", _CHECK_CONTEXT))
     spans = (
-        Span("50%", options.chunks, min(_CONTEXT, most_context), rotate=False),
+        Span("50%", options.chunks, min(_CONTEXT, most_context)),
         Span("0", options.check_chunks, min(_CHECK_CONTEXT, most_context)),
     )
     tuning, check = (Meter(options.model, text, span, programs, results, scratch, metadata) for span in spans)
@@ -252,11 +252,12 @@ class _Tuner:
     def _expect(self, pairs: Sequence[CachePair]) -> None:
         """Count the tokens of the runs that are certain to come."""
         self._check_text()
-        tuning, check = (span.count * span.context for span in (self.tuning.span, self.check.span))
+        tuning, check = self.tuning.span.tokens, self.check.span.tokens
         runs = [self._base(), *(self._one(slot, PROBES[slot[0]]) for slot in self.slots)]
         new = sum(self.tuning.stored(k, v) is None for k, v in runs)
         beside = sum(self.check.stored(*self._uniform(pair)) is None for pair in pairs)
-        self.work.left = new * tuning + (beside + 2) * check
+        # The first run of each is made with f16 as well; 2: the plan is checked, and one more may be.
+        self.work.left = (new + bool(new)) * tuning + (beside + 2) * check
 
     # ---- measuring ----
 
@@ -293,7 +294,7 @@ class _Tuner:
     def _run(self, meter: Meter, types: tuple[list[str | None], list[str | None]], label: str) -> Measured:
         if known := meter.stored(*types):
             return known
-        tokens = meter.span.count * meter.span.context
+        tokens = meter.span.tokens * (1 if meter.ready else 2)
         return self.work.run(label, tokens, lambda step: meter.measure(*types, step))
 
     def _base(self) -> tuple[list[str | None], list[str | None]]:
@@ -390,7 +391,7 @@ class _Tuner:
             "model": self.options.model.name,
             "text": self.text.name,
             "text_sha256": text_hash,
-            "tokens": {name: span.count * span.context for name, span in spans.items()},
+            "tokens": {name: span.tokens for name, span in spans.items()},
             "context": self.context,
             "bits": {"k": round(result.bits_k, 4), "v": round(result.bits_v, 4), "mean": round(result.bits, 4)},
             "mib": round(result.mib, 3),
@@ -404,8 +405,6 @@ class _Tuner:
 
 def _check_copy(model: Path, target: Path, metadata: dict[str, Any], size: int) -> None:
     check_new(target)
-    if any(key in metadata for key in KEYS):
-        raise TuneError(f"{model} has a plan in it already: tune the model that it was made from, or use the plan's file")
     if metadata.get("split.count", 0) > 1:
         raise TuneError(f"{model} is one of several parts: join them first with `llama-gguf-split --merge`")
     if (free := shutil.disk_usage(target.parent).free) < size:

@@ -1,0 +1,274 @@
+// The codec's vector kernels, written once: scalar.cpp's functions in its order, over the vocabulary below, which an ISA
+// file defines before it includes this. Like that file, this has internal linkage and is compiled with the ISA's flags.
+//
+//   lanes                     floats in a register, which holds as many ints, twice as many words, four times the bytes
+//   floats, ints, words, bytes, Steps
+//                             registers of float, int32, int16, int8; one int32 for each step of the search
+//   load, load_bytes, store   at any address
+//   all, all_words, zero_ints the same in every lane
+//   mul, add, sub             of floats, each rounded; add and sub of words, too
+//   flip_signs(x, bits)       x with its signs changed where the sign bits at `bits` are set
+//   butterflies<R>            the Hadamard stages inside each of R registers of floats or words
+//   reduce_add                the sum of ints; of floats, where halves are added to halves
+//   max_magnitude(m, x)       ints: the greater of m and the bits of |x|; largest_lane: the greatest as uint32
+//   store_rounded             byte_registers of floats, times a factor, rounded to int8; adds them to a sum
+//   round_words(a, b, unit)   two registers of floats times unit, rounded to words
+//   abs_words, xor_words, add_greater(m, x, t), select_negative(z, flags)
+//                             |x|; a ^ b; m + 1 where x > t; the flags where z < 0
+//   multiply_add_words, multiply_add_bytes
+//                             ints plus products; those of bytes are of 0 ... 127
+//   store_coarse              word_registers of magnitudes in coarse units, at most 127, in any order; load_coarse
+//   store_low_bytes           word_registers of words as bytes
+//   centroids_under<Bits>     the centroids of coarse magnitudes under a step of the search
+//   look_up<Bits>             the centroid for each count of thresholds
+//   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the step that explains most
+//   pack, expand, Levels      the index layout, and the int8 levels of a block
+//   transform_levels          S2 and the Hadamard transform of levels, in words
+//   floats_of<Half>           half a register of words
+//   store_scaled, store_levels
+//                             levels times a scale as floats; levels as they are
+//   load_query, level_offset, offset_levels, multiply_add_levels
+//                             a prepared query; ints plus levels times queries, of levels to which an offset was added
+#ifndef TURBOQUANT_GENERIC_CODEC_H
+#define TURBOQUANT_GENERIC_CODEC_H
+
+namespace turboquant {
+namespace {
+
+TURBOQUANT_INLINE floats flip(floats x, const uint32_t * bits, int r) { return flip_signs(x, bits + lanes * r); }
+
+// The stages between registers; templates, so that the compiler unrolls them all and keeps y in registers.
+template <int R, int H = 1, typename Register> TURBOQUANT_INLINE void across_registers(Register * y) {
+    if constexpr (H < R) {
+        for (int i = 0; i < R / 2; ++i) {
+            const int j = i / H * 2 * H + i % H;
+            const Register a = y[j], b = y[j + H];
+            y[j] = add(a, b);
+            y[j + H] = sub(a, b);
+        }
+        across_registers<R, 2 * H>(y);
+    }
+}
+
+template <int N> TURBOQUANT_INLINE void hadamard(floats * y) {
+    butterflies<N / lanes>(y);
+    across_registers<N / lanes>(y);
+}
+
+// In words of 16 bits. Exact, so the order of the stages is free.
+template <int N> TURBOQUANT_INLINE void hadamard(words * w) {
+    across_registers<N / (2 * lanes)>(w);
+    butterflies<N / (2 * lanes)>(w);
+}
+
+template <int N> TURBOQUANT_INLINE uint32_t largest_bits(const floats * x) {
+    ints largest = zero_ints();
+    for (int r = 0; r < N / lanes; ++r) largest = max_magnitude(largest, x[r]);
+    return largest_lane(largest);
+}
+
+template <int N> TURBOQUANT_INLINE uint32_t largest_bits(const float * x) {
+    ints largest = zero_ints();
+    for (int r = 0; r < N / lanes; ++r) largest = max_magnitude(largest, load(x + lanes * r));
+    return largest_lane(largest);
+}
+
+template <int N> TURBOQUANT_INLINE void forward(const float * x, float scale, floats * y) {
+    const floats s = all(scale);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(mul(load(x + lanes * r), s), sign_tables.bits1, r);
+    hadamard<N>(y);
+    for (int r = 0; r < N / lanes; ++r) y[r] = flip(y[r], sign_tables.bits2, r);
+}
+
+// Sixteen running sums.
+template <int N> float sum_of_squares(const floats * y) {
+    constexpr int registers = 16 / lanes;
+    floats sum[registers];
+    for (int r = 0; r < registers; ++r) sum[r] = mul(y[r], y[r]);
+    for (int i = registers; i < N / lanes; i += registers)
+        for (int r = 0; r < registers; ++r) sum[r] = add(sum[r], mul(y[i + r], y[i + r]));
+    for (int h = registers / 2; h > 0; h /= 2)
+        for (int r = 0; r < h; ++r) sum[r] = add(sum[r], sum[r + h]);
+    return reduce_add(sum[0]);
+}
+
+template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+    const floats norm = all(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        floats y[N / lanes];
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(load(src + lanes * r), sign_tables.bits1, r);
+        hadamard<N>(y);
+        for (int r = 0; r < N / lanes; ++r) store(dst + lanes * r, mul(flip(y[r], sign_tables.bits2, r), norm));
+    }
+}
+
+template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
+    const floats norm = all(Block<N>::one_over_sqrt_n);
+    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
+        floats y[N / lanes];
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(load(src + lanes * r), sign_tables.bits2, r);
+        hadamard<N>(y);
+        for (int r = 0; r < N / lanes; ++r) store(dst + lanes * r, flip(mul(y[r], norm), sign_tables.bits1, r));
+    }
+}
+
+// Rounds y * inverse to int8; returns the sum.
+template <int N> TURBOQUANT_INLINE int32_t round_to_bytes(const floats * y, float inverse, int8_t * q) {
+    const floats factor = all(inverse);
+    ints sum = zero_ints();
+    for (int r = 0; r < N / lanes; r += byte_registers) sum = store_rounded(y + r, factor, q + lanes * r, sum);
+    return reduce_add(sum);
+}
+
+template <int N> void query(const float * src, void * dst, int64_t blocks) {
+    auto * out = static_cast<typename QueryBlock<N>::type *>(dst);
+    for (int64_t b = 0; b < blocks; ++b, src += N, ++out) {
+        const uint32_t bits = largest_bits<N>(src);
+        if (bits == 0 || bits >= 0x7f800000) {
+            std::memset(out, 0, sizeof(*out));
+            if (bits) out->scale = NAN;
+            continue;
+        }
+        const int k = scale_exponent(bits);
+        floats y[N / lanes];
+        forward<N>(src, power_of_two(-k), y);
+        const float largest = bits_float(largest_bits<N>(y));
+        out->sum = round_to_bytes<N>(y, 127.0f / largest, out->q);
+        out->scale = largest * Block<N>::query_scale * power_of_two(k);
+    }
+}
+
+template <int N> struct Encoding : EncodingBase {
+    static constexpr int registers = N / (2 * lanes);
+    words z[registers], magnitude[registers];
+};
+
+// Blocks whose coarse magnitudes fill a register of bytes.
+template <int N> constexpr int searched_together = 4 * lanes > N ? 4 * lanes / N : 1;
+
+template <int N> void transform(const float * x, Encoding<N> & work, int8_t * coarse) {
+    work.largest = largest_bits<N>(x);
+    if (!work.codable()) {
+        std::memset(coarse, 0, N); // a neighbour is searched with it
+        return;
+    }
+    work.k = scale_exponent(work.largest);
+    floats y[N / lanes];
+    forward<N>(x, power_of_two(-work.k), y);
+    work.rms = std::sqrt(sum_of_squares<N>(y) * (1.0f / N));
+    const floats unit = all(rms_unit / work.rms);
+    ints energy = zero_ints();
+    for (int r = 0; r < work.registers; ++r) {
+        work.z[r] = round_words(y[2 * r], y[2 * r + 1], unit);
+        work.magnitude[r] = abs_words(work.z[r]);
+        energy = multiply_add_words(energy, work.z[r], work.z[r]);
+    }
+    work.energy = reduce_add(energy);
+    for (int r = 0; r < work.registers; r += word_registers) store_coarse(work.magnitude + r, coarse + 2 * lanes * r);
+}
+
+template <int Bits, int N> void search(Encoding<N> * work, const int8_t * coarse, int count) {
+    constexpr int registers = Levels<N>::registers, together = searched_together<N>;
+    for (int w = 0; w < count; w += together, coarse += together * N) {
+        if (together == 1 && !work[w].codable()) continue;
+        bytes x[registers];
+        for (int r = 0; r < registers; ++r) x[r] = load_coarse(coarse + 4 * lanes * r);
+        ints as[search_steps], bs[search_steps];
+        for (int s = 0; s < search_steps; ++s) {
+            as[s] = bs[s] = zero_ints();
+            for (int r = 0; r < registers; ++r) {
+                const bytes c = centroids_under<Bits>(s, x[r]);
+                as[s] = multiply_add_bytes(as[s], x[r], c);
+                bs[s] = multiply_add_bytes(bs[s], c, c);
+            }
+        }
+        Steps a[together], b[together];
+        reduce_steps<together>(as, a);
+        reduce_steps<together>(bs, b);
+        for (int i = 0; i < together; ++i)
+            if (w + i < count && work[w + i].codable()) choose(work[w + i], a[i], b[i]);
+    }
+}
+
+template <int Bits, int N> void assign(const Encoding<N> & work, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<Bits, N>;
+    constexpr int M = F::half_levels;
+    if (!work.codable()) {
+        std::memset(dst, 0, F::bytes);
+        report->nonfinite += work.largest != 0;
+        return;
+    }
+    int16_t thresholds[M];
+    thresholds_under<Bits>(work.scale, thresholds);
+    ints a = zero_ints();
+    words m[work.registers];
+    for (int r = 0; r < work.registers; ++r) {
+        m[r] = all_words(0);
+        for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], thresholds[t]);
+        a = multiply_add_words(a, work.magnitude[r], look_up<Bits>(m[r]));
+        // M - 1 - m is M + m with all its bits flipped
+        m[r] = xor_words(add(m[r], all_words(M)), select_negative(work.z[r], all_words(2 * M - 1)));
+    }
+    const uint16_t d = block_scale<Bits, N>(work, reduce_add(a), &report->saturated);
+    if (d == 0) {
+        std::memset(dst, 0, F::bytes);
+        return;
+    }
+    alignas(64) uint8_t index[N];
+    for (int r = 0; r < work.registers; r += word_registers) store_low_bytes(m + r, index + 2 * lanes * r);
+    store16(dst, d);
+    pack<Bits, N>(index, dst + 2);
+}
+
+template <int Bits, int N> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
+    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+        const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
+        Encoding<N> work[encode_group];
+        alignas(64) int8_t coarse[encode_group * N];
+        for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g], coarse + g * N);
+        if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
+        search<Bits>(work, coarse, count);
+        for (int g = 0; g < count; ++g) assign<Bits>(work[g], dst + (first + g) * Format<Bits, N>::bytes, report);
+    }
+}
+
+template <int Bits, int N> void decode(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
+        const floats scale = all(load_scale(src) * F::step_n);
+        words w[N / (2 * lanes)];
+        transform_levels<N>(expand<Bits, N>(src + 2), w);
+        for (int r = 0; r < N / (2 * lanes); ++r) {
+            float * out = dst + 2 * lanes * r;
+            store(out, flip(mul(scale, floats_of<0>(w[r])), sign_tables.bits1, 2 * r));
+            store(out + lanes, flip(mul(scale, floats_of<1>(w[r])), sign_tables.bits1, 2 * r + 1));
+        }
+    }
+}
+
+template <int Bits, int N> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
+    using F = Format<Bits, N>;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N)
+        store_scaled<N>(dst, expand<Bits, N>(src + 2), all(load_scale(src) * F::step));
+}
+
+template <int N> TURBOQUANT_INLINE int32_t dot_block(const Levels<N> & level, const typename QueryBlock<N>::type & q) {
+    ints sum = zero_ints();
+    for (int r = 0; r < Levels<N>::registers; ++r)
+        sum = multiply_add_levels(sum, offset_levels(level.v[r]), load_query<N>(q.q + 4 * lanes * r));
+    return reduce_add(sum) - level_offset * q.sum;
+}
+
+template <int Bits, int N> float dot(const uint8_t * src, const void * query, int64_t blocks) {
+    using F = Format<Bits, N>;
+    auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
+        sum += load_scale(src) * F::step * q->scale * float(dot_block<N>(expand<Bits, N>(src + 2), *q));
+    return sum;
+}
+
+} // namespace
+} // namespace turboquant
+
+#endif

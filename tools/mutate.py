@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Change one line of a copy of the code at a time, and see that the tests fail: do they test what they seem to test?
+
+Every mutation is a mistake that was made, or could be: a line of a file, what it becomes, and the tests that must
+notice. Prints a table as Markdown; docs/mutations.md has the last one. The exit status is 1 if a mutation survives.
+
+Needs cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Nothing outside of the temporary
+folder is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from turboquant.llama.progress import Reporter
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("cmake", "cpp", "ggml_types", "models", "python", "tests", "tools")
+FILES = ("CMakeLists.txt", "pyproject.toml", "README.md")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` stands once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def core(self) -> bool:
+        return not self.tests.endswith(".py")
+
+
+ATTENTION = "cpp/src/attention.cpp"
+TILE = "cpp/src/attention_tile.h"
+MUTATIONS = (
+    Mutation("the mask of later tiles is read from row 0", ATTENTION, "kernel.bias(mask.from(tile),",
+             "kernel.bias(mask.from(0),", "core.attention"),
+    Mutation("a tile is skipped where the first query sees nothing", ATTENTION,
+             "            if (mask.open(first + r)) return true;\n    }",
+             "            if (mask.open(first + r)) return true;\n        return false;\n    }", "core.attention"),
+    Mutation("later runs of tokens get the masks of the first", ATTENTION,
+             "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv", "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv",
+             "core.attention"),
+    Mutation("a merge ignores the second part's maximum", ATTENTION, "const float largest = a > b ? a : b;",
+             "const float largest = a;", "core.attention"),
+    Mutation("a merge hides NaN", ATTENTION, "if (b == -INFINITY && from[head_v + 1] == 0) return;",
+             "if (b == -INFINITY) return;", "core.attention"),
+    Mutation("a sink is left out of the sum", ATTENTION, "sum = sum * scale + std::exp(*sink - top);",
+             "sum = sum * scale;", "core.attention"),
+    Mutation("negative scales of V are not turned", ATTENTION, "            scale[r] = -scale[r];\n",
+             "            scale[r] = -scale[r];\n            continue;\n", "core.attention"),
+    Mutation("-128 is turned into an int8", ATTENTION, "if (level[c] == -128) return false;", "", "core.attention"),
+    Mutation("rows of V that are not finite reach queries that do not see them", ATTENTION,
+             "apart = std::isfinite(s.state[m].sum) &&", "apart = false &&", "core.attention"),
+    Mutation("sparse V leaves out rows of weight 1", ATTENTION, "if (!(s.most[r] <= sparse_v)) index",
+             "if (!(s.most[r] <= 0.5f)) index", "core.attention"),
+    Mutation("ALiBi's slope is that of the query before", ATTENTION,
+             "(!queries.slope || slope == queries.slope[m - 1]);", "true;", "core.attention"),
+    Mutation("the running sum is not corrected", TILE, "state->sum = state->sum * state->correction + lane[0];",
+             "state->sum = state->sum + lane[0];", "core.attention.scalar"),
+    Mutation("masked rows count as a score of 0", TILE, "for (int r = rows; r < tile_rows; ++r) bias[r] = -INFINITY;",
+             "for (int r = rows; r < tile_rows; ++r) bias[r] = 0;", "core.attention"),
+    Mutation("the soft cap has the wrong sign for negative scores", TILE, "s[r] = soft_cap * (x > 0 ? tanh : -tanh);",
+             "s[r] = soft_cap * tanh;", "core.attention.scalar"),
+    Mutation("another kernel may be selected during a call", ATTENTION,
+             "left_out += partial_of(kernel, kv,", "left_out += partial_of(kernels(), kv,", "core.api"),
+    Mutation("convert accepts predictions that are not finite", "python/turboquant/convert/check.py",
+             "(found.kld if math.isfinite(found.kld) else math.inf)", "found.kld", "tests/python/test_convert.py"),
+    Mutation("tune takes a saturated layer's cost as proportional", "python/turboquant/tune/losses.py",
+             "_FINER.get(type) if kld > LINEAR else None", "None", "tests/python/test_tune.py"),
+    Mutation("the budget of tune is exceeded by a step", "python/turboquant/tune/allocate.py",
+             "if index in climbing and step <= left + slack:", "if index in climbing and left > 0:",
+             "tests/python/test_tune.py"),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="REGEX", help="mutations whose description matches")
+    parser.add_argument("--list", action="store_true", help="print the mutations, and do nothing")
+    options = parser.parse_args()
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    chosen = [one for one in MUTATIONS if not options.only or re.search(options.only, one.what)]
+    if options.list or not chosen:
+        print("\n".join(f"{one.what} ({one.file})" for one in chosen) or f"no mutation matches {options.only!r}")
+        return 0 if chosen else 2
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name, Reporter().track("mutations", len(chosen)) as track:
+        copy = Copy(Path(name))
+        for core in {one.core for one in chosen}:
+            tests = {one.tests for one in chosen if one.core == core}
+            for one in tests:
+                if not copy.passes(one):
+                    raise SystemExit(f"{one} fails without a mutation, too; its output: {copy.said[-3000:]}")
+        survivors = 0
+        print("| mutation | file | tests | |\n|---|---|---|---|")
+        for done, one in enumerate(chosen):
+            track.update(done, label=one.what)
+            caught = copy.caught(one)
+            survivors += not caught
+            print(f"| {one.what} | {one.file} | {one.tests} | {caught or '**survives**'} |", flush=True)
+    return 1 if survivors else 0
+
+
+class Copy:
+    """A copy of the tree that is mutated, built and tested."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree, self.build, self.said = folder / "tree", folder / "build", ""
+        skip = shutil.ignore_patterns("__pycache__", "build", ".*_cache")
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, self.tree / name, ignore=skip)
+        for name in FILES:
+            shutil.copy(ROOT / name, self.tree)
+        extension = importlib.util.find_spec("turboquant._core")
+        if extension and extension.origin:  # compiled already; no mutation here changes what it does
+            shutil.copy(extension.origin, self.tree / "python" / "turboquant")
+
+    def caught(self, one: Mutation) -> str:
+        """How the tests noticed the mutation; empty if they did not."""
+        path = self.tree / one.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(one.old) != 1:
+            raise SystemExit(f"{one.file} has {one.old!r} {text.count(one.old)} times, wanted once: mend tools/mutate.py")
+        path.write_text(text.replace(one.old, one.new), encoding="utf-8")
+        try:
+            return "" if self.passes(one.tests) else self._how()
+        finally:
+            path.write_text(text, encoding="utf-8")
+
+    def passes(self, tests: str) -> bool:
+        if tests.endswith(".py"):
+            return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
+        if not (self.build / "build.ninja").exists():
+            options = ("-DTURBOQUANT_BUILD_TESTS=ON", "-DTURBOQUANT_BUILD_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Release")
+            if not self._run(["cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *options]):
+                raise SystemExit(self.said)
+        if not self._run(["cmake", "--build", self.build]):
+            return False
+        return self._run(["ctest", "--test-dir", self.build, "-R", tests, "--no-tests=error", "--output-on-failure"])
+
+    def _run(self, command: list[object]) -> bool:
+        environment = {**os.environ, "PYTHONPATH": str(self.tree / "python")}
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=self.tree, env=environment, capture_output=True, text=True, errors="replace")
+        self.said = done.stdout + done.stderr
+        return done.returncode == 0
+
+    def _how(self) -> str:
+        """The failures that the output names."""
+        if "error:" in self.said and "FAILED:" in self.said:
+            return "does not compile"
+        ctest = re.findall(r"^\s*\d+ - (core\.\S+) \((?:Failed|SEGFAULT|Subprocess aborted|Timeout)", self.said, re.M)
+        pytest = re.findall(r"^FAILED \S+::(\w+)", self.said, re.M)
+        found = [name.removeprefix("core.") for name in ctest] + pytest
+        return f"caught by {', '.join(dict.fromkeys(found))}" if found else "caught"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
