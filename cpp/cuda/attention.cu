@@ -77,7 +77,7 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 // One thread block to a query row: merges its parts and the sink. Warp w takes parts w, w + warps, ...
 constexpr int most_merge_warps = 32;
 
-// One block of a multiprocessor: given the registers of two, the compiler waits for each part before it loads the next.
+// One block per multiprocessor: with registers for two, the compiler waits for each part before it loads the next.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
