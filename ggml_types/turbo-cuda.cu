@@ -129,8 +129,8 @@ bool is_attention(const ggml_tensor * op) {
            q->ne[3] % k->ne[3] == 0 && (!mask || (mask->type == GGML_TYPE_F16 && whole_rows(mask)));
 }
 
-// Describes op for the decode kernel; false if that does not cover it.
-bool describe(const ggml_tensor * op, tq::Attention & a) {
+// Describes op for the decode kernel and plans it; false if that does not cover it.
+bool plan_decode(const ggml_tensor * op, tq::Attention & a, tq::AttentionPlan & plan) {
     const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
     if (!is_attention(op) || q->ne[0] != v->ne[0] || !kv_type(k->type, k->ne[0], a.type_k) ||
         !kv_type(v->type, v->ne[0], a.type_v)) {
@@ -174,7 +174,7 @@ bool describe(const ggml_tensor * op, tq::Attention & a) {
     a.soft_cap = params[2];
     a.sparse_v = turbo_sparse_v();
     a.dst      = (float *) op->data;
-    return tq::attention_supports(a);
+    return tq::plan_attention(a, plan);
 }
 
 // K and V of an op as dense f16 tensors, and the op on them.
@@ -321,8 +321,9 @@ bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
                 return false;
             }
             ggml_cuda_set_device(device);
-            tq::Attention a;
-            const bool    supported = half_supports(device, op) || describe(op, a);
+            tq::Attention     a;
+            tq::AttentionPlan plan;
+            const bool        supported = half_supports(device, op) || plan_decode(op, a, plan);
             ggml_cuda_set_device(before);
             return supported;
         }
@@ -390,10 +391,11 @@ bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * ds
     if (!has_turbo(dst)) {
         return false;
     }
-    tq::Attention a;
-    if (describe(dst, a)) {
-        ggml_cuda_pool_alloc<char> workspace(ctx.pool(), tq::attention_workspace(a));
-        CUDA_CHECK(tq::attention(a, workspace.get(), ctx.stream()));
+    tq::Attention     a;
+    tq::AttentionPlan plan;
+    if (plan_decode(dst, a, plan)) {
+        ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
+        CUDA_CHECK(tq::attention(a, plan, workspace.get(), ctx.stream()));
     } else {
         attention_by_half(ctx, dst);
     }

@@ -185,17 +185,21 @@ int main(int argc, char ** argv) {
             a.dst = dst;
             a.k = k[0];
             a.v = v[0];
-            if (!attention_supports(a)) {
+            AttentionPlan plan;
+            if (!plan_attention(a, plan)) {
                 std::fprintf(stderr, "bench_cuda: %s with heads of %d is not covered\n", pair.c_str(), head);
                 return EXIT_FAILURE;
             }
             void * workspace;
-            must(cudaMalloc(&workspace, attention_workspace(a)), "cudaMalloc");
+            must(cudaMalloc(&workspace, plan.workspace_bytes), "cudaMalloc");
             const double us = microseconds(layers, [&](int i, cudaStream_t s) {
                 Attention layer = a;
                 layer.k = k[size_t(i)];
                 layer.v = v[size_t(i)];
-                must(attention(layer, workspace, s), "attention");
+                AttentionPlan layer_plan;
+                must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
+                                                       : cudaErrorNotSupported,
+                     "attention");
             });
             std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
                         "\"share\": %.3f}\n",

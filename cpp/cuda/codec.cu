@@ -55,16 +55,6 @@ static_assert(search_steps == 8, "a table entry has eight bytes");
 __device__ const SearchTable search_tables[3] = {make_search_table<2>(), make_search_table<3>(),
                                                  make_search_table<4>()}; // by bits
 
-// Four words to the four words of their first, second, ... bytes.
-__device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
-    const uint32_t a = prmt(w[0], w[1], 0x5140), b = prmt(w[2], w[3], 0x5140);
-    const uint32_t c = prmt(w[0], w[1], 0x7362), d = prmt(w[2], w[3], 0x7362);
-    w[0] = prmt(a, b, 0x5410);
-    w[1] = prmt(a, b, 0x7632);
-    w[2] = prmt(c, d, 0x5410);
-    w[3] = prmt(c, d, 0x7632);
-}
-
 // The scale under which the centroids leave the least squared error. Lanes s, s + 8, ... judge step s.
 template <int P>
 __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lane, const SearchTable & table) {

@@ -71,11 +71,29 @@ __device__ __forceinline__ float flip_sign(float x, uint32_t word, int bit) {
     return __uint_as_float(__float_as_uint(x) ^ ((word >> bit) << 31));
 }
 
-// prmt takes selectors of 3 bits and a sign bit from the low 16 bits of `sel`.
+// A byte permute: each of the four nibbles in the low 16 bits of `sel` picks a byte of the result, lowest first. Three
+// bits choose among a's bytes, a0 a1 a2 a3 from the lowest, and b's; the fourth bit repeats the byte's sign instead.
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
     return r;
+}
+
+constexpr uint32_t interleave_low = 0x5140,  // a0 b0 a1 b1
+    interleave_high = 0x7362,                // a2 b2 a3 b3
+    low_halves = 0x5410,                     // a0 a1 b0 b1
+    high_halves = 0x7632,                    // a2 a3 b2 b3
+    lowest_bytes = 0x0040,                   // a0 b0 in the low half
+    second_bytes = 0x0051;                   // a1 b1 in the low half
+
+// Four words to the four words of their first, second, ... bytes.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
+    const uint32_t a = prmt(w[0], w[1], interleave_low), b = prmt(w[2], w[3], interleave_low);
+    const uint32_t c = prmt(w[0], w[1], interleave_high), d = prmt(w[2], w[3], interleave_high);
+    w[0] = prmt(a, b, low_halves);
+    w[1] = prmt(a, b, high_halves);
+    w[2] = prmt(c, d, low_halves);
+    w[3] = prmt(c, d, high_halves);
 }
 
 // Eight indices, a nibble each, to eight int8 levels: nibbles 0-3 in lo, 4-7 in hi. The nibbles of turbo3 and turbo2

@@ -1,5 +1,5 @@
-// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. Every function
-// only launches; it returns what cudaGetLastError says, or cudaErrorNotSupported for a type, shape or device that the
+// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. The functions
+// that return an error only launch: it is the launch's, or cudaErrorNotSupported for a type, shape or device that the
 // kernels do not cover (nothing was launched then). All memory is the caller's.
 #ifndef TURBOQUANT_CUDA_H
 #define TURBOQUANT_CUDA_H
@@ -39,17 +39,17 @@ struct Store {
 // Whether encode_rows and decode_rows cover the type.
 bool codec_supports(tq_type type);
 
-// Encode: the bytes are those of tq_encode_row. Two stores, of K and of V, take one launch if their types' blocks have
+// Encode: the bytes are those of tq_encode. Two stores, of K and of V, take one launch if their types' blocks have
 // the same length; else cudaErrorNotSupported.
 cudaError_t encode_rows(const Store & store, cudaStream_t stream);
 cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream);
 
-// Decode to float32, or to binary16 if half; ne[1..3] count the rows of dst. The floats are those of tq_decode_row, or
-// of tq_decode_row_rotated if rotated. With an index, row (i1, i2, i3) of dst is row (index, i2, i3) of src.
+// Decode to float32, or to binary16 if half; ne[1..3] count the rows of dst. The floats are those of tq_decode, or of
+// tq_decode_rotated if rotated. With an index, row (i1, i2, i3) of dst is row (index, i2, i3) of src.
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                         bool half, bool rotated, cudaStream_t stream);
 
-// The transform of a block's length and its inverse, per block: floats of tq_rotate_row and tq_unrotate_row. src and
+// The transform of a block's length and its inverse, per block: floats of tq_rotate and tq_unrotate. src and
 // dst may be the same.
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream);
@@ -58,6 +58,9 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(head, 128)
 
+// A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
+// f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because
+// the tensor cores multiply hidden values by zero.
 struct Attention {
     KV type_k, type_v;
     int head;            // 64, 128 or 256, of K and of V
@@ -80,14 +83,31 @@ struct Attention {
     float * dst;    // [streams][tokens][heads][head], dense
 };
 
-// Whether attention() covers the call on the current device.
-bool attention_supports(const Attention & a);
+// How a call is cut into thread blocks, and what it needs: made once per call and passed on.
+struct AttentionPlan {
+    int device;             // that was current
+    size_t workspace_bytes; // of device memory, aligned to 16
+    size_t states_at;       // of these, behind the partial results
+    int group;              // query heads of a KV head
+    int columns;            // group * tokens
+    int column_tile;        // 4 or 8: columns of a thread block
+    int column_tiles;
+    int block_heads;      // KV heads of a thread block
+    int head_groups;      // thread blocks beside each other
+    int row_tiles;        // warps beside each other on the rows of a head
+    int stages;           // of the pipeline
+    int pitch_k, pitch_v; // bytes of a row in shared memory
+    int chunks;           // runs of KV rows
+    int64_t chunk_rows;   // a multiple of row_tiles times a warp's rows
+    int parts;            // partial results of a query row: chunks * row_tiles
+    int shared_bytes;
+};
 
-// Bytes of device memory that the call needs.
-size_t attention_workspace(const Attention & a);
+// False if attention() does not cover the call on the current device.
+bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// workspace: aligned to 16 bytes.
-cudaError_t attention(const Attention & a, void * workspace, cudaStream_t stream);
+// With the plan that was made of the same call for the device that is current.
+cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream);
 
 } // namespace cuda
 } // namespace turboquant

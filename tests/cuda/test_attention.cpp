@@ -29,19 +29,14 @@ int row_bytes(KV type, int head) {
                               : int(tq_row_bytes(codec_type(type, head), head));
 }
 
-// x as a row of `type`, and the values that it then has.
-void encode_row(KV type, const std::vector<float> & x, uint8_t * bytes, double * values) {
+void encode_row(KV type, const std::vector<float> & x, uint8_t * bytes) {
     const int head = int(x.size());
     if (turbo(type)) {
-        std::vector<float> y(x.size());
         tq_encode_row(codec_type(type, head), x.data(), bytes, head);
-        tq_decode_row(codec_type(type, head), bytes, y.data(), head);
-        std::copy(y.begin(), y.end(), values);
     } else if (type == KV::f16) {
         for (int i = 0; i < head; ++i) {
             const __half h = __float2half_rn(x[size_t(i)]);
             std::memcpy(bytes + 2 * i, &h, 2);
-            values[i] = __half2float(h);
         }
     } else {
         for (int b = 0; b < head / 32; ++b) {
@@ -52,10 +47,48 @@ void encode_row(KV type, const std::vector<float> & x, uint8_t * bytes, double *
             for (int i = 0; i < 32; ++i) {
                 const int q = top > 0 ? int(std::lround(x[size_t(32 * b + i)] * 127 / top)) : 0;
                 bytes[34 * b + 2 + i] = uint8_t(int8_t(q));
-                values[32 * b + i] = double(__half2float(d)) * q;
             }
         }
     }
+}
+
+double half_at(const uint8_t * bytes) {
+    __half h;
+    std::memcpy(&h, bytes, 2);
+    return __half2float(h);
+}
+
+void decode_row(KV type, const uint8_t * bytes, double * values, int head) {
+    if (turbo(type)) {
+        std::vector<float> y(static_cast<size_t>(head));
+        tq_decode_row(codec_type(type, head), bytes, y.data(), head);
+        std::copy(y.begin(), y.end(), values);
+    } else if (type == KV::f16) {
+        for (int i = 0; i < head; ++i) values[i] = half_at(bytes + 2 * i);
+    } else {
+        for (int i = 0; i < head; ++i) {
+            const uint8_t * block = bytes + 34 * (i / 32);
+            values[i] = half_at(block) * int8_t(block[2 + i % 32]);
+        }
+    }
+}
+
+// The scales of a row's blocks become scale(); a row of f16 has none.
+template <typename F> void replace_scales(KV type, uint8_t * bytes, int head, F scale) {
+    if (type == KV::f16) return;
+    const int block = type == KV::q8_0 ? 34 : int(tq_type_get(codec_type(type, head))->block_bytes);
+    for (int at = 0; at < row_bytes(type, head); at += block) {
+        const uint16_t d = scale();
+        std::memcpy(bytes + at, &d, 2);
+    }
+}
+
+// Scales that decoders must take and that no encoder writes, beside zeros and ones.
+enum class Scales { encoded, odd, subnormal };
+uint16_t odd_scale(Scales scales, Random & random) {
+    const uint16_t odd[] = {0xbc00, 0xb800, 0x3c00, 0x0000, 0x8000, 0x8123, 0x0123}; // -1, -0.5, 1, zeros, subnormals
+    const uint16_t subnormal[] = {0x83ff, 0x8200, 0x02ab, 0x8155};
+    return scales == Scales::odd ? odd[random.below(7)] : subnormal[random.below(4)];
 }
 
 struct Shape {
@@ -67,12 +100,17 @@ struct Shape {
     bool mask = true, sinks = false;
     float max_bias = 0, soft_cap = 0, sparse = 0, spread = 1; // spread: standard deviation of the scores
     int64_t first = 0, last = INT64_MAX; // rows before and behind these are hidden, and hold NaN
+    Scales scales = Scales::encoded;
+    int64_t bad_key = -1, bad_value = -1; // rows that hold NaN; of all masks only the causal one hides them
+    bool far = false; // the first half of the rows has next to no weight
 };
 
-// ||got - want|| / ||want||
+// ||got - want|| / ||want|| of what is finite; infinite if not the same is.
 double error(const std::vector<float> & got, const std::vector<double> & want) {
     double d = 0, w = 0;
     for (size_t i = 0; i < want.size(); ++i) {
+        if (std::isfinite(want[i]) != std::isfinite(got[i])) return INFINITY;
+        if (!std::isfinite(want[i])) continue;
         d += (got[i] - want[i]) * (got[i] - want[i]);
         w += want[i] * want[i];
     }
@@ -84,7 +122,10 @@ void equals_reference(const Shape & s, double bound) {
                   ", ", s.tokens, " tokens, ", s.streams, "/", s.kv_streams, " streams, ", s.n_kv, " rows",
                   s.heads_adjacent ? "" : ", heads apart", s.pad ? ", padded" : "", s.mask ? "" : ", no mask",
                   s.sinks ? ", sinks" : "", ", bias ", s.max_bias, ", cap ", s.soft_cap, ", sparse ", s.sparse,
-                  ", spread ", s.spread, s.first > 0 || s.last < s.n_kv ? ", partly hidden" : "");
+                  ", spread ", s.spread, s.first > 0 || s.last < s.n_kv ? ", partly hidden" : "",
+                  s.scales == Scales::odd ? ", odd scales" : s.scales == Scales::subnormal ? ", subnormal scales" : "",
+                  s.bad_key >= 0 ? ", NaN in K" : "", s.bad_value >= 0 ? ", NaN in V" : "",
+                  s.far ? ", far" : "");
     Random random(uint64_t(s.head * 1000 + s.heads * 10 + s.tokens + s.n_kv));
     const int head = s.head;
     const size_t cells = size_t(s.kv_streams) * size_t(s.n_kv) * size_t(s.kv_heads);
@@ -103,7 +144,11 @@ void equals_reference(const Shape & s, double bound) {
             const int64_t h = int64_t(cell) % s.kv_heads, r = int64_t(cell) / s.kv_heads % s.n_kv,
                           st = int64_t(cell) / s.kv_heads / s.n_kv;
             uint8_t * to = data.data() + st * stream + r * row + h * apart;
-            encode_row(type, x, to, values.data() + cell * size_t(head));
+            encode_row(type, x, to);
+            if (s.scales != Scales::encoded)
+                replace_scales(type, to, head, [&] { return odd_scale(s.scales, random); });
+            if (r == (key ? s.bad_key : s.bad_value)) std::memset(to, 0xff, size_t(bytes));
+            decode_row(type, to, values.data() + cell * size_t(head), head);
             if (r < s.first || r > s.last) std::memset(to, 0xff, size_t(bytes));
         }
         (key ? a.k_row : a.v_row) = row;
@@ -120,9 +165,10 @@ void equals_reference(const Shape & s, double bound) {
     std::vector<__half> mask(size_t(s.streams) * size_t(s.tokens) * size_t(s.n_kv));
     for (int64_t i = 0; i < int64_t(mask.size()); ++i) {
         const int64_t r = i % s.n_kv, token = i / s.n_kv % s.tokens;
-        const bool hidden =
-            r > s.n_kv - s.tokens + token || random.below(10) == 0 || r < s.first || r > s.last;
-        mask[size_t(i)] = __float2half_rn(hidden ? -INFINITY : s.max_bias > 0 ? -float(r % 50) : 0.0f);
+        const bool seldom = random.below(10) == 0 && r != s.bad_key && r != s.bad_value;
+        const bool hidden = r > s.n_kv - s.tokens + token || seldom || r < s.first || r > s.last;
+        const float bias = s.max_bias > 0 ? -float(r % 50) : s.far && r < s.n_kv / 2 ? -200.0f : 0.0f;
+        mask[size_t(i)] = __float2half_rn(hidden ? -INFINITY : bias);
     }
     std::vector<float> sinks(size_t(s.heads));
     for (float & x : sinks) x = random.normal() + 3;
@@ -157,9 +203,10 @@ void equals_reference(const Shape & s, double bound) {
     const size_t results = size_t(s.streams * s.tokens * s.heads * head);
     DeviceArray<float> dst(results);
     a.dst = dst.get();
-    if (!CHECK(attention_supports(a))) return;
-    DeviceArray<uint8_t> workspace(attention_workspace(a));
-    must(attention(a, workspace.get(), nullptr), "attention");
+    AttentionPlan plan;
+    if (!CHECK(plan_attention(a, plan))) return;
+    DeviceArray<uint8_t> workspace(plan.workspace_bytes);
+    must(attention(a, plan, workspace.get(), nullptr), "attention");
     must(cudaDeviceSynchronize(), "attention");
     const std::vector<float> got = dst.host();
 
@@ -183,7 +230,9 @@ void equals_reference(const Shape & s, double bound) {
                     for (int i = 0; i < head; ++i) x += query[i] * key[i];
                     x *= a.scale;
                     if (s.soft_cap > 0) x = s.soft_cap * std::tanh(x / s.soft_cap);
-                    if (s.mask) x += slope * __half2float(mask[(size_t(st) * s.tokens + token) * s.n_kv + r]);
+                    const double bias =
+                        s.mask ? __half2float(mask[(size_t(st) * s.tokens + token) * s.n_kv + r]) : 0.0;
+                    x = bias == -INFINITY ? bias : x + slope * bias; // a hidden row's bytes do not matter
                     score[size_t(r)] = x;
                     largest = std::max(largest, x);
                 }
@@ -212,6 +261,46 @@ constexpr double integers = 2e-4, halves = 2e-3;
 
 double bound_of(const Shape & s) { return s.type_k == KV::f16 || s.type_v == KV::f16 ? halves : integers; }
 
+// Blocks that are valid and that no encoder writes.
+void takes_any_scale(const Shape & base) {
+    for (const Scales scales : {Scales::odd, Scales::subnormal})
+        for (const int heads : {8, 16}) // 4 and 8 columns
+            for (const int64_t n_kv : {300, 2100}) {
+                Shape s = base;
+                s.scales = scales;
+                s.heads = heads;
+                s.n_kv = n_kv;
+                equals_reference(s, bound_of(s));
+            }
+}
+
+// NaN in a row reaches every query that sees the row, however KV rows are cut into parts, and no other.
+void keeps_nan(const Shape & base) {
+    for (const int64_t n_kv : {256, 2100}) // one run of rows, which the warps of a thread block share; several runs
+        for (const bool sinks : {false, true}) {
+            const auto both = [&](Shape s, int64_t row) {
+                s.n_kv = n_kv;
+                s.sinks = sinks;
+                s.bad_key = row;
+                equals_reference(s, bound_of(s));
+                s.bad_key = -1;
+                s.bad_value = row;
+                equals_reference(s, bound_of(s));
+            };
+            Shape s = base;
+            both(s, n_kv / 3);
+            s.far = true; // the weight of the row's part is zero when the parts are merged
+            both(s, 5);
+            s = base;
+            s.first = s.last = n_kv / 2; // nothing else is seen
+            both(s, n_kv / 2);
+            if (s.type_v == KV::f16) continue; // its hidden rows must be finite
+            s = base;
+            s.tokens = 3;
+            both(s, n_kv - 2); // the first token does not see it
+        }
+}
+
 } // namespace
 
 // "quick": one case of each kernel with heads of 128, and a few shapes; for compute-sanitizer.
@@ -235,6 +324,19 @@ int main(int argc, char ** argv) {
                 equals_reference(s, bound_of(s)); // of 8
                 s.kv_heads = 16;
                 equals_reference(s, bound_of(s)); // of 1, two head groups
+            }
+        }
+    for (const KV k : types)
+        for (const KV v : types) {
+            if (!turbo(k) && !turbo(v)) continue;
+            for (const int head : {64, 128, 256}) {
+                if (head != 128 ? quick || k != v : quick && k != KV::turbo4) continue;
+                Shape s;
+                s.type_k = k;
+                s.type_v = v;
+                s.head = head;
+                takes_any_scale(s);
+                keeps_nan(s);
             }
         }
     for (const KV k : {KV::turbo4, KV::turbo3, KV::q8_0}) {
@@ -322,13 +424,14 @@ int main(int argc, char ** argv) {
         equals_reference(s, bound_of(s));
     }
     Attention a = {};
+    AttentionPlan plan;
     a.heads = a.kv_heads = a.tokens = a.streams = a.kv_streams = 1;
     a.n_kv = 32;
     a.head = 96;
-    CHECK(!attention_supports(a));
+    CHECK(!plan_attention(a, plan));
     a.head = 128;
     a.type_k = a.type_v = KV::f16;
-    CHECK(!attention_supports(a));
+    CHECK(!plan_attention(a, plan));
     must(cudaDeviceSynchronize(), "at the end");
     return check::summary();
 }

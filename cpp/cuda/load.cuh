@@ -1,0 +1,225 @@
+// Rows of K and V: how they lie in a cache, and their way from there to shared memory.
+#ifndef TURBOQUANT_CUDA_LOAD_H
+#define TURBOQUANT_CUDA_LOAD_H
+
+#include "call.cuh"
+#include "launch.h"
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// ---- cache types
+
+template <KV T> struct Kind;
+template <> struct Kind<KV::turbo4> {
+    static constexpr int bits = 4;
+    static constexpr float step = Codebook<4>::step;
+};
+template <> struct Kind<KV::turbo3> {
+    static constexpr int bits = 3;
+    static constexpr float step = Codebook<3>::step;
+};
+template <> struct Kind<KV::turbo2> {
+    static constexpr int bits = 2;
+    static constexpr float step = Codebook<2>::step;
+};
+template <> struct Kind<KV::q8_0> {
+    static constexpr int bits = 8;
+    static constexpr float step = 1.0f;
+};
+template <> struct Kind<KV::f16> {
+    static constexpr int bits = 16;
+    static constexpr float step = 1.0f;
+};
+
+// A row of one head as the kernels see it: blocks of `block` values that share a scale.
+template <KV T, int D> struct Layout {
+    static constexpr int bits = Kind<T>::bits;
+    static constexpr float step = Kind<T>::step; // what a level counts: the block's stored scale times this
+    static constexpr bool turbo = bits <= 4, split = bits == 4; // split: see lookup_split
+    static constexpr int block = turbo ? rotated_block<D> : bits == 8 ? 32 : D;
+    static constexpr int block_bytes = bits == 16 ? 2 * block : 2 + block * bits / 8;
+    static constexpr int bytes = D / block * block_bytes;
+};
+
+// ---- copies to shared memory
+
+// 16 bytes from global to shared memory, of which those from `valid` on become zeros.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void * global, int valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid)
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int N> __device__ __forceinline__ void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// As copy_async where only `valid` bytes, an even number, may be read; if none, `any` is a readable address.
+__device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
+    if (valid >= 16 || valid <= 0) {
+        copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
+        return;
+    }
+    uint16_t x[8]; // all on their way before the first is stored
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = 2 * i < valid ? uint16_t(load_u16(global + 2 * i)) : uint16_t(0);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * i), "h"(x[i]) : "memory");
+}
+
+// The rows of the thread block's heads in K or V.
+struct Side {
+    const uint8_t * base;
+    int64_t stride;
+    int chunk, pitch; // bytes of a row, there and in shared memory
+};
+
+// Rows first .. first + rows to shared memory; rows from n_kv on become zeros. A row keeps its address modulo 16, which
+// row_offset gives back.
+__device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv) {
+    const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
+    if (side.stride == side.pitch && side.chunk == side.pitch) { // rows that follow each other: one run
+        const uint8_t * from = side.base + first * side.stride + threadIdx.x * 16;
+        const int step = blockDim.x * 16, all = rows * side.pitch;
+        if (first + rows <= n_kv) {
+#pragma unroll 4
+            for (int at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+        } else {
+            const int end = int(n_kv - first) * side.pitch;
+#pragma unroll 1
+            for (int at = threadIdx.x * 16; at < all; at += step, from += step)
+                copy_end(shared + at, from, any, end - at);
+        }
+        return;
+    }
+    const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // of a row
+    const int apart = blockDim.x >> log_lanes, unit = (threadIdx.x & (lanes - 1)) * 16;
+    int r = threadIdx.x >> log_lanes;
+    const uint8_t * from = side.base + (first + r) * side.stride + unit;
+    shared += r * side.pitch + unit;
+    const int64_t from_step = apart * side.stride;
+    const int to_step = apart * side.pitch;
+    const int left = int(n_kv - 1 - first); // rows before the cache's last one: what follows these may be read
+    const int simple = min(left, rows);
+    if (side.pitch <= 512) {
+#pragma unroll 4
+        for (; r < simple; r += apart, from += from_step, shared += to_step) {
+            const int offset = int(reinterpret_cast<uintptr_t>(from) & 15);
+            if (unit < offset + side.chunk) copy_async(shared, from - offset, 16);
+        }
+    } else {
+#pragma unroll 1
+        for (; r < simple; r += apart, from += from_step, shared += to_step) {
+            const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
+            const uint8_t * unit_from = from - offset;
+#pragma unroll 4
+            for (int at = 0; at < bytes; at += 512, unit_from += 512) copy_async(shared + at, unit_from, 16);
+        }
+    }
+#pragma unroll 1
+    for (; r < rows; r += apart, from += from_step, shared += to_step) {
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk - unit;
+#pragma unroll 1
+        for (int at = 0; at < bytes; at += lanes * 16)
+            copy_end(shared + at, from - offset + at, any, r == left ? bytes - at : 0);
+    }
+}
+
+// The address of row r of a tile modulo 16. With an even stride it depends on r mod 8 only.
+__device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
+    return int((low + uint32_t(r) * stride) & 15);
+}
+
+// ---- the pipeline
+
+// The thread block's rows of K and V pass through `plan.stages` pieces of shared memory: while one is computed on, the
+// next ones arrive. A stage holds the rows of K, then those of V.
+template <KV TK, KV TV, int D> struct Stages {
+    using LK = Layout<TK, D>;
+    using LV = Layout<TV, D>;
+    const AttentionCall & call;
+    const Place & place;
+    const uint8_t *k, *v; // the thread block's heads in row 0
+    int rows;             // of a stage
+    int bytes;
+    uint32_t shared_address;
+    // Where a lane finds its rows of its warp's tile, in a stage: K's row `quad`, as operand; of each side rows
+    // 2 * in_quad and 2 * in_quad + 1, which have the scales that it needs. Rows 8, 16 and 24 further on are likewise.
+    int k_operand, k_scale0, k_scale1, v_row0, v_row1;
+
+    __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
+        : call(call), place(place) {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.first_head * a.k_head;
+        v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.first_head * a.v_head;
+        rows = p.row_tiles * tile_rows;
+        bytes = rows * (p.pitch_k + p.pitch_v);
+        shared_address = uint32_t(__cvta_generic_to_shared(shared));
+        // a step advances by a multiple of 32 rows: the same modulo 16
+        const uint32_t row = uint32_t(place.begin + place.row_tile * tile_rows);
+        const uint32_t k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
+        const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
+                       v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
+        const int k_at = place.row_tile * tile_rows * p.pitch_k + place.head_in_block * LK::bytes;
+        const int v_at =
+            rows * p.pitch_k + place.row_tile * tile_rows * p.pitch_v + place.head_in_block * LV::bytes;
+        const int quad = place.quad, even = 2 * place.in_quad, odd = even + 1;
+        k_operand = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
+        k_scale0 = keep(k_at + even * p.pitch_k + row_offset(k_low, k_stride, even));
+        k_scale1 = keep(k_at + odd * p.pitch_k + row_offset(k_low, k_stride, odd));
+        v_row0 = keep(v_at + even * p.pitch_v + row_offset(v_low, v_stride, even));
+        v_row1 = keep(v_at + odd * p.pitch_v + row_offset(v_low, v_stride, odd));
+    }
+
+    // Before the kernel that computed them has ended.
+    __device__ __forceinline__ void prefetch_rows() const {
+        if (int(threadIdx.x) >= min(rows, place.length)) return;
+        prefetch(k + (place.begin + threadIdx.x) * call.a.k_row);
+        prefetch(v + (place.begin + threadIdx.x) * call.a.v_row);
+    }
+
+    // The thread block's rows from `at` on, to the memory of that stage.
+    __device__ __forceinline__ void load(int at, int stage) const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        if (at < place.length) {
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side)
+                load_rows(shared_address + stage * bytes + (side ? rows * p.pitch_k : 0),
+                          side ? Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}
+                               : Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k},
+                          rows, place.begin + at, a.n_kv);
+        }
+        copy_commit();
+    }
+    __device__ __forceinline__ void start() const {
+#pragma unroll 1
+        for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
+    }
+    // Waits for `stage`, which has the rows from `at` on, and fills the one that was computed on before, `ahead` rows on.
+    // (Computed here, `ahead` costs some instances registers that they spill.)
+    __device__ __forceinline__ void advance(int at, int stage, int ahead) const {
+        const int stages = call.plan.stages;
+        if (stages == 3) copy_wait<1>();
+        else copy_wait<0>();
+        __syncthreads();
+        load(at + ahead, stage ? stage - 1 : stages - 1);
+    }
+    __device__ __forceinline__ int after(int stage) const { return stage + 1 == call.plan.stages ? 0 : stage + 1; }
+};
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif

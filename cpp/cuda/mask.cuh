@@ -1,0 +1,88 @@
+// Masks, ALiBi and the soft cap: what becomes of a tile's scores before the softmax.
+#ifndef TURBOQUANT_CUDA_MASK_H
+#define TURBOQUANT_CUDA_MASK_H
+
+#include "call.cuh"
+
+#include <cuda_fp16.h>
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// The mask of a lane's column; its rows of a tile are 2 * in_quad, 2 * in_quad + 1, and those 8, 16 and 24 further on.
+struct Mask {
+    const char * row; // of the query; nullptr: none
+    int64_t n_kv;
+    bool pairs; // two values are a word in memory
+    int in_quad;
+    float slope;
+    uint32_t words[4] = {0, 0, 0, 0}; // of the tile at hand: two binary16 values each
+
+    // `column` and its token and head are the lane's.
+    __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, int token, int head)
+        : n_kv(call.a.n_kv), in_quad(place.in_quad), slope(log2e) {
+        const Attention & a = call.a;
+        row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token + head % a.mask_heads * a.mask_head +
+                           place.stream % a.mask_streams * a.mask_stream
+                     : nullptr;
+        pairs = (reinterpret_cast<uintptr_t>(row) & 3) == 0;
+        if (a.max_bias > 0)
+            slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
+                                             : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
+    }
+
+    __device__ __forceinline__ void load(int64_t first) {
+        if (first + tile_rows <= n_kv && pairs) {
+            if (row) {
+                const uint32_t * from = reinterpret_cast<const uint32_t *>(row + 2 * (first + 2 * in_quad));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) words[i] = from[4 * i];
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int64_t r = first + 2 * in_quad; r < first + tile_rows; r += 8) {
+            uint32_t word = 0;
+#pragma unroll 1
+            for (int i = 1; i >= 0; --i) {
+                const uint16_t minus_infinity = 0xfc00;
+                word = word << 16 | (r + i >= n_kv ? minus_infinity
+                                     : row         ? *reinterpret_cast<const uint16_t *>(row + 2 * (r + i))
+                                                   : 0);
+            }
+            words[0] = words[1];
+            words[1] = words[2];
+            words[2] = words[3];
+            words[3] = word;
+        }
+    }
+
+    // Whether no column of the warp sees any row of the tile.
+    __device__ __forceinline__ bool hides_all() const {
+        constexpr uint32_t hidden = 0xfc00fc00; // two minus infinities
+        const bool sees = words[0] != hidden || words[1] != hidden || words[2] != hidden || words[3] != hidden;
+        return !__any_sync(all_lanes, sees);
+    }
+
+    // Scores times `factor`, and biases. A hidden row's score is minus infinity, whatever bytes the row has.
+    __device__ __forceinline__ void apply(float factor, float (&s)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float bias = __half2float(__ushort_as_half(uint16_t(words[i / 2] >> (16 * (i % 2)))));
+            s[i] = s[i] * factor + slope * bias;
+            if (bias == -INFINITY) s[i] = -INFINITY;
+        }
+    }
+};
+
+__device__ __forceinline__ void cap_scores(float cap, float factor, float (&s)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = cap * tanhf(s[i] * factor / cap);
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif

@@ -1,0 +1,215 @@
+// From rows in shared memory to operands of the tensor cores: K's and V's levels, and the softmax's weights.
+//
+// A product's inner index may be summed in any order, as long as both operands have the same. So operands keep the
+// order in which values lie packed: eight indices of a unit become eight nibbles, and byte permutes look levels up with
+// nibbles as selectors.
+//
+//   scores: A = queries, rows 0-7 their high bytes, 8-15 their low bytes;  B = K; inner index = elements
+//     One unit of one KV row is a lane's operand: nibbles 0-3 its first register, 4-7 its second.
+//
+//   output: A = V transposed;  B = weights times V's scales; inner index = KV rows
+//     The same unit of four KV rows a, b, c, d is transposed first, so that each half word of a register selects one
+//     element of the four rows. a0 is nibble 0 of row a; bytes are in brackets, lowest first:
+//
+//       n[0] = [a0a1][a2a3][a4a5][a6a7]           even nibbles of a and b: [a0b0][a2b2][a4b4][a6b6]
+//       n[1] = [b0b1][b2b3][b4b5][b6b7]           odd ones:                [a1b1][a3b3][a5b5][a7b7]
+//       interleave_low of (even a b, even c d)  = [a0b0][c0d0] [a2b2][c2d2]    selectors of elements 0 and 2
+//       interleave_high                         = [a4b4][c4d4] [a6b6][c6d6]    of 4 and 6; then the odd ones likewise
+#ifndef TURBOQUANT_CUDA_OPERANDS_H
+#define TURBOQUANT_CUDA_OPERANDS_H
+
+#include "load.cuh"
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// int8 levels of one product, positive - negative; R registers of each. negative is used if Layout::split.
+template <int R> struct Levels {
+    uint32_t positive[R], negative[R];
+};
+
+// ---- K
+
+// A lane's 8 of the 32 elements of a block that belong to product `step`.
+template <KV TK, int D>
+__device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step, int in_quad) {
+    using L = Layout<TK, D>;
+    Levels<2> k;
+    if constexpr (L::bits == 4) {
+        const uint32_t n = unit_nibbles<4, L::block>(block + 2, in_quad + 4 * step);
+        lookup_split(n, k.positive[0], k.negative[0]);
+        lookup_split(n >> 16, k.positive[1], k.negative[1]);
+    } else if constexpr (L::turbo) {
+        const int unit = 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
+        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, unit), k.positive[0], k.positive[1]);
+    } else { // a block of 32 is one product
+        k.positive[0] = load_u32(block + 2 + 4 * in_quad);
+        k.positive[1] = load_u32(block + 18 + 4 * in_quad);
+    }
+    return k;
+}
+
+// ---- V
+
+// Of a block of V a lane computes whole units: eight elements of a turbo type, four of q8_0; a product has two.
+template <KV TV, int D> struct ValueUnits {
+    using L = Layout<TV, D>;
+    static constexpr int count = L::turbo ? L::block / 64 : 1; // of a lane
+    static constexpr int products = L::turbo ? 4 : 2;          // of a unit
+
+    // The number in the block of a lane's j-th unit.
+    static __device__ __forceinline__ int unit(int quad, int j) {
+        return L::bits == 4 || count == 1 ? quad + 8 * j : count * quad + j;
+    }
+};
+
+// Nibbles of one unit in four rows to selectors by element; see above. The low half of out[i] is that of nibble 0, 4,
+// 1, 5 for i = 0, 1, 2, 3, the high half that of the nibble two further on.
+__device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
+    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
+                   odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
+    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0),
+                   odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
+    out[0] = prmt(even01, even23, interleave_low);
+    out[1] = prmt(even01, even23, interleave_high);
+    out[2] = prmt(odd01, odd23, interleave_low);
+    out[3] = prmt(odd01, odd23, interleave_high);
+}
+
+// A lane's unit in its eight rows of a tile: row[i] + offset is the block.
+template <KV TV, int D> struct ValueUnit {
+    using L = Layout<TV, D>;
+    uint32_t first[4], second[4]; // of rows 0-3 and 4-7: selectors, or of q8_0 levels by element
+
+    __device__ __forceinline__ ValueUnit(const uint8_t * const (&row)[8], int offset, int unit) {
+        uint32_t x[4];
+        read(row[0], row[1], row[2], row[3], offset + 2, unit, x);
+        transpose(x, first);
+        read(row[4], row[5], row[6], row[7], offset + 2, unit, x);
+        transpose(x, second);
+    }
+
+    // Operand A of product m: registers 0 and 2 have one element of the unit, 1 and 3 another.
+    __device__ __forceinline__ Levels<4> levels(int m) const {
+        Levels<4> v;
+        if constexpr (L::turbo) { // nibbles 2m and 2m + 1
+            const int shift = 16 * (m % 2);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
+                if constexpr (L::split) lookup_split(selector, v.positive[i], v.negative[i]);
+                else v.positive[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+            }
+        } else { // elements 2m and 2m + 1
+            v.positive[0] = first[2 * m];
+            v.positive[1] = first[2 * m + 1];
+            v.positive[2] = second[2 * m];
+            v.positive[3] = second[2 * m + 1];
+        }
+        return v;
+    }
+
+private:
+    static __device__ __forceinline__ void read(const uint8_t * a, const uint8_t * b, const uint8_t * c,
+                                                const uint8_t * d, int offset, int unit, uint32_t (&x)[4]) {
+        const uint8_t * row[4] = {a, b, c, d};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (L::turbo) x[i] = unit_nibbles<L::bits, L::block>(row[i] + offset, unit);
+            else x[i] = load_u32(row[i] + offset + 4 * unit);
+        }
+    }
+    static __device__ __forceinline__ void transpose(uint32_t (&x)[4], uint32_t (&out)[4]) {
+        if constexpr (L::turbo) {
+            transpose_nibbles(x, out);
+        } else {
+            transpose_bytes(x);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[i] = x[i];
+        }
+    }
+};
+
+// The lane's elements of column 2 * in_quad + j, as the products leave them in o, to out[D].
+template <KV TV, int D>
+__device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
+    using L = Layout<TV, D>;
+    if constexpr (L::bits == 16) {
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m)
+            *reinterpret_cast<float2 *>(out + 2 * (quad + 8 * m)) = make_float2(o[m][j], o[m][2 + j]);
+    } else if constexpr (L::turbo) {
+        using Units = ValueUnits<TV, D>;
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 4) {
+            const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
+                *reinterpret_cast<float4 *>(out + b * L::block + unit_element<L::bits, L::block>(unit, h)) =
+                    make_float4(o[m][2 * h + j], o[m + 1][2 * h + j], o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
+        }
+    } else {
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 2)
+            *reinterpret_cast<float4 *>(out + 16 * m + 4 * quad) =
+                make_float4(o[m][j], o[m][2 + j], o[m + 1][j], o[m + 1][2 + j]);
+    }
+}
+
+// ---- weights
+
+// Added to a float of at most 22 bits it leaves the nearest integer, as two's complement, in the low bits. An int32
+// that starts as its bits is, read as a float, this number plus what was added to the int32.
+constexpr float magic = 12582912.0f; // 1.5 * 2^23
+constexpr int magic_bits = 0x4b400000;
+
+// The greater magnitude; NaN if one of the two is none. `a` is a magnitude already.
+__device__ __forceinline__ float greater_magnitude(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float out;
+    asm("max.ftz.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(fabsf(b)));
+    return out;
+#else
+    return fmaxf(a, fabsf(b));
+#endif
+}
+
+// Weights times V's scales, which may be negative, as 16-bit integers of a common scale: operands of their high and
+// low bytes. With four columns, columns 4-7 take the low bytes and `low` is not used. Where a scale is no number, the
+// common one is none either.
+struct Weights {
+    uint32_t high[2], low[2];
+    float scale; // of the lane's column
+};
+
+template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], int quad) {
+    float top = fabsf(w[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) top = greater_magnitude(top, w[i]);
+    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 1));
+    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 2));
+    Weights out;
+    const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f; // 127 * 256
+    out.scale = top * (1.0f / 32512.0f);
+    const bool low = Paired && quad >= 4;
+    if (!low) out.scale *= 256.0f;
+    const uint32_t round = low ? 0 : 128, select = low ? lowest_bytes : second_bytes;
+    uint32_t x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = __float_as_uint(w[i] * inverse + magic);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        out.high[h] = prmt(prmt(x[4 * h] + round, x[4 * h + 1] + round, select),
+                           prmt(x[4 * h + 2] + round, x[4 * h + 3] + round, select), low_halves);
+        out.low[h] = prmt(prmt(x[4 * h], x[4 * h + 1], lowest_bytes),
+                          prmt(x[4 * h + 2], x[4 * h + 3], lowest_bytes), low_halves);
+    }
+    return out;
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif

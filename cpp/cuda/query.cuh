@@ -1,0 +1,139 @@
+// Queries: loaded, rotated as K is, rounded, and dealt out as operand A of the scores.
+#ifndef TURBOQUANT_CUDA_QUERY_H
+#define TURBOQUANT_CUDA_QUERY_H
+
+#include "load.cuh"
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// Where element e of a query lies among the bytes of its column, so that a lane's four registers of a product follow
+// each other: [product][in_quad][half of the inner index: high bytes, low bytes][4]. The place of the high byte.
+template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
+    using L = Layout<TK, D>;
+    int product, in_quad, nibble; // nibble: of the unit's eight elements
+    if constexpr (L::turbo) {
+        constexpr int N = L::block, steps = N / 32;
+        const int in_block = e % N, half = in_block / (N / 2);
+        int step;
+        if constexpr (L::bits == 4) { // the inverse of unit_element
+            const int unit = in_block % (N / 2) / 4;
+            step = unit / 4;
+            in_quad = unit % 4;
+        } else {
+            const int pair = in_block % (N / 4) / 4;
+            step = pair / 4 * 2 + in_block / (N / 4) % 2;
+            in_quad = pair % 4;
+        }
+        product = e / N * steps + step;
+        nibble = 2 * (e % 4) + half;
+    } else {
+        product = e / 32;
+        in_quad = e % 16 / 4;
+        nibble = e % 32 / 16 * 4 + e % 4;
+    }
+    return ((product * 4 + in_quad) * 4 + nibble / 4 * 2) * 4 + nibble % 4;
+}
+
+// Columns c0, c0 + row_tiles, ... of the thread block: a lane has elements lane, lane + 32, ...
+template <int D>
+__device__ __forceinline__ void load_queries(const AttentionCall & call, const Place & place, int c0,
+                                             float (&y)[4][D / 32]) {
+    const Attention & a = call.a;
+    const int lane = place.lane, apart = call.plan.row_tiles, group = call.plan.group;
+    // lane i finds out where column i is
+    const int own = place.first_column + c0 + lane % 4 * apart, token = own / group;
+    const uint64_t own_row = reinterpret_cast<uintptr_t>(a.q) + token * a.q_token +
+                             (place.kv_head() * group + own - token * group) * a.q_head + place.stream * a.q_stream;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int c = c0 + i * apart;
+        const float * row = reinterpret_cast<const float *>(uintptr_t(__shfl_sync(all_lanes, own_row, i)));
+        const bool some = c < call.plan.column_tile && place.first_column + c < call.plan.columns;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) y[i][j] = some ? row[lane + 32 * j] : 0.0f;
+    }
+}
+
+template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float)); // bytes
+
+// The columns of a KV head as operands: of int8 matrices, if K is integer; else of binary16 ones. The warps of the head
+// share the work; y has what load_queries loaded for c0 = row_tile. `bytes` is the head's scratch memory. Returns the
+// factor that turns products into scores (of column `quad`).
+template <KV TK, int D>
+__device__ __forceinline__ float prepare_queries(const AttentionCall & call, const Place & place, uint8_t * bytes,
+                                                 float (&y)[4][D / 32], uint32_t (&operand)[D / 32][4]) {
+    using L = Layout<TK, D>;
+    constexpr int P = D / 32;
+    const Attention & a = call.a;
+    const int lane = place.lane, apart = call.plan.row_tiles;
+    float * factors = reinterpret_cast<float *>(bytes + 16 * D);
+#pragma unroll 1
+    for (int c0 = place.row_tile; c0 < call.plan.column_tile; c0 += 4 * apart) {
+        if (c0 != place.row_tile) load_queries<D>(call, place, c0, y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = c0 + i * apart;
+            if (c >= call.plan.column_tile) break;
+            if constexpr (L::turbo) {
+                constexpr int B = L::block / 32;
+#pragma unroll
+                for (int b = 0; b < P / B; ++b) {
+                    float part[B];
+#pragma unroll
+                    for (int j = 0; j < B; ++j) part[j] = y[i][b * B + j];
+                    rotate_warp<L::block>(part);
+#pragma unroll
+                    for (int j = 0; j < B; ++j) y[i][b * B + j] = part[j];
+                }
+            }
+            if constexpr (L::bits == 16) {
+#pragma unroll
+                for (int j = 0; j < P; ++j)
+                    reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[i][j] * a.scale);
+            } else {
+                uint32_t largest = 0;
+#pragma unroll
+                for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
+                const float top = __uint_as_float(warp_max(largest));  // NaN stays: the scores are NaN
+                const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
+                if (lane == 0) factors[c] = top * (a.scale * L::step / 32512.0f);
+#pragma unroll
+                for (int j = 0; j < P; ++j) {
+                    const int x = __float2int_rn(y[i][j] * inverse);
+                    uint8_t * to = bytes + c * 2 * D + operand_place<TK, D>(lane + 32 * j);
+                    to[0] = uint8_t((x + 128) >> 8);
+                    to[4] = uint8_t(x);
+                }
+            }
+        }
+    }
+    __syncthreads();
+    const int c = place.paired ? place.quad % 4 : place.quad;
+    if constexpr (L::bits == 16) {
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
+#pragma unroll
+        for (int s = 0; s < D / 16; ++s) { // two of each operand's registers
+            operand[s / 2][s % 2 * 2] = words[8 * s + place.in_quad];
+            operand[s / 2][s % 2 * 2 + 1] = words[8 * s + 4 + place.in_quad];
+        }
+        return 1;
+    } else {
+#pragma unroll
+        for (int s = 0; s < D / 32; ++s) { // registers 0, 2: high bytes, 1, 3: low bytes; 0, 1: the first half
+            const uint4 four = *reinterpret_cast<const uint4 *>(bytes + c * 2 * D + (s * 4 + place.in_quad) * 16);
+            operand[s][0] = four.x;
+            operand[s][1] = four.y;
+            operand[s][2] = four.z;
+            operand[s][3] = four.w;
+        }
+        return factors[c];
+    }
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif
