@@ -32,7 +32,7 @@ inline uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b;
 inline float float_of(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 
 // A finite IEEE binary16 by its definition.
-inline double half(int h) {
+inline double float_of_binary16(int h) {
     const int e = (h >> 10) & 31, m = h & 1023;
     const double value = e == 0 ? std::ldexp(m, -24) : std::ldexp(1024 + m, e - 25);
     return h & 0x8000 ? -value : value;

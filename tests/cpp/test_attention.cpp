@@ -80,10 +80,10 @@ void decode_row(int type, const uint8_t * src, float * dst, int64_t n) {
         const uint8_t * block = src + size_t(i / 32) * block_bytes(type);
         const int j = int(i % 32);
         const auto half_at = [&](int at) { return block[at] | block[at + 1] << 8; };
-        if (type == TQ_ROW_F16) dst[i] = float(half(half_at(2 * j)));
+        if (type == TQ_ROW_F16) dst[i] = float(float_of_binary16(half_at(2 * j)));
         if (type == TQ_ROW_BF16) dst[i] = float_of(uint32_t(half_at(2 * j)) << 16);
-        if (type == TQ_ROW_Q8_0) dst[i] = float(half(half_at(0)) * int8_t(block[2 + j]));
-        if (type == TQ_ROW_Q4_0) dst[i] = float(half(half_at(0)) * ((block[2 + j % 16] >> (j / 16 * 4) & 15) - 8));
+        if (type == TQ_ROW_Q8_0) dst[i] = float(float_of_binary16(half_at(0)) * int8_t(block[2 + j]));
+        if (type == TQ_ROW_Q4_0) dst[i] = float(float_of_binary16(half_at(0)) * ((block[2 + j % 16] >> (j / 16 * 4) & 15) - 8));
     }
 }
 
@@ -263,7 +263,7 @@ struct Call {
     }
     double added(int64_t m, int64_t j) const {
         const uint16_t h = mask[size_t(m)][size_t(j)];
-        return h == 0xfc00 ? -INFINITY : half(h) * (slope.empty() ? 1.0 : double(slope[size_t(m)]));
+        return h == 0xfc00 ? -INFINITY : float_of_binary16(h) * (slope.empty() ? 1.0 : double(slope[size_t(m)]));
     }
 };
 

@@ -62,7 +62,7 @@ int index_of(const tq_type_info & t, const uint8_t * q, int i) {
 
 std::vector<double> rotated_values(const tq_type_info & t, const uint8_t * block) {
     std::vector<double> y(static_cast<size_t>(t.block));
-    const double d = half(block[0] | block[1] << 8);
+    const double d = float_of_binary16(block[0] | block[1] << 8);
     for (int i = 0; i < t.block; ++i) y[size_t(i)] = d * double(t.step) * t.codebook[index_of(t, block + 2, i)];
     return y;
 }
@@ -252,7 +252,7 @@ void scale_saturates() {
         uint8_t block[66];
         for (int i = 0; i < info.block; ++i) x[i] = r.normal();
         tq_encode_row(tq_type(t), x, block, info.block);
-        const double d = half(block[0] | block[1] << 8);
+        const double d = float_of_binary16(block[0] | block[1] << 8);
         int before = 0;
         int64_t saturated = 0;
         for (int want = 65300; want < 65700; ++want) { // the scale aimed at; d is known to one part in 2048
@@ -266,7 +266,7 @@ void scale_saturates() {
             CHECK(report.saturated >= saturated);
             CHECK_EQ(report.nonfinite, 0);
             if (report.saturated) CHECK_EQ(stored, 0x7bff);
-            CHECK(std::fabs(half(stored) - want) <= want / 1000.0 || report.saturated);
+            CHECK(std::fabs(float_of_binary16(stored) - want) <= want / 1000.0 || report.saturated);
             before = stored;
             saturated = report.saturated;
         }
