@@ -46,7 +46,7 @@ template <typename AddOption> void turbo_add_options(AddOption && add_opt) {
     add_opt(common_arg(
         {"--cache-guard"}, "off|LIMIT",
         "with a turbo type for K: layers whose attention scores it would blur by more than LIMIT (standard deviation,\n"
-        "in nats) keep K in the next better type; off: all layers have the type of -ctk (default: 1.2)",
+        "in nats) keep K in the next better type; off: all layers have the type of -ctk (default: 1)",
         [](common_params & params, const std::string & value) {
             (void) params;
             float limit;

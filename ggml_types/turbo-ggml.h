@@ -157,7 +157,7 @@ GGML_API bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t
 /* The guard: layers whose scores K would blur by more than a limit keep K in a better type. */
 #define TURBO_GUARD_ENV "LLAMA_ARG_CACHE_GUARD"
 /* docs/guard.md has the measurements behind it. */
-#define TURBO_GUARD_DEFAULT 1.2f
+#define TURBO_GUARD_DEFAULT 1.0f
 
 /* Parse `text` (null or empty: the default): "off" (*out is 0) or a positive number. On failure returns false and
  * writes one sentence into error. */
