@@ -2,7 +2,7 @@
 """Change one line of a copy of the code at a time, and see that the tests fail: do they test what they seem to test?
 
 Every mutation is a mistake that was made, or could be: a line of a file, what it becomes, and the tests that must
-notice. Prints a table as Markdown; docs/mutations.md has the last one. The exit status is 1 if a mutation survives.
+notice. Prints a table as Markdown. The exit status is 1 if a mutation survives.
 
 Needs cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Nothing outside of the temporary
 folder is changed.
@@ -53,8 +53,8 @@ MUTATIONS = (
              "            if (mask.open(first + r)) return true;\n    }",
              "            if (mask.open(first + r)) return true;\n        return false;\n    }", "core.attention"),
     Mutation("later runs of tokens get the masks of the first", ATTENTION,
-             "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv", "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv",
-             "core.attention"),
+             "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv",
+             "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv", "core.attention"),
     Mutation("a merge ignores the second part's maximum", ATTENTION, "const float largest = a > b ? a : b;",
              "const float largest = a;", "core.attention"),
     Mutation("a merge hides NaN", ATTENTION, "if (b == -INFINITY && from[head_v + 1] == 0) return;",
@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="REGEX", help="mutations whose description matches")
     parser.add_argument("--list", action="store_true", help="print the mutations, and do nothing")
     options = parser.parse_args()
-    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would never end.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = [one for one in MUTATIONS if not options.only or re.search(options.only, one.what)]
     if options.list or not chosen:
@@ -135,7 +135,8 @@ class Copy:
         path = self.tree / one.file
         text = path.read_text(encoding="utf-8")
         if text.count(one.old) != 1:
-            raise SystemExit(f"{one.file} has {one.old!r} {text.count(one.old)} times, wanted once: mend tools/mutate.py")
+            times = text.count(one.old)
+            raise SystemExit(f"{one.file} has {one.old!r} {times} times, wanted once: mend tools/mutate.py")
         path.write_text(text.replace(one.old, one.new), encoding="utf-8")
         try:
             return "" if self.passes(one.tests) else self._how()
