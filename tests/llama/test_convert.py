@@ -106,7 +106,12 @@ def test_an_outlier_model_is_repaired(
     said = {name: field.contents() for name, field in found.fields.items() if name.startswith("turboquant.")}
     assert said["turboquant.convert.mode"] == "pow2" and said["turboquant.convert.calibration_tokens"] == 512
     assert said["turboquant.convert.k_layers"] == list(range(6)) and max(said["turboquant.convert.k_noise"]) < 0.3
-    assert f"-ctk {said['turboquant.cache_type_k']} -ctv {said['turboquant.cache_type_v']}\n" in done.stdout
+    pair = f"-ctk {said['turboquant.cache_type_k']} -ctv {said['turboquant.cache_type_v']}"
+    assert f"{pair}, or -ctk auto -ctv auto\n" in done.stdout
+    auto = ("-fa", "on", "-ctk", "auto", "-ctv", "auto", "-lv", 4)
+    run = build.run("llama-completion", "-m", fixed, "-p", "x", "-n", 1, "-no-cnv", *auto)
+    assert "the plan in the model's metadata sets the types of K and V" in run.text
+    assert f"cache types: K {said['turboquant.plan.type_k']}; V {said['turboquant.plan.type_v']}\n" in run.text
     assert said[MARK] and len(said["turboquant.convert.calibration_sha256"]) == 64
     old = gguf.GGUFReader(outliers)
     assert [tensor.tensor_type for tensor in found.tensors] == [tensor.tensor_type for tensor in old.tensors]
