@@ -219,7 +219,7 @@ struct Call {
     Cache & v;
     Options options;
     std::vector<float> q;                    // [rows][head_k]
-    std::vector<std::vector<uint16_t>> mask; // [rows][n_kv], fp16; or empty
+    std::vector<std::vector<uint16_t>> mask; // [rows][n_kv], fp16; or empty; a single one is that of all rows
     std::vector<float> slope;                // or empty
     int64_t left_out = 0;
     const char * size_kernels = nullptr; // selected when the size of the scratch memory is asked for
@@ -234,7 +234,7 @@ struct Call {
         std::vector<const void *> masks;
         for (int64_t m = 0; m < rows(); ++m) {
             q_rows.push_back(q.data() + m * k.head);
-            if (!mask.empty()) masks.push_back(mask[size_t(m)].data());
+            if (!mask.empty()) masks.push_back(mask_of(m).data());
         }
         const tq_attention_queries queries = {rows(), q_rows.data(), mask.empty() ? nullptr : masks.data(), 0,
                                               slope.empty() ? nullptr : slope.data()};
@@ -261,8 +261,9 @@ struct Call {
         for (int64_t m = 0; m < rows(); ++m) result[size_t(m * stride() + v.head)] = -INFINITY;
         return result;
     }
+    const std::vector<uint16_t> & mask_of(int64_t m) const { return mask[mask.size() == 1 ? 0 : size_t(m)]; }
     double added(int64_t m, int64_t j) const {
-        const uint16_t h = mask[size_t(m)][size_t(j)];
+        const uint16_t h = mask_of(m)[size_t(j)];
         return h == 0xfc00 ? -INFINITY : float_of_binary16(h) * (slope.empty() ? 1.0 : double(slope[size_t(m)]));
     }
 };
@@ -316,6 +317,24 @@ void splits_and_sinks() {
                     }
             }
         }
+}
+
+// The heads of a group share their token's mask, and each has its own slope (ALiBi).
+void slopes_over_one_mask() {
+    const int64_t n_kv = 100;
+    Random r(5);
+    Cache k(r, TQ_TURBO4, 128, n_kv), v(r, TQ_TURBO4, 128, n_kv);
+    Call call = {k, v, {}, {}, {{}}, {1.0f, 0.25f, 4.0f}};
+    call.q.resize(3 * 128);
+    for (int m = 0; m < 3; ++m) fill_query(r, k.type, call.q.data() + m * 128, 128);
+    for (int64_t j = 0; j < n_kv; ++j) call.mask[0].push_back(uint16_t(0x3800 + r.below(0x800)));
+    use(kernels_under_test);
+    const auto got = call.finished(call.partial(0, n_kv), nullptr);
+    for (int64_t m = 0; m < 3; ++m)
+        check_row(got.data() + m * 128,
+                  formula(k, v, call.q.data() + m * 128, call.options, nullptr,
+                          [&](int64_t j) { return call.added(m, j); }),
+                  attention_bound);
 }
 
 void fully_masked_with_sink() {
@@ -436,6 +455,7 @@ int main(int argc, char ** argv) {
     if (!CHECK_EQ(status, TQ_OK)) return check::summary();
     random_masks();
     splits_and_sinks();
+    slopes_over_one_mask();
     fully_masked_with_sink();
     nan_survives_merging();
     slots_are_apart();
