@@ -83,7 +83,8 @@ void decode_row(int type, const uint8_t * src, float * dst, int64_t n) {
         if (type == TQ_ROW_F16) dst[i] = float(float_of_binary16(half_at(2 * j)));
         if (type == TQ_ROW_BF16) dst[i] = float_of(uint32_t(half_at(2 * j)) << 16);
         if (type == TQ_ROW_Q8_0) dst[i] = float(float_of_binary16(half_at(0)) * int8_t(block[2 + j]));
-        if (type == TQ_ROW_Q4_0) dst[i] = float(float_of_binary16(half_at(0)) * ((block[2 + j % 16] >> (j / 16 * 4) & 15) - 8));
+        if (type == TQ_ROW_Q4_0)
+            dst[i] = float(float_of_binary16(half_at(0)) * ((block[2 + j % 16] >> (j / 16 * 4) & 15) - 8));
     }
 }
 
