@@ -3,7 +3,7 @@
 
 For every model: the predicted noise (standard deviation of a score's error, in nats) with K of all layers in one type,
 and the mean KLD from the model's own f16 cache when K of a single layer has that type and everything else stays f16.
-docs/guard.md has the tables. With --plant, variants of a bundled prose model in the shape of Qwen 2.5 join: one rotary
+docs/guard.md has the tables. With --plant, variants of an f16 prose model in the shape of Qwen 2.5 join: one rotary
 pair of K in one layer gets a constant bias, as Qwen's layers have it, which its queries do not see; so the model
 computes the same, and only the noise grows. Results are remembered; an interrupted run goes on where it was.
 

@@ -143,29 +143,30 @@ def _how_to_get_a_compiler() -> str:
     return "install g++ or clang with the system's package manager, or point CC and CXX at one"
 
 
-def _cpu_flags() -> set[str]:
-    """The features that Linux lists for an x86 CPU."""
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core that has each key; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return set()
-    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return set(match[1].split()) if match else set()
+        return {}
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        lines.setdefault(key.strip(), value.strip())
+    return lines
+
+
+def _cpu_flags() -> set[str]:
+    """The features that Linux lists for an x86 CPU."""
+    return set(_cpuinfo().get("flags", "").split())
 
 
 def cpu() -> str:
     """The CPU's model and features in one line: code compiled for this very CPU may not run on another."""
     system = platform.system()
     if system == "Linux":
-        try:
-            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
+        lines = _cpuinfo()
         keys = {"model name", "flags", "Features", "CPU implementer", "CPU part", "isa"}
-        lines: dict[str, str] = {}
-        for line in text.splitlines():  # of the first core that has the key
-            key, _, value = line.partition(":")
-            lines.setdefault(key.strip(), value.strip())
         found = {key: lines[key] for key in sorted(keys & set(lines))}
         features = " ".join(found.pop(key, "") for key in ("flags", "Features", "isa"))
         digest = hashlib.sha256(" ".join(sorted(features.split())).encode()).hexdigest()[:12]
