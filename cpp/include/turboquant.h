@@ -131,7 +131,7 @@ TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_strid
 
 /* ---- attention --------------------------------------------------------------------------------------------- */
 
-/* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0 and q4_0. */
+/* Row types besides the tq_types that K or V may have: ggml's f16, bf16, q8_0, q4_0 and f32. */
 enum {
 #define TURBOQUANT_ENUMERATOR(ID, name, type, block, bytes) TQ_ROW_##ID = type,
     TURBOQUANT_ROW_TYPES(TURBOQUANT_ENUMERATOR)
@@ -212,6 +212,9 @@ TURBOQUANT_API int64_t tq_attention_partial(const tq_attention_kv * kv, const tq
                                             int64_t first, int64_t last, float * partial, void * scratch);
 /* Merge one query row's partial result `from` into `into`. */
 TURBOQUANT_API void   tq_attention_merge(float * into, const float * from, int64_t head_v);
+/* Bring one query row's partial result into the domain of its V, in place: then it can be merged with one over rows of V
+ * that are not turbo, and is finished as such. */
+TURBOQUANT_API void   tq_attention_unrotate(int type_v, float * partial, int64_t head_v);
 /* Normalise one query row's result into out [head_v]. sink: a score that takes part in the softmax without a value, or
  * null. Overwrites partial. */
 TURBOQUANT_API void   tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out);

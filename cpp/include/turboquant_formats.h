@@ -30,11 +30,13 @@
 #define TURBOQUANT_BLOCK_BYTES(bits, block) (2 + (block) * (bits) / 8)
 
 /* X(ID, name, type, block, bytes): rows of ggml's own types that K or V may have in attention; type: TQ_ROW_ID. Those of
- * floats have no blocks: 32 is what their length must be a multiple of. */
+ * floats have no blocks: 32 is what their length must be a multiple of. Attention rounds f32 to int8 in blocks of 32, with
+ * a float32 scale. */
 #define TURBOQUANT_ROW_TYPES(X) \
     X(F16,  f16,  64, 32, 64) \
     X(BF16, bf16, 65, 32, 64) \
     X(Q8_0, q8_0, 66, 32, 34) \
-    X(Q4_0, q4_0, 67, 32, 18)
+    X(Q4_0, q4_0, 67, 32, 18) \
+    X(F32,  f32,  68, 32, 128)
 
 #endif

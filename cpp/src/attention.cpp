@@ -38,6 +38,22 @@ size_t row_bytes(int type, int64_t n) {
 
 constexpr int64_t query_tile = 128; // query rows that share a decoded tile; their sums stay in the L2 cache
 
+// Rows of floats, rounded as a query is.
+void levels_f32(const Kernels & kernel, const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    constexpr int64_t at_once = 8;
+    for (int r = 0; r < rows.count; ++r) {
+        for (int64_t first = 0; first < blocks; first += at_once) {
+            tq_query32 block[at_once];
+            const int64_t count = std::min(blocks - first, at_once);
+            kernel.query_plain(reinterpret_cast<const float *>(rows[r]) + first * 32, block, count);
+            for (int64_t b = 0; b < count; ++b, level += 32) {
+                scale[(first + b) * tile_rows + r] = block[b].scale;
+                std::memcpy(level, block[b].q, 32);
+            }
+        }
+    }
+}
+
 // int8 levels of rows of `blocks` blocks, and their scales.
 void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64_t blocks, int8_t * level,
                  float * scale) {
@@ -45,8 +61,10 @@ void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64
         kernel.levels[type](rows, blocks, level, scale);
     else if (type == TQ_ROW_Q8_0)
         kernel.levels_q8_0(rows, blocks, level, scale);
-    else
+    else if (type == TQ_ROW_Q4_0)
         kernel.levels_q4_0(rows, blocks, level, scale);
+    else
+        levels_f32(kernel, rows, blocks, level, scale);
 }
 
 // The values of rows of n, in the rotated domain if the type is turbo.
@@ -387,6 +405,11 @@ void tq_attention_merge(float * into, const float * from, int64_t head_v) {
     for (int64_t c = 0; c < head_v; ++c) into[c] = into[c] * scale_a + from[c] * scale_b;
     into[head_v] = largest;
     into[head_v + 1] = into[head_v + 1] * scale_a + from[head_v + 1] * scale_b;
+}
+
+void tq_attention_unrotate(int type_v, float * partial, int64_t head_v) {
+    const RowType v = row_type(type_v);
+    if (v.turbo) kernels().unrotate[block_index(v.block)](partial, partial, head_v / v.block);
 }
 
 void tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out) {
