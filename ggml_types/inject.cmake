@@ -46,7 +46,8 @@ cmake_language(DEFER CALL turboquant_attach)
 # What libllama gets, and programs of our own over it. Its target exists at the end of the topmost CMakeLists.txt.
 function(turboquant_attach_llama folder vendor)
     if (TARGET llama AND NOT TARGET turboquant-capture)
-        set(sources "${folder}/turbo-llama.cpp" "${folder}/turbo-guard.cpp" "${folder}/turbo-plan.cpp")
+        set(sources "${folder}/turbo-llama.cpp" "${folder}/turbo-guard.cpp" "${folder}/turbo-plan.cpp"
+            "${folder}/turbo-window.cpp")
         target_sources(llama PRIVATE ${sources})
         set_source_files_properties(${sources} TARGET_DIRECTORY llama PROPERTIES
             INCLUDE_DIRECTORIES "${vendor}" SKIP_UNITY_BUILD_INCLUSION ON)

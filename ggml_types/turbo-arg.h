@@ -58,6 +58,20 @@ template <typename AddOption> void turbo_add_options(AddOption && add_opt) {
         }
     ).set_env(TURBO_GUARD_ENV));
     add_opt(common_arg(
+        {"--cache-window"}, "N[:TYPE]",
+        "with a turbo KV cache: keep the newest N tokens of every layer in TYPE, too, q8_0 or f16, and attend to them\n"
+        "there (default: 256:q8_0, 0 = off)",
+        [](common_params & params, const std::string & value) {
+            (void) params;
+            turbo_window_option window;
+            char                error[512];
+            if (!turbo_window_parse(value.c_str(), &window, error, sizeof(error))) {
+                throw std::invalid_argument(error);
+            }
+            turbo_option_to_env(TURBO_WINDOW_ENV, value.c_str());
+        }
+    ).set_env(TURBO_WINDOW_ENV));
+    add_opt(common_arg(
         {"--cache-boundary-v"}, "N[:TYPE]",
         "keep V of the first and the last N attention layers in TYPE, a KV cache data type (default: q8_0),\n"
         "where it has more bits per value than the type that -ctv gives (default: 0 = off)",

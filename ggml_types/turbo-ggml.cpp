@@ -223,6 +223,36 @@ bool turbo_boundary_parse(const char * text, turbo_boundary * out, char * error,
                 "--cache-boundary-v '" + value + "': unknown type '" + name + "'; known are " + known);
 }
 
+bool turbo_window_parse(const char * text, turbo_window_option * out, char * error, size_t error_size) {
+    *out = { 256, GGML_TYPE_Q8_0 };
+    if (!text || !*text) {
+        return true;
+    }
+    const std::string value  = text;
+    const size_t      colon  = value.find(':');
+    const std::string number = value.substr(0, colon);
+    bool digits = !number.empty() && number.size() <= 6;
+    for (const char c : number) {
+        digits = digits && isdigit((unsigned char) c);
+    }
+    if (!digits) {
+        return fail(error, error_size,
+                    "--cache-window '" + value + "': N must be a number of tokens, as in 256 or 256:f16");
+    }
+    out->tokens = atoi(number.c_str());
+    if (colon == std::string::npos) {
+        return true;
+    }
+    const std::string name = value.substr(colon + 1);
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+        if (name == ggml_type_name(type)) {
+            out->type = type;
+            return true;
+        }
+    }
+    return fail(error, error_size, "--cache-window '" + value + "': the type must be q8_0 or f16");
+}
+
 bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size) {
     return turbo_boundary_parse(getenv(TURBO_BOUNDARY_ENV), out, error, error_size);
 }

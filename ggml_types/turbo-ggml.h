@@ -154,6 +154,17 @@ GGML_API bool turbo_boundary_parse(const char * text, turbo_boundary * out, char
 /* Parse the environment variable. */
 GGML_API bool turbo_boundary_from_env(turbo_boundary * out, char * error, size_t error_size);
 
+/* The exact window: "N" or "N:TYPE". */
+typedef struct turbo_window_option {
+    int            tokens; /* the newest so many of every layer with a turbo type; 0 = off */
+    enum ggml_type type;   /* that they are kept in, too */
+} turbo_window_option;
+
+#define TURBO_WINDOW_ENV "LLAMA_ARG_CACHE_WINDOW"
+
+/* Parse `text` (null or empty: the default). On failure returns false and writes one sentence into error. */
+GGML_API bool turbo_window_parse(const char * text, turbo_window_option * out, char * error, size_t error_size);
+
 /* The guard: layers whose scores K would blur by more than a limit keep K in a better type. */
 #define TURBO_GUARD_ENV "LLAMA_ARG_CACHE_GUARD"
 /* docs/guard.md has the measurements behind it. */

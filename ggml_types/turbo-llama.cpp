@@ -27,6 +27,7 @@ struct chosen_types {
     std::vector<ggml_type> inner_v;           // before boundary V
     std::vector<double>    sigma;         // score noise of asked_k in each layer; 0: not known or not asked for
     float                  limit = 0.0f;
+    turbo_window_option    window = { 0, GGML_TYPE_Q8_0 };
 };
 thread_local chosen_types t_chosen;
 
@@ -461,6 +462,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     char           error[512];
     if (!turbo_boundary_from_env(&boundary, error, sizeof(error)) ||
         !turbo_sparse_v_parse(getenv(TURBO_SPARSE_V_ENV), &sparse_v, error, sizeof(error)) ||
+        !turbo_window_parse(getenv(TURBO_WINDOW_ENV), &t_chosen.window, error, sizeof(error)) ||
         !turbo_guard_parse(getenv(TURBO_GUARD_ENV), &t_chosen.limit, error, sizeof(error))) {
         return fail(error);
     }
@@ -555,6 +557,13 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     LLAMA_LOG_INFO("turboquant: cache types: K %s; V %s\n", turbo_types_to_text(t_chosen.k).c_str(),
             turbo_types_to_text(t_chosen.v).c_str());
     return true;
+}
+
+turbo_window_option turbo_layer_window(const llama_model & model, const llama_hparams & hparams, uint32_t il) {
+    const bool chosen = t_chosen.model == &model && &hparams == &model.hparams;
+    // A layer that others read would have stored the batch before they do.
+    return chosen && turbo_rotates_by_layer(model) && readers(hparams, il).size() == 1
+        ? t_chosen.window : turbo_window_option{ 0, GGML_TYPE_Q8_0 };
 }
 
 void turbo_set_layer_types(ggml_tensor * k, ggml_tensor * v, const llama_model & model, const llama_hparams & hparams,

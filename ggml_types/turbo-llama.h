@@ -37,6 +37,9 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
 void turbo_set_layer_types(ggml_tensor * k, ggml_tensor * v, const llama_model & model, const llama_hparams & hparams,
                            uint32_t il);
 
+// The window that the layer's K and V have in the context that this thread makes.
+turbo_window_option turbo_layer_window(const llama_model & model, const llama_hparams & hparams, uint32_t il);
+
 // One cached layer, for the log.
 struct turbo_logged_layer {
     uint32_t            il;

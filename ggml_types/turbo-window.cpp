@@ -289,8 +289,7 @@ turbo_window_scope::~turbo_window_scope() {
     }
 }
 
-void turbo_window_attach(ggml_context * ctx, ggml_tensor * attention) {
-    (void) ctx;
+void turbo_window_attach(ggml_tensor * attention) {
     if (t_scope) {
         t_scope->attach(attention);
     }

@@ -88,7 +88,7 @@ public:
     turbo_window_scope & operator=(const turbo_window_scope &) = delete;
 
 private:
-    friend void turbo_window_attach(ggml_context * ctx, ggml_tensor * attention);
+    friend void turbo_window_attach(ggml_tensor * attention);
     void attach(ggml_tensor * attention);
 
     const turbo_window::layer * layer_ = nullptr;
@@ -102,4 +102,4 @@ private:
 };
 
 // Hook after an attention op was made.
-void turbo_window_attach(ggml_context * ctx, ggml_tensor * attention);
+void turbo_window_attach(ggml_tensor * attention);
