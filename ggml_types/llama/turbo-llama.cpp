@@ -1,9 +1,9 @@
 // turbo-llama.cpp: the types of each layer's K and V, chosen when a context is made. Part of libllama.
 
-#include "turbo-llama.h"
+#include "llama/turbo-llama.h"
 
-#include "turbo-guard.h"
-#include "turbo-plan.h"
+#include "llama/turbo-noise.h"
+#include "llama/turbo-plan.h"
 
 #include "ggml-cpp.h"
 

@@ -1,10 +1,10 @@
 // turbo-plan.cpp: reading plans, and telling models apart. See turbo-plan.h.
 
-#include "turbo-plan.h"
+#include "llama/turbo-plan.h"
 
-#include "turbo-ggml.h"
-#include "turbo-guard.h"
-#include "turbo-llama.h"
+#include "ggml/turbo-ggml.h"
+#include "llama/turbo-noise.h"
+#include "llama/turbo-llama.h"
 
 #include "llama.h"
 

@@ -4,7 +4,7 @@
 // else, prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them;
 // queries are rotated before, the output is rotated back after.
 
-#include "turbo-cuda.h"
+#include "cuda/turbo-cuda.h"
 
 #include "common.cuh"
 #include "convert.cuh"

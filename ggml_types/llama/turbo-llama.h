@@ -1,8 +1,8 @@
 // turbo-llama.h: what libllama does with the TurboQuant types: the hooks in llama-context.cpp and llama-kv-cache.cpp.
 #pragma once
 
-#include "turbo-ggml.h"
-#include "turbo-rotation.h"
+#include "ggml/turbo-ggml.h"
+#include "llama/turbo-rotation.h"
 
 #include "llama-batch.h"
 #include "llama-hparams.h"

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "ggml-impl.h"
-#include "turbo-ggml.h"
+#include "ggml/turbo-ggml.h"
 
 struct ggml_backend_cuda_context;
 struct ggml_cgraph;

@@ -1,6 +1,6 @@
 // turbo-ggml.cpp: ggml's traits and type switches in terms of turboquant.h. Part of ggml-base.
 
-#include "turbo-ggml.h"
+#include "ggml/turbo-ggml.h"
 
 #include "turboquant.h"
 

@@ -1,7 +1,7 @@
 // turbo-arg.h: the command-line options that the cache types bring. Included by common/arg.cpp.
 #pragma once
 
-#include "turbo-ggml.h"
+#include "ggml/turbo-ggml.h"
 
 #include "arg.h"
 #include "log.h"

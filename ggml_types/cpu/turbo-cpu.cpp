@@ -5,7 +5,7 @@
 // takes time: there the KV range is cut into chunks, the threads share these, and walk through all heads of a chunk,
 // whose rows lie side by side in the cache, while the next chunk is fetched.
 
-#include "turbo-ggml.h"
+#include "ggml/turbo-ggml.h"
 
 #include "turboquant.h"
 

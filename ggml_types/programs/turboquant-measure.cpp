@@ -28,8 +28,8 @@
 //   {"record":"failure", "why":s}               instead of a result: the line cannot be measured
 //   {"record":"error", "why":s}                 last: nothing can be measured
 
-#include "turbo-ggml.h"
-#include "turbo-plan.h"
+#include "ggml/turbo-ggml.h"
+#include "llama/turbo-plan.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
