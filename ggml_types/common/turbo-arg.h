@@ -1,7 +1,7 @@
-// turbo-arg.h: the command-line options that the cache types bring. Included by common/arg.cpp.
+// turbo-arg.h: the options on the command line. Included by common/arg.cpp.
 #pragma once
 
-#include "ggml/turbo-ggml.h"
+#include "ggml/turbo-options.h"
 
 #include "arg.h"
 #include "log.h"
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 // common's logger writes in a thread of its own and is never destroyed: on a busy machine a program's last lines, its
 // results among them, are lost at exit.
@@ -19,70 +20,31 @@ inline void turbo_flush_log_at_exit() {
 #endif
 }
 
-// The values reach libllama and ggml through the environment, so that llama.cpp's parameter structs stay as they are and
-// programs that do not use common (llama-bench) have the options too.
+// common takes a plain function for each option, so the row is a template's argument.
+template <size_t Row> void turbo_take_option(common_params & params, const std::string & value) {
+    const turbo_option & option = turbo_option_row(Row);
+    turbo_options        options;
+    std::string          error;
+    if (!turbo_option_parse(option, value, options, error)) {
+        throw std::invalid_argument(error);
+    }
+    turbo_option_to_env(option.flag, value.c_str());
+    if (options.auto_types) {
+        params.cache_type_k = params.cache_type_v = GGML_TYPE_TURBO_AUTO;
+    }
+    if (options.auto_types_draft) {
+        params.speculative.draft.cache_type_k = params.speculative.draft.cache_type_v = GGML_TYPE_TURBO_AUTO;
+    }
+}
+
+template <typename AddOption, size_t... Row>
+void turbo_add_options(AddOption & add_opt, std::index_sequence<Row...>) {
+    (add_opt(common_arg({ turbo_option_row(Row).flag }, turbo_option_row(Row).values, turbo_option_row(Row).help,
+                        turbo_take_option<Row>).set_env(turbo_option_row(Row).variable)), ...);
+}
+
+// Hook after -ctv.
 template <typename AddOption> void turbo_add_options(AddOption && add_opt) {
     turbo_flush_log_at_exit();
-    add_opt(common_arg(
-        {"--cache-plan"}, "FILE|auto|off",
-        "the plan for -ctk auto and -ctv auto, with types of K and V for each layer: a file that `turboquant tune` has\n"
-        "written (sets -ctk and -ctv to auto, unless they follow); auto: the plan in the model's metadata, or\n"
-        "turbo4 and the guard if there is none; off: turbo4 and the guard (default: auto)",
-        [](common_params & params, const std::string & value) {
-            turbo_option_to_env(TURBO_PLAN_ENV, value.c_str());
-            if (value != "auto" && value != "off") {
-                params.cache_type_k = params.cache_type_v = GGML_TYPE_TURBO_AUTO;
-            }
-        }
-    ).set_env(TURBO_PLAN_ENV));
-    add_opt(common_arg(
-        {"--cache-plan-draft"}, "FILE",
-        "the plan file for the draft model (sets -ctkd and -ctvd to auto, unless they follow)",
-        [](common_params & params, const std::string & value) {
-            turbo_option_to_env(TURBO_PLAN_DRAFT_ENV, value.c_str());
-            params.speculative.draft.cache_type_k = params.speculative.draft.cache_type_v = GGML_TYPE_TURBO_AUTO;
-        }
-    ).set_env(TURBO_PLAN_DRAFT_ENV));
-    add_opt(common_arg(
-        {"--cache-guard"}, "off|LIMIT",
-        "with a turbo type for K: layers whose attention scores it would blur by more than LIMIT (standard deviation,\n"
-        "in nats) keep K in the next better type; off: all layers have the type of -ctk (default: 1)",
-        [](common_params & params, const std::string & value) {
-            (void) params;
-            float limit;
-            char  error[512];
-            if (!turbo_guard_parse(value.c_str(), &limit, error, sizeof(error))) {
-                throw std::invalid_argument(error);
-            }
-            turbo_option_to_env(TURBO_GUARD_ENV, value.c_str());
-        }
-    ).set_env(TURBO_GUARD_ENV));
-    add_opt(common_arg(
-        {"--cache-boundary-v"}, "N[:TYPE]",
-        "keep V of the first and the last N attention layers in TYPE, a KV cache data type (default: q8_0),\n"
-        "where it has more bits per value than the type that -ctv gives (default: 0 = off)",
-        [](common_params & params, const std::string & value) {
-            (void) params;
-            turbo_boundary boundary;
-            char           error[512];
-            if (!turbo_boundary_parse(value.c_str(), &boundary, error, sizeof(error))) {
-                throw std::invalid_argument(error);
-            }
-            turbo_option_to_env(TURBO_BOUNDARY_ENV, value.c_str());
-        }
-    ).set_env(TURBO_BOUNDARY_ENV));
-    add_opt(common_arg(
-        {"--cache-sparse-v"}, "X",
-        "with a turbo KV cache: do not read rows of V whose softmax weight, relative to the row's largest,\n"
-        "is at most X (default: 1e-6, 0 = off)",
-        [](common_params & params, const std::string & value) {
-            (void) params;
-            float threshold;
-            char  error[512];
-            if (!turbo_sparse_v_parse(value.c_str(), &threshold, error, sizeof(error))) {
-                throw std::invalid_argument(error);
-            }
-            turbo_option_to_env(TURBO_SPARSE_V_ENV, value.c_str());
-        }
-    ).set_env(TURBO_SPARSE_V_ENV));
+    turbo_add_options(add_opt, std::make_index_sequence<TURBO_OPTION_COUNT>());
 }

@@ -1,11 +1,14 @@
-// turbo-cpu.cpp: GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the codec's tile engine. Part of ggml-cpu.
+// turbo-cpu.cpp: which ops ggml's CPU backend has for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the
+// codec's tile engine. Part of ggml-cpu.
 //
 // One unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded
 // tile. A prefill has many units, which the threads share. A decode has one run of tokens, and reading the cache is what
 // takes time: there the KV range is cut into chunks, the threads share these, and walk through all heads of a chunk,
 // whose rows lie side by side in the cache, while the next chunk is fetched.
 
-#include "ggml/turbo-ggml.h"
+#include "cpu/turbo-cpu.h"
+#include "ggml/turbo-ops.h"
+#include "ggml/turbo-options.h"
 
 #include "turboquant.h"
 
@@ -13,7 +16,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 namespace {
@@ -36,8 +38,8 @@ struct Chunk {
 };
 
 struct Plan {
+    turbo_attention a;
     tq_attention_kv kv;
-    int64_t group;        // query heads of a KV head
     int64_t tokens;       // of a unit
     int64_t token_runs;   // units of a KV head
     int64_t units;
@@ -48,80 +50,42 @@ struct Plan {
     size_t  partial;      // bytes of a unit's partial results
     size_t  results;      // bytes of a thread: partial results of all units, and those of a chunk
     size_t  total;        // bytes
-    float   max_bias;
 };
 
 size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
-// For comparisons, and a way out for users.
-bool generic_attention() {
-    static const bool asked = []() {
-        const char * text = getenv("TURBOQUANT_GENERIC_ATTENTION");
-        return text && *text && strcmp(text, "0") != 0;
-    }();
-    return asked;
-}
-
 // False if the engine does not cover op: then ggml's generic path computes it.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || generic_attention()) {
+    turbo_attention & a = plan.a;
+    if (turbo_generic_attention() || !turbo_describe_attention(op, a)) {
         return false;
     }
-    const ggml_tensor * q    = op->src[0];
-    const ggml_tensor * k    = op->src[1];
-    const ggml_tensor * v    = op->src[2];
-    const ggml_tensor * mask = op->src[3];
-    if (!turbo_is_type(k->type) && !turbo_is_type(v->type)) {
+    const int type_k = row_type(a.type_k);
+    const int type_v = row_type(a.type_v);
+    if (type_k < 0 || type_v < 0 || !tq_attention_supports(type_k, type_v, a.head_k, a.head_v)) {
         return false;
     }
-    const int type_k = row_type(k->type);
-    const int type_v = row_type(v->type);
-    if (type_k < 0 || type_v < 0 || !tq_attention_supports(type_k, type_v, k->ne[0], v->ne[0])) {
-        return false;
-    }
-    if (q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32 || q->nb[0] != sizeof(float) ||
-        k->nb[0] != ggml_type_size(k->type) || v->nb[0] != ggml_type_size(v->type) ||
-        k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || q->ne[2] % k->ne[2] != 0 || q->ne[3] % k->ne[3] != 0 ||
-        (mask && (mask->type != GGML_TYPE_F16 || mask->nb[0] != sizeof(uint16_t)))) {
-        return false;
-    }
+    plan.kv = { type_k, type_v, a.head_k, a.head_v, nullptr, nullptr, (size_t) a.k.row_bytes, (size_t) a.v.row_bytes,
+                a.scale, a.soft_cap, turbo_sparse_v(), {}, {} };
 
-    float params[3];
-    memcpy(params, op->op_params, sizeof(params));
-    plan.max_bias = params[1];
-    plan.kv = { type_k, type_v, k->ne[0], v->ne[0], nullptr, nullptr, k->nb[1], v->nb[1], params[0], params[2],
-                turbo_sparse_v(), {}, {} };
-
-    const int64_t n_kv = k->ne[1];
-    plan.group      = q->ne[2] / k->ne[2];
-    plan.tokens     = std::max<int64_t>(1, std::min(q->ne[1], rows_per_unit / plan.group));
-    plan.token_runs = (q->ne[1] + plan.tokens - 1) / plan.tokens;
-    plan.units      = q->ne[3] * k->ne[2] * plan.token_runs;
-    plan.unit_rows  = plan.tokens * plan.group;
-    const int64_t token_bytes = k->ne[2] * (ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]));
-    const int64_t share       = (n_kv * k->ne[2] * q->ne[3] / n_threads + k->ne[2] - 1) / k->ne[2]; // rows of a thread
+    plan.tokens     = std::max<int64_t>(1, std::min(a.tokens, rows_per_unit / a.group));
+    plan.token_runs = (a.tokens + plan.tokens - 1) / plan.tokens;
+    plan.units      = a.streams * a.kv_heads * plan.token_runs;
+    plan.unit_rows  = plan.tokens * a.group;
+    const int64_t token_bytes = a.kv_heads * (ggml_row_size(a.type_k, a.head_k) + ggml_row_size(a.type_v, a.head_v));
+    const int64_t share = (a.n_kv * a.kv_heads * a.streams / n_threads + a.kv_heads - 1) / a.kv_heads; // rows of a thread
     plan.chunk_rows = std::max<int64_t>(64, std::min({ chunk_rows_max, chunk_bytes / token_bytes, share }) / 64 * 64);
-    plan.chunks     = (n_kv + plan.chunk_rows - 1) / plan.chunk_rows;
+    plan.chunks     = (a.n_kv + plan.chunk_rows - 1) / plan.chunk_rows;
 
     plan.scratch = align(tq_attention_scratch(&plan.kv, plan.unit_rows)) +
                    align(plan.unit_rows * (sizeof(float *) + sizeof(void *) + sizeof(float))) +
-                   align(q->ne[3] * plan.chunks * sizeof(Chunk));
+                   align(a.streams * plan.chunks * sizeof(Chunk));
     plan.partial = align(plan.unit_rows * (plan.kv.head_v + 2) * sizeof(float));
     plan.results = plan.partial * (plan.token_runs == 1 ? plan.units + 1 : 1);
     plan.total   = 64 + n_threads * (plan.scratch + plan.results);
     return true;
-}
-
-float alibi_slope(const Plan & plan, int64_t head, int64_t n_head) {
-    if (plan.max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int64_t n_head_log2 = 1ll << (int64_t) floor(log2((double) n_head));
-    const float   m0 = powf(2.0f, -plan.max_bias / n_head_log2);
-    const float   m1 = powf(2.0f, -(plan.max_bias / 2.0f) / n_head_log2);
-    return head < n_head_log2 ? powf(m0, head + 1) : powf(m1, 2 * (head - n_head_log2) + 1);
 }
 
 // A unit's place in the tensors.
@@ -129,29 +93,18 @@ struct Unit {
     int64_t stream, head, token, tokens;
 };
 
-Unit unit_at(const Plan & plan, const ggml_tensor * op, int64_t index) {
+Unit unit_at(const Plan & plan, int64_t index) {
     const int64_t run  = index % plan.token_runs;
-    const int64_t head = index / plan.token_runs % op->src[1]->ne[2];
-    Unit unit = { index / plan.token_runs / op->src[1]->ne[2], head, run * plan.tokens, 0 };
-    unit.tokens = std::min(plan.tokens, op->src[0]->ne[1] - unit.token);
+    const int64_t head = index / plan.token_runs % plan.a.kv_heads;
+    Unit unit = { index / plan.token_runs / plan.a.kv_heads, head, run * plan.tokens, 0 };
+    unit.tokens = std::min(plan.tokens, plan.a.tokens - unit.token);
     return unit;
 }
 
-const ggml_fp16_t * mask_row(const ggml_tensor * op, int64_t token, int64_t head, int64_t stream) {
-    const ggml_tensor * mask = op->src[3];
-    if (!mask) {
-        return nullptr;
-    }
-    return (const ggml_fp16_t *) ((const char *) mask->data + token * mask->nb[1] + head % mask->ne[2] * mask->nb[2] +
-                                  stream % mask->ne[3] * mask->nb[3]);
-}
-
 // Returns how many rows of V were left out. `next`: the chunk to fetch meanwhile, or null.
-int64_t compute_rows(const Plan & plan, const ggml_tensor * op, const Unit & unit, int64_t first, int64_t last,
-                     float * partial, char * memory, const Chunk * next, bool next_v) {
-    const ggml_tensor * q = op->src[0];
-    const ggml_tensor * k = op->src[1];
-    const ggml_tensor * v = op->src[2];
+int64_t compute_rows(const Plan & plan, const Unit & unit, int64_t first, int64_t last, float * partial, char * memory,
+                     const Chunk * next, bool next_v) {
+    const turbo_attention & a = plan.a;
 
     char *         arrays  = memory + align(tq_attention_scratch(&plan.kv, plan.unit_rows));
     const float ** q_rows  = (const float **) arrays;
@@ -159,29 +112,25 @@ int64_t compute_rows(const Plan & plan, const ggml_tensor * op, const Unit & uni
     float *        slopes  = (float *) (arrays + plan.unit_rows * (sizeof(float *) + sizeof(void *)));
     int64_t        rows    = 0;
     for (int64_t t = unit.token; t < unit.token + unit.tokens; ++t) {
-        for (int64_t h = unit.head * plan.group; h < (unit.head + 1) * plan.group; ++h, ++rows) {
-            q_rows[rows] =
-                (const float *) ((const char *) q->data + t * q->nb[1] + h * q->nb[2] + unit.stream * q->nb[3]);
-            masks[rows]  = mask_row(op, t, h, unit.stream);
-            slopes[rows] = alibi_slope(plan, h, q->ne[2]);
+        for (int64_t h = unit.head * a.group; h < (unit.head + 1) * a.group; ++h, ++rows) {
+            q_rows[rows] = a.query(t, h, unit.stream);
+            masks[rows]  = a.mask_row(t, h, unit.stream);
+            slopes[rows] = turbo_mask_slope(a, h);
         }
     }
-    tq_attention_kv kv     = plan.kv;
-    const int64_t   stream = unit.stream / (q->ne[3] / k->ne[3]);
-    kv.k = (const char *) k->data + unit.head * k->nb[2] + stream * k->nb[3];
-    kv.v = (const char *) v->data + unit.head * v->nb[2] + stream * v->nb[3];
-    const ggml_tensor * cache[2] = { k, v };
+    tq_attention_kv kv = plan.kv;
+    kv.k = a.k.at(0, unit.head, a.kv_stream(unit.stream));
+    kv.v = a.v.at(0, unit.head, a.kv_stream(unit.stream));
+    const turbo_rows * cache[2] = { &a.k, &a.v };
     for (int i = 0; next && i < (next_v ? 2 : 1); ++i) {
-        const ggml_tensor * t = cache[i];
-        const int64_t heads = t->ne[2];
-        if (t->nb[1] < heads * t->nb[2]) {
+        const turbo_rows & t = *cache[i];
+        if (t.row_bytes < a.kv_heads * t.head_bytes) {
             continue; // another layout: a chunk's heads do not lie side by side
         }
         // each head fetches its share
-        const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, t->ne[1]);
-        const size_t  share = ((end - begin) * t->nb[1] / heads + 63) / 64 * 64;
-        const char *  data  = (const char *) t->data + next->stream / (q->ne[3] / t->ne[3]) * t->nb[3];
-        kv.ahead[i]       = data + begin * t->nb[1] + unit.head * share;
+        const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, a.n_kv);
+        const size_t  share = ((end - begin) * t.row_bytes / a.kv_heads + 63) / 64 * 64;
+        kv.ahead[i]       = t.at(begin, 0, a.kv_stream(next->stream)) + unit.head * share;
         kv.ahead_bytes[i] = share;
     }
     const tq_attention_queries queries = { rows, q_rows, masks, 0, slopes };
@@ -189,12 +138,12 @@ int64_t compute_rows(const Plan & plan, const ggml_tensor * op, const Unit & uni
 }
 
 // A chunk that no query may see is not worth fetching.
-bool visible(const Plan & plan, const ggml_tensor * op, const Chunk & chunk) {
-    const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, op->src[1]->ne[1]);
-    const int64_t heads = op->src[3] ? op->src[3]->ne[2] : 1; // masks that differ
-    for (int64_t token = 0; token < op->src[0]->ne[1]; ++token) {
-        for (int64_t head = 0; head < heads; ++head) {
-            const ggml_fp16_t * mask = mask_row(op, token, head, chunk.stream);
+bool visible(const Plan & plan, const Chunk & chunk) {
+    const turbo_attention & a = plan.a;
+    const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, a.n_kv);
+    for (int64_t token = 0; token < a.tokens; ++token) {
+        for (int64_t head = 0; head < a.mask_heads; ++head) {
+            const ggml_fp16_t * mask = a.mask_row(token, head, chunk.stream);
             if (!mask || std::any_of(mask + first, mask + last, [](ggml_fp16_t x) { return x != 0xFC00; })) {
                 return true;
             }
@@ -203,21 +152,18 @@ bool visible(const Plan & plan, const ggml_tensor * op, const Chunk & chunk) {
     return false;
 }
 
-void finish_row(const Plan & plan, ggml_tensor * op, const Unit & unit, int64_t row, float * partial) {
-    const int64_t       head  = unit.head * plan.group + row % plan.group;
-    const int64_t       token = unit.token + row / plan.group;
-    const ggml_tensor * sinks = op->src[4];
-    float * out = (float *) ((char *) op->data +
-                             (unit.stream * op->ne[2] * op->ne[1] + head + token * op->ne[1]) * op->nb[1]);
-    const float * sink = sinks ? (const float *) sinks->data + head : nullptr;
-    tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, sink, out);
+void finish_row(const Plan & plan, const Unit & unit, int64_t row, float * partial) {
+    const turbo_attention & a = plan.a;
+    const int64_t head  = unit.head * a.group + row % a.group;
+    const int64_t token = unit.token + row / a.group;
+    tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, a.sinks ? a.sinks + head : nullptr,
+                        a.result(token, head, unit.stream));
 }
 
 // This thread's share of the chunks: results[unit] = the partial results of all that it saw.
-void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, int64_t threads, char * scratch,
-                           char * results) {
-    const int64_t heads  = op->src[1]->ne[2];
-    const int64_t n_kv   = op->src[1]->ne[1];
+void compute_chunks(const Plan & plan, int64_t thread, int64_t threads, char * scratch, char * results) {
+    const int64_t heads  = plan.a.kv_heads;
+    const int64_t n_kv   = plan.a.n_kv;
     const int64_t stride = plan.kv.head_v + 2;
     float *       chunk_result = (float *) (results + plan.units * plan.partial);
     for (int64_t u = 0; u < plan.units; ++u) {
@@ -227,12 +173,12 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
             row[plan.kv.head_v] = -INFINITY;
         }
     }
-    Chunk * list  = (Chunk *) (scratch + plan.scratch - align(op->src[0]->ne[3] * plan.chunks * sizeof(Chunk)));
+    Chunk * list  = (Chunk *) (scratch + plan.scratch - align(plan.a.streams * plan.chunks * sizeof(Chunk)));
     int64_t count = 0;
-    for (int32_t stream = 0; stream < op->src[0]->ne[3]; ++stream) {
+    for (int32_t stream = 0; stream < plan.a.streams; ++stream) {
         for (int32_t index = 0; index < plan.chunks; ++index) {
             const Chunk chunk = { stream, index };
-            if (visible(plan, op, chunk)) {
+            if (visible(plan, chunk)) {
                 list[count++] = chunk;
             }
         }
@@ -242,9 +188,9 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
     for (int64_t item = begin; item < end; ++item) {
         const Chunk & chunk = list[item / heads];
         const Chunk * next  = (item / heads + 1) * heads < end ? &chunk + 1 : nullptr;
-        const Unit    unit  = unit_at(plan, op, chunk.stream * heads + item % heads);
+        const Unit    unit  = unit_at(plan, chunk.stream * heads + item % heads);
         const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, n_kv);
-        const int64_t left_out = compute_rows(plan, op, unit, first, last, chunk_result, scratch, next, fetch_v);
+        const int64_t left_out = compute_rows(plan, unit, first, last, chunk_result, scratch, next, fetch_v);
         fetch_v = left_out < (last - first) / 2; // sparse V
         float * into = (float *) (results + (unit.stream * heads + unit.head) * plan.partial);
         for (int64_t m = 0; m < plan.unit_rows; ++m) {
@@ -254,6 +200,33 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
 }
 
 } // namespace
+
+bool turbo_cpu_refuses(const struct ggml_tensor * op) {
+    const ggml_tensor * a = op->src[0];
+    const ggml_tensor * b = op->src[1];
+    switch (turbo_op_kind(op)) {
+        case turbo_op::untouched:
+        case turbo_op::view:
+        case turbo_op::bytes:
+            return false;
+        case turbo_op::encode:
+            return !ggml_is_contiguous(op) || !turbo_whole_rows(a) ||
+                   (a->type != GGML_TYPE_F32 && a->type != GGML_TYPE_F16 && a->type != GGML_TYPE_BF16);
+        case turbo_op::decode:
+        case turbo_op::load:
+            return op->type != GGML_TYPE_F32;
+        case turbo_op::store:
+            return false;
+        case turbo_op::multiply:
+            return b->type != GGML_TYPE_F32;
+        case turbo_op::attention:
+            return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
+        case turbo_op::other:
+            // Newer than the oldest tree, hence by name; its K goes through vec_dot.
+            return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
+    }
+    return true;
+}
 
 bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op) {
     Plan plan;
@@ -268,15 +241,15 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
 
     if (plan.token_runs > 1) {
         for (int64_t u = params->ith; u < plan.units; u += params->nth) {
-            const Unit unit = unit_at(plan, op, u);
-            compute_rows(plan, op, unit, 0, op->src[1]->ne[1], (float *) mine, scratch, nullptr, false);
-            for (int64_t row = 0; row < unit.tokens * plan.group; ++row) {
-                finish_row(plan, op, unit, row, (float *) mine + row * stride);
+            const Unit unit = unit_at(plan, u);
+            compute_rows(plan, unit, 0, plan.a.n_kv, (float *) mine, scratch, nullptr, false);
+            for (int64_t row = 0; row < unit.tokens * plan.a.group; ++row) {
+                finish_row(plan, unit, row, (float *) mine + row * stride);
             }
         }
         return true;
     }
-    compute_chunks(plan, op, params->ith, params->nth, scratch, mine);
+    compute_chunks(plan, params->ith, params->nth, scratch, mine);
     ggml_barrier(params->threadpool);
     for (int64_t item = params->ith; item < plan.units * plan.unit_rows; item += params->nth) {
         const int64_t u = item / plan.unit_rows, row = item % plan.unit_rows;
@@ -285,7 +258,7 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
         for (int64_t thread = 1; thread < params->nth; ++thread) {
             tq_attention_merge(into, (const float *) (first + thread * plan.results) + row * stride, plan.kv.head_v);
         }
-        finish_row(plan, op, unit_at(plan, op, u), row, into);
+        finish_row(plan, unit_at(plan, u), row, into);
     }
     return true;
 }

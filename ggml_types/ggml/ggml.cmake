@@ -3,7 +3,10 @@
 # ggml-base does not exist yet; this runs at the end of ggml's CMakeLists.txt.
 function(turboquant_attach)
     target_sources(ggml-base PRIVATE
-        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-ggml.cpp"
+        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-types.cpp"
+        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-traits.cpp"
+        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-ops.cpp"
+        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-options.cpp"
         $<TARGET_OBJECTS:turboquant_objects>)
     # PUBLIC: the backends, libllama, common and the tests include the glue's headers. They need no install, as no
     # installed header of llama.cpp includes them.

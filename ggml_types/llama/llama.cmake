@@ -4,7 +4,7 @@
 function(turboquant_attach_llama folder vendor)
     if (TARGET llama AND NOT TARGET turboquant-capture)
         set(sources)
-        foreach (name llama plan noise)
+        foreach (name boundary devices guard layers llama model noise plan)
             list(APPEND sources "${folder}/llama/turbo-${name}.cpp")
         endforeach()
         target_sources(llama PRIVATE ${sources})

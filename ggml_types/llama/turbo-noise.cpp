@@ -2,7 +2,7 @@
 
 #include "llama/turbo-noise.h"
 
-#include "ggml/turbo-ggml.h"
+#include "ggml/turbo-types.h"
 
 #include "llama-hparams.h"
 #include "llama-model.h"

@@ -28,7 +28,7 @@
 //   {"record":"failure", "why":s}               instead of a result: the line cannot be measured
 //   {"record":"error", "why":s}                 last: nothing can be measured
 
-#include "ggml/turbo-ggml.h"
+#include "ggml/turbo-options.h"
 #include "llama/turbo-plan.h"
 
 #include "ggml-backend.h"
@@ -419,8 +419,8 @@ int main(int argc, char ** argv) {
             emit("{\"record\":\"failure\",\"why\":" + quoted("no plan or types: " + line) + "}");
             continue;
         }
-        turbo_option_to_env(TURBO_PLAN_ENV, kind == "plan" ? rest.c_str() : "off");
-        turbo_option_to_env(TURBO_GUARD_ENV, "off");
+        turbo_option_to_env("--cache-plan", kind == "plan" ? rest.c_str() : "off");
+        turbo_option_to_env("--cache-guard", "off");
         ctx.reset();  // before the next one: two caches may not fit
         ctx = make_context(model.get(), given, type_k, type_v);
         why = ctx ? "" : g_log.error.empty() ? "llama.cpp could not make a context" : g_log.error;

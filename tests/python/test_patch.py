@@ -469,7 +469,7 @@ def test_the_hooks_are_few_and_explained():
 
 
 def test_the_enum_has_the_listed_ids():
-    """ggml.h cannot include the list of formats, so its hook repeats the ids; rows of turbo-ggml.h name the others."""
+    """ggml.h cannot include the list of formats, so its hook repeats the ids; rows of turbo-types.h name the others."""
     (hook,) = (hook for hook in engine.load_hooks() if hook.id == "type-ids")
     count, *members = re.findall(r"(\w*)\s*(?:= (\d+))?,|(\w+)\s*$", hook.sites[0].text)
     ids, value = {}, -1
@@ -477,7 +477,7 @@ def test_the_enum_has_the_listed_ids():
         value = int(given) if given else value + 1
         ids[(name or last).removeprefix("GGML_TYPE_")] = value
     assert ids.popitem()[0] == "COUNT_UPSTREAM"
-    header = (ROOT / "ggml_types" / "ggml" / "turbo-ggml.h").read_text(encoding="utf-8")
+    header = (ROOT / "ggml_types" / "ggml" / "turbo-types.h").read_text(encoding="utf-8")
     others = {name: int(id) for name, id in re.findall(r"^    X\((TURBO_\w+), .* (\d+)\)", header, re.M)}
     assert ids == {info.name.upper(): info.file_id for info in turboquant.types()} | others
     assert list(others.items()) == [("TURBO_Q128", 521), ("TURBO_Q64", 522), ("TURBO_Q32", 523), ("TURBO_AUTO", 524)]
