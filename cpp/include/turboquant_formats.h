@@ -11,7 +11,7 @@
  *   ID, name  of the type with the longest block; those of the others end in the block's length
  *   family    the C++ template in cpp/src/families, instantiated with the bits of an index
  *   id        of the first type, in files (GGUF, saved states); the others' follow. Released ids are frozen. 521 to 524
- *             are taken: ggml_types/ggml/turbo-types.h */
+ *             are taken: ggml_types/turbo-ggml.h */
 #define TURBOQUANT_FAMILIES(F, X)              \
     F(X, TURBO4, turbo4, LloydMax, 4, 512) \
     F(X, TURBO3, turbo3, LloydMax, 3, 515) \
