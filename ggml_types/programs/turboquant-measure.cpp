@@ -30,6 +30,7 @@
 
 #include "ggml/turbo-options.h"
 #include "llama/turbo-plan.h"
+#include "programs/turbo-record.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -55,28 +56,11 @@ constexpr int k_batch = 512;  // as llama-perplexity computes them
 
 // ---- output ------------------------------------------------------------------------------------------------------------
 
-std::string quoted(const std::string & text) {
-    std::string out = "\"";
-    for (const char c : text) {
-        if (c == '"' || c == '\\') {
-            out += '\\';
-        }
-        out += (unsigned char) c < 0x20 ? ' ' : c;
-    }
-    return out + '"';
-}
-
 // JSON has no infinities: what is not finite becomes null.
 std::string number(double x) {
     char text[40];
     std::snprintf(text, sizeof(text), "%.9g", x);
     return std::isfinite(x) ? text : "null";
-}
-
-void emit(const std::string & line) {
-    std::fwrite(line.data(), 1, line.size(), stdout);
-    std::fputc('\n', stdout);
-    std::fflush(stdout);
 }
 
 int fail(const std::string & why) {
