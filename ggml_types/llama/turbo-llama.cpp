@@ -11,6 +11,9 @@
 
 #include "llama.h"
 
+#include <string>
+#include <utility>
+
 static bool fail(const std::string & error) {
     turbo_error("%s", error.c_str());
     return false;
