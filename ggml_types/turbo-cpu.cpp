@@ -213,9 +213,23 @@ void finish_row(const Plan & plan, ggml_tensor * op, const Unit & unit, int64_t 
     tq_attention_finish(plan.kv.type_v, partial, plan.kv.head_v, sink, out);
 }
 
+// The chunks that some query sees; the same for every thread.
+int64_t list_chunks(const Plan & plan, const ggml_tensor * op, Chunk * list) {
+    int64_t count = 0;
+    for (int32_t stream = 0; stream < op->src[0]->ne[3]; ++stream) {
+        for (int32_t index = 0; index < plan.chunks; ++index) {
+            const Chunk chunk = { stream, index };
+            if (visible(plan, op, chunk)) {
+                list[count++] = chunk;
+            }
+        }
+    }
+    return count;
+}
+
 // This thread's share of the chunks: results[unit] = the partial results of all that it saw.
-void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, int64_t threads, char * scratch,
-                           char * results) {
+void compute_chunks(const Plan & plan, const ggml_tensor * op, const Chunk * list, int64_t count, int64_t thread,
+                    int64_t threads, char * scratch, char * results) {
     const int64_t heads  = op->src[1]->ne[2];
     const int64_t n_kv   = op->src[1]->ne[1];
     const int64_t stride = plan.kv.head_v + 2;
@@ -225,16 +239,6 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
         for (int64_t m = 0; m < plan.unit_rows; ++m, row += stride) {
             std::fill(row, row + stride, 0.0f);
             row[plan.kv.head_v] = -INFINITY;
-        }
-    }
-    Chunk * list  = (Chunk *) (scratch + plan.scratch - align(op->src[0]->ne[3] * plan.chunks * sizeof(Chunk)));
-    int64_t count = 0;
-    for (int32_t stream = 0; stream < op->src[0]->ne[3]; ++stream) {
-        for (int32_t index = 0; index < plan.chunks; ++index) {
-            const Chunk chunk = { stream, index };
-            if (visible(plan, op, chunk)) {
-                list[count++] = chunk;
-            }
         }
     }
     const int64_t items = count * heads, begin = items * thread / threads, end = items * (thread + 1) / threads;
@@ -253,6 +257,18 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
     }
 }
 
+// Units that are computed by one thread each, over KV rows first ... last-1.
+void compute_units(const Plan & plan, ggml_tensor * op, int64_t first, int64_t last, int64_t thread, int64_t threads,
+                   char * scratch, float * partial) {
+    for (int64_t u = thread; u < plan.units; u += threads) {
+        const Unit unit = unit_at(plan, op, u);
+        compute_rows(plan, op, unit, first, last, partial, scratch, nullptr, false);
+        for (int64_t row = 0; row < unit.tokens * plan.group; ++row) {
+            finish_row(plan, op, unit, row, partial + row * (plan.kv.head_v + 2));
+        }
+    }
+}
+
 } // namespace
 
 bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op) {
@@ -267,16 +283,18 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     const int64_t stride  = plan.kv.head_v + 2;
 
     if (plan.token_runs > 1) {
-        for (int64_t u = params->ith; u < plan.units; u += params->nth) {
-            const Unit unit = unit_at(plan, op, u);
-            compute_rows(plan, op, unit, 0, op->src[1]->ne[1], (float *) mine, scratch, nullptr, false);
-            for (int64_t row = 0; row < unit.tokens * plan.group; ++row) {
-                finish_row(plan, op, unit, row, (float *) mine + row * stride);
-            }
-        }
+        compute_units(plan, op, 0, op->src[1]->ne[1], params->ith, params->nth, scratch, (float *) mine);
         return true;
     }
-    compute_chunks(plan, op, params->ith, params->nth, scratch, mine);
+    Chunk *       list  = (Chunk *) (scratch + plan.scratch - align(op->src[0]->ne[3] * plan.chunks * sizeof(Chunk)));
+    const int64_t count = list_chunks(plan, op, list);
+    if (count == 1 && op->src[0]->ne[3] == 1) { // a short context: nothing to merge, so no thread waits for another
+        const int64_t first = list->index * plan.chunk_rows;
+        compute_units(plan, op, first, std::min(first + plan.chunk_rows, op->src[1]->ne[1]), params->ith, params->nth,
+                      scratch, (float *) mine);
+        return true;
+    }
+    compute_chunks(plan, op, list, count, params->ith, params->nth, scratch, mine);
     ggml_barrier(params->threadpool);
     for (int64_t item = params->ith; item < plan.units * plan.unit_rows; item += params->nth) {
         const int64_t u = item / plan.unit_rows, row = item % plan.unit_rows;
