@@ -160,8 +160,23 @@ void finish_row(const Plan & plan, const Unit & unit, int64_t row, float * parti
                         a.result(token, head, unit.stream));
 }
 
+// The chunks that some query sees; the same for every thread.
+int64_t list_chunks(const Plan & plan, Chunk * list) {
+    int64_t count = 0;
+    for (int32_t stream = 0; stream < plan.a.streams; ++stream) {
+        for (int32_t index = 0; index < plan.chunks; ++index) {
+            const Chunk chunk = { stream, index };
+            if (visible(plan, chunk)) {
+                list[count++] = chunk;
+            }
+        }
+    }
+    return count;
+}
+
 // This thread's share of the chunks: results[unit] = the partial results of all that it saw.
-void compute_chunks(const Plan & plan, int64_t thread, int64_t threads, char * scratch, char * results) {
+void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_t thread, int64_t threads, char * scratch,
+                    char * results) {
     const int64_t heads  = plan.a.kv_heads;
     const int64_t n_kv   = plan.a.n_kv;
     const int64_t stride = plan.kv.head_v + 2;
@@ -171,16 +186,6 @@ void compute_chunks(const Plan & plan, int64_t thread, int64_t threads, char * s
         for (int64_t m = 0; m < plan.unit_rows; ++m, row += stride) {
             std::fill(row, row + stride, 0.0f);
             row[plan.kv.head_v] = -INFINITY;
-        }
-    }
-    Chunk * list  = (Chunk *) (scratch + plan.scratch - align(plan.a.streams * plan.chunks * sizeof(Chunk)));
-    int64_t count = 0;
-    for (int32_t stream = 0; stream < plan.a.streams; ++stream) {
-        for (int32_t index = 0; index < plan.chunks; ++index) {
-            const Chunk chunk = { stream, index };
-            if (visible(plan, chunk)) {
-                list[count++] = chunk;
-            }
         }
     }
     const int64_t items = count * heads, begin = items * thread / threads, end = items * (thread + 1) / threads;
@@ -195,6 +200,18 @@ void compute_chunks(const Plan & plan, int64_t thread, int64_t threads, char * s
         float * into = (float *) (results + (unit.stream * heads + unit.head) * plan.partial);
         for (int64_t m = 0; m < plan.unit_rows; ++m) {
             tq_attention_merge(into + m * stride, chunk_result + m * stride, plan.kv.head_v);
+        }
+    }
+}
+
+// Units that are computed by one thread each, over KV rows first ... last-1.
+void compute_units(const Plan & plan, int64_t first, int64_t last, int64_t thread, int64_t threads, char * scratch,
+                   float * partial) {
+    for (int64_t u = thread; u < plan.units; u += threads) {
+        const Unit unit = unit_at(plan, u);
+        compute_rows(plan, unit, first, last, partial, scratch, nullptr, false);
+        for (int64_t row = 0; row < unit.tokens * plan.a.group; ++row) {
+            finish_row(plan, unit, row, partial + row * (plan.kv.head_v + 2));
         }
     }
 }
@@ -240,16 +257,18 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     const int64_t stride  = plan.kv.head_v + 2;
 
     if (plan.token_runs > 1) {
-        for (int64_t u = params->ith; u < plan.units; u += params->nth) {
-            const Unit unit = unit_at(plan, u);
-            compute_rows(plan, unit, 0, plan.a.n_kv, (float *) mine, scratch, nullptr, false);
-            for (int64_t row = 0; row < unit.tokens * plan.a.group; ++row) {
-                finish_row(plan, unit, row, (float *) mine + row * stride);
-            }
-        }
+        compute_units(plan, 0, plan.a.n_kv, params->ith, params->nth, scratch, (float *) mine);
         return true;
     }
-    compute_chunks(plan, params->ith, params->nth, scratch, mine);
+    Chunk *       list  = (Chunk *) (scratch + plan.scratch - align(plan.a.streams * plan.chunks * sizeof(Chunk)));
+    const int64_t count = list_chunks(plan, list);
+    if (count == 1 && plan.a.streams == 1) { // a short context: nothing to merge, so no thread waits for another
+        const int64_t first = list->index * plan.chunk_rows;
+        compute_units(plan, first, std::min(first + plan.chunk_rows, plan.a.n_kv), params->ith, params->nth, scratch,
+                      (float *) mine);
+        return true;
+    }
+    compute_chunks(plan, list, count, params->ith, params->nth, scratch, mine);
     ggml_barrier(params->threadpool);
     for (int64_t item = params->ith; item < plan.units * plan.unit_rows; item += params->nth) {
         const int64_t u = item / plan.unit_rows, row = item % plan.unit_rows;
