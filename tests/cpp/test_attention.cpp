@@ -338,6 +338,40 @@ void slopes_over_one_mask() {
                   attention_bound);
 }
 
+// Every query sees a prefix of the rows, as tokens of one batch do. Rows behind all of them leave no trace.
+void prefixes() {
+    const int64_t n_kv = 200;
+    const int64_t seen[][3] = {{90, 10, 130}, {130, 90, 10}, {10, 130, 90}, {1, 64, 64}, {128, 129, 127}};
+    for (const auto & p : pairs)
+        for (const auto & lengths : seen) {
+            check::Case case_("prefixes of ", lengths[0], ", ", lengths[1], ", ", lengths[2], " rows, K ",
+                              type_name(p.k), ", V ", type_name(p.v));
+            Random r(uint64_t(600 * p.k + p.v));
+            Cache k(r, p.k, p.head_k, n_kv), v(r, p.v, p.head_v, n_kv);
+            Call call = {k, v, {}, {}, {}, {}};
+            call.q.resize(size_t(3 * p.head_k));
+            for (int m = 0; m < 3; ++m) {
+                fill_query(r, p.k, call.q.data() + m * p.head_k, p.head_k);
+                call.mask.emplace_back();
+                for (int64_t j = 0; j < n_kv; ++j) call.mask.back().push_back(j < lengths[m] ? 0 : 0xfc00);
+            }
+            use(kernels_under_test);
+            const auto whole = call.partial(0, n_kv);
+            const int64_t left_out = call.left_out;
+            const auto got = call.finished(whole, nullptr);
+            for (int64_t m = 0; m < 3; ++m) {
+                check::Case row_case("query ", m);
+                check_row(got.data() + m * v.head,
+                          formula(k, v, call.q.data() + m * k.head, call.options, nullptr,
+                                  [&](int64_t j) { return call.added(m, j); }),
+                          attention_bound);
+            }
+            const int64_t last = *std::max_element(lengths, lengths + 3), tile_end = (last + 63) / 64 * 64;
+            CHECK(call.partial(0, last) == whole);
+            CHECK_EQ(left_out, call.left_out + std::min(tile_end, n_kv) - last);
+        }
+}
+
 void fully_masked_with_sink() {
     Random r(3);
     Cache k(r, TQ_TURBO4, 128, 70), v(r, TQ_TURBO4, 128, 70);
@@ -457,6 +491,7 @@ int main(int argc, char ** argv) {
     random_masks();
     splits_and_sinks();
     slopes_over_one_mask();
+    prefixes();
     fully_masked_with_sink();
     nan_survives_merging();
     slots_are_apart();

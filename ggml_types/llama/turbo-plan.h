@@ -23,6 +23,8 @@ GGML_API bool turbo_plan_model_json(const struct llama_model * model, char * out
 #include <vector>
 
 struct turbo_layer_power;
+struct turbo_model;
+struct turbo_options;
 
 // GGML_TYPE_COUNT stands for "no cache".
 struct turbo_plan {
@@ -35,14 +37,14 @@ struct turbo_plan {
 // "q8_0*2,turbo4,-": names in the order of the layers, runs as NAME*COUNT, '-' for a layer without a cache.
 std::string turbo_types_to_text(const std::vector<ggml_type> & types);
 
-// The plan in a JSON file. False, with one sentence in `error`, if it cannot be read.
-bool turbo_plan_read(const std::string & path, turbo_plan & plan, std::string & error);
+enum class turbo_plan_state { none, found, refused };
 
-// The plan in the model's metadata; `found` tells whether there is one.
-bool turbo_plan_from_metadata(const llama_model & model, turbo_plan & plan, bool & found, std::string & error);
+// The plan for a context with a type "auto": the file that the options name for this model or for the draft model, else
+// the one in the model's metadata. What is refused is told in the log.
+turbo_plan_state turbo_choose_plan(const llama_model & model, const turbo_model & about, const turbo_options & options,
+                                   const std::vector<turbo_layer_power> & powers, turbo_plan & plan);
 
-// Why the plan is not one for this model; empty if it is. Without powers (weights that are not loaded) they are not
-// compared.
-std::string turbo_plan_mismatch(const turbo_plan & plan, const llama_model & model,
-                                const std::vector<turbo_layer_power> & powers);
+// The types of a plan in the blocks that fit the heads; `origin` names the plan in the log if one does not fit.
+bool turbo_take_plan(const std::vector<ggml_type> & wanted, std::vector<ggml_type> & types, const turbo_model & model,
+                     bool keys, const std::string & origin);
 #endif

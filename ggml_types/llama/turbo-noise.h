@@ -1,4 +1,4 @@
-// turbo-guard.h: what the weights of a model say about its keys and queries before any token was seen. Part of libllama.
+// turbo-noise.h: what the weights of a model say about its keys and queries before any token was seen. Part of libllama.
 #pragma once
 
 #include "ggml.h"

@@ -3,24 +3,17 @@
 // HIP and MUSA compile the same sources of ggml without our kernels: there the types are refused.
 #pragma once
 
-#include "ggml-impl.h"
-#include "turbo-ggml.h"
+#include "ggml/turbo-ops.h"
 
 struct ggml_backend_cuda_context;
 struct ggml_cgraph;
 
 // True if op reads or writes a turbo type: then turbo_cuda_supports_op alone decides.
-inline bool turbo_cuda_touches(const ggml_tensor * op) {
-    bool touched = turbo_is_type(op->type);
-    for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        touched = touched || (op->src[i] && turbo_is_type(op->src[i]->type));
-    }
-    return touched;
-}
+inline bool turbo_cuda_touches(const ggml_tensor * op) { return turbo_op_kind(op) != turbo_op::untouched; }
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 
-inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) { return ggml_op_is_empty(op->op); }
+inline bool turbo_cuda_supports_op(int, const ggml_tensor * op) { return turbo_op_kind(op) == turbo_op::view; }
 inline bool turbo_cuda_set_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }

@@ -1,18 +1,22 @@
-// turbo-plan.cpp: reading plans, and telling models apart. See turbo-plan.h.
+// turbo-plan.cpp: reading plans, telling models apart, and choosing a plan. See turbo-plan.h.
 
-#include "turbo-plan.h"
+#include "llama/turbo-plan.h"
 
-#include "turbo-ggml.h"
-#include "turbo-guard.h"
-#include "turbo-llama.h"
+#include "ggml/turbo-options.h"
+#include "llama/turbo-model.h"
+#include "llama/turbo-noise.h"
 
 #include "llama.h"
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <thread>
 
 using json = nlohmann::json;
@@ -82,53 +86,26 @@ bool metadata(const llama_model & model, const char * key, std::string & value) 
     return true;
 }
 
-json describe(const llama_model & model, const std::vector<turbo_layer_power> & powers) {
-    const llama_hparams & hparams = model.hparams;
+json describe(const llama_model & model, const turbo_model & about, const std::vector<turbo_layer_power> & powers) {
     json heads = json::array();
     json head  = json::array();
     json power = json::array();
-    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        const bool cached = turbo_has_cache(hparams, il);
-        heads.push_back(cached ? hparams.n_head_kv(il) : 0);
-        head.push_back(cached ? hparams.n_embd_head_k(il) : 0);
+    for (size_t il = 0; il < about.layers.size(); ++il) {
+        const turbo_layer & layer  = about.layers[il];
+        const bool          cached = layer.cached;
+        heads.push_back(cached ? layer.kv_heads : 0);
+        head.push_back(cached ? layer.head_k : 0);
         const double raw = cached && il < powers.size() ? powers[il].raw_k : 0.0;
         power.push_back(raw > 0 && std::isfinite(raw) ? json(std::round(raw * 1e6) / 1e6) : json());
     }
     std::string architecture;
     metadata(model, "general.architecture", architecture);
-    return { { "architecture", architecture }, { "layers", hparams.n_layer_all }, { "heads_kv", heads },
+    return { { "architecture", architecture }, { "layers", about.layers.size() }, { "heads_kv", heads },
              { "head_k", head }, { "k_power", power } };
 }
 
-}  // namespace
-
-bool turbo_plan_model_json(const llama_model * model, char * out, size_t size) {
-    const int         n_threads = (int) std::max(1u, std::thread::hardware_concurrency());
-    const std::string text      = describe(*model, turbo_predict_powers(*model, n_threads)).dump();
-    if (text.size() + 1 > size) {
-        return false;
-    }
-    memcpy(out, text.c_str(), text.size() + 1);
-    return true;
-}
-
-std::string turbo_types_to_text(const std::vector<ggml_type> & types) {
-    std::string text;
-    for (size_t i = 0; i < types.size();) {
-        size_t end = i;
-        while (end < types.size() && types[end] == types[i]) {
-            ++end;
-        }
-        text += (i ? "," : "") + std::string(types[i] == GGML_TYPE_COUNT ? "-" : ggml_type_name(types[i]));
-        if (end - i > 1) {
-            text += "*" + std::to_string(end - i);
-        }
-        i = end;
-    }
-    return text;
-}
-
-bool turbo_plan_read(const std::string & path, turbo_plan & plan, std::string & error) {
+// The plan in a JSON file. False, with one sentence in `error`, if it cannot be read.
+bool read_plan(const std::string & path, turbo_plan & plan, std::string & error) {
     plan.origin = path;
     FILE * file = fopen(path.c_str(), "rb");
     if (!file) {
@@ -159,7 +136,8 @@ bool turbo_plan_read(const std::string & path, turbo_plan & plan, std::string & 
     return true;
 }
 
-bool turbo_plan_from_metadata(const llama_model & model, turbo_plan & plan, bool & found, std::string & error) {
+// The plan in the model's metadata; `found` tells whether there is one.
+bool plan_from_metadata(const llama_model & model, turbo_plan & plan, bool & found, std::string & error) {
     std::string version;
     std::string k;
     std::string v;
@@ -180,17 +158,17 @@ bool turbo_plan_from_metadata(const llama_model & model, turbo_plan & plan, bool
            types_from_text(v, "turboquant.plan.type_v", plan.v, error);
 }
 
-std::string turbo_plan_mismatch(const turbo_plan & plan, const llama_model & model,
-                                const std::vector<turbo_layer_power> & powers) {
-    const llama_hparams & hparams = model.hparams;
-    const size_t          layers  = hparams.n_layer_all;
+// Why the plan is not one for this model; empty if it is. Without powers (weights that are not loaded) they are not
+// compared.
+std::string plan_mismatch(const turbo_plan & plan, const llama_model & model, const turbo_model & about,
+                          const std::vector<turbo_layer_power> & powers) {
+    const size_t layers = about.layers.size();
     if (plan.k.size() != layers || plan.v.size() != layers) {
         return "it has types of K for " + std::to_string(plan.k.size()) + " and of V for " +
                std::to_string(plan.v.size()) + " layers, and the model has " + std::to_string(layers) + " layers";
     }
-    for (uint32_t il = 0; il < layers; ++il) {
-        const bool cached = turbo_has_cache(hparams, il);
-        if (cached && (plan.k[il] == GGML_TYPE_COUNT || (plan.v[il] == GGML_TYPE_COUNT && !hparams.is_mla()))) {
+    for (const uint32_t il : turbo_cached_layers(about)) {
+        if (plan.k[il] == GGML_TYPE_COUNT || (plan.v[il] == GGML_TYPE_COUNT && !about.mla)) {
             return "it names no type for layer " + std::to_string(il) + ", which has a cache";
         }
     }
@@ -198,7 +176,7 @@ std::string turbo_plan_mismatch(const turbo_plan & plan, const llama_model & mod
         return "";
     }
     const json theirs = json::parse(plan.model, nullptr, false);
-    const json ours   = describe(model, powers);
+    const json ours   = describe(model, about, powers);
     if (!theirs.is_object()) {
         return "its \"model\" is damaged";
     }
@@ -226,4 +204,131 @@ std::string turbo_plan_mismatch(const turbo_plan & plan, const llama_model & mod
         }
     }
     return "";
+}
+
+// ---- choosing ------------------------------------------------------------------------------------------------------
+
+// Plan files that fitted a model of this process: they need not fit the draft model, too.
+std::mutex                                   g_fitted_mutex;
+std::map<std::string, const llama_model *>   g_fitted;
+
+bool fitted_another(const std::string & path, const llama_model & model) {
+    const std::lock_guard<std::mutex> lock(g_fitted_mutex);
+    const auto                        found = g_fitted.find(path);
+    return found != g_fitted.end() && found->second != &model;
+}
+
+void remember_fitted(const std::string & path, const llama_model & model) {
+    const std::lock_guard<std::mutex> lock(g_fitted_mutex);
+    g_fitted.emplace(path, &model);
+}
+
+turbo_plan_state plan_from_file(const char * option, const std::string & path, const llama_model & model,
+                                const turbo_model & about, const std::vector<turbo_layer_power> & powers,
+                                turbo_plan & plan, std::string & why) {
+    std::string error;
+    plan = turbo_plan();
+    if (!read_plan(path, plan, error)) {
+        why = std::string(option) + ": " + error;
+        return turbo_plan_state::refused;
+    }
+    error = plan_mismatch(plan, model, about, powers);
+    if (error.empty()) {
+        remember_fitted(path, model);
+        return turbo_plan_state::found;
+    }
+    if (fitted_another(path, model)) {
+        turbo_info("%s is the plan of another model, and not used for this one", path.c_str());
+        return turbo_plan_state::none;
+    }
+    why = std::string(option) + ": " + path + " is not a plan for this model: " + error +
+          "; make one with `turboquant tune`, or leave the option out";
+    return turbo_plan_state::refused;
+}
+
+}  // namespace
+
+bool turbo_plan_model_json(const llama_model * model, char * out, size_t size) {
+    const int         n_threads = (int) std::max(1u, std::thread::hardware_concurrency());
+    const auto        powers    = turbo_predict_powers(*model, n_threads);
+    const std::string text      = describe(*model, turbo_describe_model(*model), powers).dump();
+    if (text.size() + 1 > size) {
+        return false;
+    }
+    memcpy(out, text.c_str(), text.size() + 1);
+    return true;
+}
+
+std::string turbo_types_to_text(const std::vector<ggml_type> & types) {
+    std::string text;
+    for (size_t i = 0; i < types.size();) {
+        size_t end = i;
+        while (end < types.size() && types[end] == types[i]) {
+            ++end;
+        }
+        text += (i ? "," : "") + std::string(types[i] == GGML_TYPE_COUNT ? "-" : ggml_type_name(types[i]));
+        if (end - i > 1) {
+            text += "*" + std::to_string(end - i);
+        }
+        i = end;
+    }
+    return text;
+}
+
+turbo_plan_state turbo_choose_plan(const llama_model & model, const turbo_model & about, const turbo_options & options,
+                                   const std::vector<turbo_layer_power> & powers, turbo_plan & plan) {
+    std::string why;
+    std::string refused;
+    // The draft model can be the same one once more.
+    const bool draft = !options.plan_draft.empty() && fitted_another(options.plan, model);
+    for (const auto & [option, path] : { std::make_pair("--cache-plan", draft ? std::string() : options.plan),
+                                         std::make_pair("--cache-plan-draft", options.plan_draft) }) {
+        if (!path.empty()) {
+            const turbo_plan_state state = plan_from_file(option, path, model, about, powers, plan, why);
+            if (state == turbo_plan_state::found) {
+                return state;
+            }
+            refused = state == turbo_plan_state::refused && refused.empty() ? why : refused;
+        }
+    }
+    if (!refused.empty()) {
+        turbo_error("%s", refused.c_str());
+        return turbo_plan_state::refused;
+    }
+    bool found = false;
+    plan       = turbo_plan();
+    if (options.plan_off) {
+        return turbo_plan_state::none;
+    }
+    if (plan_from_metadata(model, plan, found, why)) {
+        if (!found) {
+            return turbo_plan_state::none;
+        }
+        why = plan_mismatch(plan, model, about, powers);
+        if (why.empty()) {
+            return turbo_plan_state::found;
+        }
+        why = "the plan in the model's metadata is not one for this model: " + why;
+    }
+    turbo_warn("%s; it is not used, and the guard chooses the types (make a plan with `turboquant "
+            "tune`, or silence this with --cache-plan off)", why.c_str());
+    return turbo_plan_state::none;
+}
+
+bool turbo_take_plan(const std::vector<ggml_type> & wanted, std::vector<ggml_type> & types, const turbo_model & model,
+                     bool keys, const std::string & origin) {
+    for (const uint32_t il : turbo_cached_layers(model)) {
+        if (wanted[il] == GGML_TYPE_COUNT) { // V of multi-head latent attention
+            continue;
+        }
+        const uint32_t head = keys ? model.layers[il].head_k : model.layers[il].head_v;
+        types[il] = turbo_type_for_head(wanted[il], head);
+        if (types[il] == GGML_TYPE_COUNT) {
+            turbo_error("%s names %s for %s of layer %u, whose block (%d values) does not divide the "
+                    "head size %u: use f16 there", origin.c_str(), ggml_type_name(wanted[il]), keys ? "K" : "V", il,
+                    (int) ggml_blck_size(wanted[il]), head);
+            return false;
+        }
+    }
+    return true;
 }

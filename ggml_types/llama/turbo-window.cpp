@@ -1,13 +1,14 @@
 // turbo-window.cpp: the exact window's slots, tags and graph inputs. Part of libllama.
 
-#include "turbo-window.h"
+#include "llama/turbo-window.h"
 
-#include "turbo-llama.h"
+#include "ggml/turbo-ops.h"
+#include "llama/turbo-layers.h"
 
 #include "llama-graph.h"
+#include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 // ---- slots and tags ------------------------------------------------------------------------------------------------
@@ -15,18 +16,18 @@
 void turbo_window::add_layer(ggml_context * ctx, const llama_model & model, const llama_hparams & hparams, uint32_t il,
                              ggml_tensor * k, ggml_tensor * v, uint32_t n_stream) {
     ++n_layers_;
-    const turbo_window_option wanted = turbo_layer_window(model, hparams, il);
-    if (wanted.tokens == 0 || !k || !v || !(turbo_is_type(k->type) || turbo_is_type(v->type))) {
+    const turbo_layer_types & chosen = turbo_chosen_types();
+    if (chosen.model != &model || &hparams != &model.hparams || chosen.windowed.empty() || !chosen.windowed[il] || !k || !v) {
         return;
     }
     if (slots_ == 0) {
         cells_ = k->ne[1];
-        slots_ = std::min<int64_t>(wanted.tokens, cells_);
+        slots_ = std::min<int64_t>(chosen.window, cells_);
         tags_.assign(n_stream, std::vector<owner>(slots_));
     }
     const auto slots = [&](ggml_tensor * cache, const char * what) {
         // one row more, for what gets no slot
-        ggml_tensor * t = ggml_new_tensor_2d(ctx, wanted.type, cache->ne[0], slots_ * n_stream + 1);
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, chosen.window_type, cache->ne[0], slots_ * n_stream + 1);
         ggml_format_name(t, "cache_%s_l%u_window", what, il);
         return t;
     };
@@ -41,8 +42,8 @@ void turbo_window::log() const {
     for (const auto & [il, layer] : layers_) {
         bytes += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
     }
-    LLAMA_LOG_INFO("turboquant: window: the newest %d tokens in %s (%zu of %zu layers), %.2f MiB\n", (int) slots_,
-            ggml_type_name(layers_.begin()->second.k->type), layers_.size(), n_layers_, bytes / 1048576.0);
+    turbo_info("window: the newest %d tokens in %s (%zu of %zu layers), %.2f MiB", (int) slots_,
+               ggml_type_name(layers_.begin()->second.k->type), layers_.size(), n_layers_, bytes / 1048576.0);
 }
 
 void turbo_window::forget() {
@@ -268,12 +269,12 @@ void turbo_window_scope::attach(ggml_tensor * attention) {
     const int64_t        tokens  = input_->mask->ne[1];
     const int64_t        streams = k->ne[3];
     const int64_t        first   = k->view_offs / layer_->cache_k->nb[2] * window.slots();
-    attention->src[3] = input_->far;
-    attention->src[5] = rows_of(ctx_, layer_->k, k->ne[0], k->ne[2], window.slots(), streams, first);
-    attention->src[6] = rows_of(ctx_, layer_->v, v_cur_->ne[0], v_cur_->ne[1], window.slots(), streams, first);
-    attention->src[7] = input_->near;
-    attention->src[8] = batch_of(ctx_, k_cur_, tokens);
-    attention->src[9] = batch_of(ctx_, v_cur_, tokens);
+    attention->src[3]                 = input_->far;
+    attention->src[TURBO_SRC_SLOTS_K] = rows_of(ctx_, layer_->k, k->ne[0], k->ne[2], window.slots(), streams, first);
+    attention->src[TURBO_SRC_SLOTS_V] = rows_of(ctx_, layer_->v, v_cur_->ne[0], v_cur_->ne[1], window.slots(), streams, first);
+    attention->src[TURBO_SRC_EXACT_MASK] = input_->near;
+    attention->src[TURBO_SRC_BATCH_K] = batch_of(ctx_, k_cur_, tokens);
+    attention->src[TURBO_SRC_BATCH_V] = batch_of(ctx_, v_cur_, tokens);
     attached_ = true;
     ++input_->attached;
 }

@@ -23,6 +23,8 @@
 // RoPE has "dims" and "mode"; an operation with a weight has its name and shape, "weight" and "wne". A path ends with the
 // first operation that this program cannot see through, or a matrix multiplication.
 
+#include "programs/turbo-record.h"
+
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
@@ -40,28 +42,12 @@ namespace {
 
 // ---- JSON --------------------------------------------------------------------------------------------------------------
 
-std::string quoted(const std::string & text) {
-    std::string out = "\"";
-    for (const char c : text) {
-        if (c == '"' || c == '\\') {
-            out += '\\';
-        }
-        out += (unsigned char) c < 0x20 ? ' ' : c;
-    }
-    return out + '"';
-}
-
 template <typename T> std::string list(const T (&values)[GGML_MAX_DIMS]) {
     std::string out;
     for (const T value : values) {
         out += (out.empty() ? "[" : ",") + std::to_string(value);
     }
     return out + "]";
-}
-
-void emit(const std::string & line) {
-    std::fwrite(line.data(), 1, line.size(), stdout);
-    std::fputc('\n', stdout);
 }
 
 // ---- paths -------------------------------------------------------------------------------------------------------------

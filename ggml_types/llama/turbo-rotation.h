@@ -7,7 +7,7 @@
 // own, and the others are not.
 #pragma once
 
-#include "turbo-ggml.h"
+#include "ggml/turbo-types.h"
 
 #include "llama-model.h"
 

@@ -4,15 +4,15 @@
 // else, prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them;
 // queries are rotated before, the output is rotated back after.
 
-#include "turbo-cuda.h"
+#include "cuda/turbo-cuda.h"
+
+#include "ggml/turbo-options.h"
 
 #include "common.cuh"
 #include "convert.cuh"
 #include "fattn.cuh"
 
 #include "turboquant_cuda.h"
-
-#include <cstring>
 
 namespace {
 
@@ -49,10 +49,6 @@ bool is_covered(const ggml_tensor * op) {
     return covered;
 }
 
-bool whole_rows(const ggml_tensor * t) {
-    return t->nb[0] == ggml_type_size(t->type);
-}
-
 // The decoder stores four values at once.
 bool aligned_rows(const ggml_tensor * t) {
     return t->nb[1] % 16 == 0 && t->nb[2] % 16 == 0 && t->nb[3] % 16 == 0 && t->view_offs % 16 == 0;
@@ -60,19 +56,23 @@ bool aligned_rows(const ggml_tensor * t) {
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-bool is_copy(const ggml_tensor * src, const ggml_tensor * dst) {
-    if (!ggml_are_same_shape(src, dst) || !whole_rows(src) || !whole_rows(dst)) {
-        return false;
-    }
-    if (turbo_is_type(src->type)) {
-        return (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) && aligned_rows(dst);
-    }
-    return src->type == GGML_TYPE_F32 && turbo_is_type(dst->type);
+// The kernels store float32 rows, and read rows to float32 or float16.
+
+bool can_encode(const ggml_tensor * src, const ggml_tensor * dst) {
+    return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
 }
 
-bool is_set_rows(const ggml_tensor * op) {
-    return turbo_is_type(op->type) && op->src[0]->type == GGML_TYPE_F32 && whole_rows(op->src[0]) && whole_rows(op) &&
-           (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
+bool can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
+    if (!ggml_are_same_shape(src, dst)) {
+        return false;
+    }
+    return turbo_is_type(dst->type) ? can_encode(src, dst) :
+                                      (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) &&
+                                          turbo_whole_rows(src) && turbo_whole_rows(dst) && aligned_rows(dst);
+}
+
+bool can_set_rows(const ggml_tensor * op) {
+    return can_encode(op->src[0], op) && (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
 }
 
 tq::Store store_of(const ggml_tensor * src, const ggml_tensor * dst, const tq::Index & index) {
@@ -90,9 +90,9 @@ bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return at_a < at_b + ggml_nbytes(b) && at_b < at_a + ggml_nbytes(a);
 }
 
-bool is_get_rows(const ggml_tensor * op) {
-    return turbo_is_type(op->src[0]->type) && op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 &&
-           whole_rows(op->src[0]) && whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
+bool can_get_rows(const ggml_tensor * op) {
+    return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 && turbo_whole_rows(op->src[0]) &&
+           turbo_whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
@@ -117,64 +117,43 @@ bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
     }
 }
 
-bool has_turbo(const ggml_tensor * op) {
-    return turbo_is_type(op->src[1]->type) || turbo_is_type(op->src[2]->type);
-}
-
-// What both ways demand.
-bool is_attention(const ggml_tensor * op) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
-    return has_turbo(op) && q->type == GGML_TYPE_F32 && op->type == GGML_TYPE_F32 && whole_rows(q) && whole_rows(k) &&
-           whole_rows(v) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[2] % k->ne[2] == 0 &&
-           q->ne[3] % k->ne[3] == 0 && (!mask || (mask->type == GGML_TYPE_F16 && whole_rows(mask)));
-}
-
-// Describes op for the decode kernel and plans it; false if that does not cover it.
-bool plan_decode(const ggml_tensor * op, tq::Attention & a, tq::AttentionPlan & plan) {
-    const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
-    if (!is_attention(op) || q->ne[0] != v->ne[0] || !kv_type(k->type, k->ne[0], a.type_k) ||
-        !kv_type(v->type, v->ne[0], a.type_v)) {
+// The call for the decode kernel, and its plan; false if that does not cover it.
+bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionPlan & plan) {
+    if (a.head_k != a.head_v || !kv_type(a.type_k, a.head_k, call.type_k) || !kv_type(a.type_v, a.head_v, call.type_v)) {
         return false;
     }
-    a.head       = (int) q->ne[0];
-    a.heads      = (int) q->ne[2];
-    a.kv_heads   = (int) k->ne[2];
-    a.tokens     = (int) q->ne[1];
-    a.streams    = (int) q->ne[3];
-    a.kv_streams = (int) k->ne[3];
-    a.n_kv       = k->ne[1];
-    a.q          = (const float *) q->data;
-    a.q_token    = q->nb[1];
-    a.q_head     = q->nb[2];
-    a.q_stream   = q->nb[3];
-    a.k          = k->data;
-    a.k_row      = k->nb[1];
-    a.k_head     = k->nb[2];
-    a.k_stream   = k->nb[3];
-    a.v          = v->data;
-    a.v_row      = v->nb[1];
-    a.v_head     = v->nb[2];
-    a.v_stream   = v->nb[3];
-    a.mask       = nullptr;
-    a.mask_token = a.mask_head = a.mask_stream = 0;
-    a.mask_heads = a.mask_streams = 1;
-    if (mask) {
-        a.mask         = mask->data;
-        a.mask_token   = mask->nb[1];
-        a.mask_head    = mask->nb[2];
-        a.mask_stream  = mask->nb[3];
-        a.mask_heads   = (int) mask->ne[2];
-        a.mask_streams = (int) mask->ne[3];
-    }
-    a.sinks = sinks ? (const float *) sinks->data : nullptr;
-    float params[3];
-    memcpy(params, op->op_params, sizeof(params));
-    a.scale    = params[0];
-    a.max_bias = params[1];
-    a.soft_cap = params[2];
-    a.sparse_v = turbo_sparse_v();
-    a.dst      = (float *) op->data;
-    return tq::plan_attention(a, plan);
+    call.head         = (int) a.head_k;
+    call.heads        = (int) a.heads;
+    call.kv_heads     = (int) a.kv_heads;
+    call.tokens       = (int) a.tokens;
+    call.streams      = (int) a.streams;
+    call.kv_streams   = (int) a.kv_streams;
+    call.n_kv         = a.n_kv;
+    call.q            = (const float *) a.q.data;
+    call.q_token      = a.q.row_bytes;
+    call.q_head       = a.q.head_bytes;
+    call.q_stream     = a.q.stream_bytes;
+    call.k            = a.k.data;
+    call.k_row        = a.k.row_bytes;
+    call.k_head       = a.k.head_bytes;
+    call.k_stream     = a.k.stream_bytes;
+    call.v            = a.v.data;
+    call.v_row        = a.v.row_bytes;
+    call.v_head       = a.v.head_bytes;
+    call.v_stream     = a.v.stream_bytes;
+    call.mask         = a.mask.data;
+    call.mask_token   = a.mask.row_bytes;
+    call.mask_head    = a.mask.head_bytes;
+    call.mask_stream  = a.mask.stream_bytes;
+    call.mask_heads   = (int) a.mask_heads;
+    call.mask_streams = (int) a.mask_streams;
+    call.sinks        = a.sinks;
+    call.scale        = a.scale;
+    call.max_bias     = a.max_bias;
+    call.soft_cap     = a.soft_cap;
+    call.sparse_v     = turbo_sparse_v();
+    call.dst          = a.out;
+    return tq::plan_attention(call, plan);
 }
 
 // K and V of an op as dense f16 tensors, and the op on them.
@@ -233,9 +212,6 @@ struct HalfAttention {
 };
 
 bool half_supports(int device, const ggml_tensor * op) {
-    if (!is_attention(op)) {
-        return false;
-    }
     for (int i = 1; i <= 2; ++i) {
         const ggml_type type = op->src[i]->type;
         if (!turbo_is_type(type) && type != GGML_TYPE_F16 && !ggml_get_to_fp16_nc_cuda(type)) {
@@ -299,31 +275,29 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 } // namespace
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
-    if (ggml_op_is_empty(op->op)) {
+    const turbo_op kind = turbo_op_kind(op);
+    if (kind == turbo_op::view) {
         return true;
     }
     if (!is_covered(op)) {
         return false;
     }
-    switch (op->op) {
-        case GGML_OP_DUP:
-        case GGML_OP_CONT:
-        case GGML_OP_CPY:
-            if (op->src[0]->type == op->type) {
-                return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op); // bytes
-            }
-            return is_copy(op->src[0], op);
-        case GGML_OP_SET_ROWS: return is_set_rows(op);
-        case GGML_OP_GET_ROWS: return is_get_rows(op);
-        case GGML_OP_FLASH_ATTN_EXT: {
-            int before = 0;
-            if (!has_turbo(op) || cudaGetDevice(&before) != cudaSuccess) {
+    switch (kind) {
+        case turbo_op::bytes: return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op);
+        case turbo_op::encode:
+        case turbo_op::decode: return can_copy(op->src[0], op);
+        case turbo_op::store: return can_set_rows(op);
+        case turbo_op::load: return can_get_rows(op);
+        case turbo_op::attention: {
+            turbo_attention a;
+            int             before = 0;
+            if (!turbo_describe_attention(op, a) || cudaGetDevice(&before) != cudaSuccess) {
                 return false;
             }
             ggml_cuda_set_device(device);
-            tq::Attention     a;
+            tq::Attention     call;
             tq::AttentionPlan plan;
-            const bool        supported = half_supports(device, op) || plan_decode(op, a, plan);
+            const bool        supported = half_supports(device, op) || plan_decode(a, call, plan);
             ggml_cuda_set_device(before);
             return supported;
         }
@@ -335,7 +309,7 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!turbo_is_type(dst->type)) {
         return false;
     }
-    GGML_ASSERT(is_set_rows(dst));
+    GGML_ASSERT(can_set_rows(dst));
     CUDA_CHECK(tq::encode_rows(store_of(dst), ctx.stream()));
     return true;
 }
@@ -356,7 +330,7 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
             !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || overlap(first, second)) {
             return 0;
         }
-        GGML_ASSERT(is_set_rows(first) && is_set_rows(second));
+        GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
         CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
         return i - at;
     }
@@ -367,7 +341,7 @@ bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!turbo_is_type(dst->src[0]->type)) {
         return false;
     }
-    GGML_ASSERT(is_get_rows(dst));
+    GGML_ASSERT(can_get_rows(dst));
     CUDA_CHECK(tq::decode_rows(to_tq(dst->src[0]->type), rows_of(dst->src[0]), rows_of(dst), dst->ne,
                                index_of(dst->src[1]), false, false, ctx.stream()));
     return true;
@@ -377,7 +351,7 @@ bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, gg
     if (src->type == dst->type || (!turbo_is_type(src->type) && !turbo_is_type(dst->type))) {
         return false;
     }
-    GGML_ASSERT(is_copy(src, dst));
+    GGML_ASSERT(can_copy(src, dst));
     if (turbo_is_type(dst->type)) {
         CUDA_CHECK(tq::encode_rows(store_of(src, dst, no_index), ctx.stream()));
     } else {
@@ -388,14 +362,16 @@ bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, gg
 }
 
 bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!has_turbo(dst)) {
+    turbo_attention a;
+    if (turbo_op_kind(dst) != turbo_op::attention) {
         return false;
     }
-    tq::Attention     a;
+    GGML_ASSERT(turbo_describe_attention(dst, a));
+    tq::Attention     call;
     tq::AttentionPlan plan;
-    if (plan_decode(dst, a, plan)) {
+    if (plan_decode(a, call, plan)) {
         ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
-        CUDA_CHECK(tq::attention(a, plan, workspace.get(), ctx.stream()));
+        CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
     } else {
         attention_by_half(ctx, dst);
     }

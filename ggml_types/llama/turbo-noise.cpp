@@ -1,8 +1,8 @@
-// turbo-guard.cpp: score noise from weights alone. See turbo-guard.h.
+// turbo-noise.cpp: score noise from weights alone. See turbo-noise.h.
 
-#include "turbo-guard.h"
+#include "llama/turbo-noise.h"
 
-#include "turbo-ggml.h"
+#include "ggml/turbo-types.h"
 
 #include "llama-hparams.h"
 #include "llama-model.h"

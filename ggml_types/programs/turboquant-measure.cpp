@@ -28,8 +28,9 @@
 //   {"record":"failure", "why":s}               instead of a result: the line cannot be measured
 //   {"record":"error", "why":s}                 last: nothing can be measured
 
-#include "turbo-ggml.h"
-#include "turbo-plan.h"
+#include "ggml/turbo-options.h"
+#include "llama/turbo-plan.h"
+#include "programs/turbo-record.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -55,28 +56,11 @@ constexpr int k_batch = 512;  // as llama-perplexity computes them
 
 // ---- output ------------------------------------------------------------------------------------------------------------
 
-std::string quoted(const std::string & text) {
-    std::string out = "\"";
-    for (const char c : text) {
-        if (c == '"' || c == '\\') {
-            out += '\\';
-        }
-        out += (unsigned char) c < 0x20 ? ' ' : c;
-    }
-    return out + '"';
-}
-
 // JSON has no infinities: what is not finite becomes null.
 std::string number(double x) {
     char text[40];
     std::snprintf(text, sizeof(text), "%.9g", x);
     return std::isfinite(x) ? text : "null";
-}
-
-void emit(const std::string & line) {
-    std::fwrite(line.data(), 1, line.size(), stdout);
-    std::fputc('\n', stdout);
-    std::fflush(stdout);
 }
 
 int fail(const std::string & why) {
@@ -419,8 +403,8 @@ int main(int argc, char ** argv) {
             emit("{\"record\":\"failure\",\"why\":" + quoted("no plan or types: " + line) + "}");
             continue;
         }
-        turbo_option_to_env(TURBO_PLAN_ENV, kind == "plan" ? rest.c_str() : "off");
-        turbo_option_to_env(TURBO_GUARD_ENV, "off");
+        turbo_option_to_env("--cache-plan", kind == "plan" ? rest.c_str() : "off");
+        turbo_option_to_env("--cache-guard", "off");
         ctx.reset();  // before the next one: two caches may not fit
         ctx = make_context(model.get(), given, type_k, type_v);
         why = ctx ? "" : g_log.error.empty() ? "llama.cpp could not make a context" : g_log.error;
