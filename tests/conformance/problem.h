@@ -70,12 +70,6 @@ private:
     std::deque<std::vector<float>> own; // values that are not the pool's
 };
 
-inline uint64_t seed_of(const std::string & name) { // FNV-1a
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (const char c : name) hash = (hash ^ uint8_t(c)) * 0x100000001b3u;
-    return hash;
-}
-
 struct Problem {
     const AttentionCase c;
     Random random;

@@ -77,6 +77,9 @@ template <typename Scale> void replace_scales(int type, uint8_t * bytes, int64_t
     for (int64_t i = 0; i < n; i += info.block, bytes += info.block_bytes) put_half(bytes, scale());
 }
 
+// A scale near one as the type needs it for values near one: levels of q8_0 go up to 127.
+inline int fitting_scale(int type, int h) { return type == TQ_ROW_Q8_0 && (h & 0x7c00) ? h - (6 << 10) : h; }
+
 // Any bytes that are finite and of ordinary size.
 inline void any_row(Random & r, int type, uint8_t * bytes, int64_t n) {
     const auto half_near_one = [&] { return (r.below(2) << 15) + 0x3800 + r.below(0x0800); }; // +-0.5 ... 2
@@ -87,7 +90,7 @@ inline void any_row(Random & r, int type, uint8_t * bytes, int64_t n) {
             put_half(bytes + i, type == TQ_ROW_F16 ? half_near_one() : (r.below(2) << 15) + 0x3f00 + r.below(0x100));
     if (type == TQ_ROW_Q8_0)
         for (int64_t i = 2; i < size; i += 1 + r.below(16)) bytes[i] = 0x80;
-    replace_scales(type, bytes, n, [&] { return half_near_one() - (type == TQ_ROW_Q8_0 ? 6 << 10 : 0); });
+    replace_scales(type, bytes, n, [&] { return fitting_scale(type, half_near_one()); });
 }
 
 inline void make_row(Random & r, int type, Bytes kind, uint8_t * bytes, int64_t n) {
@@ -97,7 +100,7 @@ inline void make_row(Random & r, int type, Bytes kind, uint8_t * bytes, int64_t 
     encode_row(type, x.data(), bytes, n);
     const uint16_t odd[] = {0xbc00, 0xb800, 0x3c00, 0x0000, 0x8000, 0x8123, 0x0123}; // -1, -0.5, 1, zeros, subnormals
     const uint16_t subnormal[] = {0x83ff, 0x8200, 0x02ab, 0x8155};
-    if (kind == Bytes::odd) replace_scales(type, bytes, n, [&] { return odd[r.below(7)]; });
+    if (kind == Bytes::odd) replace_scales(type, bytes, n, [&] { return fitting_scale(type, odd[r.below(7)]); });
     if (kind == Bytes::subnormal) replace_scales(type, bytes, n, [&] { return subnormal[r.below(4)]; });
 }
 

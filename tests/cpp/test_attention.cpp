@@ -61,7 +61,8 @@ public:
         const int most = std::max(1, 96 / c.group()); // tokens of a call
         for (int s = 0; s < c.streams; ++s)
             for (int h = 0; h < c.kv_heads; ++h)
-                for (int t = 0; t < c.tokens; t += most) call(s, h, t, std::min(c.tokens, t + most), first, last, result);
+                for (int t = 0; t < c.tokens; t += most)
+                    call(s, h, t, std::min(c.tokens, t + most), first, last, result);
         return result;
     }
     std::vector<float> finished(std::vector<float> result) const {
@@ -123,14 +124,16 @@ private:
 // By tq_attention, which takes dense tensors, neither ALiBi nor sinks.
 std::vector<float> by_one_call(const Problem & p) {
     const AttentionCase & c = p.c;
-    std::vector<float> out(size_t(p.results() * c.head_v)), q(size_t(c.heads * c.tokens * c.head_k));
-    std::vector<float> mask(size_t(p.mask.empty() ? 0 : c.tokens * c.rows)), result(size_t(c.heads * c.tokens * c.head_v));
+    const int query_rows = c.heads * c.tokens;
+    std::vector<float> out(size_t(p.results() * c.head_v)), result(size_t(query_rows * c.head_v));
+    std::vector<float> q(size_t(query_rows * c.head_k)), mask(size_t(p.mask.empty() ? 0 : c.tokens * c.rows));
     for (int s = 0; s < c.streams; ++s) {
         const auto dense = [&](const Cache & cache) {
             std::vector<uint8_t> bytes;
+            const uint8_t * base = cache.bytes.data() + p.kv_stream(s) * cache.stream;
             for (int h = 0; h < c.kv_heads; ++h)
                 for (int64_t r = 0; r < c.rows; ++r) {
-                    const uint8_t * row = cache.bytes.data() + p.kv_stream(s) * cache.stream + r * cache.row + h * cache.apart;
+                    const uint8_t * row = base + r * cache.row + h * cache.apart;
                     bytes.insert(bytes.end(), row, row + cache.row_bytes);
                 }
             return bytes;

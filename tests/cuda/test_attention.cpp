@@ -11,21 +11,15 @@ namespace {
 // Rounding: queries and weights are integers of 15 bits, f16 queries and weights have 11; sums are of float32.
 constexpr double integers = 2e-4, halves = 2e-3;
 
-// The kernels' name for a type in heads of that size; false if they do not take it.
-bool cuda_type(int type, int head, KV & kv) {
-    if (type == TQ_ROW_Q8_0) kv = KV::q8_0;
-    else if (type == TQ_ROW_F16) kv = KV::f16;
-    else return type < TQ_TYPE_COUNT && turbo_kv(tq_type(type), head, kv);
-    return true;
-}
-
 // What turboquant_cuda.h promises.
 bool covers(const AttentionCase & c) {
-    KV k, v;
-    const bool types = cuda_type(c.type_k, c.head_k, k) && cuda_type(c.type_v, c.head_v, v) &&
-                       (c.type_k < TQ_TYPE_COUNT || c.type_v < TQ_TYPE_COUNT);
+    const auto turbo = [&](int type) {
+        return type < TQ_TYPE_COUNT && tq_type_get(tq_type(type))->block == std::min(c.head_k, 128);
+    };
+    const auto known = [&](int type) { return turbo(type) || type == TQ_ROW_Q8_0 || type == TQ_ROW_F16; };
     const bool head = c.head_k == c.head_v && (c.head_k == 64 || c.head_k == 128 || c.head_k == 256);
-    return types && head && c.rows > 0 && c.group() * c.tokens <= 32;
+    return head && known(c.type_k) && known(c.type_v) && (turbo(c.type_k) || turbo(c.type_v)) && c.rows > 0 &&
+           c.group() * c.tokens <= 32;
 }
 
 // Tensor cores multiply hidden values of f16 by zero, and infinities and NaN with them.
@@ -70,8 +64,9 @@ void conforms(const AttentionCase & c) {
     DeviceArray<float> dst(size_t(p.results() * c.head_v));
     a.dst = dst.get();
     AttentionPlan plan;
-    const bool types = cuda_type(c.type_k, c.head_k, a.type_k) && cuda_type(c.type_v, c.head_v, a.type_v);
-    if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c)) return;
+    const bool types = kv_type(c.type_k, c.head_k, a.type_k) && kv_type(c.type_v, c.head_v, a.type_v);
+    if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
+        return;
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
     must(attention(a, plan, workspace.get(), nullptr), "attention");
     must(cudaDeviceSynchronize(), "attention");
