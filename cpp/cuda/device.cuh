@@ -12,6 +12,10 @@ namespace {
 
 constexpr unsigned all_lanes = 0xffffffff;
 
+// Whether there are kernels for a family.
+template <typename Family> constexpr bool has_kernels = false;
+template <int Bits> constexpr bool has_kernels<LloydMax<Bits>> = true;
+
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if __CUDA_ARCH__ >= 800
     return __reduce_max_sync(all_lanes, x);
