@@ -394,8 +394,7 @@ __global__ void __launch_bounds__(32 * encode_warps)
             float y[N / 32];
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) y[j] = in[lane + 32 * j];
-            if (Inverse) unrotate_warp<N>(y);
-            else rotate_warp<N>(y);
+            transform_warp<N, Inverse>(y);
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
         }

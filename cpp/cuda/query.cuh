@@ -83,7 +83,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
                     float part[B];
 #pragma unroll
                     for (int j = 0; j < B; ++j) part[j] = y[i][b * B + j];
-                    rotate_warp<L::block>(part);
+                    transform_warp<L::block, false>(part);
 #pragma unroll
                     for (int j = 0; j < B; ++j) y[i][b * B + j] = part[j];
                 }

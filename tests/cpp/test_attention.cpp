@@ -3,23 +3,15 @@
 #include "buffer.h"
 #include "check.h"
 #include "problem.h"
+#include "under_test.h"
 
 #include <set>
 
 namespace {
 
-const char * kernels_under_test;
-
 // Error class of attention: the norm of an output row's error, relative to the row's. Kernels that take V as levels
 // round the weights of tiles where none is above 1/128 of the sum to 8 bits, else to 16.
 constexpr double attention_bound = 0.01;
-
-void use(const char * name) {
-    if (tq_kernels_select(name) != TQ_OK) {
-        std::fprintf(stderr, "cannot select %s\n", name);
-        std::exit(EXIT_FAILURE);
-    }
-}
 
 // Queries as the engine rounds them for a K of int8 levels: to int8, for turbo types after the rotation.
 std::vector<float> rounded_queries(const Problem & p) {
@@ -226,26 +218,15 @@ void scratch_serves_all_kernels() {
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 3) {
-        std::fprintf(stderr, "usage: %s KERNELS brief|usual|whole\n", argv[0]);
-        return EXIT_FAILURE;
-    }
-    kernels_under_test = argv[1];
-    const Extent extent = extent_from(argv[2]);
-    const tq_status status = tq_kernels_select(kernels_under_test);
-    if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
-        std::printf("skipped: this CPU or this build cannot run %s\n", kernels_under_test);
-        return check::exit_skipped;
-    }
-    if (!CHECK_EQ(status, TQ_OK)) return check::summary();
-    std::set<std::string> names;
-    for (const AttentionCase & c : attention_cases()) {
-        if (!CHECK(names.insert(c.name).second)) std::fprintf(stderr, "twice: %s\n", c.name.c_str());
-        if (c.extent > extent) continue;
-        conforms(c);
-        if (c.mask == Mask::alternating) counts_as_if_finite(c);
-    }
-    std::printf("%zu cases\n", names.size());
-    scratch_serves_all_kernels();
-    return check::summary();
+    return test_kernels(argc, argv, [](Extent extent) {
+        std::set<std::string> names;
+        for (const AttentionCase & c : attention_cases()) {
+            if (!CHECK(names.insert(c.name).second)) std::fprintf(stderr, "twice: %s\n", c.name.c_str());
+            if (c.extent > extent) continue;
+            conforms(c);
+            if (c.mask == Mask::alternating) counts_as_if_finite(c);
+        }
+        std::printf("%zu cases\n", names.size());
+        scratch_serves_all_kernels();
+    });
 }

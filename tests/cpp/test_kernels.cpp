@@ -3,23 +3,15 @@
 #include "buffer.h"
 #include "check.h"
 #include "codec.h"
+#include "under_test.h"
 
 #include <memory>
 
 namespace {
 
-const char * kernels_under_test;
-
 // Error class of tq_dot: relative to the sum of the blocks' magnitudes. The integer part is exact; one rounding for
 // each factor and addition is allowed to differ.
 constexpr double dot_bound = 1e-6;
-
-void use(const char * name) {
-    if (tq_kernels_select(name) != TQ_OK || std::strcmp(tq_kernels_selected(), name) != 0) {
-        std::fprintf(stderr, "cannot select %s\n", name);
-        std::exit(EXIT_FAILURE);
-    }
-}
 
 void check_floats(const Buffer<float> & got, const Buffer<float> & want) {
     const int64_t i = first_difference(got.data(), want.data(), int64_t(want.size()));
@@ -257,22 +249,11 @@ void conforms(const RotationCase & c) {
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 3) {
-        std::fprintf(stderr, "usage: %s KERNELS brief|usual|whole\n", argv[0]);
-        return EXIT_FAILURE;
-    }
-    kernels_under_test = argv[1];
-    const Extent extent = extent_from(argv[2]);
-    const tq_status status = tq_kernels_select(kernels_under_test);
-    if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
-        std::printf("skipped: this CPU or this build cannot run %s\n", kernels_under_test);
-        return check::exit_skipped;
-    }
-    if (!CHECK_EQ(status, TQ_OK)) return check::summary();
-    for (const CodecCase & c : codec_cases())
-        if (c.extent <= extent) conforms(c);
-    for (const RotationCase & c : rotation_cases())
-        if (c.extent <= extent) conforms(c);
-    extreme_sums_match();
-    return check::summary();
+    return test_kernels(argc, argv, [](Extent extent) {
+        for (const CodecCase & c : codec_cases())
+            if (c.extent <= extent) conforms(c);
+        for (const RotationCase & c : rotation_cases())
+            if (c.extent <= extent) conforms(c);
+        extreme_sums_match();
+    });
 }
