@@ -193,7 +193,7 @@ cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const Attent
 
 } // namespace
 
-bool kv_type(int type, int head, KV & kv) {
+bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
     const int place = block_index(head < 128 ? head : 128); // among the types of a family
 #define TURBOQUANT_CASE(X, ID, name, family, bits, id) \

@@ -69,7 +69,7 @@ enum class KV {
 #define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
 
 // Whether rows of one head are known to the kernels, of which type: a tq_type or TQ_ROW_...
-bool kv_type(int type, int head, KV & kv);
+bool kv_of_type(int type, int head, KV & kv);
 
 // A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
 // f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because

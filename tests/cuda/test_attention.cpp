@@ -64,7 +64,7 @@ void conforms(const AttentionCase & c) {
     DeviceArray<float> dst(size_t(p.results() * c.head_v));
     a.dst = dst.get();
     AttentionPlan plan;
-    const bool types = kv_type(c.type_k, c.head_k, a.type_k) && kv_type(c.type_v, c.head_v, a.type_v);
+    const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
