@@ -68,7 +68,7 @@ enum class KV {
 // X(head): values in a row.
 #define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
 
-// Whether rows of one head are known to the kernels, of which type: a tq_type or TQ_ROW_...
+// The kernels' name for a tq_type or TQ_ROW_... in rows of that head; false if they do not take it.
 bool kv_of_type(int type, int head, KV & kv);
 
 // A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
