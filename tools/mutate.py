@@ -182,13 +182,18 @@ class Copy:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
         if not (self.build / "build.ninja").exists():
-            options = ("-DTURBOQUANT_BUILD_TESTS=ON", "-DTURBOQUANT_BUILD_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Release")
+            options = (
+                "-DTURBOQUANT_BUILD_TESTS=ON",
+                "-DTURBOQUANT_BUILD_PYTHON=OFF",
+                "-DCMAKE_BUILD_TYPE=Release",
+                "-DTURBOQUANT_TEST_EXTENT=usual",
+            )
             if not self._run(["cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
-        if not self._run(["cmake", "--build", self.build]):
+        program = f"test_{tests.split('.')[1]}"
+        if not self._run(["cmake", "--build", self.build, "--target", program]):
             return False
-        jobs = str(os.cpu_count() or 1)
-        ctest = ["ctest", "--test-dir", self.build, "-R", tests, "--parallel", jobs, "--no-tests=error"]
+        ctest = ["ctest", "--test-dir", self.build, "-R", tests, "--no-tests=error"]
         return self._run([*ctest, "--output-on-failure", "--stop-on-failure"])
 
     def _run(self, command: list[object]) -> bool:
