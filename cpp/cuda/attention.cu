@@ -43,27 +43,21 @@ const Device * current_device(int & id) {
     return cudaGetDevice(&id) == cudaSuccess && id >= 0 && size_t(id) < devices.size() ? &devices[size_t(id)] : nullptr;
 }
 
-bool is_turbo(KV type) { return type == KV::turbo4 || type == KV::turbo3 || type == KV::turbo2; }
-
-int row_bytes(KV type, int head) {
+// Kind and Layout of a type that is known at run time.
+struct RowType {
+    bool turbo, floats;
+    int bytes; // of a row
+};
+template <int D> RowType row_type(KV type) {
     switch (type) {
-        case KV::q8_0: return head / 32 * 34;
-        case KV::f16: return head * 2;
-        default: {
-            const int bits = type == KV::turbo4 ? 4 : type == KV::turbo3 ? 3 : 2, block = head < 128 ? head : 128;
-            return head / block * (2 + block * bits / 8);
-        }
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return {Kind<KV::name>::turbo, Kind<KV::name>::floats, Layout<KV::name, D>::bytes};
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
     }
+    return {};
 }
 
-AttentionKernel kernel_of(const Attention & a) {
-    switch (a.head) {
-        case 64: return attention_kernel_64(a.type_k, a.type_v);
-        case 128: return attention_kernel_128(a.type_k, a.type_v);
-        case 256: return attention_kernel_256(a.type_k, a.type_v);
-    }
-    return nullptr;
-}
 
 // Bytes of a row in shared memory: an odd multiple of 16, so that the rows of a tile start in different banks.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
@@ -153,17 +147,42 @@ template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream
     int warps = D / 32;
     while (warps < parts && warps < most_merge_warps) warps *= 2;
     return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(unsigned(32 * warps)), 0, stream,
-                  call.partial, call.states, call.a.sinks, call.a.dst, call.a.heads, parts, is_turbo(call.a.type_v));
+                  call.partial, call.states, call.a.sinks, call.a.dst, call.a.heads, parts,
+                  row_type<D>(call.a.type_v).turbo);
 }
 
+// What is compiled for each head size.
+struct Head {
+    int size;
+    RowType (*row_type)(KV type);
+    AttentionKernel (*kernel)(KV type_k, KV type_v);
+    cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
+};
+const Head heads[] = {
+#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
+    TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
+#undef TURBOQUANT_HEAD
+};
+constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
+
+// nullptr if there is none.
+const Head * head_of(int size) {
+    for (const Head & head : heads)
+        if (head.size == size) return &head;
+    return nullptr;
+}
+
+#define TURBOQUANT_ONE_MORE(name) +1
+constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
+#undef TURBOQUANT_ONE_MORE
+
 // Kernels need leave for more than 48 KB of shared memory, once per device.
-cudaError_t allow_shared(AttentionKernel kernel, const AttentionCall & call) {
+cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
-    static std::atomic<int> allowed[most_devices][3][25];
-    const Attention & a = call.a;
+    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count];
     const int id = call.plan.device;
     if (id >= most_devices) return cudaErrorNotSupported;
-    std::atomic<int> & known = allowed[id][a.head == 64 ? 0 : a.head == 128 ? 1 : 2][int(a.type_k) * 5 + int(a.type_v)];
+    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)];
     if (known.load(std::memory_order_relaxed) >= call.plan.shared_bytes) return cudaSuccess;
     const int most = all_devices()[size_t(id)].shared_per_block;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
@@ -174,17 +193,32 @@ cudaError_t allow_shared(AttentionKernel kernel, const AttentionCall & call) {
 
 } // namespace
 
+bool kv_of_type(int type, int head, KV & kv) {
+    if (!head_of(head)) return false;
+    const int place = block_index(head < 128 ? head : 128); // among the types of a family
+#define TURBOQUANT_CASE(X, ID, name, family, bits, id) \
+    if (type == TQ_##ID + place) {                     \
+        kv = KV::name;                                 \
+        return Kind<KV::name>::covered;                \
+    }
+    TURBOQUANT_FAMILIES(TURBOQUANT_CASE, )
+#undef TURBOQUANT_CASE
+    kv = type == TQ_ROW_F16 ? KV::f16 : KV::q8_0;
+    return type == TQ_ROW_F16 || type == TQ_ROW_Q8_0;
+}
+
 bool plan_attention(const Attention & a, AttentionPlan & p) {
     const Device * device = current_device(p.device);
+    const Head * head = head_of(a.head);
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
         a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
-        device->version < 80 || !kernel_of(a))
+        device->version < 80 || !head || !head->kernel(a.type_k, a.type_v))
         return false;
-    const int bytes_k = row_bytes(a.type_k, a.head), bytes_v = row_bytes(a.type_v, a.head);
-    // f16 is read as words, everything else as half words
+    const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
+    // floats are read as words, everything else as half words
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
     const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
-    if (all_k & (a.type_k == KV::f16 ? 3 : 1) || all_v & (a.type_v == KV::f16 ? 3 : 1)) return false;
+    if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
 
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
@@ -192,7 +226,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     if (p.column_tiles > most_column_tiles) return false;
 
-    const bool adjacent = a.k_head == bytes_k && a.v_head == bytes_v;
+    const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
     // A short cache is one run of rows, finished by the thread blocks that computed it: all their warps take rows.
     const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
     for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
@@ -202,8 +236,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         // the first head of a group may start anywhere
         const uint64_t group_k = p.head_groups > 1 ? uint64_t(heads * a.k_head) : 0;
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
-        p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * bytes_k);
-        p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * bytes_v);
+        p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
+        p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
         const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // of each thread block
         const int share = device->shared_per_multiprocessor / resident - reserved;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
@@ -243,19 +277,16 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     while (call.slope_heads * 2 <= a.heads) call.slope_heads *= 2;
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
-    const AttentionKernel kernel = kernel_of(a);
-    const cudaError_t error = allow_shared(kernel, call);
+    const Head & head = *head_of(a.head);
+    const AttentionKernel kernel = head.kernel(a.type_k, a.type_v);
+    const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);
     if (launched != cudaSuccess || plan.chunks == 1)
         return launched; // a single run of rows is finished where it was computed
-    switch (a.head) {
-        case 64: return launch_merge<64>(call, stream);
-        case 128: return launch_merge<128>(call, stream);
-        default: return launch_merge<256>(call, stream);
-    }
+    return head.merge(call, stream);
 }
 
 } // namespace cuda

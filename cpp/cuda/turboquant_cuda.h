@@ -56,14 +56,27 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 // ---- attention of a few query tokens over a long cache
 
-enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(head, 128)
+// X(name): the types of rows, which are the families of turboquant_formats.h, in blocks of min(head, 128), and ggml's.
+#define TURBOQUANT_KV(X) TURBOQUANT_FAMILIES(TURBOQUANT_KV_FAMILY, X) X(q8_0) X(f16)
+#define TURBOQUANT_KV_FAMILY(X, ID, name, family, bits, id) X(name)
+enum class KV {
+#define TURBOQUANT_ENUMERATOR(name) name,
+    TURBOQUANT_KV(TURBOQUANT_ENUMERATOR)
+#undef TURBOQUANT_ENUMERATOR
+};
+
+// X(head): values in a row.
+#define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
+
+// The kernels' name for a tq_type or TQ_ROW_... in rows of that head; false if they do not take it.
+bool kv_of_type(int type, int head, KV & kv);
 
 // A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
 // f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because
 // the tensor cores multiply hidden values by zero.
 struct Attention {
     KV type_k, type_v;
-    int head;            // 64, 128 or 256, of K and of V
+    int head;            // of K and of V: one of TURBOQUANT_KV_HEADS
     int heads, kv_heads; // heads is a multiple of kv_heads
     int tokens, streams; // of the queries
     int kv_streams;      // divides streams

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
 
 // SplitMix64.
@@ -27,6 +28,13 @@ public:
 private:
     uint64_t state;
 };
+
+// The seed of a case with a name (FNV-1a).
+inline uint64_t seed_of(const std::string & name) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (const char c : name) hash = (hash ^ uint8_t(c)) * 0x100000001b3u;
+    return hash;
+}
 
 inline uint32_t bits_of(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 inline float float_of(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
