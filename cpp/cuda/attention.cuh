@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     add_lanes<D>(state, sums, place.paired);
 
     const bool has_state = in_quad == 0 && (!place.paired || quad < 4), has_output = !place.paired || in_quad < 2;
-    if (gridDim.x > 1) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
+    if (plan.merged) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
     else finish_rows<TV, D>(call, place, shared, state, sums, has_state, has_output);
 }
 

@@ -117,6 +117,38 @@ bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
     }
 }
 
+// The exact rows as the decode kernel takes them; false if it does not.
+bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
+    if (a.slots.type_k != a.slots.type_v ||
+        !tq::kv_of_type(a.slots.type_k == GGML_TYPE_F16 ? TQ_ROW_F16 : TQ_ROW_Q8_0, (int) a.head_k, exact.type)) {
+        return false;
+    }
+    exact.slots          = a.slots.n_kv;
+    exact.k              = a.slots.k.data;
+    exact.k_row          = a.slots.k.row_bytes;
+    exact.k_head         = a.slots.k.head_bytes;
+    exact.k_stream       = a.slots.k.stream_bytes;
+    exact.v              = a.slots.v.data;
+    exact.v_row          = a.slots.v.row_bytes;
+    exact.v_head         = a.slots.v.head_bytes;
+    exact.v_stream       = a.slots.v.stream_bytes;
+    exact.batch_k        = (const float *) a.batch.k.data;
+    exact.batch_k_row    = a.batch.k.row_bytes;
+    exact.batch_k_head   = a.batch.k.head_bytes;
+    exact.batch_k_stream = a.batch.k.stream_bytes;
+    exact.batch_v        = (const float *) a.batch.v.data;
+    exact.batch_v_row    = a.batch.v.row_bytes;
+    exact.batch_v_head   = a.batch.v.head_bytes;
+    exact.batch_v_stream = a.batch.v.stream_bytes;
+    exact.mask           = a.slots.mask.data;
+    exact.mask_token     = a.slots.mask.row_bytes;
+    exact.mask_head      = a.slots.mask.head_bytes;
+    exact.mask_stream    = a.slots.mask.stream_bytes;
+    exact.mask_heads     = (int) a.slots.mask_heads;
+    exact.mask_streams   = (int) a.slots.mask_streams;
+    return a.batch.n_kv == a.tokens;
+}
+
 // The call for the decode kernel, and its plan; false if that does not cover it.
 bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionPlan & plan) {
     if (a.head_k != a.head_v || !kv_type(a.type_k, a.head_k, call.type_k) || !kv_type(a.type_v, a.head_v, call.type_v)) {
@@ -153,17 +185,57 @@ bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     call.soft_cap     = a.soft_cap;
     call.sparse_v     = turbo_sparse_v();
     call.dst          = a.out;
-    return tq::plan_attention(call, plan);
+    call.windowed     = a.windowed;
+    call.exact        = {};
+    return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
+}
+
+// Rows of K or V of an exact window, those of a batch after those of slots, as the float32 rows of all heads.
+struct ExactSide {
+    const ggml_tensor * slots;
+    const ggml_tensor * batch;
+
+    int64_t rows() const { return slots->ne[1] + batch->ne[1]; }
+    int64_t values() const { return slots->ne[0] * slots->ne[2]; } // of a row
+};
+
+ExactSide exact_side(const ggml_tensor * op, bool keys) {
+    return { op->src[keys ? TURBO_SRC_SLOTS_K : TURBO_SRC_SLOTS_V], op->src[keys ? TURBO_SRC_BATCH_K : TURBO_SRC_BATCH_V] };
+}
+
+// The mask of the cache's rows, then that of the exact ones, then what fills the row up.
+__global__ void join_masks(const half * far, int64_t n_far, const half * exact, int64_t n_exact, half * to, int64_t n) {
+    const int64_t row = blockIdx.y;
+    for (int64_t i = blockIdx.x * (int64_t) blockDim.x + threadIdx.x; i < n; i += (int64_t) gridDim.x * blockDim.x) {
+        to[row * n + i] = i < n_far            ? far[row * n_far + i]
+                        : i < n_far + n_exact  ? exact[row * n_exact + i - n_far]
+                                               : __ushort_as_half(0xfc00); // minus infinity
+    }
 }
 
 // K and V of an op as dense f16 tensors, and the op on them.
 struct HalfAttention {
-    ggml_tensor q, k, v, op;
-    bool        shared; // V is the front of K's rows
+    ggml_tensor q, k, v, mask, op;
+    bool        shared;   // V is the front of K's rows
+    bool        windowed; // the rows of an exact window follow those of the cache, then zeros
 
     explicit HalfAttention(const ggml_tensor * original)
         : q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
         const ggml_tensor *k_src = original->src[1], *v_src = original->src[2];
+        windowed = original->src[TURBO_SRC_SLOTS_K];
+        if (windowed) {
+            const int64_t rows = GGML_PAD(k.ne[1] + exact_side(original, true).rows(), 256); // ggml's kernels' step
+            k.ne[1] = v.ne[1] = rows;
+            dense_half(k);
+            dense_half(v);
+            mask       = *original->src[3];
+            mask.ne[0] = rows;
+            set_strides(mask, sizeof(half));
+            op.src[3] = &mask;
+            for (int i = TURBO_SRC_SLOTS_K; i <= TURBO_SRC_BATCH_V; ++i) {
+                op.src[i] = nullptr;
+            }
+        }
         shared =
             v_src->type == k_src->type && v_src->view_src &&
             (v_src->view_src == k_src || (v_src->view_src == k_src->view_src && v_src->view_offs == k_src->view_offs));
@@ -198,9 +270,12 @@ struct HalfAttention {
 
     // As a cache lies: [head][kv head][row], so that rows that are whole in the cache are decoded as they lie.
     static void to_half(ggml_tensor & t) {
-        if (t.type == GGML_TYPE_F16) {
-            return;
+        if (t.type != GGML_TYPE_F16) {
+            dense_half(t);
         }
+    }
+
+    static void dense_half(ggml_tensor & t) {
         t.type      = GGML_TYPE_F16;
         t.nb[0]     = sizeof(half);
         t.nb[2]     = sizeof(half) * t.ne[0];
@@ -211,7 +286,24 @@ struct HalfAttention {
     }
 };
 
+bool heads_adjacent(const ggml_tensor * t) {
+    return t->nb[2] == ggml_row_size(t->type, t->ne[0]);
+}
+
 bool half_supports(int device, const ggml_tensor * op) {
+    if (op->src[TURBO_SRC_SLOTS_K]) {
+        for (const int i : { 1, 2, (int) TURBO_SRC_SLOTS_K, (int) TURBO_SRC_SLOTS_V, (int) TURBO_SRC_BATCH_K,
+                             (int) TURBO_SRC_BATCH_V }) {
+            if (!heads_adjacent(op->src[i])) {
+                return false;
+            }
+        }
+        const ggml_tensor *far = op->src[3], *exact = op->src[TURBO_SRC_EXACT_MASK];
+        if (!far || !ggml_is_contiguous(far) || !ggml_is_contiguous(exact) || ggml_nrows(far) != ggml_nrows(exact) ||
+            ggml_nrows(far) > 65535) {
+            return false;
+        }
+    }
     for (int i = 1; i <= 2; ++i) {
         const ggml_type type = op->src[i]->type;
         if (!turbo_is_type(type) && type != GGML_TYPE_F16 && !ggml_get_to_fp16_nc_cuda(type)) {
@@ -222,10 +314,26 @@ bool half_supports(int device, const ggml_tensor * op) {
     return ggml_cuda_flash_attn_ext_supported(device, &halves.op);
 }
 
-// Decode t, a cache of turbo or another type, to the tensor that HalfAttention made of it.
+// Decode t, a cache of turbo or another type, to the tensor that HalfAttention made of it, whose streams are as long or
+// longer.
 void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t stream) {
-    const size_t row    = ggml_row_size(t->type, t->ne[0]);
-    const bool   beside = t->nb[2] == row; // the heads of a token lie side by side: rows of all of them
+    const bool beside = heads_adjacent(t); // rows of all heads
+    if (t->type == GGML_TYPE_F16) {
+        for (int64_t s = 0; s < t->ne[3]; ++s) {
+            CUDA_CHECK(cudaMemcpy2DAsync((char *) out.data + s * out.nb[3], out.nb[1], (const char *) t->data + s * t->nb[3],
+                                         t->nb[1], out.nb[1], t->ne[1], cudaMemcpyDeviceToDevice, stream));
+        }
+        return;
+    }
+    if (!turbo_is_type(t->type) && t->ne[1] < out.ne[1]) {
+        const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
+        const int64_t           s1      = t->nb[1] / ggml_type_size(t->type);
+        for (int64_t s = 0; s < t->ne[3]; ++s) {
+            convert((const char *) t->data + s * t->nb[3], (half *) ((char *) out.data + s * out.nb[3]),
+                    t->ne[0] * t->ne[2], t->ne[1], 1, 1, s1, s1, s1, stream);
+        }
+        return;
+    }
     if (!turbo_is_type(t->type)) {
         const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
         const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
@@ -244,21 +352,55 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     }
 }
 
+// The exact rows after those of the cache, in the domain of its type, and zeros up to the end.
+void add_exact_rows(ggml_backend_cuda_context & ctx, const ExactSide & side, const ggml_tensor * cache,
+                    const ggml_tensor & out, cudaStream_t stream) {
+    const int64_t               values = side.values(), slots = side.slots->ne[1], rows = side.rows();
+    ggml_cuda_pool_alloc<float> exact(ctx.pool(), rows * values);
+    for (int64_t s = 0; s < cache->ne[3]; ++s) {
+        const char *  from = (const char *) side.slots->data + s * side.slots->nb[3];
+        const int64_t s1   = side.slots->nb[1] / ggml_type_size(side.slots->type);
+        ggml_get_to_fp32_nc_cuda(side.slots->type)(from, exact.get(), values, slots, 1, 1, s1, s1, s1, stream);
+        CUDA_CHECK(cudaMemcpy2DAsync(exact.get() + slots * values, values * sizeof(float),
+                                     (const char *) side.batch->data + s * side.batch->nb[3], side.batch->nb[1],
+                                     values * sizeof(float), side.batch->ne[1], cudaMemcpyDeviceToDevice, stream));
+        if (turbo_is_type(cache->type)) {
+            const int64_t  row   = values * sizeof(float);
+            const tq::Rows dense = { exact.get(), { row, row * rows, row * rows } };
+            const int64_t  ne[4] = { values, rows, 1, 1 };
+            CUDA_CHECK(tq::rotate_rows(ggml_blck_size(cache->type), false, dense, dense, ne, stream));
+        }
+        char * to = (char *) out.data + s * out.nb[3] + cache->ne[1] * out.nb[1];
+        ggml_get_to_fp16_nc_cuda(GGML_TYPE_F32)(exact.get(), (half *) to, values, rows, 1, 1, values, values, values, stream);
+        CUDA_CHECK(cudaMemsetAsync(to + rows * out.nb[1], 0, (out.ne[1] - cache->ne[1] - rows) * out.nb[1], stream));
+    }
+}
+
 void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
     cudaStream_t                stream = ctx.stream();
-    ggml_cuda_pool_alloc<half>  k_half(ctx.pool()), v_half(ctx.pool());
+    ggml_cuda_pool_alloc<half>  k_half(ctx.pool()), v_half(ctx.pool()), masks(ctx.pool());
     ggml_cuda_pool_alloc<float> q_rotated(ctx.pool());
     HalfAttention               halves(dst);
-    if (k->type != GGML_TYPE_F16) {
-        halves.k.data = k_half.alloc(ggml_nelements(k));
+    if (k->type != GGML_TYPE_F16 || halves.windowed) {
+        halves.k.data = k_half.alloc(ggml_nelements(&halves.k));
         decode_half(k, halves.k, stream);
     }
     if (halves.shared) {
         halves.v.data = halves.k.data;
-    } else if (v->type != GGML_TYPE_F16) {
-        halves.v.data = v_half.alloc(ggml_nelements(v));
+    } else if (v->type != GGML_TYPE_F16 || halves.windowed) {
+        halves.v.data = v_half.alloc(ggml_nelements(&halves.v));
         decode_half(v, halves.v, stream);
+    }
+    if (halves.windowed) {
+        const ggml_tensor *far = dst->src[3], *exact = dst->src[TURBO_SRC_EXACT_MASK];
+        add_exact_rows(ctx, exact_side(dst, true), k, halves.k, stream);
+        add_exact_rows(ctx, exact_side(dst, false), v, halves.v, stream);
+        halves.mask.data = masks.alloc(ggml_nelements(&halves.mask));
+        const dim3 grid(std::min<int64_t>((halves.mask.ne[0] + 255) / 256, 64), ggml_nrows(far));
+        join_masks<<<grid, 256, 0, stream>>>((const half *) far->data, far->ne[0], (const half *) exact->data,
+                                             exact->ne[0], (half *) halves.mask.data, halves.mask.ne[0]);
+        CUDA_CHECK(cudaGetLastError());
     }
     if (turbo_is_type(k->type)) {
         halves.q.data = q_rotated.alloc(ggml_nelements(q));
