@@ -3,6 +3,7 @@
 #include "device.h"
 #include "problem.h"
 #include "turboquant_cuda.h"
+#include "window.h"
 
 using namespace turboquant::cuda;
 
@@ -25,8 +26,8 @@ bool covers(const AttentionCase & c) {
 // Tensor cores multiply hidden values of f16 by zero, and infinities and NaN with them.
 bool exempt(const AttentionCase & c) { return c.type_v == TQ_ROW_F16 && c.hides_bad_values(); }
 
-void conforms(const AttentionCase & c) {
-    check::Case case_(c.name);
+void conforms(const AttentionCase & c, bool windowed) {
+    check::Case case_(c.name, windowed ? ", with a window" : "");
     const Problem p(c);
     DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
     DeviceArray<float> q_data(p.q), sink_data(p.sinks);
@@ -63,6 +64,31 @@ void conforms(const AttentionCase & c) {
     a.sparse_v = c.sparse_v;
     DeviceArray<float> dst(size_t(p.results() * c.head_v));
     a.dst = dst.get();
+    const Windowed w(p);
+    DeviceArray<uint16_t> slots_k(w.slots_k), slots_v(w.slots_v), far(w.far), exact(w.exact);
+    DeviceArray<float> batch_k(w.batch_k), batch_v(w.batch_v);
+    if (windowed) {
+        ExactRows & x = a.exact;
+        a.windowed = true;
+        a.mask = far.get();
+        x.type = KV::f16;
+        x.slots = w.slots;
+        x.k = slots_k.get();
+        x.v = slots_v.get();
+        x.k_head = x.v_head = c.head_k * 2;
+        x.k_row = x.v_row = x.k_head * c.kv_heads;
+        x.k_stream = x.v_stream = x.k_row * w.slots;
+        x.batch_k = batch_k.get();
+        x.batch_v = batch_v.get();
+        x.batch_k_head = x.batch_v_head = c.head_k * 4;
+        x.batch_k_row = x.batch_v_row = x.batch_k_head * c.kv_heads;
+        x.batch_k_stream = x.batch_v_stream = x.batch_k_row * w.batch;
+        x.mask = exact.get();
+        x.mask_token = (w.slots + w.batch) * 2;
+        x.mask_stream = x.mask_token * c.tokens;
+        x.mask_heads = 1;
+        x.mask_streams = c.streams;
+    }
     AttentionPlan plan;
     const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
@@ -74,7 +100,7 @@ void conforms(const AttentionCase & c) {
     const std::vector<double> want = p.want(p.q);
     const std::vector<float> got = dst.host();
     const double e = relative_error(got.data(), want.data(), int64_t(want.size()));
-    const bool half = a.type_k == KV::f16 || a.type_v == KV::f16;
+    const bool half = windowed || a.type_k == KV::f16 || a.type_v == KV::f16; // slots are rounded to f16
     const double bound = (half ? halves : integers) + double(c.sparse_v) * double(c.rows);
     static double worst = 0;
     if (e > worst || !(e <= bound)) {
@@ -93,8 +119,10 @@ int main(int argc, char ** argv) {
     int covered = 0;
     for (const AttentionCase & c : attention_cases()) {
         if (c.extent > extent) continue;
-        conforms(c);
+        conforms(c, false);
         covered += covers(c) && !exempt(c);
+        const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
+        if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1) conforms(c, true);
     }
     std::printf("%d cases\n", covered);
     Attention a = {};
