@@ -1,4 +1,4 @@
-// A problem of which some rows are read with high precision: those of an exact window. The result is the problem's.
+// A problem of which some rows are read with high precision: those of an exact window.
 #ifndef TURBOQUANT_TESTS_WINDOW_H
 #define TURBOQUANT_TESTS_WINDOW_H
 
@@ -12,7 +12,8 @@ struct Windowed {
     std::vector<uint16_t> far;         // binary16 [stream][token][rows]: the mask without them
     std::vector<uint16_t> exact;       // [stream][token][slots + batch]: theirs
 
-    explicit Windowed(const Problem & p) {
+    // The values of the rows in slots become what binary16 makes of them, in the problem, too.
+    explicit Windowed(Problem & p) {
         const AttentionCase & c = p.c;
         batch = std::min<int64_t>(c.tokens, c.rows);
         std::vector<int64_t> rows; // of the exact columns
@@ -24,13 +25,22 @@ struct Windowed {
             for (const int64_t r : rows)
                 for (int h = 0; h < c.kv_heads; ++h) {
                     const bool own = r >= c.rows - batch;
-                    const auto take = [&](const Cache & cache, std::vector<uint16_t> & halves, std::vector<float> & floats) {
-                        const float * values =
-                            r < 0 ? nullptr : cache.values[size_t((s * c.rows + r) * c.kv_heads + h)];
-                        for (int64_t i = 0; i < cache.head; ++i) {
-                            if (own) floats.push_back(values[i]);
-                            else halves.push_back(values ? binary16_of(values[i]) : uint16_t(0x7e00));
+                    const auto take = [&](Cache & cache, std::vector<uint16_t> & halves, std::vector<float> & floats) {
+                        if (r < 0) {
+                            halves.insert(halves.end(), size_t(cache.head), uint16_t(0x7e00));
+                            return;
                         }
+                        const float *& values = cache.values[size_t((s * c.rows + r) * c.kv_heads + h)];
+                        if (own) {
+                            floats.insert(floats.end(), values, values + cache.head);
+                            return;
+                        }
+                        rounded.emplace_back(values, values + cache.head);
+                        for (float & x : rounded.back()) {
+                            halves.push_back(binary16_of(x));
+                            x = float(half_at(reinterpret_cast<const uint8_t *>(&halves.back())));
+                        }
+                        values = rounded.back().data();
                     };
                     take(p.k, slots_k, batch_k);
                     take(p.v, slots_v, batch_v);
@@ -44,6 +54,10 @@ struct Windowed {
                 if (at) *at = 0xfc00;
             }
     }
+    Windowed(const Windowed &) = delete;
+
+private:
+    std::deque<std::vector<float>> rounded;
 };
 
 #endif

@@ -5,6 +5,8 @@
 #include "turboquant_cuda.h"
 #include "window.h"
 
+#include <optional>
+
 using namespace turboquant::cuda;
 
 namespace {
@@ -26,9 +28,42 @@ bool covers(const AttentionCase & c) {
 // Tensor cores multiply hidden values of f16 by zero, and infinities and NaN with them.
 bool exempt(const AttentionCase & c) { return c.type_v == TQ_ROW_F16 && c.hides_bad_values(); }
 
+// A window's rows on the device.
+struct Window {
+    Windowed host;
+    DeviceArray<uint16_t> slots_k, slots_v, far, exact;
+    DeviceArray<float> batch_k, batch_v;
+
+    explicit Window(Problem & p)
+        : host(p), slots_k(host.slots_k), slots_v(host.slots_v), far(host.far), exact(host.exact), batch_k(host.batch_k),
+          batch_v(host.batch_v) {}
+
+    ExactRows exact_rows(const AttentionCase & c) const {
+        ExactRows x = {};
+        x.type = KV::f16;
+        x.slots = host.slots;
+        x.k = slots_k.get();
+        x.v = slots_v.get();
+        x.k_head = x.v_head = c.head_k * 2;
+        x.k_row = x.v_row = x.k_head * c.kv_heads;
+        x.k_stream = x.v_stream = x.k_row * host.slots;
+        x.batch_k = batch_k.get();
+        x.batch_v = batch_v.get();
+        x.batch_k_head = x.batch_v_head = c.head_k * 4;
+        x.batch_k_row = x.batch_v_row = x.batch_k_head * c.kv_heads;
+        x.batch_k_stream = x.batch_v_stream = x.batch_k_row * host.batch;
+        x.mask = exact.get();
+        x.mask_token = (host.slots + host.batch) * 2;
+        x.mask_stream = x.mask_token * c.tokens;
+        x.mask_heads = 1;
+        x.mask_streams = c.streams;
+        return x;
+    }
+};
+
 void conforms(const AttentionCase & c, bool windowed) {
     check::Case case_(c.name, windowed ? ", with a window" : "");
-    const Problem p(c);
+    Problem p(c);
     DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
     DeviceArray<float> q_data(p.q), sink_data(p.sinks);
     DeviceArray<uint16_t> mask_data(p.mask);
@@ -64,30 +99,11 @@ void conforms(const AttentionCase & c, bool windowed) {
     a.sparse_v = c.sparse_v;
     DeviceArray<float> dst(size_t(p.results() * c.head_v));
     a.dst = dst.get();
-    const Windowed w(p);
-    DeviceArray<uint16_t> slots_k(w.slots_k), slots_v(w.slots_v), far(w.far), exact(w.exact);
-    DeviceArray<float> batch_k(w.batch_k), batch_v(w.batch_v);
+    std::optional<Window> window;
     if (windowed) {
-        ExactRows & x = a.exact;
         a.windowed = true;
-        a.mask = far.get();
-        x.type = KV::f16;
-        x.slots = w.slots;
-        x.k = slots_k.get();
-        x.v = slots_v.get();
-        x.k_head = x.v_head = c.head_k * 2;
-        x.k_row = x.v_row = x.k_head * c.kv_heads;
-        x.k_stream = x.v_stream = x.k_row * w.slots;
-        x.batch_k = batch_k.get();
-        x.batch_v = batch_v.get();
-        x.batch_k_head = x.batch_v_head = c.head_k * 4;
-        x.batch_k_row = x.batch_v_row = x.batch_k_head * c.kv_heads;
-        x.batch_k_stream = x.batch_v_stream = x.batch_k_row * w.batch;
-        x.mask = exact.get();
-        x.mask_token = (w.slots + w.batch) * 2;
-        x.mask_stream = x.mask_token * c.tokens;
-        x.mask_heads = 1;
-        x.mask_streams = c.streams;
+        a.mask = window.emplace(p).far.get();
+        a.exact = window->exact_rows(c);
     }
     AttentionPlan plan;
     const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
@@ -100,7 +116,7 @@ void conforms(const AttentionCase & c, bool windowed) {
     const std::vector<double> want = p.want(p.q);
     const std::vector<float> got = dst.host();
     const double e = relative_error(got.data(), want.data(), int64_t(want.size()));
-    const bool half = windowed || a.type_k == KV::f16 || a.type_v == KV::f16; // slots are rounded to f16
+    const bool half = a.type_k == KV::f16 || a.type_v == KV::f16;
     const double bound = (half ? halves : integers) + double(c.sparse_v) * double(c.rows);
     static double worst = 0;
     if (e > worst || !(e <= bound)) {
