@@ -32,7 +32,7 @@ _MEDIAN = re.compile(rf"Median\s+KLD:\s*{_NUMBER}")
 _TAIL = re.compile(rf"99\.9%\s+KLD:\s*{_NUMBER}")
 _RMS = re.compile(rf"RMS Δp\s*:\s*{_NUMBER} ±\s*{_NUMBER} %")
 _TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
-_BROKEN = re.compile(r"Unexpected negative standard deviation")  # its words where a probability is not a number
+_BROKEN = re.compile(r"Unexpected negative standard deviation")  # its message if a probability is NaN
 _SHORT = re.compile(r"you need at least \d+ tokens")
 _CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
 _VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
@@ -195,7 +195,7 @@ def run_divergence(
     With `decode` every token is evaluated alone, as when text is generated. Other kernels run then than for a batch.
 
     Raises:
-        ProgramError: the run failed or printed something unexpected.
+        ProgramError: the run failed or printed unexpected output.
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
     arguments += ["-b", "1", "-ub", "1"] if decode else []
