@@ -64,7 +64,7 @@ def byte_array(q: ArrayLike, argument: str) -> NDArray[np.uint8]:
 
 
 def last_axis(array: NDArray[Any], multiple: int, argument: str, unit: str) -> int:
-    """The length of the last axis. It must be a positive multiple of `multiple`; `unit` names that number in the error."""
+    """The length of the last axis. It must be a positive multiple of `multiple`, which `unit` names in errors."""
     if array.ndim == 0:
         raise ValueError(f"{argument}: got a scalar, wanted an array whose last axis is a multiple of {multiple} "
                          f"({unit})")
@@ -78,8 +78,8 @@ def last_axis(array: NDArray[Any], multiple: int, argument: str, unit: str) -> i
 def as_rows(array: NDArray[Any]) -> NDArray[Any]:
     """The array as (rows, last axis). The last axis is contiguous, and the stride of rows is at least their length.
 
-    The result is a view where strides allow it (slices of rows, padded rows), and a copy otherwise (transposed, reversed
-    or repeated rows).
+    The result is a view where strides allow it (slices of rows, padded rows), and a copy otherwise (transposed,
+    reversed or repeated rows).
     """
     rows = array.reshape(-1, array.shape[-1])
     item, length = rows.itemsize, rows.shape[-1]

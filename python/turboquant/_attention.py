@@ -50,9 +50,9 @@ def attention(
         k: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_k values. n_head is a multiple of n_kv_head; head h
             reads KV head ``h // (n_head // n_kv_head)`` (grouped-query attention).
         v: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_v values.
-        type_k, type_v: the types of k and v, in any pair: turbo types, or "q8_0", "q4_0" (rows in ggml's layout), "f16",
-            "bf16" (k or v may then be a float16 or bfloat16 array (..., n_kv_head, n_kv, head) instead of its bytes).
-            Rows of these four are multiples of 32 values.
+        type_k, type_v: the types of k and v, in any pair: turbo types, or "q8_0", "q4_0" (rows in ggml's layout),
+            "f16", "bf16" (k or v may then be a float16 or bfloat16 array (..., n_kv_head, n_kv, head) instead of its
+            bytes). Rows of these four are multiples of 32 values.
         scale: factor of the scores; 1 / sqrt(head_k) if None.
         mask: float32 or float16 values that are added to the scores, or bool (False: hidden); broadcast to
             (..., n_query, n_kv). All heads have the same mask.
@@ -111,7 +111,7 @@ def attention(
 
     out = np.zeros((*batch, n_head, n_query, head_v), dtype=np.float32)
     _core.kernels_check()
-    if out.size == 0 or n_kv == 0:  # There are no KV rows: the result is zeros, as for a query row that is masked everywhere.
+    if out.size == 0 or n_kv == 0:  # zeros, as for a query row that is masked everywhere
         return (out, 0.0) if return_skip_rate else out
     queries, keys, values = np.ascontiguousarray(queries), np.ascontiguousarray(keys), np.ascontiguousarray(values)
     rows = left_out = 0

@@ -141,7 +141,7 @@ def prepare(query: ArrayLike, block: int = 128) -> NDArray[np.void]:
     dtype = query_dtype(block)
     out = np.empty((*array.shape[:-1], n // block), dtype=dtype)
     if _core.query_bytes(block, n) != n // block * dtype.itemsize:
-        raise RuntimeError(f"a prepared block of {block} is not laid out as query_dtype says")  # the struct of the core has another layout
+        raise RuntimeError(f"a prepared block of {block} is not laid out as query_dtype says")  # ABI mismatch
     _core.kernels_check()
     if out.size:
         _core.query(block, as_rows(array), out.view(np.uint8).reshape(-1, n // block * dtype.itemsize))

@@ -41,7 +41,7 @@ class TypeInfo:
         return n // self.block * self.block_bytes
 
     def row_values(self, row_bytes: int) -> int:
-        """Values in an encoded row of `row_bytes` bytes; the inverse of the method `row_bytes`, with the same errors."""
+        """Values in an encoded row of `row_bytes` bytes; the inverse of `row_bytes()`, with the same errors."""
         row_bytes = operator.index(row_bytes)
         if row_bytes <= 0 or row_bytes % self.block_bytes:
             raise ValueError(f"row_bytes: got {row_bytes}, but a row of {self.name} is a positive multiple of its "

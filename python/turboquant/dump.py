@@ -1,8 +1,9 @@
-"""`turboquant dump-kv`: write the queries, keys and values of a model for a text to a safetensors file; `load` reads it.
+"""`turboquant dump-kv`: the queries, keys and values of a model for a text in a safetensors file; `load` reads it.
 
 The tensors are float32, as attention reads them (after RoPE, biases and norms):
 
-- ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for further attention operations that read the cache of the same layer
+- ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for further attention operations that read the cache of the same
+  layer
 - ``k.LAYER``, ``v.LAYER`` (tokens, KV heads, head)
 
 The metadata are ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale``, a JSON object with the

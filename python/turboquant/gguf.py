@@ -6,8 +6,8 @@ The import registers, once per process:
 - their (block, bytes) in ``gguf.GGML_QUANT_SIZES``,
 - their conversions in ``gguf.quants``, through the C++ core.
 
-Afterwards GGUFReader reads files with such tensors, ``gguf.quants.quantize`` and ``dequantize`` convert them, and GGUFWriter
-writes them:
+Afterwards GGUFReader reads files with such tensors, ``gguf.quants.quantize`` and ``dequantize`` convert them, and
+GGUFWriter writes them:
 
     writer.add_tensor("name", turboquant.quantize(x, "turbo4"), raw_dtype=gguf.GGMLQuantizationType.TURBO4)
 

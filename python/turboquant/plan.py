@@ -45,7 +45,7 @@ KEYS = ("turboquant.plan.version", "turboquant.plan.type_k", "turboquant.plan.ty
 _MOST_BYTES = 1 << 20  # greatest size of a plan file, also in libllama
 _MOST_LAYERS = 4096
 _MAGIC = "a plan is a JSON file with \"format\": \"turboquant-plan\", such as `turboquant tune` writes"
-_UBATCH, _CELLS = 512, 256  # llama.cpp's default batch, and the multiple to which it rounds the cells of a sliding window up
+_UBATCH, _CELLS = 512, 256  # llama.cpp's default batch, and the unit in which it allocates cells of a window
 _RUN = re.compile(r"(-|[a-z][a-z0-9_]*)(?:\*([1-9][0-9]{0,3}))?")
 
 Types = tuple["str | None", ...]
@@ -91,7 +91,7 @@ def expand(text: str, where: str = "the types") -> Types:
 
 
 def fitting(type: str, head: int) -> str | None:
-    """The type that stores heads of `head` values: ``turbo4_64`` for turbo4 and 64. None if no block divides the head."""
+    """The type that stores heads of `head` values: ``turbo4_64`` for turbo4 and 64. None if there is none."""
     for name in [info.name for info in types() if info.family == type] or [type]:
         block = block_of(name)
         if block and head % block[0] == 0:
@@ -112,7 +112,7 @@ class Plan:
 
     k: Types
     v: Types
-    model: Mapping[str, Any] | None = None  #: how libllama identifies the model; None matches every model with as many layers
+    model: Mapping[str, Any] | None = None  #: the model, as libllama identifies it; None matches every model
     about: Mapping[str, Any] = field(default_factory=dict)  #: any values, such as the author and the measurements
 
     def __post_init__(self) -> None:

@@ -75,7 +75,7 @@ def _blocks(x: ArrayLike, block: int) -> Floats:
 
 
 def rotate(x: ArrayLike, block: int = 128) -> Floats:
-    """R . x for every block of the last axis. x is (..., n), n a multiple of the block; returns float64 of the same shape."""
+    """R . x for every block of the last axis of x (..., n), n a multiple of the block: float64 (..., n)."""
     return (_blocks(x, block) @ rotation_matrix(block).T).reshape(np.shape(x))
 
 
@@ -123,7 +123,7 @@ def step(bits: int) -> float:
 
 
 def levels(bits: int) -> NDArray[np.int64]:
-    """The centroids as integers round(c / step) in -127 ... 127, so that integer and float arithmetic decode the same."""
+    """The centroids as integers round(c / step) in -127 ... 127, so that integer and float decoding agree."""
     return np.rint(np.array(lloyd_max(bits)) / step(bits)).astype(np.int64)
 
 
@@ -218,8 +218,8 @@ def dequantize(q: ArrayLike, type: str, *, rotated: bool = False) -> NDArray[np.
 
 # ---- 5. encode -------------------------------------------------------------------------------------------------------
 
-#: The search uses integers, so that all instruction sets make the same choices: the RMS is 2048 units, and a coarse unit
-#: is 64 units.
+#: The search uses integers, so that all instruction sets make the same choices: the RMS is 2048 units, and a coarse
+#: unit is 64 units.
 RMS_UNIT = 2048
 COARSE_UNIT = 64
 
@@ -228,7 +228,7 @@ SEARCH = tuple(0.76 + 0.06 * i for i in range(8))
 
 
 def _assign(magnitude: NDArray[np.int64], bounds: Floats) -> NDArray[np.int64]:
-    """For every magnitude (..., n) its index among the positive levels: how many bounds (..., levels - 1) it exceeds."""
+    """The number of bounds (..., levels - 1) that each magnitude (..., n) exceeds: its index among the levels."""
     return np.asarray((magnitude[..., None] > bounds[..., None, :]).sum(axis=-1))
 
 
@@ -331,8 +331,8 @@ def softmax_weights(
 ) -> Floats:
     """softmax(scale * Q K^T + mask), float64 (n_head, n_query, n_kv).
 
-    queries (n_head, n_query, head_k) and keys (n_kv_head, n_kv, head_k) are floats. mask (n_query, n_kv) is added to the
-    scores. A query row that is masked everywhere gives zeros. `turboquant.attention` explains the other arguments.
+    queries (n_head, n_query, head_k) and keys (n_kv_head, n_kv, head_k) are floats. mask (n_query, n_kv) is added to
+    the scores. A query row that is masked everywhere gives zeros. `turboquant.attention` explains the other arguments.
     """
     query_rows, key_rows = np.asarray(queries).astype(np.float64), np.asarray(keys).astype(np.float64)
     # the query heads of a GQA group share a KV head

@@ -570,7 +570,7 @@ def test_keyboard(browser):
     settle(browser)
     assert browser.run("return explore.state.bits;") == 3
     assert "At 3 bits" in result(browser, "grid")
-    # What changed is said when the control has come to rest, and nothing before.
+    # The change is announced when the control no longer moves, and not before.
     browser.wait("document.querySelector('#announcement').textContent")
     assert browser.run("return document.querySelector('#announcement').textContent;") == result(browser, "grid")
     browser.run("document.querySelector('#plain-rotate').focus();")

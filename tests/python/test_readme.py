@@ -1,4 +1,4 @@
-"""The statements of the documents: the README's example prints what its comments say, its commands exist, links work."""
+"""The documents are true: the README's example prints what its comments say, commands exist, links work."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def test_types():
 
 
 def commands(document: str) -> list[list[str]]:
-    """The words of every command in the shell blocks of a document: lines are joined, comments and $(…) are taken apart."""
+    """The words of every command in the shell blocks of a document, without comments; $(…) is a separate command."""
     text = (ROOT / document).read_text(encoding="utf-8")
     lines = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ").splitlines()
     found = []

@@ -1,7 +1,7 @@
-"""Measure the distributions of K and V of every layer, and the errors that each cache type causes in K, V and attention.
+"""Measure the distributions of K and V of every layer, and the errors of each cache type in K, V and attention.
 
-All errors are those of the real codec on the real values. Attention is computed for at most `QUERIES` queries of the file,
-evenly spread. It is causal, without sliding windows, sinks and soft caps that a model may have.
+All errors are those of the real codec on the real values. Attention is computed for at most `QUERIES` queries of the
+file, evenly spread. It is causal, without sliding windows, sinks and soft caps that a model may have.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class Effect:
     """The errors that a cache type causes in K or V of one layer."""
 
     mse: float  #: squared error divided by the sum of the squared values
-    harm: float  #: K: KL divergence of attention's weights, in nats per query; V: squared error of attention's output,
-    #: relative to its squares
-    score: float | None = None  #: K: standard deviation of the error of a score (scale * q.k), without shifts common to all scores of a query
+    #: K: KL divergence of attention's weights, in nats per query; V: squared error of attention's output, divided by
+    #: the squared output
+    harm: float
+    #: K: standard deviation of the error of a score (scale * q.k), without a shift common to all scores of a query
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Half:
 
     outlier: float  #: RMS of the largest channel divided by that of the median channel, in the worst block
     outlier_rotated: float | None
-    kurtosis: float  #: mean of x^4 divided by the squared mean of x^2, per block: 3n / (n + 2) for normal values, at most n
+    kurtosis: float  #: mean of x^4 over the squared mean of x^2, per block: 3n / (n + 2) for normal values, at most n
     kurtosis_rotated: float | None
     fit: float | None  #: Kolmogorov-Smirnov distance of rotated blocks of length 1 from N(0, 1/n), 0 ... 1
     effects: dict[str, Effect | None]  #: effects by type; None if the type cannot store such heads
@@ -90,7 +92,7 @@ class Analysis:
     layers: list[Layer]
 
     def harms(self, half: str, type: str) -> dict[int, float]:
-        """The error of attention that a type of K ("k") or V ("v") causes, by layer; without layers that it cannot store."""
+        """The error of attention due to a type of K ("k") or V ("v"), by layer, without layers that it cannot store."""
         effects = {layer.layer: getattr(layer, half).effects[type] for layer in self.layers}
         return {layer: effect.harm for layer, effect in effects.items() if effect}
 
@@ -239,8 +241,8 @@ def _fit(y: Array, n: int) -> float:
 def stored(x: Array, type: str, rotation: int) -> Array | None:
     """x (tokens, KV heads, head) after encoding and decoding; None if the type cannot store such heads.
 
-    For llama.cpp's own types `rotation` is the upper limit of the blocks that are rotated, as llama.cpp does if the head
-    is a multiple of 64.
+    For llama.cpp's own types `rotation` is the upper limit of the blocks that are rotated, as llama.cpp does if the
+    head is a multiple of 64.
     """
     head = x.shape[2]
     if type not in STOCK:

@@ -1,9 +1,9 @@
 """The scales of weights that minimize the quantization noise of a cache.
 
 A block of n channels is rotated before it is quantized, so its noise is the same in every channel and proportional to
-A = Σ s² E|k|². Scores read the noise through the query, with the factor B = Σ E|q|² / s². Scaling k by s and q by 1/s does
-not change q·k, and by the Cauchy-Schwarz inequality A·B is least at s⁴ = E|q|² / E|k|². For V the same holds with the
-second moments of V, and with the squared lengths of the columns of the output matrix in place of E|q|².
+A = Σ s² E|k|². Scores read the noise through the query, with the factor B = Σ E|q|² / s². Scaling k by s and q by 1/s
+does not change q·k, and by the Cauchy-Schwarz inequality A·B is least at s⁴ = E|q|² / E|k|². For V the same holds with
+the second moments of V, and with the squared lengths of the columns of the output matrix in place of E|q|².
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Problem:
     """Channels to balance; all arrays are (channels,)."""
 
     cached: Floats  #: second moments of the cached channels, E|k|² or E|v|²
-    reader: Floats  #: E|q|², summed over the heads that read the channel, or squared lengths of the output matrix's columns
+    reader: Floats  #: E|q|², summed over the heads that read it, or squared lengths of the output's columns
     block: Ints  #: number of the channel's block, from 0
     group: Ints  #: number of the channel's group, from 0; channels of a group have the same scale
 
@@ -65,9 +65,9 @@ def noise(problem: Problem, scale: Floats) -> float:
 def solve(problem: Problem) -> Floats:
     """The best scales as real numbers, (channels,). The energy of a block does not increase.
 
-    If every group is inside one block, s⁴ = Σ reader / Σ cached over the group. In a group that several blocks share (one
-    norm's weight for all heads), each block is weighted by its A and B. These depend on the scales, so the computation is
-    repeated a few times.
+    If every group is inside one block, s⁴ = Σ reader / Σ cached over the group. In a group that several blocks share
+    (one norm's weight for all heads), each block is weighted by its A and B. These depend on the scales, so the
+    computation is repeated a few times.
     """
     cached, reader = problem.floored()
     scale = np.ones_like(cached)

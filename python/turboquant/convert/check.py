@@ -45,7 +45,7 @@ def shape(text: Path, available: int) -> tuple[int, int]:
 
 
 class _Unfused(CachePair):
-    """A cache that is read without flash attention. The option `-fa off` follows `-fa on`, and the last one is effective."""
+    """A cache without flash attention. The option `-fa off` follows `-fa on`, and the last one is effective."""
 
     @property
     def arguments(self) -> list[str]:
@@ -70,7 +70,7 @@ class Checker:
         return self._kld(model, CachePair(k, v), what)[0]
 
     def kld_and_types(self, model: Path, k: str, v: str, *, what: str) -> tuple[float, tuple[str, str]]:
-        """As `kld`; also returns the types of the layers' K and V in a plan's compact syntax ("" if all are as requested)."""
+        """As `kld`; also returns the types of K and V by layer in compact syntax ("" if all are as requested)."""
         kld, caches = self._kld(model, CachePair(k, v), what)
         return kld, (caches.types_k, caches.types_v)
 
@@ -89,8 +89,8 @@ class Checker:
     def floor(self, model: Path) -> float:
         """The KLD between the original `model` with and without flash attention, which differ only by rounding.
 
-        With quantized weights activations are quantized as well, and every change, however small, changes the rounding of
-        some activations.
+        With quantized weights activations are quantized as well, and every change, however small, changes the rounding
+        of some activations.
         """
         found, _ = self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
         if not math.isfinite(found):

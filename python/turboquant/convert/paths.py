@@ -2,9 +2,9 @@
 
 A model file does not say how its weights are used, but llama.cpp's graph does. The graph is followed backwards from the
 tensor that attention reads, one operation at a time, through all operations that keep channels separate: views and
-copies, RoPE (which mixes the two channels of a pair), factors, biases. The path ends at the first weight that scales each
-channel: the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; unknown operations
-are refused.
+copies, RoPE (which mixes the two channels of a pair), factors, biases. The path ends at the first weight that scales
+each channel: the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; unknown
+operations are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def trace(steps: Sequence[dict[str, Any]], coordinates: Ints) -> Trace:
     """Follow `steps` (of a `Route`) to the weights.
 
     Args:
-        coordinates: (channels, 4), the position of each channel of one token in the first step's tensor, in ggml's order.
+        coordinates: (channels, 4), the position of each channel of one token in the first step's tensor, in ggml's
+            order.
 
     Raises:
         Refusal: an operation does not commute with scaling channels.
@@ -89,8 +90,8 @@ def trace_output(steps: Sequence[dict[str, Any]], heads: int, head: int) -> Leaf
     """The columns of the output matrix that multiply each channel of attention's output.
 
     Returns:
-        A leaf with index (heads * head,). The steps lead backwards, so the positions of the columns are followed and then
-        inverted.
+        A leaf with index (heads * head,). The steps lead backwards, so the positions of the columns are followed and
+        then inverted.
 
     Raises:
         Refusal: the matrix has further columns.

@@ -32,7 +32,8 @@ class Measurement:
     tokens: int
     available: int
     attentions: list[Attention] = field(default_factory=list)
-    routes: dict[tuple[str, int], list[Route]] = field(default_factory=dict)  #: by role, and number of the attention operation (q, o) or layer (k, v)
+    #: by role, and number of the attention operation (q, o) or layer (k, v)
+    routes: dict[tuple[str, int], list[Route]] = field(default_factory=dict)
     moments: dict[tuple[str, int], Floats] = field(default_factory=dict)  #: (channels,), by the same
 
     def layers(self) -> list[int]:
@@ -51,7 +52,7 @@ def measure(
     gpu_layers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurement:
-    """Run `model` on the first `tokens` tokens of `text`, in pieces of `context` tokens, and sum the squares of q, k and v.
+    """Run `model` on the first `tokens` tokens of `text`, `context` at a time, and sum the squares of q, k and v.
 
     Raises:
         CaptureError: the model or the text cannot be used.
@@ -89,7 +90,7 @@ class Balanced:
     layer: int
     what: str  #: "K" or "V"
     exact: bool = True
-    before: float = 0.0  #: K: variance of a score's error; V: variance of the output's error, divided by that of the output
+    before: float = 0.0  #: variance of a score's error (K), or of the output's error relative to the output (V)
     after: float = 0.0
     largest: float = 1.0  #: the largest and the smallest scale
     smallest: float = 1.0
@@ -116,7 +117,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Side:
-    """The part of one trace in a balance: cached channels are multiplied by the scale, reading channels by its inverse."""
+    """One trace of a balance: cached channels are multiplied by the scale, reading channels by its inverse."""
 
     trace: Trace
     channel: Ints  #: for each channel of the trace the number of its cached channel

@@ -36,7 +36,7 @@ CANDIDATES = (
 GOOD = 0.02
 _CONTEXT = 512
 _WIDTH = 10  # greatest length of a cache type's name
-_TYPES, _MODEL = 12, 64  # greatest number of bytes per layer in the types of a plan, and in its description of the model
+_TYPES, _MODEL = 12, 64  # greatest bytes per layer in the types of a plan, and in its model
 _NOTE = "K is balanced against Q, and V against the output, inside the weights"
 _ADVICE = {
     "auto": "with --no-v only K is balanced",
@@ -79,12 +79,14 @@ def convert(
 
     Args:
         text: the text for measuring and for the check (default: the bundled text).
-        mode: "auto", "exact" or "pow2"; see `plan.make_plan`. "auto" takes powers of two if exact scales fail the check.
+        mode: "auto", "exact" or "pow2"; see `plan.make_plan`. "auto" takes powers of two if exact scales fail the
+            check.
         values: whether to balance V as well.
         tokens: number of tokens of the text for measuring.
 
     Raises:
-        ConvertError, ModelError, CaptureError, CheckError, OutputError: the text gives the reason. No file is left behind.
+        ConvertError, ModelError, CaptureError, CheckError, OutputError: the text gives the reason. No file is left
+            behind.
     """
     reporter = reporter or Reporter()
     text = text or bundled_text()

@@ -51,13 +51,12 @@ def evaluate(
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:
-    """Measure what each cache type costs (perplexity, KL divergence from the f16 cache, retrieval) and saves (MiB).
+    """Measure the loss (perplexity, KL divergence from the f16 cache, retrieval) and the size (MiB) of cache types.
 
-    Results are remembered in the cache folder; what was measured once with the same build, model, text and options is
-    shown at once.
+    Results are stored in the cache folder. A measurement with the same build, model, text and options is not repeated.
     """
     console = plain_console()
-    # As Ctrl-C does, so that the running program is ended and the scratch folder removed.
+    # SIGTERM is treated as Ctrl-C, so that the running program is ended and the scratch folder removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         pairs = parse_pairs(types)
@@ -79,7 +78,7 @@ def evaluate(
             try:
                 measurer = Measurer(model_path, text_path, programs, results, folder)
                 show_demo(console, CachePair.parse(demo), options, measurer)
-            except ProgramError as error:  # the table is measured all the same
+            except ProgramError as error:  # the table is measured nevertheless
                 console.print(f"\nThis could not be shown: {error.reason}.\n", markup=False, highlight=False)
         if headline:
             console.print(headline, markup=False, highlight=False)
@@ -99,7 +98,7 @@ def evaluate(
 
 
 class _Display:
-    """A bar for each measurement, one after the other."""
+    """A progress bar for each measurement, one after the other."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -131,7 +130,7 @@ def _file(path: Path) -> Path:
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends it with one sentence and exit code 130."""
+    """Run the command line. Ctrl-C ends it with a message and exit status 130."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:

@@ -1,4 +1,4 @@
-"""The meaning of the numbers: the noise floor, the bands of a verdict, the agreement of the paths, the recommendation."""
+"""The meaning of the numbers: noise floor, bands of the verdict, agreement of the paths, recommendation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SIGMAS = 3.0
 class Noise:
     """How far runs with an f16 cache differ from the batched f16 run: mean KLDs in nats per token.
 
-    ``same`` is that of a second batched run, which differs because stored predictions are rounded. ``decode`` is that of
-    the token-by-token run, which computes the same sums in another order.
+    ``same`` is that of a second batched run, which differs because stored predictions are rounded. ``decode`` is that
+    of the token-by-token run, which computes the same sums in another order.
     """
 
     same: float

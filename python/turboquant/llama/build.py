@@ -329,7 +329,7 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
         "native": plan.native_digest,
         "source": plan.source.name,
         "commit": plan.source.commit,
-        "targets": [*plan.targets, *kept],  # includes targets that this tree does not have, so that the same request finds the build
+        "targets": [*plan.targets, *kept],  # with those that this tree lacks, so that the same request is up to date
         "programs": [program for program in programs if (folder / "build" / program).is_file()],
     }
     write_json(folder / "done.json", record)

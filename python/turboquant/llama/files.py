@@ -71,8 +71,8 @@ def list_files(
 ) -> Iterator[str]:
     """The regular files below `root`, sorted, as relative paths with '/'.
 
-    Files and folders for which `skip(path, is_dir)` is true are left out. With `follow`, links to folders are treated as
-    folders, except links to a folder that contains the link; without `follow` they are left out.
+    Files and folders for which `skip(path, is_dir)` is true are left out. With `follow`, links to folders are treated
+    as folders, except links to a folder that contains the link; without `follow` they are left out.
     """
     return _list(root, skip, follow, (os.path.realpath(root),) if follow else ())
 

@@ -59,7 +59,8 @@ def download(
         command += ["--require-hashes", "-r", str(listed)]
     else:
         command.append(requirement)
-    # pip's temporary files go into this folder: they are on the same disk, the progress bar sees them, and they are removed.
+    # pip's temporary files go into this folder: they are on the same disk, the progress bar sees them, and they are
+    # removed.
     env = dict(os.environ, TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary))
     if path:
         env["PATH"] = path

@@ -56,7 +56,7 @@ class Track:
         self._said_tenth = 0
 
     def update(self, done: int, total: int | None = None, label: str | None = None) -> None:
-        """Set the progress to `done` of `total`, both counted from the start of this task. None keeps the former value."""
+        """Set the progress to `done` of `total`, counted from the start of this task. None keeps a value."""
         self._total, self._label = total or self._total, label or self._label
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=self._total, description=self._label)

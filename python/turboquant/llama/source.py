@@ -50,7 +50,7 @@ PROVEN: dict[str, Archive] = {
 UNNEEDED = {"benches", "ci", "conversion", "docs", "gguf-py", "media", "models", "requirements", "skills"}
 # Increased when the rule above changes, so that trees unpacked by the older rule are not reused.
 _LAYOUT = 1
-_MAX_FILES, _MAX_BYTES = 50_000, 2 << 30  # far above the size of llama.cpp; protects against an archive that would fill the disk
+_MAX_FILES, _MAX_BYTES = 50_000, 2 << 30  # far above llama.cpp's size, to limit malicious archives
 
 # A llama.cpp tree has these files.
 _ESSENTIAL = (
@@ -81,9 +81,9 @@ class _CorruptError(Exception):
 class Source:
     """A llama.cpp source tree, which is read and never written.
 
-    ``name`` is for messages and ``slug`` for folder names. ``identity`` distinguishes two sources independently of their
-    present content. ``digest`` is a hash of the content. ``commit`` and ``number`` are the version that built programs
-    print.
+    ``name`` is for messages and ``slug`` for folder names. ``identity`` distinguishes two sources independently of
+    their present content. ``digest`` is a hash of the content. ``commit`` and ``number`` are the version that built
+    programs print.
     """
 
     root: Path
@@ -171,12 +171,13 @@ def fetch(
         version: such as "0.3.36". Releases in `PROVEN` are checked against a known checksum before code of them runs.
         reporter: receives the progress.
         path: the PATH that pip runs with; with cmake and ninja in it, pip does not download its own.
-        unproven: also fetch other releases. Their build code runs on this machine, and their authenticity is not checked.
+        unproven: also fetch other releases. Their build code runs on this machine, and their authenticity is not
+            checked.
 
     Raises:
         UnprovenError: the release is not in `PROVEN`, and `unproven` is false.
-        SourceError: the version is invalid, pip or the network is missing, the download is corrupt twice, or the archive
-            contains no llama.cpp.
+        SourceError: the version is invalid, pip or the network is missing, the download is corrupt twice, or the
+            archive contains no llama.cpp.
     """
     found = cached(version)
     if found:
@@ -333,7 +334,8 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
 def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str:
     """Write vendor/llama.cpp of `archive` to `target`; returns the commit that the archive names, or "unknown".
 
-    Only regular files are written, and each path is built from checked parts, so no file can be written outside `target`.
+    Only regular files are written, and each path is built from checked parts, so no file can be written outside
+    `target`.
     """
     commit, count, size = "unknown", 0, 0
     seen: set[str] = set()

@@ -190,7 +190,7 @@ def jobs() -> int:
 
 
 def find_tools(reporter: Reporter) -> Tools:
-    """CMake (3.19 or newer) and Ninja from the machine, the Python environment or the cache, or downloaded into the cache.
+    """CMake (3.19 or newer) and Ninja from the machine, the Python environment, or the cache, filled by pip if needed.
 
     Raises:
         ToolError: they are missing, and pip could not download them.

@@ -46,7 +46,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Route:
-    """How q, k or v ("q", "k", "v") was computed from the weights, or how the output ("o") is used; see `convert.paths`."""
+    """How q, k or v ("q", "k", "v") depends on the weights, or how the output ("o") is used; see `convert.paths`."""
 
     role: str
     use: int  #: -1 for k and v

@@ -19,7 +19,7 @@ _UBATCH = 512  # llama.cpp's default batch; its sliding-window caches hold so ma
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Sizes in MiB, and the types of K and V in the cache (``turbo4_64`` if turbo4 was requested and heads have 64 values).
+    """Sizes in MiB, and the types of K and V in the cache (``turbo4_64`` for turbo4 and heads of 64 values).
 
     If layers have different types, because of a plan or the guard, all types are named: ``turbo4_64+q8_0``.
     """
@@ -47,7 +47,8 @@ class Cache:
 class Caches:
     """The caches of a context in the order of the log, and the model's sliding window in tokens (0 if it has none).
 
-    A model with a sliding window has two caches: first that of the other layers, then that of the layers with the window.
+    A model with a sliding window has two caches: first that of the other layers, then that of the layers with the
+    window.
     """
 
     caches: list[Cache]

@@ -30,8 +30,8 @@ _BLOCKS = _STOCK | {info.name: (info.block, info.block_bytes) for info in types(
 class CachePair:
     """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``.
 
-    ``CachePair("auto", "auto", plan)`` stands for the types of a plan file. Without a plan file, "auto" stands for the plan
-    in the model's metadata.
+    ``CachePair("auto", "auto", plan)`` stands for the types of a plan file. Without a plan file, "auto" stands for the
+    plan in the model's metadata.
     """
 
     k: str

@@ -95,7 +95,8 @@ def parse_divergence(text: str) -> Divergence:
         *_numbers(_RMS, text, "RMS Δp : … ± … %"),
         *_numbers(_TOP, text, "Same top p: … ± … %"),
     )
-    # If two runs agree to the last digit, llama-perplexity may divide by zero when it computes an error; the error is 0.
+    # If two runs agree to the last digit, llama-perplexity may divide by zero when it computes an error; the error is
+    # 0.
     errors = {name: 0.0 for name, value in vars(found).items() if name.endswith("_error") and not math.isfinite(value)}
     return replace(found, **errors)
 

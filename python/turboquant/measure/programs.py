@@ -84,7 +84,7 @@ class Programs:
         raise ProgramError(f"{self.folder} has no {name}; build it with `turboquant build`")
 
     def fingerprint(self) -> str:
-        """A hash of the programs used here, of the libraries in their folder, and of the environment variables they read."""
+        """A hash of the programs, of the libraries in their folder, and of the environment variables they read."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             used = path.stem in _USED or ".so" in path.suffixes or path.suffix in (".dylib", ".dll")
@@ -124,8 +124,9 @@ class Programs:
     ) -> Result:
         """Run a program to its end.
 
-        llama.cpp writes its output from a separate thread and does not wait for that thread at exit, so on a busy machine
-        the end of the output can be lost. `complete` recognizes a complete output; otherwise the program runs again.
+        llama.cpp writes its output from a separate thread and does not wait for that thread at exit, so on a busy
+        machine the end of the output can be lost. `complete` recognizes a complete output; otherwise the program runs
+        again.
 
         Args:
             name: name of the program, such as ``"llama-perplexity"``.

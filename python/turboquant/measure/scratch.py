@@ -19,8 +19,9 @@ __all__ = ["scratch_folder"]
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """A folder for predictions, which is deleted at the end.
 
-    A run that was killed leaves its folder behind, so folders of this machine that no process holds are deleted. The cache
-    may be shared with other machines; their folders stay, because this machine cannot determine whether they are in use.
+    A run that was killed leaves its folder behind, so folders of this machine that no process holds are deleted. The
+    cache may be shared with other machines; their folders stay, because this machine cannot determine whether they are
+    in use.
     """
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f"kld-base-{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"

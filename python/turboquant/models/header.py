@@ -59,9 +59,11 @@ class Info:
 class Header:
     """The contents of a file before the data of its tensors."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)  #: the metadata without lists of strings, long lists and very long strings
+    #: the metadata without lists of strings, long lists and very long strings
+    metadata: dict[str, Any] = field(default_factory=dict)
     fields: int = 0  #: the keys of all metadata
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  #: begin and end of each key with its value, as offsets in the file
+    #: begin and end of each key with its value, as offsets in the file
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[Info] = field(default_factory=list)
     alignment: int = 32
     infos: int = 0  #: offset of the descriptions of the tensors

@@ -1,7 +1,7 @@
 """A GGUF model file, read piece by piece, and written again with some tensors scaled and some metadata added.
 
-All other contents are copied as bytes, so that nothing is lost that this program does not know. Only a few MiB of a tensor
-are in memory at a time.
+All other contents are copied as bytes, so that nothing is lost that this program does not know. Only a few MiB of a
+tensor are in memory at a time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ModelFile:
     """An open model file: a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Raise ModelError if the file is no complete GGUF file in this machine's byte order, or its metadata are invalid."""
+        """Raise ModelError if the file is no complete GGUF file in native byte order, or its metadata are invalid."""
         self.path = path
         self.size = path.stat().st_size
         head = _read(path)
@@ -103,8 +103,8 @@ class ModelFile:
 
         Args:
             scalings: the factors by tensor; tensors keep their types and sizes.
-            metadata: added at the end; they replace metadata with the same keys. Values are str, int, float, or lists of
-                one of these.
+            metadata: added at the end; they replace metadata with the same keys. Values are str, int, float, or lists
+                of one of these.
             progress: called with the number of bytes written so far.
 
         Raises:
@@ -162,7 +162,8 @@ def replace_metadata(path: Path, old: Mapping[str, Any], new: Mapping[str, Any])
     Remaining bytes become spaces at the end of the last value of `new`, which must be a string.
 
     Raises:
-        ValueError: the file does not end its metadata with `old`, or `new` takes more bytes or has another number of keys.
+        ValueError: the file does not end its metadata with `old`, or `new` takes more bytes or has another number of
+            keys.
     """
     before, after = _packed(old), _packed(new)
     if len(after) > len(before) or len(new) != len(old):

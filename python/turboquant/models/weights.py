@@ -1,8 +1,8 @@
 """Scale rows, columns or elements of a tensor in the format of a GGUF file, without requantizing.
 
-Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only, so every weight
-is multiplied exactly by that power of two. `exponents` returns the powers at which no fp16 scale overflows or loses a bit
-as a subnormal.
+Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only, so every
+weight is multiplied exactly by that power of two. `exponents` returns the powers at which no fp16 scale overflows or
+loses a bit as a subnormal.
 """
 
 from __future__ import annotations

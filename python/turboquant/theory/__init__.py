@@ -7,8 +7,8 @@
 - `qjl`: inner products from the signs of random projections, and as a second stage (algorithm 2)
 - `errors`: the errors that quantized K and V cause in attention
 
-The code is slow and packs no bytes: `turboquant.reference` has the formats, and `turboquant` the kernels. The notebooks use
-this package.
+The code is slow and packs no bytes: `turboquant.reference` has the formats, and `turboquant` the kernels. The notebooks
+use this package.
 
 Sources: TurboQuant, arXiv 2504.19874; PolarQuant, arXiv 2502.02617; QJL, arXiv 2406.03482.
 """

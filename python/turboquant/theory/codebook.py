@@ -86,9 +86,10 @@ def lloyd_max(density: Density, bits: int, *, tolerance: float = 1e-10, steps: i
     """The 2**bits levels with the least mean squared error for a density (the unique optimum if it is log-concave).
 
     Two conditions are applied in turn until no level moves by more than `tolerance` times the width of the interval: a
-    boundary is the midpoint of its two levels, and a level is the mean of the density between its boundaries. The start
-    are the levels for density**(1/3), Panter and Dite's approximation for many levels. Source: Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960;
-    Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982; TurboQuant, section 3.1.
+    boundary is the midpoint of its two levels, and a level is the mean of the density between its boundaries. The
+    iteration starts at the levels for density**(1/3), Panter and Dite's approximation for many levels. Source: Max,
+    "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960; Lloyd, "Least squares quantization in PCM",
+    IEEE Trans. Inf. Theory 28, 1982; TurboQuant, section 3.1.
 
     Raises:
         ValueError: bits is not 1 ... 8.

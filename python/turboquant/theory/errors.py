@@ -28,7 +28,7 @@ def relative_mse(x: ArrayLike, approximation: ArrayLike) -> float:
 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
-    """sum p log(p/q) over the last axis, nats, for distributions (..., n): (...). Infinite where q is 0 and p is not."""
+    """sum p log(p/q) in nats over the last axis of distributions (..., n): (...). Infinite where q is 0 and p not."""
     exact, other = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     with np.errstate(divide="ignore"):
         ratio = np.log(np.where(exact > 0, exact, 1.0)) - np.log(np.where(exact > 0, other, 1.0))

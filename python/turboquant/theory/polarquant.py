@@ -1,4 +1,4 @@
-"""Length and direction stored separately: a norm per vector, and the rotated direction, whose channels share a codebook.
+"""Length and direction stored separately: a norm per vector, and the rotated direction with one codebook.
 
 This is TurboQuant's algorithm 1, generalized from unit vectors to all vectors by a stored norm. PolarQuant (arXiv
 2502.02617) has the same first steps, a rotation and a separate length, and then quantizes angles.
@@ -40,9 +40,9 @@ def levels(n: int, bits: int) -> Floats:
 def encode(x: ArrayLike, bits: int, rotation: ArrayLike, *, norm_correction: bool = True) -> Encoded:
     """Quantize vectors x (..., n) with an orthonormal matrix (n, n), such as `rotation.random_rotation` gives.
 
-    With `norm_correction` the stored norm is |x| / |c|, where c are the chosen levels, so that the reconstruction has the
-    length of x. Without it the stored norm is |x|, as in the paper, and the reconstruction is slightly too short, because
-    levels are means and vary less than the values. A vector of zeros has the norm 0.
+    With `norm_correction` the stored norm is |x| / |c|, where c are the chosen levels, so that the reconstruction has
+    the length of x. Without it the stored norm is |x|, as in the paper, and the reconstruction is slightly too short,
+    because levels are means and vary less than the values. A vector of zeros has the norm 0.
 
     Source: TurboQuant, algorithm 1, and section 1 on norms.
     """

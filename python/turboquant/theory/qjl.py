@@ -76,8 +76,8 @@ def variance(query: ArrayLike, x: ArrayLike, m: int) -> Floats:
 def with_residual(x: ArrayLike, bits: int, rotation: ArrayLike, matrix: ArrayLike) -> Floats:
     """TurboQuant's algorithm 2: `polarquant` with bits - 1, and QJL with one bit for the residual. float64 (..., n).
 
-    Inner products with the result are unbiased over S for every first stage. The rate is `bits` per channel, if S has as
-    many rows as x has channels, plus two norms per vector.
+    Inner products with the result are unbiased over S for every first stage. The rate is `bits` per channel, if S has
+    as many rows as x has channels, plus two norms per vector.
     """
     array = np.asarray(x, dtype=np.float64)
     first = polarquant.roundtrip(array, bits - 1, rotation, norm_correction=False)

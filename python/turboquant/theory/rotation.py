@@ -24,8 +24,9 @@ def random_rotation(n: int, seed: int = 0) -> Floats:
     """A random orthonormal matrix (n, n), uniformly distributed (Haar measure).
 
     It is the Q of the QR decomposition of a Gaussian matrix, with its columns multiplied by the signs of R's diagonal.
-    Without these signs the distribution would depend on the sign convention of the library. Source: TurboQuant, algorithm 1; Mezzadri, "How to
-    generate random matrices from the classical compact groups", Notices of the AMS 54, 2007.
+    Without these signs the distribution would depend on the sign convention of the library. Source: TurboQuant,
+    algorithm 1; Mezzadri, "How to generate random matrices from the classical compact groups", Notices of the AMS 54,
+    2007.
 
     The matrix is independent of vectors drawn from ``default_rng(seed)``.
     """
@@ -52,8 +53,8 @@ def _stages(x: ArrayLike) -> Iterator[Floats]:
 def butterfly_stages(x: ArrayLike) -> Floats:
     """The stages of H . x for vectors x (..., n), n a power of two: (log2(n) + 1, ..., n); stage 0 is x.
 
-    A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. The stages
-    are not normalised: the orthonormal transform is the last stage divided by sqrt(n).
+    A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. The
+    stages are not normalised: the orthonormal transform is the last stage divided by sqrt(n).
 
     Raises:
         ValueError: n is no power of two.

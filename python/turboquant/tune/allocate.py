@@ -40,8 +40,8 @@ def allocate(items: Sequence[Item], budget: float) -> list[Choice]:
     """The choices with the least total loss whose total cost is at most `budget`.
 
     As the price of a bit falls (one Lagrange multiplier for all items), each item advances along its hull; this is the
-    optimum for the bits spent so far. When the next step does not fit, the rest of the budget is spent greedily, also on
-    choices above the hulls.
+    optimum for the bits spent so far. When the next step does not fit, the rest of the budget is spent greedily, also
+    on choices above the hulls.
 
     Raises:
         ValueError: the cheapest choices cost more than the budget.

@@ -1,4 +1,4 @@
-"""Loss of each cache type in a layer, from few measurements: noise power is proportional to the type's relative error."""
+"""Loss of each cache type in a layer, estimated from few measurements: noise power follows the relative error."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..errors import TurboQuantError
 
 __all__ = ["LINEAR", "PROBES", "estimate", "finer", "relative_error"]
 
-#: KLD of a layer, in nats per token, up to which it is assumed to be proportional to the noise power. Above this the KLD
-#: saturates, and finer types are measured.
+#: KLD of a layer, in nats per token, up to which it is assumed to be proportional to the noise power. Above this the
+#: KLD saturates, and finer types are measured.
 LINEAR = 0.03
 #: The first measured type: the loss of K is measurable at 3 bits; that of V, an eighth of it, at 2 bits.
 PROBES = {"k": "turbo3", "v": "turbo2"}
 
 _FINER = {"turbo2": "turbo3", "turbo3": "turbo4"}
 _TURBO = {info.name for info in types()}
-# The error is at most half a unit in the last place; over a binade its relative square is 2^-2m / 18, with m bits of mantissa.
+# The error is at most half a unit in the last place; over a binade its relative square is 2^-2m / 18, with m bits of
+# mantissa.
 _FLOATS = {"f32": 0.0, "f16": 2.0**-20 / 18, "bf16": 2.0**-14 / 18}
 
 

@@ -72,7 +72,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run compared with the model's own f16 cache: mean KLD in nats with its standard error, and shares in 0 ... 1."""
+    """One run compared with the f16 cache: mean KLD in nats with its standard error, and shares in 0 ... 1."""
 
     kld: float
     error: float

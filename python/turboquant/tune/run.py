@@ -119,7 +119,8 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
     Results are stored, so the same call continues after an interruption.
 
     Raises:
-        TuneError, MeasureError, PlanError, OutputError, ModelError: the text gives the reason. No incomplete file is left.
+        TuneError, MeasureError, PlanError, OutputError, ModelError: the text gives the reason. No incomplete file is
+            left.
     """
     reporter = reporter or Reporter()
     text = options.text or bundled_text()
