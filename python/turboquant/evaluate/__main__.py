@@ -35,19 +35,19 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A GGUF model, or the name of a known one (`turboquant fetch`). Default: the bundled "
+            help="A GGUF model, or the name of a known model (see `turboquant fetch`). Default: the bundled "
             "prose-8m-q8_0.gguf."
         ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text. Default: the bundled heldout.txt.")] = None,
     types: Annotated[str, typer.Option(help="Cache types: TYPE or TYPE_K/TYPE_V, comma-separated.")] = TYPES,
-    ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk; the second half is scored.")] = 2048,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks; more of them, smaller error bars.")] = 6,
-    needles: Annotated[int, typer.Option(min=0, max=30, help="Retrieval questions per cache type.")] = 4,
+    ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk, whose second half is scored.")] = 2048,
+    chunks: Annotated[int, typer.Option(min=1, help="Number of chunks; more chunks give smaller errors.")] = 6,
+    needles: Annotated[int, typer.Option(min=0, max=30, help="Number of retrieval questions per cache type.")] = 4,
     distance: Annotated[int, typer.Option(min=1, help="Characters between a hidden number and the question.")] = 6000,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all CPUs.")] = None,
-    demo: Annotated[str, typer.Option(help="First write something and ask one question with this cache.")] = "",
-    headline: Annotated[str, typer.Option(hidden=True, help="Printed between the two.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: all CPUs.")] = None,
+    demo: Annotated[str, typer.Option(help="First generate text and ask one question with this cache.")] = "",
+    headline: Annotated[str, typer.Option(hidden=True, help="Text before the table, after the output of --demo.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:
