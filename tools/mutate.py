@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Change one line of a copy of the code at a time, and see that the tests fail: do they test what they seem to test?
+"""Mutation tests: change one line at a time in a copy of the code, and check that the tests fail.
 
-Every mutation is a mistake that was made, or could be: a line of a file, what it becomes, and the tests that must
-notice. Prints a table as Markdown. The exit status is 1 if a mutation survives.
+Every mutation is a realistic mistake: a line of a file, its replacement, and the tests that must fail. The program
+prints a table as Markdown. The exit status is 1 if the tests pass with a mutation.
 
-Needs cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Nothing outside of the temporary
-folder is changed.
+Requirements: cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Only files in a temporary
+folder are changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILES = ("CMakeLists.txt", "pyproject.toml", "README.md")
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` stands once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
+    """A mutation. `old` occurs once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
 
     what: str
     file: str
@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="REGEX", help="mutations whose description matches")
     parser.add_argument("--list", action="store_true", help="print the mutations, and do nothing")
     options = parser.parse_args()
-    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would never end.
+    # A shell starts background jobs with SIGINT ignored, and children inherit this, so tests of Ctrl-C would never end.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = [one for one in MUTATIONS if not options.only or re.search(options.only, one.what)]
     if options.list or not chosen:
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 class Copy:
-    """A copy of the tree that is mutated, built and tested."""
+    """A copy of the tree, in which mutations are applied, built and tested."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.build, self.said = folder / "tree", folder / "build", ""
@@ -127,11 +127,11 @@ class Copy:
         for name in FILES:
             shutil.copy(ROOT / name, self.tree)
         extension = importlib.util.find_spec("turboquant._core")
-        if extension and extension.origin:  # compiled already; no mutation here changes what it does
+        if extension and extension.origin:  # already compiled; no mutation changes it
             shutil.copy(extension.origin, self.tree / "python" / "turboquant")
 
     def caught(self, one: Mutation) -> str:
-        """How the tests noticed the mutation; empty if they did not."""
+        """The failures of the tests; empty if they passed."""
         path = self.tree / one.file
         text = path.read_text(encoding="utf-8")
         if text.count(one.old) != 1:
@@ -162,7 +162,7 @@ class Copy:
         return done.returncode == 0
 
     def _how(self) -> str:
-        """The failures that the output names."""
+        """The names of failures in the output."""
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
         ctest = re.findall(r"^\s*\d+ - (core\.\S+) \((?:Failed|SEGFAULT|Subprocess aborted|Timeout)", self.said, re.M)

@@ -200,7 +200,7 @@ def run(*arguments, **options):
 def test_help():
     done = run("--help")
     assert done.returncode == 0
-    for word in ("what it does", "examples", "where things are kept", "--chunks", "--source"):
+    for word in ("what it does", "examples", "\nfolders\n", "--chunks", "--source"):
         assert word in done.stdout
 
 
