@@ -1,4 +1,4 @@
-"""The patch engine on small trees made here, and the real hooks on every llama.cpp they are proven with."""
+"""The patch engine on small trees, and the real hooks on every llama.cpp that they are tested with."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_an_interruption_leaves_all_as_it_was(tree, hooks, monkeypatch):
 
 @pytest.mark.parametrize("action", ["patch", "unpatch"])
 def test_a_killed_run_never_leaves_what_looks_patched(tree, hooks, monkeypatch, action):
-    """The ids in ggml.h come last, and go first: what stopped in between does not compile, and can be gone on with."""
+    """ggml.h with the ids is patched last and unpatched first, so a partly patched tree does not compile."""
     original = snapshot(tree)
     if action == "unpatch":
         engine.patch(tree, hooks)
@@ -317,7 +317,7 @@ def test_unpatch_restores_what_older_versions_wrote_through_links(tree, hooks, m
 
 
 def test_links_to_other_trees_are_left_alone(tree, hooks, tmp_path):
-    """An example of the user's in another tree, which is patched and stays so."""
+    """A user's example in another tree, which is patched and stays patched."""
     other = tmp_path / "other"
     shutil.copytree(tree, other)
     engine.patch(other, hooks)
