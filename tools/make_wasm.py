@@ -7,8 +7,7 @@ Clang.
 
   python3 tools/make_wasm.py            write both files
   python3 tools/make_wasm.py --check    check whether the present sources give codec.wasm. Exit status 0: yes; 1: no,
-  run
-                                        this program; 3: unknown, because the sources have changed, and the compiler
+                                        run this program; 3: unknown, because the sources have changed, and the compiler
                                         of codec.wasm is missing
 """
 

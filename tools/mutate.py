@@ -68,9 +68,8 @@ TILE = "cpp/src/attention_tile.h"
 MUTATIONS = (
     Mutation("the mask of later tiles is read from row 0", "masks of caches of more than 64 rows",
              ATTENTION, "kernel.bias(mask.from(tile),", "kernel.bias(mask.from(0),", "core.attention"),
-    Mutation("a tile is skipped where the first query sees nothing", "batches whose tokens see different rows",
-             ATTENTION, "            if (mask.open(first + r)) return true;\n    }",
-             "            if (mask.open(first + r)) return true;\n        return false;\n    }", "core.attention"),
+    Mutation("rows of a tile that the first query does not see are skipped", "batches whose tokens see different rows",
+             ATTENTION, "        count = r;\n    }", "        count = r;\n        break;\n    }", "core.attention"),
     Mutation("later runs of tokens get the masks of the first", "batches of more than 128 query rows",
              ATTENTION, "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv",
              "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv", "core.attention"),

@@ -11,7 +11,7 @@
  *   ID, name  of the type with the longest block; those of the other types have the block's length as suffix
  *   family    the C++ template in cpp/src/families, instantiated with the bits of an index
  *   id        of the first type in files (GGUF, saved states); those of the other types follow. Released ids never
- *             change. ggml_types/turbo-ggml.h uses 521 to 524 */
+ *             change. ggml_types/ggml/turbo-types.h uses 521 to 524 */
 #define TURBOQUANT_FAMILIES(F, X)              \
     F(X, TURBO4, turbo4, LloydMax, 4, 512) \
     F(X, TURBO3, turbo3, LloydMax, 3, 515) \

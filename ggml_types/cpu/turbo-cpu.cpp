@@ -1,10 +1,10 @@
-// turbo-cpu.cpp: which ops ggml's CPU backend has for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the
-// codec's tile engine. Part of ggml-cpu.
+// turbo-cpu.cpp: which ops ggml's CPU backend supports for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache with
+// the codec's tile engine. Part of ggml-cpu.
 //
-// One unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded
-// tile. A prefill has many units, which the threads share. A decode has one run of tokens, and reading the cache is what
-// takes time: there the KV range is cut into chunks, the threads share these, and walk through all heads of a chunk,
-// whose rows lie side by side in the cache, while the next chunk is fetched.
+// A unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded tile.
+// A prefill has many units, which are distributed over the threads. A decode has one run of tokens, and most of its time
+// is spent reading the cache. So the KV range is divided into chunks, which are distributed over the threads. A thread
+// works through all heads of a chunk, whose rows lie side by side in the cache, and meanwhile prefetches the next chunk.
 
 #include "cpu/turbo-cpu.h"
 #include "ggml/turbo-ops.h"
@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
-constexpr int64_t chunk_bytes    = 256 << 10; // of K and V: this chunk and the next fit the L2 cache
+constexpr int64_t chunk_bytes    = 256 << 10; // of K and V, so that this chunk and the next fit into the L2 cache
 constexpr int64_t chunk_rows_max = 512;
 
 int row_type(ggml_type type) {
@@ -43,12 +43,12 @@ struct Plan {
     int64_t tokens;       // of a unit
     int64_t token_runs;   // units of a KV head
     int64_t units;
-    int64_t chunk_rows;   // KV rows, if there is one run of tokens: then the threads share chunks, else units
+    int64_t chunk_rows;   // KV rows; chunks are used if there is one run of tokens
     int64_t chunks;       // of the KV range
-    int64_t unit_rows;    // most query rows of a unit
-    size_t  scratch;      // bytes of a thread: the engine's, the query rows', the list of chunks
+    int64_t unit_rows;    // maximum query rows of a unit
+    size_t  scratch;      // bytes of a thread: for the engine, the query rows and the list of chunks
     size_t  partial;      // bytes of a unit's partial results
-    size_t  results;      // bytes of a thread: partial results of all units, and those of a chunk
+    size_t  results;      // bytes of a thread: for the partial results of all units, and those of a chunk
     size_t  total;        // bytes
 };
 
@@ -56,7 +56,7 @@ size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
-// False if the engine does not cover op: then ggml's generic path computes it.
+// False if the engine does not cover op; ggml's generic path computes it in this case.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     turbo_attention & a = plan.a;
     if (turbo_generic_attention() || !turbo_describe_attention(op, a)) {
@@ -75,7 +75,7 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     plan.units      = a.streams * a.kv_heads * plan.token_runs;
     plan.unit_rows  = plan.tokens * a.group;
     const int64_t token_bytes = a.kv_heads * (ggml_row_size(a.type_k, a.head_k) + ggml_row_size(a.type_v, a.head_v));
-    const int64_t share = (a.n_kv * a.kv_heads * a.streams / n_threads + a.kv_heads - 1) / a.kv_heads; // rows of a thread
+    const int64_t share = (a.n_kv * a.kv_heads * a.streams / n_threads + a.kv_heads - 1) / a.kv_heads; // rows per thread
     plan.chunk_rows = std::max<int64_t>(64, std::min({ chunk_rows_max, chunk_bytes / token_bytes, share }) / 64 * 64);
     plan.chunks     = (a.n_kv + plan.chunk_rows - 1) / plan.chunk_rows;
 
@@ -88,7 +88,7 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     return true;
 }
 
-// A unit's place in the tensors.
+// The position of a unit in the tensors.
 struct Unit {
     int64_t stream, head, token, tokens;
 };
@@ -101,7 +101,7 @@ Unit unit_at(const Plan & plan, int64_t index) {
     return unit;
 }
 
-// Returns how many rows of V were left out. `next`: the chunk to fetch meanwhile, or null.
+// Returns the number of rows of V that were left out. `next` is the chunk to prefetch meanwhile, or null.
 int64_t compute_rows(const Plan & plan, const Unit & unit, int64_t first, int64_t last, float * partial, char * memory,
                      const Chunk * next, bool next_v) {
     const turbo_attention & a = plan.a;
@@ -125,9 +125,9 @@ int64_t compute_rows(const Plan & plan, const Unit & unit, int64_t first, int64_
     for (int i = 0; next && i < (next_v ? 2 : 1); ++i) {
         const turbo_rows & t = *cache[i];
         if (t.row_bytes < a.kv_heads * t.head_bytes) {
-            continue; // another layout: a chunk's heads do not lie side by side
+            continue; // in this layout the heads of a chunk do not lie side by side
         }
-        // each head fetches its share
+        // the computation of each head prefetches its share
         const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, a.n_kv);
         const size_t  share = ((end - begin) * t.row_bytes / a.kv_heads + 63) / 64 * 64;
         kv.ahead[i]       = t.at(begin, 0, a.kv_stream(next->stream)) + unit.head * share;
@@ -137,7 +137,7 @@ int64_t compute_rows(const Plan & plan, const Unit & unit, int64_t first, int64_
     return tq_attention_partial(&kv, &queries, first, last, partial, memory);
 }
 
-// A chunk that no query may see is not worth fetching.
+// Whether a query may attend to one of the rows of a chunk. Other chunks are not read.
 bool visible(const Plan & plan, const Chunk & chunk) {
     const turbo_attention & a = plan.a;
     const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, a.n_kv);
@@ -160,7 +160,7 @@ void finish_row(const Plan & plan, const Unit & unit, int64_t row, float * parti
                         a.result(token, head, unit.stream));
 }
 
-// The chunks that some query sees; the same for every thread.
+// Lists the visible chunks; the list is the same in every thread.
 int64_t list_chunks(const Plan & plan, Chunk * list) {
     int64_t count = 0;
     for (int32_t stream = 0; stream < plan.a.streams; ++stream) {
@@ -174,7 +174,7 @@ int64_t list_chunks(const Plan & plan, Chunk * list) {
     return count;
 }
 
-// This thread's share of the chunks: results[unit] = the partial results of all that it saw.
+// Computes this thread's share of the chunks. The result of each unit is merged over the chunks of the thread.
 void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_t thread, int64_t threads, char * scratch,
                     char * results) {
     const int64_t heads  = plan.a.kv_heads;
@@ -204,7 +204,7 @@ void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_
     }
 }
 
-// Units that are computed by one thread each, over KV rows first ... last-1.
+// Computes units over the KV rows first ... last-1, each in one thread.
 void compute_units(const Plan & plan, int64_t first, int64_t last, int64_t thread, int64_t threads, char * scratch,
                    float * partial) {
     for (int64_t u = thread; u < plan.units; u += threads) {
@@ -239,7 +239,7 @@ bool turbo_cpu_refuses(const struct ggml_tensor * op) {
         case turbo_op::attention:
             return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
         case turbo_op::other:
-            // Newer than the oldest tree, hence by name; its K goes through vec_dot.
+            // Compared by name, because the oldest proven tree lacks this op, which reads K through vec_dot.
             return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
     }
     return true;
@@ -262,7 +262,7 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     }
     Chunk *       list  = (Chunk *) (scratch + plan.scratch - align(plan.a.streams * plan.chunks * sizeof(Chunk)));
     const int64_t count = list_chunks(plan, list);
-    if (count == 1 && plan.a.streams == 1) { // a short context: nothing to merge, so no thread waits for another
+    if (count == 1 && plan.a.streams == 1) { // in a short context nothing is merged, so no thread waits for others
         const int64_t first = list->index * plan.chunk_rows;
         compute_units(plan, first, std::min(first + plan.chunk_rows, plan.a.n_kv), params->ith, params->nth, scratch,
                       (float *) mine);

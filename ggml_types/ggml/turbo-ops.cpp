@@ -7,7 +7,7 @@
 
 namespace {
 
-// Prepared queries are types of ours, too, which no tensor of a graph should have.
+// Includes the types of prepared queries, which no tensor of a graph should have.
 bool is_any_turbo(ggml_type type) {
     switch ((int) type) {
         TURBO_QUERY_TYPES(TURBO_CASE) return true;
@@ -72,7 +72,7 @@ bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attentio
     }
     for (int i = 5; i < GGML_MAX_SRC; ++i) {
         if (op->src[i]) {
-            return false; // whatever it is, it would be left out
+            return false; // the description would ignore this operand
         }
     }
     if (q->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32 || !turbo_whole_rows(q) || !turbo_whole_rows(k) ||

@@ -460,7 +460,7 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
     return (
         f"{root}: hook {hook.id!r} does not fit this llama.cpp: {detail}. It is needed because: {hook.why} Use a "
         f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook "
-        f"another anchor in the hooks.toml that it stands in, below {native_dir() / 'ggml_types'}"
+        f"another anchor in its hooks.toml in {native_dir() / 'ggml_types'}"
     )
 
 
