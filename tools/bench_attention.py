@@ -41,8 +41,8 @@ limits   bytes: bytes of the cache divided by the memory bandwidth of the same n
          Q K^T and P V divided by the machine's peak for 8-bit integers. Both are measured in the same run. A KV cache
          that fits into the CPU's caches can be read faster than memory, so its share of the bytes limit may exceed
          100%.
-V left   the share of V's rows that sparse V left out in a decode with the default threshold, counted by the same kernels
-out      on the same values. LLAMA_ARG_CACHE_SPARSE_V=0 in the environment turns sparse V off.
+V left   the share of V's rows that sparse V left out in a decode with the default threshold, counted by the same
+out      kernels on the same values. LLAMA_ARG_CACHE_SPARSE_V=0 in the environment turns sparse V off.
 
 examples
   python3 tools/bench_attention.py

@@ -206,9 +206,10 @@ class Copy:
         """The first failure that the output names."""
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
-        ctest = re.findall(r"^\s*\d+ - (core\.\S+) \((?:Failed|SEGFAULT|Subprocess aborted|Timeout)", self.said, re.M)
-        case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.M)
-        pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.M)
+        ends = "Failed|SEGFAULT|Subprocess aborted|Timeout"
+        ctest = re.findall(rf"^\s*\d+ - (core\.\S+) \((?:{ends})", self.said, re.MULTILINE)
+        case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
+        pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
         test = (ctest + pytest or ["a crash or a timeout"])[0]
         return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")
 

@@ -199,7 +199,7 @@ Mask mask_of(const tq_attention_queries & queries, int64_t m) {
     return {queries.mask ? queries.mask[m] : nullptr, queries.mask_f32 != 0};
 }
 
-// The number of rows of a tile up to the last one to which a query may attend. The rows behind it are not decoded.
+// The number of rows of a tile up to the last one to which a query may attend. Later rows are not decoded.
 int visible_rows(const tq_attention_queries & queries, int64_t first, int rows) {
     const void * known = nullptr;
     int count = 0;

@@ -242,7 +242,7 @@ def compile_probe(bin_dir: Path, source: Path, target: Path) -> Path:
 
 
 def run_beside_glue(build: Build, source: str, folder: Path) -> None:
-    """Compile a test of the glue's headers against a build, and run it: it prints what is wrong."""
+    """Compile a test of the glue's headers against a build and run it; its output lists the failures."""
     program = folder / Path(source).stem
     glue = build.source.parent / "native"
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", str(HERE / source)]

@@ -149,7 +149,7 @@ def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified
 
 
 def test_sequence_behind_another(probe, tiny) -> None:
-    """A sequence whose cells lie behind another's sees none of the first cells of a shared cache."""
+    """A sequence whose cells come after another's sees none of the first cells of a shared cache."""
     p = probe(tiny("gqa"))
     text = random_tokens(40, seed=2)
     p.context("turbo4", "turbo3")
