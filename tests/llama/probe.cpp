@@ -1,6 +1,6 @@
 // A small interpreter over llama.h for the tests: commands on stdin, one reply line each on stdout ("ok ..." or
-// "error ..."), llama.cpp's log on stderr. It gives what the programs do not: the logits of every token, at any split of
-// the tokens into batches, for any number of sequences, with state files and cache shifts in between.
+// "error ..."), llama.cpp's log on stderr. Unlike the programs, it gives the logits of every token, for every
+// division into batches, for several sequences, and with state files and cache shifts.
 //
 //   model PATH                        load a model
 //   context key=value ...             new context (ctk ctv n_ctx n_batch n_ubatch n_seq unified offload swa_full threads fa)

@@ -1,6 +1,6 @@
-"""Compare cache types on a user's own model: quality on two paths, retrieval, memory and speed, as one report.
+"""Compare cache types on a model: quality on two paths, retrieval, memory and speed, in one report.
 
-`comparison` has the report's fields, and `page` draws it.
+`comparison` has the fields of the report, and `page` renders it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .comparison import Comparison, Measured, Pair
 
 __all__ = ["CompareError", "CompareOptions", "Model", "above", "check", "compare", "read_model"]
 
-_LEAST_TOKENS = 100  # llama-perplexity gives no statistics of fewer scored tokens
-_DECODE_COST = 8  # a token alone takes about so many times as long as one in a batch; only progress depends on it
+_LEAST_TOKENS = 100  # llama-perplexity computes no statistics for fewer scored tokens
+_DECODE_COST = 8  # approximate time of a single token relative to a token in a batch; only progress depends on it
 
 Update = Callable[[str, float, float], None]
-"""Called with what is being measured, the work done and the work in all (in tokens of a batch, roughly)."""
+"""A callback with the name of the measurement, the work done, and all work, both in about tokens of a batch."""
 
 
 class CompareError(TurboQuantError):
@@ -41,11 +41,12 @@ class CompareError(TurboQuantError):
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What to compare.
+    """The options of a comparison.
 
     Quality is measured on ``chunks`` pieces of ``ctx`` tokens, and token by token on ``decode_chunks`` pieces of
-    ``decode_ctx`` tokens. ``depths`` are for the speed, ``needle_depths`` for retrieval (empty: neither is measured),
-    with ``positions`` needles at each depth. All are counted in tokens. With ``time_again`` stored speeds are not used.
+    ``decode_ctx`` tokens. ``depths`` are those of the speed and ``needle_depths`` those of retrieval, in tokens;
+    what has no depths is not measured. There are ``positions`` needles at each depth. With ``time_again`` stored speeds
+    are not used.
     """
 
     model: Path
@@ -64,13 +65,13 @@ class CompareOptions:
 
     @property
     def all_pairs(self) -> list[CachePair]:
-        """The f16 cache first: it is what the others are compared with."""
+        """The pairs with the f16 cache first, because the others are compared with it."""
         return list(dict.fromkeys([BASELINE, *self.pairs]))
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the model's file says of it."""
+    """The description of the model in its file."""
 
     name: str
     architecture: str
@@ -78,17 +79,17 @@ class Model:
     vocabulary: int
     layers: int
     bytes: int
-    plan: bool = False  #: whether its metadata has a plan of cache types, which `-ctk auto -ctv auto` takes
+    plan: bool = False  #: whether its metadata have a plan of cache types, which `-ctk auto -ctv auto` uses
 
 
 # ---- before anything is run ------------------------------------------------------------------------------------------
 
 
 def read_model(path: Path) -> Model:
-    """Read a model's metadata, and see that the file is whole.
+    """Read a model's metadata, and check that the file is complete.
 
     Raises:
-        CompareError: it is not there, no GGUF model, or truncated. The text says what to do.
+        CompareError: the file does not exist, is no GGUF model, or is truncated. The text says what to do.
     """
     from ..models.modelfile import ModelFile
 
@@ -120,10 +121,10 @@ def read_model(path: Path) -> Model:
 
 
 def check(options: CompareOptions, model: Model, scratch: Path) -> None:
-    """Say at once what would fail after minutes.
+    """Check the options first, because otherwise errors would occur after minutes.
 
     Raises:
-        CompareError: an option, the text or the disk does not allow it. The text says what to do.
+        CompareError: an option is invalid, or the text or the disk space is too small. The text says what to do.
     """
     if not options.text.is_file():
         raise CompareError(f"{options.text}: no such file; give a UTF-8 text with -f")
@@ -137,7 +138,7 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
                 f"{chunks} chunks of {ctx} tokens have fewer than {_LEAST_TOKENS} scored ones; give a larger --ctx or "
                 "--chunks"
             )
-    # A byte can be a token, a token has some bytes: what is shorter than that in bytes is too short for certain.
+    # A token has at least one byte, so a text with fewer bytes than required tokens is too short.
     least = max(2, options.chunks) * options.ctx
     if options.text.stat().st_size < least:
         raise CompareError(
@@ -154,7 +155,7 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
 
 
 def needle_depths(options: CompareOptions, model: Model) -> list[int]:
-    """As given, or a quarter, half and all of the context, which counts up to the deepest of the speed's depths."""
+    """The given depths, or a quarter, half and all of the context, limited to the deepest of the speed's depths."""
     if options.needle_depths is not None:
         return list(options.needle_depths)
     deepest = min(model.context, max([*options.depths, 4096]))
@@ -166,7 +167,7 @@ def needle_depths(options: CompareOptions, model: Model) -> list[int]:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One needle, or why there is none."""
+    """One needle, or the reason why there is none."""
 
     depth: int
     position: float
@@ -175,7 +176,7 @@ class _Cell:
 
 
 class _Work:
-    """Adds the measurements up for the progress bar. Each has a label of its own; what is stored is not in it."""
+    """Sums the measurements for the progress bar, by label. Stored results are not counted."""
 
     def __init__(self, update: Update | None) -> None:
         self._update = update
@@ -195,7 +196,7 @@ class _Work:
             self._update(label, self._done + part, sum(self._costs.values()))
 
     def end(self) -> None:
-        """What runs now is over, finished or failed."""
+        """Count the running measurement as done, whether it finished or failed."""
         self._done += self._costs.get(self._current, 0.0)
         self._current = ""
 
@@ -208,14 +209,14 @@ def compare(
     scratch: Path,
     update: Update | None = None,
 ) -> Comparison:
-    """Measure every pair and return the report; what is stored is not run again.
+    """Measure every pair and return the report. Stored results are not measured again.
 
     Args:
         results, scratch: see `Measurer`.
         update: see `Update`.
 
     Raises:
-        CompareError, ProgramError: the f16 cache, with which all are compared, could not be measured.
+        CompareError, ProgramError: the f16 cache, with which all pairs are compared, could not be measured.
         OSError: a file cannot be read or written.
     """
     work = _Work(update)
@@ -311,7 +312,7 @@ def compare(
 
 
 def above(report: Comparison, limit: float) -> list[str]:
-    """Why a report is not within a KLD of `limit` on either path: one line for each pair that is not."""
+    """One line for each pair whose KLD exceeds `limit` on one of the paths, or that could not be measured."""
     lines = []
     for row in report.pairs:
         if not isinstance(row, Measured):
@@ -324,7 +325,7 @@ def above(report: Comparison, limit: float) -> list[str]:
 def _plan(
     work: _Work, measurer: Measurer, options: CompareOptions, cells: list[_Cell], main: list[Run], path: list[Run]
 ) -> None:
-    """Enter what is not stored yet."""
+    """Count the measurements that are not stored."""
     for runs in (main, [run for run in path if run not in main]):
         missing = [run for run in runs if measurer.stored_quality(run) is None]
         for run in missing:
@@ -351,7 +352,7 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
     cells: list[_Cell] = []
     for depth in depths:
         for place in range(options.positions):
-            position = (place + 0.5) / options.positions  # never the very start or end, which are easy or odd places
+            position = (place + 0.5) / options.positions  # not at the very start or end
             try:
                 if depth > model.context:
                     raise ValueError(f"beyond the model's context of {model.context} tokens")
@@ -400,13 +401,13 @@ def _divergence(quality: Quality) -> Divergence:
 
 
 def _not_finite(found: list[Quality]) -> list[str]:
-    """The reasons of those whose numbers are none."""
+    """The reasons of results without finite numbers."""
     return [quality.failure for quality in found if quality.failure]
 
 
 def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
     size, (bits_k, bits_v) = quality.caches.total(), quality.bits(f16)
-    # From f16's size, where the log's rounding weighs least.
+    # From the size of f16, where the rounding of the log matters least.
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
     return {
@@ -425,7 +426,7 @@ def _quality(
     pair: CachePair, batched: Quality, short: Quality, single: Quality, noise: verdict.Noise, scale: list[verdict.Band]
 ) -> dict[str, Any]:
     paths = verdict.agreement(_divergence(short), _divergence(single), noise)
-    if pair == BASELINE:  # its own difference is the noise, so the yardstick is the band of small losses
+    if pair == BASELINE:  # the difference of f16 is the noise itself, so it is judged by the band of small losses
         paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
     return {
         "quality": _divergence(batched),
