@@ -10,7 +10,7 @@
 //   canshift                          -> ok 0|1
 //   save FILE | load FILE             the state of the whole context
 //   saveseq FILE SEQ | loadseq FILE SEQ
-//   rm SEQ P0 P1 | shift SEQ P0 P1 D | cp SRC DST P0 P1
+//   rm SEQ P0 P1 | keep SEQ | shift SEQ P0 P1 D | div SEQ P0 P1 D | cp SRC DST P0 P1 | clear DATA
 
 #include "ggml.h"
 #include "llama.h"
@@ -195,6 +195,15 @@ void execute(const std::string & line) {
         llama_state_seq_load_file(ctx, path.c_str(), a, &none, 1, &count) ? ok() : error("not restored");
     } else if (command == "rm" && in >> a >> b >> c) {
         llama_memory_seq_rm(memory, a, b, c) ? ok() : error("not removed");
+    } else if (command == "keep" && in >> a) {
+        llama_memory_seq_keep(memory, a);
+        ok();
+    } else if (command == "div" && in >> a >> b >> c >> d) {
+        llama_memory_seq_div(memory, a, b, c, d);
+        ok();
+    } else if (command == "clear" && in >> a) {
+        llama_memory_clear(memory, a != 0);
+        ok();
     } else if (command == "shift" && in >> a >> b >> c >> d) {
         llama_memory_seq_add(memory, a, b, c, d);
         ok();
