@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Probe, ProbeError, kld, random_tokens, same_top
+from harness import HERE, Probe, ProbeError, kld, random_tokens
 from make_model import Shape, write_model
 from window_oracle import Cache, Model, Twin, max_kld
 
@@ -380,27 +382,201 @@ def test_a_refused_state_leaves_a_usable_window(twin, probe, path: Path, tmp_pat
     check(t)
 
 
+# ---- slots and tags alone ----------------------------------------------------------------------------------------------
+
+
+def test_slots_and_tags(build, tmp_path: Path) -> None:
+    program = tmp_path / "window_slots"
+    glue = build.source.parent / "native"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", str(HERE / "window_slots.cpp")]
+    command += [str(glue / "ggml_types" / "turbo-window.cpp")]
+    command += [f"-I{build.source / folder}" for folder in ("src", "include", "ggml/include", "ggml/src")]
+    command += [f"-I{glue / folder}" for folder in ("ggml_types", "cpp/include")]
+    command += [f"-L{build.bin}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu"]
+    command += [f"-Wl,-rpath,{build.bin}", f"-Wl,-rpath-link,{build.bin}", "-o", str(program)]
+    compiled = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    for seed in "123":
+        done = subprocess.run([program, seed], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
+
+
 # ---- whole models ------------------------------------------------------------------------------------------------------
 
-
-def distance(p: Probe, base: list[np.ndarray], ctk: str, ctv: str, story) -> float:
-    return kld(np.concatenate(base), np.concatenate(story(p, ctk, ctv)))
+TURBO4 = ("turbo4", "turbo4")
 
 
-def tell(p: Probe, ctk: str, ctv: str, **options: object) -> list[np.ndarray]:
-    """A prompt, tokens one by one, rejected drafts, a second sequence, a long batch."""
-    p.context(ctk, ctv, n_ctx=512, n_seq=2, **options)
+def story(p: Probe, ctk: str, ctv: str, rollback: bool = True, **options: object) -> np.ndarray:
+    """A prompt, tokens one by one, rejected drafts, a long batch, another sequence. Returns the logits."""
+    p.context(ctk, ctv, n_ctx=1024, n_seq=2, **options)
     rows = [p.logits(random_tokens(24, seed=1)), p.logits(random_tokens(6, seed=2), pos=24, step=1)]
-    for seed in range(3, 6):
-        p.logits(random_tokens(5, seed=seed), pos=30)
-        if p.command("canrollback") == "1":
-            p.command("rm 0 31 -1")
-        else:
-            p.command("rm 0 -1 -1")
-            p.logits(random_tokens(31, seed=9))
-        rows.append(p.logits(random_tokens(4, seed=seed + 10), pos=31))
-        p.command("rm 0 -1 -1")
-        p.logits(random_tokens(30, seed=1))
-    rows.append(p.logits(random_tokens(40, seed=7), seq=1))
-    rows.append(p.logits(random_tokens(3, seed=8), pos=40, seq=1, step=1))
-    return rows
+    if rollback:
+        p.logits(random_tokens(5, seed=3), pos=30)
+        p.command("rm 0 30 -1")
+    rows.append(p.logits(random_tokens(5, seed=4), pos=30))
+    rows.append(p.logits(random_tokens(3, seed=5), pos=35, step=1))
+    rows.append(p.logits(random_tokens(40, seed=6), pos=38))
+    rows.append(p.logits(random_tokens(28, seed=7), seq=1))
+    rows.append(p.logits(random_tokens(3, seed=8), pos=28, seq=1, step=1))
+    return np.concatenate(rows)
+
+
+MODELS = ["gqa", "head64", "head96", "iswa", "sinks", "hybrid", "fused", "mrope", "biased", "qknorm", "partial", "deep"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("unified", [0, 1])
+def test_the_window_brings_a_model_nearer_to_f16(probe, tiny, model: str, unified: int) -> None:
+    options = {"rollback": model != "hybrid", "unified": unified}  # its other layers cannot go back
+    base = story(probe(tiny(model)), "f16", "f16", **options)
+    without, small, whole = (
+        kld(base, story(probe(tiny(model), LLAMA_ARG_CACHE_WINDOW=str(n)), *TURBO4, **options)) for n in (0, SMALL, 512)
+    )
+    assert small <= 0.6 * without and whole <= 0.15 * without, (without, small, whole)
+
+
+@pytest.mark.parametrize("model", ["iswa", "sinks"])
+@pytest.mark.parametrize("swa_full", [0, 1])
+def test_cells_that_a_sliding_window_left(probe, tiny, model: str, swa_full: int) -> None:
+    """300 tokens through a sliding window of 32: its cache uses its cells again."""
+    rows = []
+    for kv, window in ((("f16", "f16"), 0), (TURBO4, 0), (TURBO4, 20), (TURBO4, 512)):
+        p = probe(tiny(model), LLAMA_ARG_CACHE_WINDOW=str(window))
+        p.context(*kv, swa_full=swa_full, n_ubatch=64)
+        prompt = p.logits(random_tokens(250, seed=3))
+        rows.append(np.concatenate([prompt, p.logits(random_tokens(50, seed=4), pos=250, step=1)]))
+    without, small, whole = (kld(rows[0], other) for other in rows[1:])
+    assert small <= 0.8 * without and whole <= 0.15 * without, (without, small, whole)
+
+
+def shift(p: Probe, folder: Path) -> np.ndarray:
+    p.logits(random_tokens(40, seed=1))
+    p.command("rm 0 4 20")
+    p.command("shift 0 20 40 -16")
+    return p.logits(random_tokens(6, seed=2), pos=24)
+
+
+def copy(p: Probe, folder: Path) -> np.ndarray:
+    p.logits(random_tokens(28, seed=1))
+    p.logits(random_tokens(28, seed=2), seq=1)
+    p.command("cp 0 1 -1 -1")
+    return p.logits(random_tokens(6, seed=3), pos=28, seq=1)
+
+
+def restore(p: Probe, folder: Path) -> np.ndarray:
+    p.logits(random_tokens(28, seed=1))
+    p.command(f"save {folder}/state")
+    p.command("clear 0")
+    p.logits(random_tokens(28, seed=2))
+    p.command(f"load {folder}/state")
+    return p.logits(random_tokens(6, seed=3), pos=28)
+
+
+def restore_sequence(p: Probe, folder: Path) -> np.ndarray:
+    p.logits(random_tokens(28, seed=1), seq=1)
+    p.command(f"saveseq {folder}/state 1")
+    p.command("rm 1 -1 -1")
+    p.logits(random_tokens(28, seed=2), seq=1)
+    p.command(f"loadseq {folder}/state 1")
+    return p.logits(random_tokens(6, seed=3), pos=28, seq=1)
+
+
+def clear(p: Probe, folder: Path) -> np.ndarray:
+    p.logits(random_tokens(28, seed=1))
+    p.command("clear 1")
+    p.logits(random_tokens(3, seed=2))
+    return p.logits(random_tokens(6, seed=3), pos=3)
+
+
+@pytest.mark.parametrize("event", [shift, copy, restore, restore_sequence, clear], ids=lambda event: event.__name__)
+@pytest.mark.parametrize("model", ["gqa", "iswa", "hybrid"])
+def test_events(probe, tiny, tmp_path: Path, model: str, event) -> None:
+    """No farther from f16 than without a window. A stale slot is another token's: far above."""
+    if (model, event) == ("hybrid", shift):
+        pytest.skip("its other layers cannot remove tokens")
+    rows = []
+    for kv, window in ((("f16", "f16"), 0), (TURBO4, 0), (TURBO4, 512)):
+        p = probe(tiny(model), LLAMA_ARG_CACHE_WINDOW=str(window))
+        p.context(*kv, n_ctx=512, n_seq=2, unified=0)
+        rows.append(event(p, tmp_path))
+    without, window = (kld(rows[0], other) for other in rows[1:])
+    assert window <= 1.2 * without, (without, window)
+
+
+PLANS = {
+    "a layer of f16 between": (["turbo4", "f16", "turbo4"], ["turbo4", "f16", "turbo4"]),
+    "a layer of q8_0 first": (["q8_0", "turbo4", "turbo3"], ["q8_0", "turbo4", "turbo3"]),
+    "a layer of f16 last": (["turbo4", "turbo4", "f16"], ["turbo4", "turbo4", "f16"]),
+    "K of f16 or V of f16": (["f16", "turbo4", "f16"], ["turbo4", "f16", "f16"]),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("unified", [0, 1])
+def test_layers_without_a_window_see_all_cells(probe, tiny, tmp_path: Path, plan: str, unified: int) -> None:
+    file = tmp_path / "plan.json"
+    k, v = PLANS[plan]
+    file.write_text(json.dumps({"format": "turboquant-plan", "version": 1, "k": k, "v": v}))
+    base = story(probe(tiny("gqa")), "f16", "f16", unified=unified)
+    distances = []
+    for window in (0, SMALL, 512):
+        p = probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=str(window), LLAMA_ARG_CACHE_PLAN=str(file))
+        distances.append(kld(base, story(p, "auto", "auto", unified=unified)))
+    without, small, whole = distances
+    assert small <= 0.7 * without and whole <= 0.15 * without, distances
+
+
+def test_guard(probe, tiny) -> None:
+    """The guard keeps K of a layer in a better type; V of that layer is turbo and has a window, as the others have."""
+    base = story(probe(tiny("biased")), "f16", "f16")
+    distances = []
+    for window in (0, 512):
+        p = probe(tiny("biased"), LLAMA_ARG_CACHE_WINDOW=str(window), LLAMA_ARG_CACHE_GUARD="1")
+        distances.append(kld(base, story(p, "turbo2", "turbo2")))
+        assert ("turboquant: window: the newest 512 tokens in q8_0 (3 of 3 layers)" in p.log) == (window > 0)
+    assert distances[1] <= 0.15 * distances[0], distances
+
+
+# ---- no window ---------------------------------------------------------------------------------------------------------
+
+
+def nodes(p: Probe) -> str:
+    return re.findall(r"graph: nodes = (\d+)", p.log)[-1]
+
+
+def test_without_a_window_the_graph_has_nothing_more(probe, tiny) -> None:
+    """The same nodes and inputs as with f16, whatever the window, and the sizes of the cache."""
+    counts = {}
+    for kv, window in ((("f16", "f16"), "256"), (TURBO4, "0"), (TURBO4, "0:f16"), (TURBO4, "1"), (TURBO4, "")):
+        p = probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window)
+        p.context(*kv)
+        counts[kv, window] = nodes(p), re.findall(r"input tensors = (\d+)", p.log)[-1]
+        assert ("turboquant: window:" in p.log) == (kv == TURBO4 and window in ("1", ""))
+        assert ("attn_inp_window" in p.log) == (kv == TURBO4 and window in ("1", ""))
+    plain = counts[("f16", "f16"), "256"]
+    assert counts[TURBO4, "0"] == counts[TURBO4, "0:f16"] == plain
+    assert counts[TURBO4, "1"] == counts[TURBO4, ""] != plain
+
+
+@pytest.mark.parametrize("kv", [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "f16")])
+def test_types_of_llama_cpp_have_no_window(probe, tiny, kv: tuple[str, str]) -> None:
+    rows = [story(probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window), *kv) for window in ("0", "256")]
+    assert np.array_equal(*rows)
+
+
+def test_a_window_that_cannot_be_read(probe, tiny) -> None:
+    for window, why in (("x", "N must be a number"), ("8:q4_0", "q8_0 or f16"), ("-1", "N must be"), ("8:", "q8_0 or f16")):
+        p = probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window)
+        with pytest.raises(ProbeError, match="no context") as refusal:
+            p.context(*TURBO4)
+        assert why in refusal.value.log
+
+
+def test_generic_attention_has_no_window(probe, tiny) -> None:
+    """ggml's own attention reads no slots: nothing may be hidden from it."""
+    base = story(probe(tiny("gqa")), "f16", "f16")
+    rows = [
+        story(probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window, TURBOQUANT_GENERIC_ATTENTION="1"), *TURBO4)
+        for window in ("0", str(SMALL))
+    ]
+    assert kld(base, rows[1]) <= 1.1 * kld(base, rows[0])
