@@ -70,18 +70,9 @@ size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
-// For comparisons, and a way out for users.
-bool generic_attention() {
-    static const bool asked = []() {
-        const char * text = getenv("TURBOQUANT_GENERIC_ATTENTION");
-        return text && *text && strcmp(text, "0") != 0;
-    }();
-    return asked;
-}
-
 // False if the engine does not cover op: then ggml's generic path computes it.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || generic_attention()) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || turbo_generic_attention()) {
         return false;
     }
     const ggml_tensor * q    = op->src[0];
@@ -317,6 +308,8 @@ void compute_chunks(const Plan & plan, const ggml_tensor * op, int64_t thread, i
 bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op) {
     Plan plan;
     if (params->use_ref || !plan_attention(op, params->nth, plan) || params->wsize < plan.total) {
+        // The generic path would not see the tokens of the window.
+        GGML_ASSERT(op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[5]);
         return false;
     }
     char *        base    = (char *) align((size_t) params->wdata);

@@ -310,6 +310,33 @@ bool turbo_sparse_v_parse(const char * text, float * out, char * error, size_t e
     return true;
 }
 
+bool turbo_generic_attention(void) {
+    static const bool asked = []() {
+        const char * text = getenv("TURBOQUANT_GENERIC_ATTENTION");
+        return text && *text && strcmp(text, "0") != 0;
+    }();
+    return asked;
+}
+
+bool turbo_window_supports(enum ggml_type type_k, enum ggml_type type_v) {
+    if (turbo_generic_attention() || !(turbo_is_type(type_k) || turbo_is_type(type_v))) {
+        return false;
+    }
+    for (const enum ggml_type type : { type_k, type_v }) {
+        switch ((int) type) {
+#define TURBO_ROW_TYPE(ID, ...) case GGML_TYPE_##ID:
+            TURBOQUANT_ROW_TYPES(TURBO_ROW_TYPE)
+#undef TURBO_ROW_TYPE
+                break;
+            default:
+                if (!turbo_is_type(type)) {
+                    return false;
+                }
+        }
+    }
+    return true;
+}
+
 float turbo_sparse_v(void) {
     static const float threshold = []() {
         float value;

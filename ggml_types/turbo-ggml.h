@@ -206,6 +206,11 @@ GGML_API bool turbo_sparse_v_parse(const char * text, float * out, char * error,
 /* The environment variable's value, read once; the default if it is wrong (context creation has refused it before). */
 GGML_API float turbo_sparse_v(void);
 
+/* True if the environment asks for ggml's own attention on the CPU: for comparisons, and a way out for users. */
+GGML_API bool turbo_generic_attention(void);
+/* True if the attention that runs over these types of K and V reads the slots of an exact window. */
+GGML_API bool turbo_window_supports(enum ggml_type type_k, enum ggml_type type_v);
+
 /* ---- llama.cpp's own tests ------------------------------------------------------------------------------------- */
 
 /* Limits for test-quantize-fns (its own are for blocks of 32 and other codebooks). */

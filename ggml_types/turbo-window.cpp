@@ -16,7 +16,7 @@ void turbo_window::add_layer(ggml_context * ctx, const llama_model & model, cons
                              ggml_tensor * k, ggml_tensor * v, uint32_t n_stream) {
     ++n_layers_;
     const turbo_window_option wanted = turbo_layer_window(model, hparams, il);
-    if (wanted.tokens == 0 || !k || !v || !(turbo_is_type(k->type) || turbo_is_type(v->type))) {
+    if (wanted.tokens == 0 || !k || !v || !turbo_window_supports(k->type, v->type)) {
         return;
     }
     if (slots_ == 0) {
