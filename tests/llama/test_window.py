@@ -50,7 +50,7 @@ def twin(probe, path: Path, model: Model):
     return open_twin
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [0, 1, SMALL, 256, 999999])
@@ -66,8 +66,8 @@ def test_attention_is_that_of_the_rule(twin, window: int, ctk: str, ctv: str, sl
     worst = {}
     for threads in (1, 3):
         t = twin(window, ctk, ctv, slot, threads=threads)
-        for n, single in ((1, False), (5, False), (2 * SMALL + 4, True), (4 * SMALL, False), (3, True), (90, False), (5, True)):
-            t.decode(n, single=single)
+        for n, single in ((1, 0), (5, 0), (2 * SMALL + 4, 1), (4 * SMALL, 0), (3, 1), (90, 0), (5, 1)):
+            t.decode(n, single=bool(single))
         worst[threads] = t.worst
     assert max(worst.values()) <= (ROTATED if "q8_0" in (ctk, ctv) else LIMIT), worst
 
@@ -109,7 +109,7 @@ def test_single_and_batched(probe, path: Path, kernels: str, window: int) -> Non
     assert max(max_kld(last[0][None], one[None]) for one in last) <= LIMIT
 
 
-# ---- events ------------------------------------------------------------------------------------------------------------
+# ---- events ----------------------------------------------------------------------------------------------------------
 
 
 def check(t: Twin) -> None:
@@ -309,7 +309,7 @@ def test_copy_within_a_stream(twin) -> None:
     check(t)
 
 
-# ---- saved states ------------------------------------------------------------------------------------------------------
+# ---- saved states ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("again", [SMALL, 32, 1, 0])
@@ -382,7 +382,7 @@ def test_a_refused_state_leaves_a_usable_window(twin, probe, path: Path, tmp_pat
     check(t)
 
 
-# ---- slots and tags alone ----------------------------------------------------------------------------------------------
+# ---- slots and tags alone --------------------------------------------------------------------------------------------
 
 
 def test_slots_and_tags(build, tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ def test_slots_and_tags(build, tmp_path: Path) -> None:
         assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
 
 
-# ---- whole models ------------------------------------------------------------------------------------------------------
+# ---- whole models ----------------------------------------------------------------------------------------------------
 
 TURBO4 = ("turbo4", "turbo4")
 
@@ -538,7 +538,7 @@ def test_guard(probe, tiny) -> None:
     assert distances[1] <= 0.15 * distances[0], distances
 
 
-# ---- no window ---------------------------------------------------------------------------------------------------------
+# ---- no window -------------------------------------------------------------------------------------------------------
 
 
 def nodes(p: Probe) -> str:
@@ -566,7 +566,8 @@ def test_types_of_llama_cpp_have_no_window(probe, tiny, kv: tuple[str, str]) -> 
 
 
 def test_a_window_that_cannot_be_read(probe, tiny) -> None:
-    for window, why in (("x", "N must be a number"), ("8:q4_0", "q8_0 or f16"), ("-1", "N must be"), ("8:", "q8_0 or f16")):
+    number, name = "N must be a number", "q8_0 or f16"
+    for window, why in (("x", number), ("-1", number), ("8:q4_0", name), ("8:", name)):
         p = probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window)
         with pytest.raises(ProbeError, match="no context") as refusal:
             p.context(*TURBO4)

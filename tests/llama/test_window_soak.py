@@ -1,7 +1,8 @@
 """A soak of the exact window: random operations through llama.h, each batch compared with window_oracle.py, and
 llama-server with all that it does to a cache.
 
-TURBOQUANT_SOAK_SECONDS: how long the random operations go on (default 30). TURBOQUANT_SOAK_SEED: the first seed; a failure names its own.
+TURBOQUANT_SOAK_SECONDS: how long the random operations go on (default 30).
+TURBOQUANT_SOAK_SEED: the first seed; a failure names its own.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SHAPE = Shape(layers=1, heads=4, kv_heads=2, head=128)
 SECONDS = float(os.environ.get("TURBOQUANT_SOAK_SECONDS", "30"))
 SEED = int(os.environ.get("TURBOQUANT_SOAK_SEED", "1"))
 STEPS = 60
-#: The largest KLD of a token to the oracle: 1e-5, and 3e-3 in 1 of 100 runs, where another sum rounds a value to another
-#: level. What a stale slot makes is mostly above 0.1.
+#: The largest KLD of a token to the oracle: 1e-5, and 3e-3 in 1 of 100 runs, where another sum rounds a value to
+#: another level. What a stale slot makes is mostly above 0.1.
 LIMIT = 1e-2
 
 
@@ -189,7 +190,7 @@ def test_random_operations(build, tmp_path: Path) -> None:
         seed += 1
 
 
-# ---- llama-server ------------------------------------------------------------------------------------------------------
+# ---- llama-server ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -208,9 +209,11 @@ def judge(probe, prose_model):
 
 SPECULATION = {
     "no": (),
-    "draft model": ("--spec-type", "draft-simple", "-md", MODEL, "-ctkd", "turbo2", "-ctvd", "turbo2", "--spec-draft-n-max", 5),
+    "draft model": (
+        "--spec-type", "draft-simple", "-md", MODEL, "-ctkd", "turbo2", "-ctvd", "turbo2", "--spec-draft-n-max", 5,
+    ),
     "prompt lookup": ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", 2, "--spec-ngram-simple-size-m", 6),
-}
+}  # fmt: skip
 #: Measured: 0.3 with either window, 0.9 without one.
 REGRET = 1.0
 

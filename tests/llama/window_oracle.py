@@ -336,14 +336,13 @@ class Twin:
     """
 
     def __init__(
-        self, probe: Probe, model: Model, ctk: str, ctv: str, window: int, slot: str = "q8_0", *, stale: Sequence[str] = (),
-        size: int = 256, n_seq: int = 1, unified: bool = False, n_ubatch: int = 512, seed: int = 0, **options: object,
+        self, probe: Probe, model: Model, ctk: str, ctv: str, window: int, slot: str = "q8_0", *, size: int = 256,
+        n_seq: int = 1, unified: bool = False, n_ubatch: int = 512, stale: Sequence[str] = (), seed: int = 0,
+        **options: object,
     ) -> None:
         self.probe, self.rng = probe, np.random.default_rng(seed)
         total = size if unified else size * n_seq
-        probe.context(
-            ctk, ctv, n_ctx=total, n_seq=n_seq, unified=int(unified), n_ubatch=n_ubatch, n_batch=max(512, n_ubatch), **options
-        )
+        probe.context(ctk, ctv, n_ctx=total, n_seq=n_seq, unified=int(unified), n_ubatch=n_ubatch, **options)
         arguments = (model, ctk, ctv, window, slot, size, n_seq, unified, n_ubatch)
         self.oracles = [Cache(*arguments)] + ([Cache(*arguments, stale)] if stale else [])
         self.worst = self.far = 0.0
