@@ -7,6 +7,7 @@
 //   tokenize FILE                     -> ok token token ...
 //   add SEQ POS token token ...       queue tokens
 //   run FILE                          decode the queue; append the logits of every queued token to FILE, float32
+//   abort N                           the next run ends before its Nth node
 //   canshift                          -> ok 0|1
 //   save FILE | load FILE             the state of the whole context
 //   saveseq FILE SEQ | loadseq FILE SEQ
@@ -37,6 +38,7 @@ struct item {
 llama_model *     model = nullptr;
 llama_context *   ctx   = nullptr;
 std::vector<item> queue;
+int               nodes_left = -1; // before the abort that was asked for; -1: none was
 
 void reply(const std::string & line) {
     std::cout << line << std::endl;
@@ -84,6 +86,7 @@ void new_context(std::istringstream & in) {
     }
     queue.clear();
     llama_context_params params = llama_context_default_params();
+    params.abort_callback  = [](void *) { return nodes_left >= 0 && nodes_left-- == 0; };
     params.n_ctx           = number("n_ctx", 512);
     params.n_batch         = number("n_batch", 512);
     params.n_ubatch        = number("n_ubatch", 512);
@@ -143,6 +146,7 @@ void run(std::istringstream & in) {
     const size_t n = queue.size();
     queue.clear();
     const int status = llama_decode(ctx, batch);
+    nodes_left = -1;
     llama_batch_free(batch);
     if (status != 0) {
         return error("llama_decode gave " + std::to_string(status));
@@ -177,6 +181,8 @@ void execute(const std::string & line) {
         add(in);
     } else if (command == "run") {
         run(in);
+    } else if (command == "abort" && in >> nodes_left) {
+        ok();
     } else if (command == "canshift") {
         ok(llama_memory_can_shift(memory) ? "1" : "0");
     } else if (command == "save" && in >> path) {

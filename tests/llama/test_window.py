@@ -198,6 +198,40 @@ def test_clear(twin, data: bool) -> None:
     check(t)
 
 
+def test_a_batch_that_does_not_fit(twin) -> None:
+    t = twin(16)
+    t.decode(245)
+    t.probe.add(random_tokens(20), t.end())
+    with pytest.raises(ProbeError, match="llama_decode gave 1"):
+        t.probe.run()
+    t.decode(6, single=True)
+    t.rollback(40)
+    t.decode(20)
+    t.decode(1)
+    check(t)
+
+
+@pytest.mark.parametrize("n", [1, 5, 30])
+@pytest.mark.parametrize("nodes", [0, 8, 10, 12, 14, 16, 18, 20])
+def test_a_batch_that_is_aborted(twin, nodes: int, n: int) -> None:
+    """Its cells are given back; some of its rows may be in slots by then, and others may not."""
+    t = twin(16)
+    t.decode(30)
+    t.decode(3, single=True)
+    tokens = random_tokens(n, seed=5)
+    t.probe.add(tokens, t.end())
+    t.probe.command(f"abort {nodes}")
+    with pytest.raises(ProbeError, match="llama_decode gave 2"):
+        t.probe.run()
+    for oracle in t.oracles:
+        oracle.decode([(token, oracle.end(0) + i, 0) for i, token in enumerate(tokens)])
+        oracle.rm(0, 33, -1)
+    t.decode(1)
+    t.decode(12)
+    t.decode(3, single=True)
+    check(t)
+
+
 def test_cells_removed_in_the_middle(twin) -> None:
     t = twin(16, stale=["store"])
     t.decode(40)
