@@ -1,6 +1,6 @@
 // Slots and tags of turbo-window.cpp on random stores, rollbacks and rewritten cells, beside a model that remembers
 // what each cell and each slot holds. Compiled with turbo-window.cpp, against a patched llama.cpp. Argument: a seed.
-#include "turbo-window.h"
+#include "llama/turbo-window.h"
 
 #include "turbo-llama.h"
 
