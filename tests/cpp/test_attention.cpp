@@ -200,7 +200,7 @@ void random_masks() {
                 mask[size_t(t * n_kv + j)] = hidden ? -INFINITY : r.normal();
             }
         tq_attention_args a = {q.data(), k_bytes.data(), v_bytes.data(), mask.data(), out.data(), p.k, p.v, n_head,
-                               n_kv_head, n_query, n_kv, p.head_k, p.head_v, 1.0f, 0.0f, 0.0f, 2, nullptr};
+                               n_kv_head, n_query, n_kv, p.head_k, p.head_v, 1.0f, 0.0f, 0.0f, 2, nullptr, nullptr};
         use(kernels_under_test);
         CHECK_EQ(tq_attention(&a), TQ_OK);
         for (int64_t h = 0; h < n_head; ++h)

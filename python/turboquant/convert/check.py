@@ -18,7 +18,7 @@ from ..llama.files import last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
 from ..measure.kvsize import Caches
-from ..measure.pairs import CachePair
+from ..measure.pairs import CachePair, Window
 from ..measure.perplexity import run_base, run_divergence
 from ..measure.programs import ProgramError, Programs
 
@@ -67,7 +67,8 @@ class Checker:
 
     def kld_and_types(self, model: Path, k: str, v: str, *, what: str) -> tuple[float, tuple[str, str]]:
         """As `kld`, and the types that the layers' K and V got, in a plan's compact syntax ("": all as asked for)."""
-        kld, caches = self._kld(model, CachePair(k, v), what)
+        # Without a window: these few tokens would be read from it, and those of a long text are not.
+        kld, caches = self._kld(model, CachePair(k, v).with_window(Window(0)), what)
         return kld, (caches.types_k, caches.types_v)
 
     def identity(self, model: Path, text: Path) -> dict[str, Any]:

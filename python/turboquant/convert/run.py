@@ -16,6 +16,7 @@ from ..errors import TurboQuantError
 from ..llama.paths import bundled_text
 from ..llama.progress import Reporter
 from ..measure.capture import check_model
+from ..measure.pairs import Window
 from ..models.modelfile import ModelFile, replace_metadata
 from ..plan import KEYS, VERSION, CacheShape, PlanError, Types, expand, shape_of
 from ..plan import Plan as CachePlan
@@ -60,6 +61,8 @@ class Converted:
     tokens: int  #: that were measured
     recommended: tuple[str, str]  #: cache types for K and V: the fewest bits with a KLD of at most GOOD
     layers: tuple[Types, Types] | None  #: the plan in the file: K and V of each layer; None if it cannot have one
+    window: Window  #: the exact window that llama.cpp adds; the check is without one
+    window_mib: float | None  #: its size with those types; None if it is not known
 
 
 def convert(
@@ -91,6 +94,10 @@ def convert(
     text = text or bundled_text()
     check_model(source)
     check_new(target)
+    try:
+        window = Window.default()
+    except ValueError as error:
+        raise ConvertError(f"{Window.VARIABLE}: {error}") from error
     with ModelFile(source) as model:
         _refuse(model)
         free = shutil.disk_usage(target.parent).free
@@ -132,8 +139,13 @@ def convert(
             if layers:  # what -ctk auto -ctv auto take: the recommended types, with the guard's
                 known |= CachePlan(*layers, check.identity(partial, text)).to_metadata()
             replace_metadata(partial, metadata, known)
+            size, window_mib = _shape(model), None
+            if size and layers:
+                window_mib = size.window_mib(CachePlan(*layers), size.context or window.tokens, window)
             publish(partial, target)
-    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, recommended, layers)
+    return Converted(
+        plan.parts, plan.mode, kld, limit, measured.tokens, recommended, layers, window, window_mib
+    )
 
 
 def _write(

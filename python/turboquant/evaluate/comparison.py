@@ -31,7 +31,7 @@ __all__ = [
     "Timing",
 ]
 
-FORMAT, VERSION = "turboquant-compare", 1
+FORMAT, VERSION = "turboquant-compare", 2
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Settings:
     needle_depths: Annotated[list[int], ""]
     positions: Annotated[int, "needles at each depth"]
     template: Annotated[str, "the needles' prompt"]
+    window: Annotated[str | None, "the exact window that was asked for, 256:q8_0 or 0; null: llama.cpp's default"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class Band:
 
 @dataclass(frozen=True)
 class Paths:
-    difference: Annotated[float, "KLD token by token less KLD in batches"]
+    batched: Annotated[float, "KLD in batches of the tokens that are measured token by token, without a window"]
+    decode: Annotated[float, "KLD token by token, without a window"]
+    difference: Annotated[float, "the latter less the former"]
     allowed: Annotated[float, "what it may be"]
     agree: Annotated[bool, ""]
 
@@ -150,13 +153,15 @@ class Measured(Pair):
     type_v: Annotated[str, ""]
     bits_k: Annotated[float, "bits per value of K, mean over the layers"]
     bits_v: Annotated[float, "the same of V"]
-    bits: Annotated[float, "of K and V together"]
+    bits: Annotated[float, "of K and V together, without the window"]
     k_mib: Annotated[float, "size of K with the model's whole context"]
     v_mib: Annotated[float, "the same of V"]
-    mib: Annotated[float, "of K and V together"]
+    window_tokens: Annotated[int, "the newest tokens that the exact window keeps; 0: there is none"]
+    window_type: Annotated[str | None, "what it keeps them in"]
+    window_mib: Annotated[float, "its size with the model's whole context"]
+    mib: Annotated[float, "of K, V and the window together"]
     quality: Annotated[Divergence, ""]
     decode: Annotated[Divergence, ""]
-    batched: Annotated[Divergence, ""]
     paths: Annotated[Paths, ""]
     verdict: Annotated[str, "name of the band"]
     needles: Annotated[list[Needle], ""]

@@ -48,6 +48,9 @@ class Row:
     bits_v: float | None = None
     k_mib: float | None = None
     v_mib: float | None = None
+    window_tokens: int = 0  #: newest tokens that are kept in window_type, too
+    window_type: str = ""
+    window_mib: float = 0.0
     ppl: float | None = None
     ppl_error: float | None = None
     kld: float | None = None
@@ -66,12 +69,13 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Mean of K and V."""
+        """Mean of K and V, without the exact window."""
         return None if self.bits_k is None or self.bits_v is None else (self.bits_k + self.bits_v) / 2
 
     @property
     def mib(self) -> float | None:
-        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib
+        """Of K, V and the exact window."""
+        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib + self.window_mib
 
     @property
     def found(self) -> int:
@@ -176,6 +180,9 @@ def _row(
         bits_v=bits_v,
         k_mib=size.k_mib,
         v_mib=size.v_mib,
+        window_tokens=size.window_tokens,
+        window_type=size.window_type,
+        window_mib=size.window_mib,
         ppl=values.ppl,
         ppl_error=values.ppl_error,
         kld=divergence.kld if divergence else None,

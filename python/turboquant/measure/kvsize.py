@@ -14,6 +14,7 @@ _LINE = re.compile(
 )
 _TYPES = re.compile(r"turboquant: cache types: K (\S+); V (\S+)")
 _WINDOW = re.compile(r"n_swa\s*=\s*(\d+)")
+_EXACT = re.compile(r"turboquant: window: the newest (\d+) tokens in (\S+) \(\d+ of \d+ layers\), ([\d.]+) MiB")
 _UBATCH = 512  # llama.cpp's default; its sliding-window caches keep this much more than the window
 
 
@@ -21,17 +22,22 @@ _UBATCH = 512  # llama.cpp's default; its sliding-window caches keep this much m
 class CacheSize:
     """Sizes in MiB and the types that K and V really have (``turbo4_64`` where a head of 64 asked for turbo4).
 
-    Where layers have types of their own, as by a plan or the guard, all are named: ``turbo4_64+q8_0``.
+    Where layers have types of their own, as by a plan or the guard, all are named: ``turbo4_64+q8_0``. The exact
+    window, the newest tokens in a type of their own, is beside K and V.
     """
 
     k_mib: float
     v_mib: float
     type_k: str
     type_v: str
+    window_tokens: int = 0  #: 0: there is none
+    window_type: str = ""
+    window_mib: float = 0.0
 
     @property
     def mib(self) -> float:
-        return self.k_mib + self.v_mib
+        """Of K, V and the window."""
+        return self.k_mib + self.v_mib + self.window_mib
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,11 @@ class Caches:
         """As logged. Several types in one place are joined with ``+``."""
         return _sum([cache.size for cache in self.caches])
 
-    def at(self, context: int) -> CacheSize:
+    def at(self, context: int, newest: int | None = None) -> CacheSize:
         """What one sequence would take with a context of that many tokens.
 
         Every cache grows with the context, but that of layers with a sliding window only up to the window and a batch.
+        The exact window has `newest` tokens (default: as many as logged), if there are so many cells.
         """
         sizes = []
         for index, cache in enumerate(self.caches):
@@ -70,7 +77,14 @@ class Caches:
             if self.window and index:
                 cells = min(context, -(-(self.window + _UBATCH) // 256) * 256)
             scale, size = cells / (cache.cells * cache.streams), cache.size
-            sizes.append(CacheSize(size.k_mib * scale, size.v_mib * scale, size.type_k, size.type_v))
+            tokens, mib = size.window_tokens, size.window_mib
+            if tokens:  # every stream has its rows, and one is for what is not kept
+                rows = tokens * cache.streams + 1
+                tokens = min(newest or tokens, cells)
+                mib *= (tokens + 1) / rows
+            sizes.append(
+                CacheSize(size.k_mib * scale, size.v_mib * scale, size.type_k, size.type_v, tokens, size.window_type, mib)
+            )
         return _sum(sizes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,16 +103,22 @@ def parse_caches(log: str) -> Caches:
     Raises:
         ValueError: the log has no such line.
     """
-    found = _LINE.findall(log)
+    found = list(_LINE.finditer(log))
     if not found:
         raise ValueError("no line 'size = … MiB (… cells, … layers, …), K (…): … MiB, V (…): … MiB' in the log")
     window = _WINDOW.search(log)
     types = _TYPES.search(log)
     mixed_k, mixed_v = (_mixed(types[1]), _mixed(types[2])) if types else ("", "")
-    caches = [
-        Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v))
-        for cells, _, streams, type_k, k_mib, type_v, v_mib in found
-    ]
+    caches = []
+    logged = 0
+    for line in found:
+        cells, _, streams, type_k, k_mib, type_v, v_mib = line.groups()
+        # a cache's window is logged before its size
+        exact = _EXACT.search(log, logged, line.start())
+        newest = (int(exact[1]), exact[2], float(exact[3])) if exact else (0, "", 0.0)
+        size = CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v, *newest)
+        caches.append(Cache(int(cells), int(streams), size))
+        logged = line.end()
     return Caches(caches, int(window[1]) if window else 0, *(types.groups() if types else ()))
 
 
@@ -127,4 +147,7 @@ def _sum(sizes: list[CacheSize]) -> CacheSize:
         v_mib=round(sum(size.v_mib for size in sizes), 2),
         type_k="+".join(dict.fromkeys(size.type_k for size in sizes)),
         type_v="+".join(dict.fromkeys(size.type_v for size in sizes)),
+        window_tokens=max(size.window_tokens for size in sizes),
+        window_type="+".join(dict.fromkeys(size.window_type for size in sizes if size.window_type)),
+        window_mib=round(sum(size.window_mib for size in sizes), 2),
     )

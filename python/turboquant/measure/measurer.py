@@ -36,6 +36,7 @@ class Run:
     @property
     def label(self) -> str:
         how = ", token by token" if self.decode else ""
+        how += f", window {self.pair.window}" if self.pair.window else ""
         return f"perplexity {self.pair} ({self.chunks} x {self.ctx}{how})"
 
 

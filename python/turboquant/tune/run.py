@@ -17,7 +17,7 @@ from ..llama.build import where
 from ..llama.paths import bundled_text, cache_dir
 from ..llama.progress import Reporter, Track, duration
 from ..measure.capture import check_model
-from ..measure.pairs import CachePair
+from ..measure.pairs import CachePair, Window
 from ..measure.programs import Programs
 from ..measure.results import Results, file_hash
 from ..models.modelfile import ModelFile
@@ -50,7 +50,7 @@ class Goal:
     """What to reach; one of them."""
 
     bits: float | None = None  #: mean bits per value of K and V
-    mib: float | None = None  #: of the cache at the context
+    mib: float | None = None  #: of the cache at the context, the exact window counted
     kld: float | None = None  #: nats, on the text of the check
 
     def __post_init__(self) -> None:
@@ -92,8 +92,9 @@ class Candidate:
     bits_k: float
     bits_v: float
     bits: float
-    mib: float
+    mib: float  #: of K, V and the exact window
     measured: Measured | None
+    window_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Tuned:
     uniform: list[Candidate]
     frontier: list[tuple[float, float]]  #: bits per value and predicted KLD, for many budgets
     scored: tuple[int, int]  #: tokens scored by a run, when tuning and when checking
+    window: Window  #: counted in the sizes; measured is without one
     replaced: bool  #: an older plan of that name
 
 
@@ -178,6 +180,10 @@ class _Tuner:
         self.options, self.text, self.tuning, self.check, self.work = options, text, tuning, check, work
         self.shape = tuning.shape()
         self.context = options.context or min(self.shape.context or _CHECK_CONTEXT, 32768)
+        try:
+            self.window = Window.default()
+        except ValueError as error:
+            raise TuneError(f"{Window.VARIABLE}: {error}") from error
         self.slots = [(side, number) for side in "kv" for number, _ in self.shape.cached()]
         given = tuple(options.types or DEFAULT_TYPES)
         self.types = {"k": given, "v": given if options.types else tuple(type for type in given if type != "f16")}
@@ -197,7 +203,7 @@ class _Tuner:
         scored = (self.tuning.scored, self.check.scored)
         return Tuned(
             plan, self.shape, self.context, costs, floor, predicted, result, uniform, self._frontier(items, floor),
-            scored, False,
+            scored, self.window, False,
         )  # fmt: skip
 
     # ---- before the long work ----
@@ -221,11 +227,12 @@ class _Tuner:
             cheapest = sum(min(choice.cost for choice in item) for item in items)
             dearest = sum(max(choice.cost for choice in item) for item in items)
             if self._budget() < cheapest * (1 - 1e-9):
-                unit, scale = ("bits per value", 1 / self.shape.values(self.context)) if goal.bits else (
-                    f"MiB at a context of {self.context} tokens", 1 / 8 / (1 << 20))  # fmt: skip
+                unit, scale, more = ("bits per value", 1 / self.shape.values(self.context), 0.0) if goal.bits else (
+                    f"MiB at a context of {self.context} tokens", 1 / 8 / (1 << 20), self._most_window())  # fmt: skip
+                counted = f", the exact window of {self.window} counted" if more else ""
                 raise TuneError(
                     f"{goal} cannot be met: with {', '.join(self.types['k'])} this model's cache takes from "
-                    f"{cheapest * scale:.4g} to {dearest * scale:.4g} {unit}"
+                    f"{cheapest * scale + more:.4g} to {dearest * scale + more:.4g} {unit}{counted}"
                 )
 
     def _check_text(self) -> None:
@@ -320,7 +327,15 @@ class _Tuner:
         if goal.bits is not None:
             return goal.bits * self.shape.values(self.context)
         assert goal.mib is not None
-        return goal.mib * 8 * (1 << 20)
+        return (goal.mib - self._most_window()) * 8 * (1 << 20)
+
+    def _most_window(self) -> float:
+        """The exact window's MiB if every layer has a turbo type."""
+        turbo = next((type for types in self.types.values() for type in types if type.startswith("turbo")), None)
+        if turbo is None:
+            return 0.0
+        k, v = self._uniform(CachePair(turbo, turbo))
+        return self.shape.window_mib(Plan(tuple(k), tuple(v)), self.context, self.window)
 
     def _solve(
         self, items: list[list[Choice]], floor: float, uniform: Sequence[Candidate]
@@ -363,7 +378,8 @@ class _Tuner:
         measured = self._run(self.check, (list(k), list(v)), f"checking {label}")
         plan, shape, context = Plan(tuple(k), tuple(v)), self.shape, self.context
         k_bits, v_bits, bits = (shape.mean_bits(plan, context, sides) for sides in ("k", "v", "kv"))
-        return Candidate(label, k_bits, v_bits, bits, shape.mib(plan, context), measured)
+        window = shape.window_mib(plan, context, self.window)
+        return Candidate(label, k_bits, v_bits, bits, shape.mib(plan, context) + window, measured, window)
 
     def _frontier(self, items: list[list[Choice]], floor: float) -> list[tuple[float, float]]:
         low, high, values = least(items), most(items), self.shape.values(self.context)
@@ -390,6 +406,7 @@ class _Tuner:
             "context": self.context,
             "bits": {"k": round(result.bits_k, 4), "v": round(result.bits_v, 4), "mean": round(result.bits, 4)},
             "mib": round(result.mib, 3),
+            "window": {"counted": str(self.window), "mib": round(result.window_mib, 3)},
             "kld": {"predicted": round(predicted, 6), "measured": round(measured.kld, 6), "error": round(measured.error, 6)},
             "same_top": round(measured.same_top, 4),
         }
