@@ -161,7 +161,7 @@ void f32_rows() {
 // The guard page after each array is hit if a row of f32 is read beyond its end.
 void f32_reads_no_further() {
     const int64_t head = 96, rows = 65;
-    Buffer<float> k(size_t(rows * head)), v(size_t(rows * head)), q(size_t(head)), out(static_cast<size_t>(head));
+    Buffer<float> k{size_t(rows * head)}, v{size_t(rows * head)}, q{size_t(head)}, out{size_t(head)};
     for (int64_t i = 0; i < rows * head; ++i) k[size_t(i)] = v[size_t(i)] = 1;
     for (int64_t i = 0; i < head; ++i) q[size_t(i)] = 1;
     tq_attention_args a = {};

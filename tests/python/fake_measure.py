@@ -3,7 +3,7 @@
 A plan's KLD is the floor and, for each layer and side, its cost times the relative error of the type, which saturates
 at 2 nats; in the text of the check (chunk 0) everything costs half as much again. Every plan is noted in runs.txt. Files
 beside the program change what it does: "stop" makes it wait in the run of that number until it is killed, "refuse" makes
-it refuse plans with that type, "other" makes it report other types than asked for, "short" is the number of chunks.
+it refuse plans with that type, "windows" gets what the environment says of the exact window, "other" makes it report other types than asked for, "short" is the number of chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 ERRORS = {"f16": 0.0, "q8_0": 3e-5, "q4_0": 0.006, "turbo4": 0.0095, "turbo3": 0.0345, "turbo2": 0.1175}
 
 SCRIPT = '''#!{python}
-import json, math, sys, time
+import json, math, os, sys, time
 from pathlib import Path
 
 ERRORS = {errors!r}
@@ -27,6 +27,9 @@ model, text, first, count, context, threads, gpu_layers, scratch = sys.argv[1:]
 say = lambda **record: print(json.dumps(record), flush=True)
 option = lambda name: (here / name).read_text() if (here / name).exists() else None
 
+if (here / "windows").exists():
+    with open(here / "windows", "a") as file:
+        print(os.environ.get("LLAMA_ARG_CACHE_WINDOW"), file=file)
 available = int(option("short") or 1000) * 512 // int(context)
 first = available * int(first[:-1]) // 100 if first.endswith("%") else int(first)
 layers = [dict(layer=i, window=bool(one.get("window"))) for i, one in enumerate(costs["layers"]) if one]

@@ -366,9 +366,9 @@ def test_sparse_v_counts_the_rows_of_a_window():
     q, k, v, window = windowed("turbo4", "turbo4", 20)
     _, none = turboquant.attention(q, k, v, window=window, return_skip_rate=True, **OPTIONS)
     _, some = turboquant.attention(q, k, v, window=window, sparse_v=0.3, return_skip_rate=True, **OPTIONS)
-    allowed = np.arange(150) < 130
+    allowed = np.arange(150) < 145
     _, masked = turboquant.attention(q, k, v, window=window, mask=allowed, return_skip_rate=True, **OPTIONS)
-    assert none < 0.01 < some < 1 and masked == pytest.approx(20 / 150)
+    assert none < 0.01 < some < 1 and masked == pytest.approx(5 / 150)
 
 
 Q_, K_ = np.zeros((4, 5, 128), dtype=np.float32), np.zeros((2, 40, 66), dtype=np.uint8)

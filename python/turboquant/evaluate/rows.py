@@ -48,9 +48,6 @@ class Row:
     bits_v: float | None = None
     k_mib: float | None = None
     v_mib: float | None = None
-    window_tokens: int = 0  #: newest tokens that are kept in window_type, too
-    window_type: str = ""
-    window_mib: float = 0.0
     ppl: float | None = None
     ppl_error: float | None = None
     kld: float | None = None
@@ -62,6 +59,9 @@ class Row:
     distance: int | None = None  #: the fewest characters between a number and its question
     failure: str | None = None
     needle_failure: str | None = None
+    window_tokens: int = 0  #: newest tokens that are kept in window_type, too
+    window_type: str = ""
+    window_mib: float = 0.0
 
     @property
     def label(self) -> str:

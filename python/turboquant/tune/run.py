@@ -226,13 +226,14 @@ class _Tuner:
                      for slot in self.slots]  # fmt: skip
             cheapest = sum(min(choice.cost for choice in item) for item in items)
             dearest = sum(max(choice.cost for choice in item) for item in items)
-            if self._budget() < cheapest * (1 - 1e-9):
-                unit, scale, more = ("bits per value", 1 / self.shape.values(self.context), 0.0) if goal.bits else (
-                    f"MiB at a context of {self.context} tokens", 1 / 8 / (1 << 20), self._most_window())  # fmt: skip
-                counted = f", the exact window of {self.window} counted" if more else ""
+            if self._budget(self._most_window()) < cheapest * (1 - 1e-9):
+                unit, scale = ("bits per value", 1 / self.shape.values(self.context)) if goal.bits else (
+                    f"MiB at a context of {self.context} tokens", 1 / 8 / (1 << 20))  # fmt: skip
+                window = 0.0 if goal.bits else self._most_window()
+                more = f", and up to {window:.4g} MiB for the exact window of {self.window}" if window else ""
                 raise TuneError(
                     f"{goal} cannot be met: with {', '.join(self.types['k'])} this model's cache takes from "
-                    f"{cheapest * scale + more:.4g} to {dearest * scale + more:.4g} {unit}{counted}"
+                    f"{cheapest * scale:.4g} to {dearest * scale:.4g} {unit}{more}"
                 )
 
     def _check_text(self) -> None:
@@ -322,12 +323,22 @@ class _Tuner:
         cells = self.shape.cells(layer, self.context)
         return [Choice(type, layer.bits(side, type) * cells, costs[type]) for type in self.types[side]]
 
-    def _budget(self) -> float:
+    def _budget(self, window_mib: float) -> float:
+        """The bits that K and V may take beside an exact window of that size."""
         goal = self.options.goal
         if goal.bits is not None:
             return goal.bits * self.shape.values(self.context)
         assert goal.mib is not None
-        return (goal.mib - self._most_window()) * 8 * (1 << 20)
+        return (goal.mib - window_mib) * 8 * (1 << 20)
+
+    def _allocate(self, items: list[list[Choice]]) -> list[Choice]:
+        """What the budget buys; a plan without turbo types has no window to pay for."""
+        chosen = allocate(items, self._budget(0.0))
+        plan = Plan(*self._types_of(chosen))
+        window, spent = self.shape.window_mib(plan, self.context, self.window), self.shape.mib(plan, self.context)
+        if self.options.goal.mib is None or spent + window <= self.options.goal.mib:
+            return chosen
+        return allocate(items, self._budget(self._most_window()))
 
     def _most_window(self) -> float:
         """The exact window's MiB if every layer has a turbo type."""
@@ -342,7 +353,7 @@ class _Tuner:
     ) -> tuple[list[Choice], Candidate]:
         limit = self.options.goal.kld
         if limit is None:
-            chosen = allocate(items, self._budget())
+            chosen = self._allocate(items)
             return chosen, self._candidate("plan", *self._types_of(chosen))
         # What a KLD on the tuning text is worth on the other one is known after the first try.
         own_floor = min([one.measured.kld for one in uniform if one.measured], default=floor)
