@@ -267,6 +267,7 @@ def test_a_size_without_a_window(place, monkeypatch):
     assert done.exit_code == 0, done.output
     plan = read_plan("plan.json")
     assert set(plan.k) | set(plan.v) == {"q8_0"} and plan.about["window"]["mib"] == 0
+    Path("plan.json").unlink()
     monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "x")
     assert "LLAMA_ARG_CACHE_WINDOW: window: got 'x'" in refused(tune("--mib", 2.0, "--ctx", 2048))
 

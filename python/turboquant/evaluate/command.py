@@ -85,9 +85,9 @@ def run(
     else:
         _probe(Path(name))
     programs = Programs(bin or where(), scratch / "logs", threads, gpu_layers)
-    if options.window and options.window.tokens and any(pair.window for pair in options.all_pairs):
-        if not programs.knows_window():
-            raise CompareError(f"--window: the build in {programs.folder} has none: run `turboquant build` again")
+    wanted = any(pair.window and pair.window.tokens for pair in options.all_pairs)
+    if wanted and not programs.knows_window():
+        raise CompareError(f"--window: the build in {programs.folder} has none: run `turboquant build` again")
     with Reporter().track("starting", 1, "work") as track:
         report = compare(
             options, described, programs, Results(scratch / "results"), scratch,
