@@ -67,8 +67,7 @@ class Checker:
 
     def kld_and_types(self, model: Path, k: str, v: str, *, what: str) -> tuple[float, tuple[str, str]]:
         """As `kld`, and the types that the layers' K and V got, in a plan's compact syntax ("": all as asked for)."""
-        # Without a window: these few tokens would be read from it, and those of a long text are not.
-        kld, caches = self._kld(model, CachePair(k, v).with_window(Window(0)), what)
+        kld, caches = self._kld(model, CachePair(k, v), what)
         return kld, (caches.types_k, caches.types_v)
 
     def identity(self, model: Path, text: Path) -> dict[str, Any]:
@@ -96,9 +95,10 @@ class Checker:
     def _kld(self, model: Path, pair: CachePair, what: str) -> tuple[float, Caches]:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
             try:
+                # Without a window: these few tokens would be read from it, and those of a long text are not.
                 found, caches = run_divergence(
-                    self._programs, model, self._base, pair, ctx=self._context, chunks=self._chunks,
-                    on_chunk=track.update,
+                    self._programs, model, self._base, pair.with_window(Window(0)), ctx=self._context,
+                    chunks=self._chunks, on_chunk=track.update,
                 )  # fmt: skip
             except ProgramError as error:
                 raise CheckError(str(error)) from error
