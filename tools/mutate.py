@@ -2,7 +2,7 @@
 """Change one line of a copy of the code at a time, and see that the tests fail: do they test what they seem to test?
 
 Every mutation is a mistake that was made, or could be: a line of a file, what it becomes, and the tests that must
-notice. Prints a table as Markdown. The exit status is 1 if a mutation survives.
+notice. Prints docs/mutations.md; the exit status is 1 if a mutation survives.
 
 Needs cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Nothing outside of the temporary
 folder is changed.
@@ -29,11 +29,30 @@ FOLDERS = ("cmake", "cpp", "ggml_types", "models", "python", "tests", "tools")
 FILES = ("CMakeLists.txt", "pyproject.toml", "README.md")
 
 
+INTRODUCTION = """\
+# Mutations
+
+Do the tests test what they seem to test? Each row is one line of the code that `tools/mutate.py` changes in a copy, what
+is wrong then, and the first test that fails: the suite of `tools/test.py`, the test, and its case where it has one. Made
+with
+
+```sh
+python3 tools/mutate.py > docs/mutations.md
+```
+
+on a CPU whose best kernels are `{kernels}`. A mutation that no test notices is shown as **survives**, and the command
+fails.
+
+| mutation | what it breaks | suite | test that catches it |
+|---|---|---|---|"""
+
+
 @dataclass(frozen=True)
 class Mutation:
     """`old` stands once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
 
     what: str
+    breaks: str
     file: str
     old: str
     new: str
@@ -47,44 +66,52 @@ class Mutation:
 ATTENTION = "cpp/src/attention.cpp"
 TILE = "cpp/src/attention_tile.h"
 MUTATIONS = (
-    Mutation("the mask of later tiles is read from row 0", ATTENTION, "kernel.bias(mask.from(tile),",
-             "kernel.bias(mask.from(0),", "core.attention"),
-    Mutation("a tile is skipped where the first query sees nothing", ATTENTION,
-             "            if (mask.open(first + r)) return true;\n    }",
+    Mutation("the mask of later tiles is read from row 0", "masks of caches of more than 64 rows",
+             ATTENTION, "kernel.bias(mask.from(tile),", "kernel.bias(mask.from(0),", "core.attention"),
+    Mutation("a tile is skipped where the first query sees nothing", "batches whose tokens see different rows",
+             ATTENTION, "            if (mask.open(first + r)) return true;\n    }",
              "            if (mask.open(first + r)) return true;\n        return false;\n    }", "core.attention"),
-    Mutation("later runs of tokens get the masks of the first", ATTENTION,
-             "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv",
+    Mutation("later runs of tokens get the masks of the first", "batches of more than 128 query rows",
+             ATTENTION, "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv",
              "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv", "core.attention"),
-    Mutation("a merge ignores the second part's maximum", ATTENTION, "const float largest = a > b ? a : b;",
-             "const float largest = a;", "core.attention"),
-    Mutation("a merge hides NaN", ATTENTION, "if (b == -INFINITY && from[head_v + 1] == 0) return;",
-             "if (b == -INFINITY) return;", "core.attention"),
-    Mutation("a sink is left out of the sum", ATTENTION, "sum = sum * scale + std::exp(*sink - top);",
-             "sum = sum * scale;", "core.attention"),
-    Mutation("negative scales of V are not turned", ATTENTION, "            scale[r] = -scale[r];\n",
-             "            scale[r] = -scale[r];\n            continue;\n", "core.attention"),
-    Mutation("-128 is turned into an int8", ATTENTION, "if (level[c] == -128) return false;", "", "core.attention"),
-    Mutation("rows of V that are not finite reach queries that do not see them", ATTENTION,
-             "apart = std::isfinite(s.state[m].sum) &&", "apart = false &&", "core.attention"),
-    Mutation("sparse V leaves out rows of weight 1", ATTENTION, "if (!(s.most[r] <= sparse_v)) index",
-             "if (!(s.most[r] <= 0.5f)) index", "core.attention"),
-    Mutation("ALiBi's slope is that of the query before", ATTENTION,
-             "(!queries.slope || slope == queries.slope[m - 1]);", "true;", "core.attention"),
-    Mutation("the running sum is not corrected", TILE, "state->sum = state->sum * state->correction + lane[0];",
-             "state->sum = state->sum + lane[0];", "core.attention.scalar"),
-    Mutation("masked rows count as a score of 0", TILE, "for (int r = rows; r < tile_rows; ++r) bias[r] = -INFINITY;",
+    Mutation("a merge ignores the second part's maximum", "ranges of rows that several threads compute",
+             ATTENTION, "const float largest = a > b ? a : b;", "const float largest = a;", "core.attention"),
+    Mutation("a merge hides NaN", "the sight of a broken cache: the output looks right",
+             ATTENTION, "if (b == -INFINITY && from[head_v + 1] == 0) return;", "if (b == -INFINITY) return;",
+             "core.attention"),
+    Mutation("a sink is left out of the sum", "models with attention sinks",
+             ATTENTION, "sum = sum * scale + std::exp(*sink - top);", "sum = sum * scale;", "core.attention"),
+    Mutation("negative scales of V are not turned", "V in q4_0, whose scales are negative as often as not",
+             ATTENTION, "            scale[r] = -scale[r];\n", "            scale[r] = -scale[r];\n            continue;\n",
+             "core.attention"),
+    Mutation("-128 is turned into an int8", "V in q8_0 that another program wrote",
+             ATTENTION, "if (level[c] == -128) return false;", "", "core.attention"),
+    Mutation("rows of V that are not finite reach queries that do not see them",
+             "requests that share a cache with a broken one",
+             ATTENTION, "apart = std::isfinite(s.state[m].sum) &&", "apart = false &&", "core.attention"),
+    Mutation("sparse V leaves out rows of weight 1", "the output, as soon as sparse V is on",
+             ATTENTION, "if (!(s.most[r] <= sparse_v)) index", "if (!(s.most[r] <= 0.5f)) index", "core.attention"),
+    Mutation("ALiBi's slope is that of the query before", "models with ALiBi, whose heads share masks",
+             ATTENTION, "(!queries.slope || slope == queries.slope[m - 1]);", "true;", "core.attention"),
+    Mutation("the running sum is not corrected", "caches of more than 64 rows, when a later one scores higher",
+             TILE, "state->sum = state->sum * state->correction + lane[0];", "state->sum = state->sum + lane[0];",
+             "core.attention.scalar"),
+    Mutation("masked rows count as a score of 0", "caches whose length is no multiple of 64",
+             TILE, "for (int r = rows; r < tile_rows; ++r) bias[r] = -INFINITY;",
              "for (int r = rows; r < tile_rows; ++r) bias[r] = 0;", "core.attention"),
-    Mutation("the soft cap has the wrong sign for negative scores", TILE, "s[r] = soft_cap * (x > 0 ? tanh : -tanh);",
-             "s[r] = soft_cap * tanh;", "core.attention.scalar"),
-    Mutation("another kernel may be selected during a call", ATTENTION,
-             "left_out += partial_of(kernel, kv,", "left_out += partial_of(kernels(), kv,", "core.api"),
-    Mutation("convert accepts predictions that are not finite", "python/turboquant/convert/check.py",
-             "(found.kld if math.isfinite(found.kld) else math.inf)", "found.kld", "tests/python/test_convert.py"),
-    Mutation("tune takes a saturated layer's cost as proportional", "python/turboquant/tune/losses.py",
-             "_FINER.get(type) if kld > LINEAR else None", "None", "tests/python/test_tune.py"),
-    Mutation("the budget of tune is exceeded by a step", "python/turboquant/tune/allocate.py",
-             "if index in climbing and step <= left + slack:", "if index in climbing and left > 0:",
+    Mutation("the soft cap has the wrong sign for negative scores", "models with a soft cap",
+             TILE, "s[r] = soft_cap * (x > 0 ? tanh : -tanh);", "s[r] = soft_cap * tanh;", "core.attention.scalar"),
+    Mutation("another kernel may be selected during a call", "results that depend on what other threads do",
+             ATTENTION, "left_out += partial_of(kernel, kv,", "left_out += partial_of(kernels(), kv,", "core.api"),
+    Mutation("convert accepts predictions that are not finite", "the check that a conversion did no harm",
+             "python/turboquant/convert/check.py", "(found.kld if math.isfinite(found.kld) else math.inf)", "found.kld",
+             "tests/python/test_convert.py"),
+    Mutation("tune takes a saturated layer's cost as proportional", "plans for models that 4 bits destroy",
+             "python/turboquant/tune/losses.py", "_FINER.get(type) if kld > LINEAR else None", "None",
              "tests/python/test_tune.py"),
+    Mutation("the budget of tune is exceeded by a step", "the size that was asked for",
+             "python/turboquant/tune/allocate.py", "if index in climbing and step <= left + slack:",
+             "if index in climbing and left > 0:", "tests/python/test_tune.py"),
 )  # fmt: skip
 
 
@@ -107,13 +134,21 @@ def main() -> int:
                 if not copy.passes(one):
                     raise SystemExit(f"{one} fails without a mutation, too; its output: {copy.said[-3000:]}")
         survivors = 0
-        print("| mutation | file | tests | |\n|---|---|---|---|")
+        print(INTRODUCTION.format(kernels=best_kernels()), flush=True)
         for done, one in enumerate(chosen):
             track.update(done, label=one.what)
             caught = copy.caught(one)
             survivors += not caught
-            print(f"| {one.what} | {one.file} | {one.tests} | {caught or '**survives**'} |", flush=True)
+            suite = "cpp" if one.core else "python"
+            print(f"| {one.what} | {one.breaks} | {suite} | {caught or '**survives**'} |", flush=True)
     return 1 if survivors else 0
+
+
+def best_kernels() -> str:
+    """Those that the tests of the core begin with."""
+    from turboquant import kernels
+
+    return next(one.name for one in kernels() if one.supported)
 
 
 class Copy:
@@ -147,12 +182,19 @@ class Copy:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
         if not (self.build / "build.ninja").exists():
-            options = ("-DTURBOQUANT_BUILD_TESTS=ON", "-DTURBOQUANT_BUILD_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Release")
+            options = (
+                "-DTURBOQUANT_BUILD_TESTS=ON",
+                "-DTURBOQUANT_BUILD_PYTHON=OFF",
+                "-DCMAKE_BUILD_TYPE=Release",
+                "-DTURBOQUANT_TEST_EXTENT=usual",
+            )
             if not self._run(["cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
-        if not self._run(["cmake", "--build", self.build]):
+        program = f"test_{tests.split('.')[1]}"
+        if not self._run(["cmake", "--build", self.build, "--target", program]):
             return False
-        return self._run(["ctest", "--test-dir", self.build, "-R", tests, "--no-tests=error", "--output-on-failure"])
+        ctest = ["ctest", "--test-dir", self.build, "-R", tests, "--no-tests=error"]
+        return self._run([*ctest, "--output-on-failure", "--stop-on-failure"])
 
     def _run(self, command: list[object]) -> bool:
         environment = {**os.environ, "PYTHONPATH": str(self.tree / "python")}
@@ -162,13 +204,14 @@ class Copy:
         return done.returncode == 0
 
     def _how(self) -> str:
-        """The failures that the output names."""
+        """The first failure that the output names."""
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
         ctest = re.findall(r"^\s*\d+ - (core\.\S+) \((?:Failed|SEGFAULT|Subprocess aborted|Timeout)", self.said, re.M)
-        pytest = re.findall(r"^FAILED \S+::(\w+)", self.said, re.M)
-        found = [name.removeprefix("core.") for name in ctest] + pytest
-        return f"caught by {', '.join(dict.fromkeys(found))}" if found else "caught"
+        case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.M)
+        pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.M)
+        test = (ctest + pytest or ["a crash or a timeout"])[0]
+        return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")
 
 
 if __name__ == "__main__":

@@ -43,27 +43,21 @@ const Device * current_device(int & id) {
     return cudaGetDevice(&id) == cudaSuccess && id >= 0 && size_t(id) < devices.size() ? &devices[size_t(id)] : nullptr;
 }
 
-bool is_turbo(KV type) { return type == KV::turbo4 || type == KV::turbo3 || type == KV::turbo2; }
-
-int row_bytes(KV type, int head) {
+// Kind and Layout of a type that is known at run time.
+struct RowType {
+    bool turbo, floats;
+    int bytes; // of a row
+};
+template <int D> RowType row_type(KV type) {
     switch (type) {
-        case KV::q8_0: return head / 32 * 34;
-        case KV::f16: return head * 2;
-        default: {
-            const int bits = type == KV::turbo4 ? 4 : type == KV::turbo3 ? 3 : 2, block = head < 128 ? head : 128;
-            return head / block * (2 + block * bits / 8);
-        }
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return {Kind<KV::name>::turbo, Kind<KV::name>::floats, Layout<KV::name, D>::bytes};
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
     }
+    return {};
 }
 
-AttentionKernel kernel_of(const Attention & a) {
-    switch (a.head) {
-        case 64: return attention_kernel_64(a.type_k, a.type_v);
-        case 128: return attention_kernel_128(a.type_k, a.type_v);
-        case 256: return attention_kernel_256(a.type_k, a.type_v);
-    }
-    return nullptr;
-}
 
 // Bytes of a row in shared memory: an odd multiple of 16, so that the rows of a tile start in different banks.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
@@ -148,22 +142,195 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     finish<N>(y, all.sum, rotated, dst + row * D + warp * N, lane);
 }
 
+// ---- the exact window: the merge computes attention over its rows, too
+
+// A warp's elements lane + 32 j of a row, as floats.
+template <int D>
+__device__ __forceinline__ void load_exact(const ExactRows & x, const void * row, bool batch, int lane,
+                                           float (&y)[D / 32]) {
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) {
+        if (batch) {
+            y[j] = static_cast<const float *>(row)[lane + 32 * j];
+        } else if (x.type == KV::f16) {
+            y[j] = __half2float(static_cast<const half *>(row)[lane + 32 * j]);
+        } else {
+            const uint8_t * block = static_cast<const uint8_t *>(row) + 34 * j;
+            y[j] = __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(block))) *
+                   float(static_cast<int8_t>(block[2 + lane]));
+        }
+    }
+}
+
+// The sum over a thread block's warps of element e, which each has left in `sums`.
+template <int D> __device__ __forceinline__ float add_warps(const float * sums, int e, int warps) {
+    float value = 0;
+#pragma unroll 8
+    for (int i = 0; i < warps; ++i) value += sums[i * D + e];
+    return value;
+}
+
+// As merge_kernel. Dynamic shared memory: the scores of the exact rows.
+template <int D>
+__global__ void __launch_bounds__(32 * most_merge_warps, 1)
+    exact_merge_kernel(const __grid_constant__ AttentionCall call, bool rotated) {
+    constexpr int P = D / 32;
+    __shared__ __align__(16) float sums[most_merge_warps * D];
+    __shared__ float totals[most_merge_warps], merged[D];
+    extern __shared__ float scores[];
+    const Attention & a = call.a;
+    const ExactRows & x = a.exact;
+    const int parts = call.plan.parts, exact_rows = int(x.slots) + a.tokens;
+    const int64_t row = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, e = threadIdx.x;
+    const int head = int(row % a.heads), token = int(row / a.heads % a.tokens);
+    const int stream = int(row / a.heads / a.tokens), kv_stream = stream / (a.streams / a.kv_streams);
+    const int kv_head = head / call.plan.group;
+    const float * partial = call.partial + row * parts * D;
+    const SoftmaxState * states = call.states + row * parts;
+    const auto at = [&](const void * base, int64_t row_bytes, int64_t head_bytes, int64_t stream_bytes, int r) {
+        return static_cast<const void *>(static_cast<const char *>(base) + kv_stream * stream_bytes +
+                                         kv_head * head_bytes + r * row_bytes);
+    };
+    let_next_start();
+    wait_for_previous();
+
+    float q[P];
+    const float * query = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
+                                                          head * a.q_head + stream * a.q_stream);
+#pragma unroll
+    for (int j = 0; j < P; ++j) q[j] = query[lane + 32 * j];
+    const half * mask = reinterpret_cast<const half *>(
+        static_cast<const char *>(x.mask) + token * x.mask_token + head % x.mask_heads * x.mask_head +
+        stream % x.mask_streams * x.mask_stream);
+    const float slope = a.max_bias <= 0             ? 1.0f
+                        : head < call.slope_heads   ? powf(call.slope0, float(head + 1))
+                                                    : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
+    for (int r = warp; r < exact_rows; r += warps) {
+        const float bias = __half2float(mask[r]);
+        float score = -INFINITY; // a hidden row is not read
+        if (bias != -INFINITY) {
+            const bool batch = r >= x.slots;
+            float k[P], dot = 0;
+            load_exact<D>(x, batch ? at(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream, r - int(x.slots))
+                                   : at(x.k, x.k_row, x.k_head, x.k_stream, r), batch, lane, k);
+#pragma unroll
+            for (int j = 0; j < P; ++j) dot += q[j] * k[j];
+#pragma unroll
+            for (int h = 16; h > 0; h /= 2) dot += __shfl_xor_sync(all_lanes, dot, h);
+            score = dot * a.scale;
+            if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
+            score = (score + slope * bias) * log2e;
+        }
+        if (lane == 0) scores[r] = score;
+    }
+    __syncthreads();
+
+    const SoftmaxState sink = sink_state(a.sinks, head);
+    float largest = largest_of(sink, states, 1, parts, lane), top = -INFINITY;
+    for (int r = lane; r < exact_rows; r += 32) top = fmaxf(top, scores[r]);
+#pragma unroll
+    for (int h = 16; h > 0; h /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, h));
+    largest = fmaxf(largest, top);
+
+    // the cache's rows
+    Merged<P> blocks(largest);
+    for (int i = warp; i < parts; i += warps) {
+        float y[P];
+#pragma unroll
+        for (int j = 0; j < P; ++j) y[j] = saw_rows(states[i]) ? partial[int64_t(i) * D + lane + 32 * j] : 0.0f;
+        blocks.add(states[i], y);
+    }
+#pragma unroll
+    for (int j = 0; j < P; ++j) sums[warp * D + lane + 32 * j] = blocks.y[j];
+    // the exact rows
+    float exact[P] = {}, total = 0;
+    for (int r = warp; r < exact_rows; r += warps) {
+        const float score = scores[r];
+        if (score == -INFINITY) continue;
+        const float weight = exp2f(score - largest);
+        total += weight;
+        const bool batch = r >= x.slots;
+        float v[P];
+        load_exact<D>(x, batch ? at(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream, r - int(x.slots))
+                               : at(x.v, x.v_row, x.v_head, x.v_stream, r), batch, lane, v);
+#pragma unroll
+        for (int j = 0; j < P; ++j) exact[j] += weight * v[j];
+    }
+    if (lane == 0) totals[warp] = blocks.sum + total;
+    __syncthreads();
+    if (e < D) merged[e] = add_warps<D>(sums, e, warps);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < P; ++j) sums[warp * D + lane + 32 * j] = exact[j];
+    __syncthreads();
+    float value = e < D ? add_warps<D>(sums, e, warps) : 0.0f;
+    __syncthreads();
+    if (e < D) sums[e] = value;
+    __syncthreads();
+
+    constexpr int N = rotated_block<D>;
+    if (warp >= D / N) return;
+    MergedSum all(largest);
+    all.add(sink);
+    for (int i = 0; i < warps; ++i) all.sum += totals[i];
+    const float inverse = all.sum == 0 ? 0.0f : 1.0f / all.sum;
+    float y[N / 32];
+#pragma unroll
+    for (int j = 0; j < N / 32; ++j) y[j] = merged[warp * N + lane + 32 * j];
+    if (rotated) transform_warp<N, true>(y);
+#pragma unroll
+    for (int j = 0; j < N / 32; ++j)
+        a.dst[row * D + warp * N + lane + 32 * j] = (y[j] + sums[warp * N + lane + 32 * j]) * inverse;
+}
+
+constexpr int64_t most_exact_rows = 3072; // their scores fit into a thread block's shared memory beside the sums
+
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     const int parts = call.plan.parts;
     int warps = D / 32;
+    if (call.a.windowed)
+        return launch(exact_merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(32 * most_merge_warps),
+                      size_t(call.a.exact.slots + call.a.tokens) * sizeof(float), stream, call,
+                      row_type<D>(call.a.type_v).turbo);
     while (warps < parts && warps < most_merge_warps) warps *= 2;
     return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(unsigned(32 * warps)), 0, stream,
-                  call.partial, call.states, call.a.sinks, call.a.dst, call.a.heads, parts, is_turbo(call.a.type_v));
+                  call.partial, call.states, call.a.sinks, call.a.dst, call.a.heads, parts,
+                  row_type<D>(call.a.type_v).turbo);
 }
 
+// What is compiled for each head size.
+struct Head {
+    int size;
+    RowType (*row_type)(KV type);
+    AttentionKernel (*kernel)(KV type_k, KV type_v);
+    cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
+};
+const Head heads[] = {
+#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
+    TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
+#undef TURBOQUANT_HEAD
+};
+constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
+
+// nullptr if there is none.
+const Head * head_of(int size) {
+    for (const Head & head : heads)
+        if (head.size == size) return &head;
+    return nullptr;
+}
+
+#define TURBOQUANT_ONE_MORE(name) +1
+constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
+#undef TURBOQUANT_ONE_MORE
+
 // Kernels need leave for more than 48 KB of shared memory, once per device.
-cudaError_t allow_shared(AttentionKernel kernel, const AttentionCall & call) {
+cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
-    static std::atomic<int> allowed[most_devices][3][25];
-    const Attention & a = call.a;
+    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count];
     const int id = call.plan.device;
     if (id >= most_devices) return cudaErrorNotSupported;
-    std::atomic<int> & known = allowed[id][a.head == 64 ? 0 : a.head == 128 ? 1 : 2][int(a.type_k) * 5 + int(a.type_v)];
+    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)];
     if (known.load(std::memory_order_relaxed) >= call.plan.shared_bytes) return cudaSuccess;
     const int most = all_devices()[size_t(id)].shared_per_block;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
@@ -174,17 +341,35 @@ cudaError_t allow_shared(AttentionKernel kernel, const AttentionCall & call) {
 
 } // namespace
 
+bool kv_of_type(int type, int head, KV & kv) {
+    if (!head_of(head)) return false;
+    const int place = block_index(head < 128 ? head : 128); // among the types of a family
+#define TURBOQUANT_CASE(X, ID, name, family, bits, id) \
+    if (type == TQ_##ID + place) {                     \
+        kv = KV::name;                                 \
+        return Kind<KV::name>::covered;                \
+    }
+    TURBOQUANT_FAMILIES(TURBOQUANT_CASE, )
+#undef TURBOQUANT_CASE
+    kv = type == TQ_ROW_F16 ? KV::f16 : KV::q8_0;
+    return type == TQ_ROW_F16 || type == TQ_ROW_Q8_0;
+}
+
 bool plan_attention(const Attention & a, AttentionPlan & p) {
     const Device * device = current_device(p.device);
+    const Head * head = head_of(a.head);
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
         a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
-        device->version < 80 || !kernel_of(a))
+        device->version < 80 || !head || !head->kernel(a.type_k, a.type_v))
         return false;
-    const int bytes_k = row_bytes(a.type_k, a.head), bytes_v = row_bytes(a.type_v, a.head);
-    // f16 is read as words, everything else as half words
+    if (a.windowed && ((a.exact.type != KV::q8_0 && a.exact.type != KV::f16) || a.exact.slots < 0 ||
+                       a.exact.slots + a.tokens > most_exact_rows))
+        return false;
+    const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
+    // floats are read as words, everything else as half words
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
     const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
-    if (all_k & (a.type_k == KV::f16 ? 3 : 1) || all_v & (a.type_v == KV::f16 ? 3 : 1)) return false;
+    if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
 
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
@@ -192,7 +377,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     if (p.column_tiles > most_column_tiles) return false;
 
-    const bool adjacent = a.k_head == bytes_k && a.v_head == bytes_v;
+    const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
     // A short cache is one run of rows, finished by the thread blocks that computed it: all their warps take rows.
     const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
     for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
@@ -202,8 +387,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         // the first head of a group may start anywhere
         const uint64_t group_k = p.head_groups > 1 ? uint64_t(heads * a.k_head) : 0;
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
-        p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * bytes_k);
-        p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * bytes_v);
+        p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
+        p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
         const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // of each thread block
         const int share = device->shared_per_multiprocessor / resident - reserved;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
@@ -221,7 +406,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
         p.parts = p.chunks * p.row_tiles;
-        if (p.chunks == 1) { // the warps' results meet in the same memory
+        p.merged = p.chunks > 1 || a.windowed;
+        if (!p.merged) { // the warps' results meet in the same memory
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
             p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
         }
@@ -243,19 +429,16 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     while (call.slope_heads * 2 <= a.heads) call.slope_heads *= 2;
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
-    const AttentionKernel kernel = kernel_of(a);
-    const cudaError_t error = allow_shared(kernel, call);
+    const Head & head = *head_of(a.head);
+    const AttentionKernel kernel = head.kernel(a.type_k, a.type_v);
+    const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);
-    if (launched != cudaSuccess || plan.chunks == 1)
+    if (launched != cudaSuccess || !plan.merged)
         return launched; // a single run of rows is finished where it was computed
-    switch (a.head) {
-        case 64: return launch_merge<64>(call, stream);
-        case 128: return launch_merge<128>(call, stream);
-        default: return launch_merge<256>(call, stream);
-    }
+    return head.merge(call, stream);
 }
 
 } // namespace cuda

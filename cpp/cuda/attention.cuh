@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     add_lanes<D>(state, sums, place.paired);
 
     const bool has_state = in_quad == 0 && (!place.paired || quad < 4), has_output = !place.paired || in_quad < 2;
-    if (gridDim.x > 1) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
+    if (plan.merged) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
     else finish_rows<TV, D>(call, place, shared, state, sums, has_state, has_output);
 }
 
@@ -177,37 +177,35 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
 using AttentionKernel = void (*)(AttentionCall);
 
 // The kernel for the types, or nullptr; one function per head size, each in a file of its own.
-AttentionKernel attention_kernel_64(KV type_k, KV type_v);
-AttentionKernel attention_kernel_128(KV type_k, KV type_v);
-AttentionKernel attention_kernel_256(KV type_k, KV type_v);
+#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v);
+TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
+#undef TURBOQUANT_DECLARE
 
-#define TURBOQUANT_ATTENTION_KERNELS(D)                                                      \
-    namespace {                                                                              \
-    template <KV TK> AttentionKernel kernel_for(KV type_v) {                                 \
-        switch (type_v) {                                                                    \
-            case KV::turbo4: return attention_kernel<TK, KV::turbo4, D>;                     \
-            case KV::turbo3: return attention_kernel<TK, KV::turbo3, D>;                     \
-            case KV::turbo2: return attention_kernel<TK, KV::turbo2, D>;                     \
-            case KV::q8_0:                                                                   \
-                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::q8_0, D>; \
-                break;                                                                       \
-            case KV::f16:                                                                    \
-                if constexpr (Kind<TK>::bits <= 4) return attention_kernel<TK, KV::f16, D>;  \
-                break;                                                                       \
-        }                                                                                    \
-        return nullptr;                                                                      \
-    }                                                                                        \
-    }                                                                                        \
-    AttentionKernel attention_kernel_##D(KV type_k, KV type_v) {                             \
-        switch (type_k) {                                                                    \
-            case KV::turbo4: return kernel_for<KV::turbo4>(type_v);                          \
-            case KV::turbo3: return kernel_for<KV::turbo3>(type_v);                          \
-            case KV::turbo2: return kernel_for<KV::turbo2>(type_v);                          \
-            case KV::q8_0: return kernel_for<KV::q8_0>(type_v);                              \
-            case KV::f16: return kernel_for<KV::f16>(type_v);                                \
-        }                                                                                    \
-        return nullptr;                                                                      \
+namespace {
+
+template <int D, KV TK> AttentionKernel kernel_for(KV type_v) {
+    switch (type_v) {
+#define TURBOQUANT_CASE(name)                                                                     \
+    case KV::name:                                                                                \
+        if constexpr (covers_pair<TK, KV::name>) return attention_kernel<TK, KV::name, D>;        \
+        break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
     }
+    return nullptr;
+}
+
+template <int D> AttentionKernel kernel_for(KV type_k, KV type_v) {
+    switch (type_k) {
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return kernel_for<D, KV::name>(type_v);
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+} // namespace
 
 } // namespace cuda
 } // namespace turboquant

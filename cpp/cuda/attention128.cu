@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-TURBOQUANT_ATTENTION_KERNELS(128)
+AttentionKernel attention_kernel_128(KV type_k, KV type_v) { return kernel_for<128>(type_k, type_v); }
 
 } // namespace cuda
 } // namespace turboquant

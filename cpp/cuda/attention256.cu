@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-TURBOQUANT_ATTENTION_KERNELS(256)
+AttentionKernel attention_kernel_256(KV type_k, KV type_v) { return kernel_for<256>(type_k, type_v); }
 
 } // namespace cuda
 } // namespace turboquant

@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-TURBOQUANT_ATTENTION_KERNELS(64)
+AttentionKernel attention_kernel_64(KV type_k, KV type_v) { return kernel_for<64>(type_k, type_v); }
 
 } // namespace cuda
 } // namespace turboquant

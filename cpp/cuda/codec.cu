@@ -6,6 +6,8 @@
 #include "device.cuh"
 #include "launch.h"
 
+#include <type_traits>
+
 namespace turboquant {
 namespace cuda {
 namespace {
@@ -52,8 +54,28 @@ template <int Bits> constexpr SearchTable make_search_table() {
 }
 
 static_assert(search_steps == 8, "a table entry has eight bytes");
-__device__ const SearchTable search_tables[3] = {make_search_table<2>(), make_search_table<3>(),
-                                                 make_search_table<4>()}; // by bits
+
+// The place of a family in TURBOQUANT_FAMILIES.
+template <typename Family> constexpr int find_family() {
+    int index = 0;
+#define TURBOQUANT_FIND(X, ID, name, family, bits, id)           \
+    if (std::is_same<Family, family<bits>>::value) return index; \
+    ++index;
+    TURBOQUANT_FAMILIES(TURBOQUANT_FIND, )
+#undef TURBOQUANT_FIND
+    return -1;
+}
+template <typename Family> constexpr int family_index = find_family<Family>(); // a constant for device code, too
+
+template <typename Family> constexpr SearchTable search_table_of() {
+    if constexpr (has_kernels<Family>) return make_search_table<Family::bits>();
+    return {};
+}
+__device__ const SearchTable search_tables[] = { // by family
+#define TURBOQUANT_TABLE(X, ID, name, family, bits, id) search_table_of<family<bits>>(),
+    TURBOQUANT_FAMILIES(TURBOQUANT_TABLE, )
+#undef TURBOQUANT_TABLE
+};
 
 // The scale under which the centroids leave the least squared error. Lanes s, s + 8, ... judge step s.
 template <int P>
@@ -228,7 +250,7 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
 struct Stores {
     Store store[2];
     int64_t blocks[2]; // of a row
-    int bits[2];
+    int family[2];     // family_index
     unsigned first_groups;
 };
 
@@ -238,8 +260,8 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
     let_next_start();
     const unsigned which = blockIdx.x >= s.first_groups, group = blockIdx.x - (which ? s.first_groups : 0);
     const Store & store = s.store[which];
-    const int bits = s.bits[which];
-    table.steps[threadIdx.x] = search_tables[bits - 2].steps[threadIdx.x];
+    const int index = s.family[which];
+    table.steps[threadIdx.x] = search_tables[index].steps[threadIdx.x];
     const int64_t blocks = s.blocks[which], item = int64_t(group) * encode_warps + threadIdx.x / 32;
     const int64_t i1 = blocks == 1 ? item : uint32_t(item) / uint32_t(blocks), b = item - i1 * blocks;
     if (item < blocks * store.ne[1] && threadIdx.x % 32 == 0) {
@@ -255,10 +277,14 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
             uint8_t * row =
                 reinterpret_cast<uint8_t *>(row_at(store.dst, row_of(store.index, i1, i2, i3), i2, i3));
             const int lane = threadIdx.x % 32;
-            switch (bits) {
-                case 4: encode_block<4, N>(x, row + b * Format<LloydMax<4>, N>::bytes, lane, table); break;
-                case 3: encode_block<3, N>(x, row + b * Format<LloydMax<3>, N>::bytes, lane, table); break;
-                default: encode_block<2, N>(x, row + b * Format<LloydMax<2>, N>::bytes, lane, table);
+            switch (index) {
+#define TURBOQUANT_CASE(X, ID, name, family, bits, id)                                                          \
+    case family_index<family<bits>>:                                                                            \
+        if constexpr (has_kernels<family<bits>>)                                                                \
+            encode_block<bits, N>(x, row + b * Format<family<bits>, N>::bytes, lane, table);                    \
+        break;
+                TURBOQUANT_FAMILIES(TURBOQUANT_CASE, )
+#undef TURBOQUANT_CASE
             }
         }
 }
@@ -368,8 +394,7 @@ __global__ void __launch_bounds__(32 * encode_warps)
             float y[N / 32];
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) y[j] = in[lane + 32 * j];
-            if (Inverse) unrotate_warp<N>(y);
-            else rotate_warp<N>(y);
+            transform_warp<N, Inverse>(y);
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
         }
@@ -391,17 +416,13 @@ bool grid_for(const int64_t ne[4], int block, int64_t items_per_group, Grid & gr
     return true;
 }
 
-template <int Bits, int N, typename Function> bool call(Format<LloydMax<Bits>, N> format, const Function & function) {
-    function(format);
-    return true;
-}
-template <typename Family, int N, typename Function> bool call(Format<Family, N>, const Function &) { return false; }
-
 // Calls function with the Format of `type`; false if there are no kernels for it.
 template <typename Function> bool with_format(tq_type type, const Function & function) {
     switch (type) {
-#define TURBOQUANT_CASE(ID, ...) \
-    case TQ_##ID: return call(FormatOf<TQ_##ID>(), function);
+#define TURBOQUANT_CASE(ID, name, FIRST, family, bits, ...)                                \
+    case TQ_##ID:                                                                          \
+        if constexpr (has_kernels<family<bits>>) function(FormatOf<TQ_##ID>());            \
+        return has_kernels<family<bits>>;
         TURBOQUANT_TYPES(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
         default: return false;
@@ -434,7 +455,7 @@ cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
         int own_block = 0;
         const bool covered = with_format(store.type, [&](auto format) {
             own_block = format.block;
-            s.bits[i] = format.bits;
+            s.family[i] = family_index<typename decltype(format)::family>;
         });
         if (!covered || store.ne[0] % own_block || (block && own_block != block)) return cudaErrorNotSupported;
         block = own_block;
@@ -449,9 +470,11 @@ cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
     }
     if (size.x == 0) return cudaSuccess;
     switch (block) {
-        case 128: return launch(encode_kernel<128>, size, 32 * encode_warps, 0, stream, s);
-        case 64: return launch(encode_kernel<64>, size, 32 * encode_warps, 0, stream, s);
-        default: return launch(encode_kernel<32>, size, 32 * encode_warps, 0, stream, s);
+#define TURBOQUANT_CASE(N) \
+    case N: return launch(encode_kernel<N>, size, 32 * encode_warps, 0, stream, s);
+        TURBOQUANT_BLOCKS(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+        default: return cudaErrorNotSupported;
     }
 }
 
@@ -488,20 +511,13 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
     if (block_index(block) < 0 || ne[0] % block) return cudaErrorNotSupported;
     Grid grid;
     if (!grid_for(ne, block, encode_warps, grid)) return cudaSuccess;
-#define CALL(N)                                                                                        \
-    if (inverse)                                                                                       \
-        rotate_kernel<N, true>                                                                         \
-            <<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3]); \
-    else                                                                                               \
-        rotate_kernel<N, false><<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3])
-    if (block == 128) {
-        CALL(128);
-    } else if (block == 64) {
-        CALL(64);
-    } else {
-        CALL(32);
-    }
-#undef CALL
+    const auto start = [&](auto kernel) {
+        kernel<<<grid.size, 32 * encode_warps, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3]);
+    };
+#define TURBOQUANT_ROTATE(N) \
+    if (block == N) start(inverse ? rotate_kernel<N, true> : rotate_kernel<N, false>);
+    TURBOQUANT_BLOCKS(TURBOQUANT_ROTATE)
+#undef TURBOQUANT_ROTATE
     return cudaGetLastError();
 }
 

@@ -12,6 +12,10 @@ namespace {
 
 constexpr unsigned all_lanes = 0xffffffff;
 
+// Whether there are kernels for a family.
+template <typename Family> constexpr bool has_kernels = false;
+template <int Bits> constexpr bool has_kernels<LloydMax<Bits>> = true;
+
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if __CUDA_ARCH__ >= 800
     return __reduce_max_sync(all_lanes, x);
@@ -170,22 +174,17 @@ template <int N> __device__ __forceinline__ void hadamard_warp(float (&y)[N / 32
             }
 }
 
-template <int N> __device__ __forceinline__ void rotate_warp(float (&y)[N / 32]) {
+// The transform of a warp's block, or its inverse; the signs' order is that of the specification.
+template <int N, bool Inverse> __device__ __forceinline__ void transform_warp(float (&y)[N / 32]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], s1_word(j), lane);
+    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], Inverse ? s2_word(j) : s1_word(j), lane);
     hadamard_warp<N>(y);
+    constexpr float norm = Block<N>::one_over_sqrt_n;
 #pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = __fmul_rn(flip_sign(y[j], s2_word(j), lane), Block<N>::one_over_sqrt_n);
-}
-
-template <int N> __device__ __forceinline__ void unrotate_warp(float (&y)[N / 32]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
-    hadamard_warp<N>(y);
-#pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(__fmul_rn(y[j], Block<N>::one_over_sqrt_n), s1_word(j), lane);
+    for (int j = 0; j < N / 32; ++j)
+        y[j] = Inverse ? flip_sign(__fmul_rn(y[j], norm), s1_word(j), lane)
+                       : __fmul_rn(flip_sign(y[j], s2_word(j), lane), norm);
 }
 
 } // namespace

@@ -11,35 +11,43 @@ namespace {
 
 // ---- cache types
 
+// Turbo types hold indices of levels, in blocks that D decides; of the others, blocks that share a scale hold int8
+// levels, and all else is floats.
+template <typename Family> struct TurboKind {
+    static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
+    static constexpr int bits = Family::bits;
+    static constexpr float step = Family::step;
+    template <int D> static constexpr int block = rotated_block<D>;
+    template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(bits, block<D>);
+};
+template <int Block, int Bytes, bool Floats> struct PlainKind {
+    static constexpr bool covered = true, turbo = false, floats = Floats;
+    static constexpr int bits = Floats ? 16 : 8;
+    static constexpr float step = 1.0f;
+    template <int D> static constexpr int block = Block;
+    template <int D> static constexpr int block_bytes = Bytes;
+};
+
 template <KV T> struct Kind;
-template <> struct Kind<KV::turbo4> {
-    static constexpr int bits = 4;
-    static constexpr float step = Codebook<4>::step;
-};
-template <> struct Kind<KV::turbo3> {
-    static constexpr int bits = 3;
-    static constexpr float step = Codebook<3>::step;
-};
-template <> struct Kind<KV::turbo2> {
-    static constexpr int bits = 2;
-    static constexpr float step = Codebook<2>::step;
-};
-template <> struct Kind<KV::q8_0> {
-    static constexpr int bits = 8;
-    static constexpr float step = 1.0f;
-};
-template <> struct Kind<KV::f16> {
-    static constexpr int bits = 16;
-    static constexpr float step = 1.0f;
-};
+#define TURBOQUANT_KIND(X, ID, name, family, bits, id) \
+    template <> struct Kind<KV::name> : TurboKind<family<bits>> {};
+TURBOQUANT_FAMILIES(TURBOQUANT_KIND, )
+#undef TURBOQUANT_KIND
+template <> struct Kind<KV::q8_0> : PlainKind<32, 34, false> {};
+template <> struct Kind<KV::f16> : PlainKind<32, 64, true> {};
+
+// A pair without a turbo type is the host's own.
+template <KV TK, KV TV>
+constexpr bool covers_pair = Kind<TK>::covered && Kind<TV>::covered && (Kind<TK>::turbo || Kind<TV>::turbo);
 
 // A row of one head as the kernels see it: blocks of `block` values that share a scale.
 template <KV T, int D> struct Layout {
     static constexpr int bits = Kind<T>::bits;
     static constexpr float step = Kind<T>::step; // what a level counts: the block's stored scale times this
-    static constexpr bool turbo = bits <= 4, split = bits == 4; // split: see lookup_split
-    static constexpr int block = turbo ? rotated_block<D> : bits == 8 ? 32 : D;
-    static constexpr int block_bytes = bits == 16 ? 2 * block : 2 + block * bits / 8;
+    static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
+    static constexpr bool split = turbo && bits == 4; // see lookup_split
+    static constexpr int block = Kind<T>::template block<D>;
+    static constexpr int block_bytes = Kind<T>::template block_bytes<D>;
     static constexpr int bytes = D / block * block_bytes;
 };
 

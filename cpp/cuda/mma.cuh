@@ -36,7 +36,7 @@ template <KV TK, int D>
 __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const uint8_t * row, const uint8_t * row0,
                                            const uint8_t * row1, int in_quad, float & s0, float & s1) {
     using L = Layout<TK, D>;
-    if constexpr (L::bits == 16) {
+    if constexpr (L::floats) {
         float c[4] = {};
         const uint32_t * words = reinterpret_cast<const uint32_t *>(row);
 #pragma unroll
@@ -114,7 +114,7 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
     const uint8_t * row[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) row[i] = (i & 1 ? row1 : row0) + i / 2 * 8 * pitch;
-    if constexpr (L::bits == 16) {
+    if constexpr (L::floats) {
         uint32_t b[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

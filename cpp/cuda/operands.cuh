@@ -135,7 +135,7 @@ private:
 template <KV TV, int D>
 __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
     using L = Layout<TV, D>;
-    if constexpr (L::bits == 16) {
+    if constexpr (L::floats) {
 #pragma unroll
         for (int m = 0; m < D / 16; ++m)
             *reinterpret_cast<float2 *>(out + 2 * (quad + 8 * m)) = make_float2(o[m][j], o[m][2 + j]);

@@ -83,12 +83,12 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
                     float part[B];
 #pragma unroll
                     for (int j = 0; j < B; ++j) part[j] = y[i][b * B + j];
-                    rotate_warp<L::block>(part);
+                    transform_warp<L::block, false>(part);
 #pragma unroll
                     for (int j = 0; j < B; ++j) y[i][b * B + j] = part[j];
                 }
             }
-            if constexpr (L::bits == 16) {
+            if constexpr (L::floats) {
 #pragma unroll
                 for (int j = 0; j < P; ++j)
                     reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[i][j] * a.scale);
@@ -111,7 +111,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
     }
     __syncthreads();
     const int c = place.paired ? place.quad % 4 : place.quad;
-    if constexpr (L::bits == 16) {
+    if constexpr (L::floats) {
         const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
 #pragma unroll
         for (int s = 0; s < D / 16; ++s) { // two of each operand's registers

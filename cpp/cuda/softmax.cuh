@@ -102,7 +102,7 @@ __device__ __forceinline__ void finish(float (&y)[N / 32], float sum, bool rotat
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum; // zeros where nothing is seen; a NaN stays
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) y[j] *= inverse;
-    if (rotated) unrotate_warp<N>(y);
+    if (rotated) transform_warp<N, true>(y);
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
 }

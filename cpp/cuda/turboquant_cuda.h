@@ -56,14 +56,45 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 // ---- attention of a few query tokens over a long cache
 
-enum class KV { turbo4, turbo3, turbo2, q8_0, f16 }; // turbo: the block is min(head, 128)
+// X(name): the types of rows, which are the families of turboquant_formats.h, in blocks of min(head, 128), and ggml's.
+#define TURBOQUANT_KV(X) TURBOQUANT_FAMILIES(TURBOQUANT_KV_FAMILY, X) X(q8_0) X(f16)
+#define TURBOQUANT_KV_FAMILY(X, ID, name, family, bits, id) X(name)
+enum class KV {
+#define TURBOQUANT_ENUMERATOR(name) name,
+    TURBOQUANT_KV(TURBOQUANT_ENUMERATOR)
+#undef TURBOQUANT_ENUMERATOR
+};
+
+// X(head): values in a row.
+#define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
+
+// The kernels' name for a tq_type or TQ_ROW_... in rows of that head; false if they do not take it.
+bool kv_of_type(int type, int head, KV & kv);
+
+// Rows of an exact window, which attention reads besides those of the cache: slots, and the call's own rows of K and V. A
+// mask row has their columns, first the slots'.
+struct ExactRows {
+    KV type;       // of the slots: q8_0 or f16
+    int64_t slots; // of a stream
+    const void * k;
+    int64_t k_row, k_head, k_stream;
+    const void * v;
+    int64_t v_row, v_head, v_stream;
+    const float * batch_k; // [kv_streams][tokens of a stream][kv_heads][head] by strides
+    int64_t batch_k_row, batch_k_head, batch_k_stream;
+    const float * batch_v;
+    int64_t batch_v_row, batch_v_head, batch_v_stream;
+    const void * mask; // binary16 [..][tokens][slots + tokens]
+    int64_t mask_token, mask_head, mask_stream;
+    int mask_heads, mask_streams; // broadcast
+};
 
 // A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
 // f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because
 // the tensor cores multiply hidden values by zero.
 struct Attention {
     KV type_k, type_v;
-    int head;            // 64, 128 or 256, of K and of V
+    int head;            // of K and of V: one of TURBOQUANT_KV_HEADS
     int heads, kv_heads; // heads is a multiple of kv_heads
     int tokens, streams; // of the queries
     int kv_streams;      // divides streams
@@ -81,6 +112,8 @@ struct Attention {
     float scale, max_bias, soft_cap; // soft_cap 0 = none
     float sparse_v; // tiles of V whose weights are all at most this, relative to the largest, are left out
     float * dst;    // [streams][tokens][heads][head], dense
+    bool windowed;  // `exact` is there
+    ExactRows exact;
 };
 
 // How a call is cut into thread blocks, and what it needs: made once per call and passed on.
@@ -100,6 +133,7 @@ struct AttentionPlan {
     int chunks;           // runs of KV rows
     int64_t chunk_rows;   // a multiple of row_tiles times a warp's rows
     int parts;            // partial results of a query row: chunks * row_tiles
+    bool merged;          // they are merged by a kernel of their own, else by the thread block that had all rows
     int shared_bytes;
 };
 

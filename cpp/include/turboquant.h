@@ -239,7 +239,8 @@ TURBOQUANT_API int          tq_kernels_supported(int index); /* 1 if this CPU ca
  * supported. Null if TURBOQUANT_KERNELS names unknown or unsupported ones: then the checked functions return that
  * error, and the *_row functions, which cannot, use scalar. */
 TURBOQUANT_API const char * tq_kernels_selected(void);
-/* Select by name for the whole process; null or "" = the best supported. */
+/* Select by name for the whole process; null or "" = the best supported. A call that is under way ends with the kernels
+ * that it began with. */
 TURBOQUANT_API tq_status    tq_kernels_select(const char * name);
 /* TQ_OK, or the reason why TURBOQUANT_KERNELS could not be honoured. */
 TURBOQUANT_API tq_status    tq_kernels_status(void);

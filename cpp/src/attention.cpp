@@ -216,18 +216,20 @@ Mask mask_of(const tq_attention_queries & queries, int64_t m) {
     return {queries.mask ? queries.mask[m] : nullptr, queries.mask_f32 != 0};
 }
 
-// Masks first: a tile that no query may see is not even decoded.
-bool visible(const tq_attention_queries & queries, int64_t first, int rows) {
+// Masks first: rows behind the last that a query may see are not even decoded. Returns how many of `rows` are left.
+int visible_rows(const tq_attention_queries & queries, int64_t first, int rows) {
     const void * known = nullptr;
-    for (int64_t m = 0; m < queries.rows; ++m) {
+    int count = 0;
+    for (int64_t m = 0; m < queries.rows && count < rows; ++m) {
         const Mask mask = mask_of(queries, m);
-        if (!mask.row) return true;
+        if (!mask.row) return rows;
         if (mask.row == known) continue; // the heads of a group share their token's mask
         known = mask.row;
-        for (int r = 0; r < rows; ++r)
-            if (mask.open(first + r)) return true;
+        int r = rows;
+        while (r > count && !mask.open(first + r - 1)) --r;
+        count = r;
     }
-    return false;
+    return count;
 }
 
 // The rows of V whose weight matters, in `index`; closes the gaps in the weights.
@@ -238,9 +240,9 @@ CacheRows needed_rows(const CacheRows & rows, float sparse_v, int queries, Scrat
     int count = 0;
     for (int r = 0; r < rows.count; ++r)
         if (!(s.most[r] <= sparse_v)) index[count++] = uint8_t(r);
-    if (count < rows.count)
-        for (int m = 0; m < queries; ++m)
-            for (int i = 0; i < count; ++i) s.weight[m * tile_rows + i] = s.weight[m * tile_rows + index[i]];
+    if (count == rows.count) return rows;
+    for (int m = 0; m < queries; ++m)
+        for (int i = 0; i < count; ++i) s.weight[m * tile_rows + i] = s.weight[m * tile_rows + index[i]];
     return {rows.first, rows.stride, count, index};
 }
 
@@ -313,8 +315,9 @@ int64_t attend(const Kernels & kernel, const tq_attention_kv & kv, const tq_atte
     Ahead ahead(kv, 3 * ((last - first + tile_rows - 1) / tile_rows));
     int64_t skipped = 0;
     for (int64_t tile = first; tile < last; tile += tile_rows) {
-        const int rows = int(last - tile < tile_rows ? last - tile : tile_rows);
-        if (!visible(queries, tile, rows)) continue;
+        const int in_range = int(last - tile < tile_rows ? last - tile : tile_rows);
+        const int rows = visible_rows(queries, tile, in_range);
+        if (rows == 0) continue;
         ahead.fetch();
         score(kernel, kv, k, rows_at(kv.k, kv.stride_k, tile, rows), m_rows, s);
         ahead.fetch();
@@ -330,7 +333,7 @@ int64_t attend(const Kernels & kernel, const tq_attention_kv & kv, const tq_atte
         uint8_t index[tile_rows];
         const CacheRows needed = needed_rows(rows_at(kv.v, kv.stride_v, tile, rows), kv.sparse_v, m_rows, s, index);
         ahead.fetch();
-        skipped += rows - needed.count;
+        skipped += in_range - needed.count;
         if (apart) load_values(kernel, kv.type_v, needed, kv.head_v, s.value);
         if (!apart || finite(s.value, needed.count * kv.head_v)) {
             add_values(kernel, kv, v, needed, 0, m_rows, s, partial);

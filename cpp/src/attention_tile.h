@@ -85,6 +85,17 @@ void scores_float(const float * k, int64_t head, const float * q, int rows, floa
         }
 }
 
+// A format's blocks; every file has its own block_levels(F(), indices, level).
+template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
+    for (int r = 0; r < rows.count; ++r) {
+        const uint8_t * src = rows[r];
+        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += F::block) {
+            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            block_levels(F(), src + 2, level);
+        }
+    }
+}
+
 // ggml's q8_0 and q4_0 blocks: fp16 scale, then 32 int8, or 16 bytes with elements j and j + 16.
 void levels_q8_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     for (int r = 0; r < rows.count; ++r) {

@@ -214,16 +214,7 @@ template <typename F> float dot(const uint8_t * src, const void * query, int64_t
     return sum;
 }
 
-template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
-    constexpr int N = F::block;
-    for (int r = 0; r < rows.count; ++r) {
-        const uint8_t * src = rows[r];
-        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-            scale[b * tile_rows + r] = load_scale(src) * F::step;
-            expand<F>(src + 2, level);
-        }
-    }
-}
+template <typename F> void block_levels(F, const uint8_t * q, int8_t * level) { expand<F>(q, level); }
 
 constexpr decltype(Kernels::softmax) softmax = softmax_tile;
 

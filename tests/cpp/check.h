@@ -21,7 +21,7 @@ public:
     template <typename... Parts> explicit Case(const Parts &... parts) : length(where.size()) {
         std::ostringstream text;
         (void) (text << ... << parts);
-        where += (where.empty() ? "" : ", ") + text.str();
+        where += (where.empty() ? "" : "; ") + text.str();
     }
     ~Case() { where.resize(length); }
     Case(const Case &) = delete;

@@ -3,6 +3,7 @@
 #include "buffer.h"
 #include "check.h"
 #include "inputs.h"
+#include "tripwire.h"
 
 #include <algorithm>
 #include <thread>
@@ -350,10 +351,11 @@ struct Attention {
         CHECK_EQ(tq_kernels_select("scalar"), TQ_OK);
         want = run();
     }
-    std::vector<float> run() const {
+    std::vector<float> run() const { return run(k.data()); }
+    std::vector<float> run(const uint8_t * keys) const {
         std::vector<float> out(q.size());
         tq_attention_args a = {};
-        a.q = q.data(); a.k = k.data(); a.v = v.data(); a.out = out.data();
+        a.q = q.data(); a.k = keys; a.v = v.data(); a.out = out.data();
         a.type_k = TQ_TURBO4; a.type_v = TQ_TURBO3;
         a.n_head = n_head; a.n_kv_head = n_kv_head; a.n_query = n_query; a.n_kv = n_kv;
         a.head_k = a.head_v = head;
@@ -372,6 +374,35 @@ struct Attention {
         CHECK(std::sqrt(error) <= 0.01 * std::sqrt(norm));
     }
 };
+
+#if !defined(_WIN32)
+// A selection in the middle of a call is for later calls: the results are those of the kernels that the call began with,
+// to the bit.
+void selection_during_a_call() {
+    Random r(12);
+    const Attention attention(r);
+    std::vector<std::string> names;
+    std::vector<std::vector<float>> want;
+    for (int i = 0; i < tq_kernels_count(); ++i) {
+        if (!tq_kernels_supported(i)) continue;
+        names.push_back(tq_kernels_name(i));
+        CHECK_EQ(tq_kernels_select(names.back().c_str()), TQ_OK);
+        want.push_back(attention.run());
+    }
+    CHECK(names.size() == 1 || want.front() != want.back()); // else the test would see nothing
+    for (size_t a = 0; a < names.size(); ++a)
+        for (size_t b = 0; b < names.size(); ++b) {
+            check::Case case_(names[a], ", then ", names[b]);
+            CHECK_EQ(tq_kernels_select(names[a].c_str()), TQ_OK);
+            const size_t middle = attention.k.size() / 4; // of the first KV head: the second is still to come
+            const Tripwire keys(attention.k, middle, [&] { CHECK_EQ(tq_kernels_select(names[b].c_str()), TQ_OK); });
+            CHECK(attention.run(keys.data()) == want[a]);
+            CHECK(keys.tripped());
+            CHECK_EQ(std::string(tq_kernels_selected()), names[b]);
+        }
+    CHECK_EQ(tq_kernels_select(nullptr), TQ_OK);
+}
+#endif
 
 // Many callers at once, while the selection of kernels changes under them.
 void concurrent_use() {
@@ -427,6 +458,9 @@ int main() {
     attention_errors();
     reports();
     threads_agree();
+#if !defined(_WIN32)
+    selection_during_a_call();
+#endif
     concurrent_use();
     return check::summary();
 }

@@ -1,26 +1,17 @@
-// One table of kernels, named on the command line, against the scalar ones: the same bytes, the same floats, no access
-// outside the buffers. Exits with 77 (skipped) where this CPU or this build cannot run them.
+// One table of kernels, named on the command line, against the scalar ones, over the conformance list: the same bytes,
+// the same floats, no access outside the buffers. Exits with 77 (skipped) where this CPU or this build cannot run them.
 #include "buffer.h"
 #include "check.h"
-#include "inputs.h"
+#include "codec.h"
+#include "under_test.h"
 
 #include <memory>
 
 namespace {
 
-const char * kernels_under_test;
-const int64_t sizes[] = {1, 2, 3, 127, 128, 129}; // blocks of a row, and rows
-
 // Error class of tq_dot: relative to the sum of the blocks' magnitudes. The integer part is exact; one rounding for
 // each factor and addition is allowed to differ.
 constexpr double dot_bound = 1e-6;
-
-void use(const char * name) {
-    if (tq_kernels_select(name) != TQ_OK || std::strcmp(tq_kernels_selected(), name) != 0) {
-        std::fprintf(stderr, "cannot select %s\n", name);
-        std::exit(EXIT_FAILURE);
-    }
-}
 
 void check_floats(const Buffer<float> & got, const Buffer<float> & want) {
     const int64_t i = first_difference(got.data(), want.data(), int64_t(want.size()));
@@ -53,33 +44,45 @@ template <typename T> std::unique_ptr<Buffer<T>> placed_copy(Random & r, const B
     return to;
 }
 
-void encode_matches(Random & r, tq_type type, const Buffer<float> & x) {
-    const int64_t n = int64_t(x.size());
-    const size_t bytes = tq_row_bytes(type, n);
-    Buffer<uint8_t> want(bytes);
+// Encoded rows and rows of floats, by strides.
+struct Rows {
+    tq_type type;
+    int64_t n, rows, stride;
+    size_t byte_stride;
+    int threads;
+
+    Rows(tq_type type_, const CodecCase & c)
+        : type(type_), n(c.blocks * tq_type_get(type)->block), rows(c.rows), stride(n + c.pad_values),
+          byte_stride(tq_row_bytes(type, n) + size_t(c.pad_bytes)), threads(c.rows > 1 ? 2 : 1) {}
+    size_t floats() const { return size_t((rows - 1) * stride + n); }
+    size_t bytes() const { return size_t(rows - 1) * byte_stride + tq_row_bytes(type, n); }
+};
+
+// Fresh buffers hold one pattern, so gaps between rows are compared, too.
+void encode_matches(Random & r, const Rows & a, const Buffer<float> & x, Buffer<uint8_t> & want) {
     tq_encode_report want_report, got_report;
     use("scalar");
-    CHECK_EQ(tq_encode(type, x.data(), n, want.data(), bytes, 1, n, 1, &want_report), TQ_OK);
+    CHECK_EQ(tq_encode(a.type, x.data(), a.stride, want.data(), a.byte_stride, a.rows, a.n, 1, &want_report), TQ_OK);
     use(kernels_under_test);
     auto source = placed_copy(r, x);
-    auto got = placed<uint8_t>(r, bytes);
-    CHECK_EQ(tq_encode(type, source->data(), n, got->data(), bytes, 1, n, 1, &got_report), TQ_OK);
+    auto got = placed<uint8_t>(r, a.bytes());
+    CHECK_EQ(tq_encode(a.type, source->data(), a.stride, got->data(), a.byte_stride, a.rows, a.n, a.threads,
+                       &got_report), TQ_OK);
     check_bytes(*got, want);
     CHECK_EQ(got_report.nonfinite, want_report.nonfinite);
     CHECK_EQ(got_report.saturated, want_report.saturated);
 }
 
-void decode_matches(Random & r, tq_type type, const Buffer<uint8_t> & encoded) {
-    const int64_t n = int64_t(encoded.size()) / tq_type_get(type)->block_bytes * tq_type_get(type)->block;
+void decode_matches(Random & r, const Rows & a, const Buffer<uint8_t> & encoded) {
     for (const auto function : {tq_decode, tq_decode_rotated}) {
         check::Case which(function == tq_decode ? "decode" : "decode_rotated");
-        Buffer<float> want{size_t(n)};
+        Buffer<float> want(a.floats());
         use("scalar");
-        CHECK_EQ(function(type, encoded.data(), encoded.bytes(), want.data(), n, 1, n, 1), TQ_OK);
+        CHECK_EQ(function(a.type, encoded.data(), a.byte_stride, want.data(), a.stride, a.rows, a.n, 1), TQ_OK);
         use(kernels_under_test);
         auto source = placed_copy(r, encoded);
-        auto got = placed<float>(r, size_t(n));
-        CHECK_EQ(function(type, source->data(), encoded.bytes(), got->data(), n, 1, n, 1), TQ_OK);
+        auto got = placed<float>(r, a.floats());
+        CHECK_EQ(function(a.type, source->data(), a.byte_stride, got->data(), a.stride, a.rows, a.n, a.threads), TQ_OK);
         check_floats(*got, want);
     }
 }
@@ -121,30 +124,30 @@ void query_matches(Random & r, int block, const Buffer<float> & x) {
     check_bytes(got, want);
 }
 
-void dot_matches(Random & r, tq_type type, const Buffer<uint8_t> & encoded, const Buffer<uint8_t> & query) {
-    const int block = tq_type_get(type)->block;
-    const size_t block_bytes = size_t(tq_type_get(type)->block_bytes), query_block_bytes = tq_query_bytes(block, block);
-    const int64_t n = int64_t(encoded.size() / block_bytes) * block;
+void dot_matches(Random & r, const Rows & a, const Buffer<uint8_t> & encoded, const Buffer<uint8_t> & query) {
+    const int block = tq_type_get(a.type)->block;
+    const size_t block_bytes = size_t(tq_type_get(a.type)->block_bytes), query_block = tq_query_bytes(block, block);
+    std::vector<float> want(size_t(a.rows), 0.0f), got(size_t(a.rows), 0.0f);
+    std::vector<double> magnitude(size_t(a.rows), 0.0); // of a row's blocks
     use("scalar");
-    double magnitude = 0;
-    for (size_t b = 0; b < encoded.size() / block_bytes; ++b) {
-        float part;
-        CHECK_EQ(tq_dot(type, encoded.data() + b * block_bytes, block_bytes, query.data() + b * query_block_bytes,
-                        &part, 1, block), TQ_OK);
-        magnitude += std::fabs(double(part));
-    }
-    float want = 0, got = 0;
-    CHECK_EQ(tq_dot(type, encoded.data(), encoded.bytes(), query.data(), &want, 1, n), TQ_OK);
+    CHECK_EQ(tq_dot(a.type, encoded.data(), a.byte_stride, query.data(), want.data(), a.rows, a.n), TQ_OK);
+    for (size_t row = 0; row < magnitude.size(); ++row)
+        for (size_t b = 0; b < size_t(a.n / block); ++b) {
+            const uint8_t * src = encoded.data() + row * a.byte_stride + b * block_bytes;
+            magnitude[row] += std::fabs(double(tq_dot_row(a.type, src, query.data() + b * query_block, block)));
+        }
     use(kernels_under_test);
     auto source = placed_copy(r, encoded);
     Buffer<uint8_t> prepared(query.size(), any_place(r), any_gap(r, sizeof(float)));
     std::memcpy(prepared.data(), query.data(), query.bytes());
-    CHECK_EQ(tq_dot(type, source->data(), source->bytes(), prepared.data(), &got, 1, n), TQ_OK);
-    if (std::isfinite(want)) {
-        if (!CHECK(std::fabs(double(got) - want) <= dot_bound * magnitude))
-            std::fprintf(stderr, "dot: got %a, want %a, magnitude %g\n", double(got), double(want), magnitude);
-    } else {
-        CHECK(same(got, want));
+    CHECK_EQ(tq_dot(a.type, source->data(), a.byte_stride, prepared.data(), got.data(), a.rows, a.n), TQ_OK);
+    for (size_t row = 0; row < magnitude.size(); ++row) {
+        const bool close = std::isfinite(want[row])
+                               ? std::fabs(double(got[row]) - double(want[row])) <= dot_bound * magnitude[row]
+                               : same(got[row], want[row]);
+        if (!CHECK(close))
+            std::fprintf(stderr, "dot of row %zu: got %a, want %a, magnitude %g\n", row, double(got[row]),
+                         double(want[row]), magnitude[row]);
     }
 }
 
@@ -163,57 +166,45 @@ void fill_query(Random & r, uint8_t * bytes, int64_t blocks, int block) {
     }
 }
 
-void types_match() {
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
-        const tq_type type = tq_type(t);
-        const tq_type_info & info = *tq_type_get(type);
-        check::Case type_case(info.name);
-        Random r(uint64_t(1000 + t));
-        for (const int64_t blocks : sizes) {
-            check::Case size_case(blocks, " blocks");
-            Buffer<float> x(size_t(blocks * info.block));
-            Buffer<uint8_t> encoded(tq_row_bytes(type, blocks * info.block));
-            Buffer<uint8_t> query(tq_query_bytes(info.block, blocks * info.block));
-            for (const Input & input : inputs()) {
-                check::Case input_case(input.name);
-                input.fill(r, x.data(), int64_t(x.size()), info.block);
-                encode_matches(r, type, x);
-                use("scalar");
-                tq_encode_row(type, x.data(), encoded.data(), int64_t(x.size()));
-                decode_matches(r, type, encoded);
-                tq_query_row(info.block, x.data(), query.data(), int64_t(x.size()));
-                dot_matches(r, type, encoded, query);
-            }
-            {
-                check::Case input_case("random blocks");
-                fill_blocks(r, encoded.data(), blocks, info.block_bytes);
-                fill_query(r, query.data(), blocks, info.block);
-                decode_matches(r, type, encoded);
-                dot_matches(r, type, encoded, query);
-            }
-            for (const uint16_t d : odd_scales()) {
-                check::Case input_case("random indices, d = ", d);
-                fill_blocks(r, encoded.data(), blocks, info.block_bytes);
-                for (int64_t b = 0; b < blocks; ++b) {
-                    encoded[size_t(b * info.block_bytes)] = uint8_t(d);
-                    encoded[size_t(b * info.block_bytes + 1)] = uint8_t(d >> 8);
-                }
-                decode_matches(r, type, encoded);
-            }
-        }
-    }
+// What was encoded is decoded again, and multiplied with its own first row.
+void encoded_rows_match(Random & r, const Rows & a, const CodecCase & c) {
+    const int block = tq_type_get(a.type)->block;
+    std::vector<float> dense(size_t(a.n * a.rows));
+    c.input->fill(r, dense.data(), a.n * a.rows, block);
+    Buffer<float> x(a.floats());
+    for (int64_t row = 0; row < a.rows; ++row)
+        std::memcpy(x.data() + row * a.stride, dense.data() + row * a.n, size_t(a.n) * sizeof(float));
+    Buffer<uint8_t> encoded(a.bytes()), query(tq_query_bytes(block, a.n));
+    encode_matches(r, a, x, encoded);
+    decode_matches(r, a, encoded);
+    use("scalar");
+    tq_query_row(block, x.data(), query.data(), a.n);
+    dot_matches(r, a, encoded, query);
 }
 
-// A different rounding (a fused multiply-add, another order of a sum) changes few blocks in ten thousand.
-void many_blocks_match() {
+void random_rows_match(Random & r, const Rows & a, const CodecCase & c) {
+    const tq_type_info & info = *tq_type_get(a.type);
+    Buffer<uint8_t> encoded(a.bytes()), query(tq_query_bytes(info.block, a.n));
+    for (int64_t row = 0; row < a.rows; ++row) {
+        uint8_t * bytes = encoded.data() + size_t(row) * a.byte_stride;
+        fill_blocks(r, bytes, c.blocks, info.block_bytes);
+        for (int64_t b = 0; b < c.blocks && c.scale >= 0; ++b) {
+            bytes[b * info.block_bytes] = uint8_t(c.scale);
+            bytes[b * info.block_bytes + 1] = uint8_t(c.scale >> 8);
+        }
+    }
+    decode_matches(r, a, encoded);
+    if (c.scale >= 0) return;
+    fill_query(r, query.data(), c.blocks, info.block);
+    dot_matches(r, a, encoded, query);
+}
+
+void conforms(const CodecCase & c) {
+    check::Case case_(c.name);
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
-        const tq_type type = tq_type(t);
-        const tq_type_info & info = *tq_type_get(type);
-        check::Case type_case(info.name, ", many blocks");
-        Random r(uint64_t(5000 + t));
-        Buffer<float> x(size_t(20000 * info.block));
-        for (int64_t i = 0; i < int64_t(x.size()); ++i) x[size_t(i)] = r.normal();
-        encode_matches(r, type, x);
+        check::Case type_case(tq_type_get(tq_type(t))->name);
+        Random r(seed_of(c.name) + uint64_t(t));
+        (c.input ? encoded_rows_match : random_rows_match)(r, Rows(tq_type(t), c), c);
     }
 }
 
@@ -236,83 +227,33 @@ void extreme_sums_match() {
                 const int32_t sum = q * info.block;
                 std::memcpy(query.data(), &scale, 4);
                 std::memcpy(query.data() + 4, &sum, 4);
-                decode_matches(r, type, encoded);
-                dot_matches(r, type, encoded, query);
+                const Rows rows(type, {"", 1, 1, 0, 0, nullptr, -1, Extent::brief});
+                decode_matches(r, rows, encoded);
+                dot_matches(r, rows, encoded, query);
             }
     }
 }
 
-void rotations_match() {
+void conforms(const RotationCase & c) {
+    check::Case case_(c.name);
     for (const int block : {128, 64, 32}) {
         check::Case block_case("block ", block);
-        Random r(uint64_t(3000 + block));
-        for (const int64_t blocks : sizes) {
-            check::Case size_case(blocks, " blocks");
-            Buffer<float> x(size_t(blocks * block));
-            for (const Input & input : inputs()) {
-                check::Case input_case(input.name);
-                input.fill(r, x.data(), int64_t(x.size()), block);
-                rotate_matches(r, block, x);
-                query_matches(r, block, x);
-            }
-        }
-    }
-}
-
-// Many short rows, with gaps between them that must stay as they are.
-void rows_match() {
-    const int64_t row_blocks = 2;
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
-        const tq_type type = tq_type(t);
-        const tq_type_info & info = *tq_type_get(type);
-        check::Case type_case(info.name);
-        Random r(uint64_t(4000 + t));
-        for (const int64_t rows : sizes) {
-            check::Case size_case(rows, " rows");
-            const int64_t n = row_blocks * info.block, stride = n + 5;
-            const size_t row_bytes = tq_row_bytes(type, n), byte_stride = row_bytes + 3;
-            const size_t span = size_t((rows - 1) * stride + n), byte_span = size_t(rows - 1) * byte_stride + row_bytes;
-            Buffer<float> x(span), want(span), got(span);
-            Buffer<uint8_t> want_bytes(byte_span), got_bytes(byte_span);
-            std::vector<float> want_dot(size_t(rows), 0.0f), got_dot(size_t(rows), 0.0f);
-            std::vector<uint32_t> query(tq_query_bytes(info.block, n) / 4);
-            for (size_t i = 0; i < span; ++i) x[i] = r.normal();
-            for (const bool scalar : {true, false}) {
-                use(scalar ? "scalar" : kernels_under_test);
-                auto & bytes = scalar ? want_bytes : got_bytes;
-                auto & floats = scalar ? want : got;
-                CHECK_EQ(tq_encode(type, x.data(), stride, bytes.data(), byte_stride, rows, n, 2, nullptr), TQ_OK);
-                CHECK_EQ(tq_decode(type, bytes.data(), byte_stride, floats.data(), stride, rows, n, 2), TQ_OK);
-                CHECK_EQ(tq_query(info.block, x.data(), query.data(), n), TQ_OK);
-                float * dots = (scalar ? want_dot : got_dot).data();
-                CHECK_EQ(tq_dot(type, bytes.data(), byte_stride, query.data(), dots, rows, n), TQ_OK);
-            }
-            check_bytes(got_bytes, want_bytes); // fresh buffers hold one pattern, so gaps are compared too
-            check_floats(got, want);
-            for (size_t i = 0; i < size_t(rows); ++i)
-                CHECK(std::fabs(double(got_dot[i]) - want_dot[i]) <= dot_bound * double(n) * 4);
-        }
+        Random r(seed_of(c.name) + uint64_t(block));
+        Buffer<float> x(size_t(c.blocks * c.rows * block));
+        c.input->fill(r, x.data(), int64_t(x.size()), block);
+        rotate_matches(r, block, x);
+        query_matches(r, block, x);
     }
 }
 
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 2) {
-        std::fprintf(stderr, "usage: %s KERNELS\n", argv[0]);
-        return EXIT_FAILURE;
-    }
-    kernels_under_test = argv[1];
-    const tq_status status = tq_kernels_select(kernels_under_test);
-    if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
-        std::printf("skipped: this CPU or this build cannot run %s\n", kernels_under_test);
-        return check::exit_skipped;
-    }
-    if (!CHECK_EQ(status, TQ_OK)) return check::summary();
-    types_match();
-    many_blocks_match();
-    extreme_sums_match();
-    rotations_match();
-    rows_match();
-    return check::summary();
+    return test_kernels(argc, argv, [](Extent extent) {
+        for (const CodecCase & c : codec_cases())
+            if (c.extent <= extent) conforms(c);
+        for (const RotationCase & c : rotation_cases())
+            if (c.extent <= extent) conforms(c);
+        extreme_sums_match();
+    });
 }

@@ -4,14 +4,13 @@
 #include "buffer.h"
 #include "check.h"
 #include "inputs.h"
+#include "under_test.h"
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 namespace {
-
-const char * kernels_under_test;
 
 // As in test_attention.cpp, of rows that are rounded to 8 bits besides.
 constexpr double attention_bound = 0.02;
@@ -227,20 +226,10 @@ void windows() {
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 2) {
-        std::fprintf(stderr, "usage: %s KERNELS\n", argv[0]);
-        return EXIT_FAILURE;
-    }
-    kernels_under_test = argv[1];
-    const tq_status status = tq_kernels_select(kernels_under_test);
-    if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
-        std::printf("skipped: this CPU or this build cannot run %s\n", kernels_under_test);
-        return check::exit_skipped;
-    }
-    if (!CHECK_EQ(status, TQ_OK)) return check::summary();
-    unrotate();
-    f32_rows();
-    f32_reads_no_further();
-    windows();
-    return check::summary();
+    return test_kernels(argc, argv, [](Extent) {
+        unrotate();
+        f32_rows();
+        f32_reads_no_further();
+        windows();
+    });
 }

@@ -1,5 +1,5 @@
 // turbo_fill_mask against the rule, asked cell by cell, on random caches. Compiled against a patched llama.cpp.
-#include "turbo-llama.h"
+#include "llama/turbo-mask.h"
 
 #include "llama-kv-cells.h"
 

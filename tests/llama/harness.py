@@ -241,6 +241,21 @@ def compile_probe(bin_dir: Path, source: Path, target: Path) -> Path:
     return target
 
 
+def run_beside_glue(build: Build, source: str, folder: Path) -> None:
+    """Compile a test of the glue's headers against a build, and run it: it prints what is wrong."""
+    program = folder / Path(source).stem
+    glue = build.source.parent / "native"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", str(HERE / source)]
+    command += [f"-I{build.source / folder}" for folder in ("src", "include", "ggml/include", "ggml/src")]
+    command += [f"-I{glue / folder}" for folder in ("ggml_types", "cpp/include")]
+    command += [f"-L{build.bin}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu"]
+    command += [f"-Wl,-rpath,{build.bin}", f"-Wl,-rpath-link,{build.bin}", "-o", str(program)]
+    compiled = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def kv_sizes(log: str) -> list[dict[str, object]]:
     """The "K (type): x MiB, V (type): y MiB" lines of the KV cache, in order."""
     line = re.compile(r"size =\s*([\d.]+) MiB .*?K \((\S+?)\):\s*([\d.]+) MiB, V \((.+?)\):\s*([\d.]+) MiB")

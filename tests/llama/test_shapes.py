@@ -146,3 +146,14 @@ def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified
         together[1].append(rows[len(pieces[0]) :])
     for seq in (0, 1):
         assert kld(alone[seq], np.concatenate(together[seq])) <= SAME
+
+
+def test_sequence_behind_another(probe, tiny) -> None:
+    """A sequence whose cells lie behind another's sees none of the first cells of a shared cache."""
+    p = probe(tiny("gqa"))
+    text = random_tokens(40, seed=2)
+    p.context("turbo4", "turbo3")
+    alone = p.logits(text, step=1)
+    p.context("turbo4", "turbo3", n_seq=2, unified=1, n_ctx=1024, threads=4)  # short chunks
+    p.logits(random_tokens(200, seed=1))
+    assert kld(alone, p.logits(text, seq=1, step=1)) <= SAME

@@ -50,7 +50,7 @@ def test_hooks_apply_and_come_out(version: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", builds.VERSIONS)
 def test_architectures_that_rotate_in_code_of_their_own_are_known(version: str) -> None:
     """Their layers are all rotated, or none: the hooks in build_attn do not see what they store."""
-    header = (builds.native_dir() / "ggml_types" / "turbo-rotation.h").read_text()
+    header = (builds.native_dir() / "ggml_types" / "llama" / "turbo-rotation.h").read_text()
     known = set(re.findall(r'"([\w-]+)"', header.split("turbo_has_own_attention", 1)[1].split("}", 1)[0]))
     names = dict(re.findall(r'(LLM_ARCH_\w+),\s*"([^"]+)"', (builds.source(version) / "src/llama-arch.cpp").read_text()))
     for path in sorted((builds.source(version) / "src" / "models").glob("*.cpp")):

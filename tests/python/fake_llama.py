@@ -82,7 +82,7 @@ def make_tree(root: Path) -> Path:
 
 def make_native(root: Path, answer: int = 41) -> Path:
     """Our own sources."""
-    files = {"ggml_types/hooks.toml": HOOK, "ggml_types/inject.cmake": INJECT}
+    files = {"ggml_types/ggml/hooks.toml": HOOK, "ggml_types/inject.cmake": INJECT}
     return write(root, {**files, "cpp/include/answer.h": f"#define ANSWER {answer}\n"})
 
 

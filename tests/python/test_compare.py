@@ -108,9 +108,12 @@ def test_windows_that_are_none(text):
 
 
 def test_default_window_is_that_of_llama(monkeypatch):
-    source = (ROOT / "ggml_types" / "turbo-ggml.cpp").read_text(encoding="utf-8")
-    assert f"*out = {{ {Window().tokens}, GGML_TYPE_{Window().type.upper()} }};" in source
-    assert f'WINDOW_ENV "{Window.VARIABLE}"' in (ROOT / "ggml_types" / "turbo-ggml.h").read_text(encoding="utf-8")
+    options = ROOT / "ggml_types" / "ggml"
+    defaults = (options / "turbo-options.h").read_text(encoding="utf-8")
+    assert re.search(rf"\bwindow = {Window().tokens};", defaults)
+    assert re.search(rf"\bwindow_type = GGML_TYPE_{Window().type.upper()};", defaults)
+    names = (options / "turbo-options.cpp").read_text(encoding="utf-8")
+    assert f'"--cache-window", "{Window.VARIABLE}", "N[:TYPE]"' in names
     monkeypatch.delenv(Window.VARIABLE, raising=False)
     assert Window.default() == Window(256, "q8_0") == Window.parse("256")
     monkeypatch.setenv(Window.VARIABLE, "64:f16")

@@ -6,12 +6,15 @@ import os
 import re
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 import turboquant
 from turboquant.llama import patch as engine
 from turboquant.llama import paths, source
+from turboquant.llama.progress import Reporter
+from turboquant.llama.toolchain import find_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -445,6 +448,79 @@ def test_cmake_args_name_an_existing_file():
     assert Path(argument.removeprefix("-DCMAKE_PROJECT_ggml_INCLUDE=")).is_file()
 
 
+# ---- the hooks' version ----------------------------------------------------------------------------------------------
+
+GGML = ROOT / "ggml_types"
+
+
+def ggml_tree(root: Path) -> Path:
+    """As much of a llama.cpp as has the ids and the version."""
+    write(root, "ggml/include/ggml.h", b"enum ggml_type {\n        GGML_TYPE_COUNT   = 43,\n};\n")
+    write(root, "ggml/src/ggml.c", b'#include "ggml.h"\n\nint untouched;\n')
+    write(root, "ggml/CMakeLists.txt", b"cmake_minimum_required(VERSION 3.19)\nproject(ggml LANGUAGES NONE)\n")
+    write(root, "src/llama-context.cpp", b"")
+    return root
+
+
+def versioned(glue: Path) -> list[engine.Hook]:
+    hooks = engine.load_hooks(*sorted(glue.glob("*/hooks.toml")))
+    return [hook for hook in hooks if hook.id in ("type-ids", "hooks-version")]
+
+
+def configured(tree: Path, script: Path) -> str:
+    """What CMake says of a project(ggml) that includes `script`; empty if it is content."""
+    cmake = find_tools(Reporter()).cmake
+    command = [str(cmake), "-S", str(tree / "ggml"), "-B", str(tree / "build"), f"-DCMAKE_PROJECT_ggml_INCLUDE={script}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return "" if done.returncode == 0 else " ".join(done.stderr.split())
+
+
+def copied_glue(folder: Path) -> Path:
+    shutil.copytree(GGML, folder / "ggml_types")
+    return folder / "ggml_types"
+
+
+def test_a_tree_of_the_same_hooks_is_configured(tmp_path):
+    tree = ggml_tree(tmp_path / "llama.cpp")
+    assert "is not patched: run `turboquant patch`" in configured(tree, GGML / "check.cmake")
+    engine.patch(tree, versioned(GGML))
+    assert configured(tree, GGML / "check.cmake") == ""
+
+
+@pytest.mark.parametrize("part", ["ggml", "cpu", "cuda", "llama", "common", "tests"])
+def test_a_tree_of_other_hooks_is_refused(tmp_path, part):
+    """As after an upgrade of this package, without a `turboquant patch` of the tree."""
+    glue = copied_glue(tmp_path)
+    tree = ggml_tree(tmp_path / "llama.cpp")
+    engine.patch(tree, versioned(GGML))
+    hooks = glue / part / "hooks.toml"
+    hooks.write_text(re.sub(r'(?m)^text = "(?!"")', 'text = "/* other */ ', hooks.read_text(), count=1))
+    told = configured(tree, glue / "inject.cmake")
+    assert f"{tree / 'ggml'} was patched with hooks of another version than those in {glue}" in told
+    assert "run `turboquant unpatch` and `turboquant patch`" in told
+    engine.patch(tree, versioned(glue))
+    assert configured(tree, glue / "check.cmake") == ""
+
+
+def test_the_version_and_the_ids_come_last_and_the_ids_go_first(tmp_path, monkeypatch):
+    tree = ggml_tree(tmp_path / "llama.cpp")
+    source = write(tree, "src/llama-model.cpp", b"int model;\n")
+    written: list[str] = []
+    replace = os.replace
+
+    def noted(new, target):
+        written.append(Path(target).name)
+        replace(new, target)
+
+    monkeypatch.setattr(engine.os, "replace", noted)
+    site = engine.Site("src/llama-model.cpp", r"\A", "before", "int more;")
+    engine.patch(tree, [*versioned(GGML), engine.Hook("more", "A hook.", (site,))])
+    assert written == ["llama-model.cpp", "ggml.c", "ggml.h"] and "more" in source.read_text()
+    written.clear()
+    engine.unpatch(tree)
+    assert written[0] == "ggml.h"
+
+
 # ---- the project's hooks on real sources -----------------------------------------------------------------------------
 
 
@@ -469,7 +545,7 @@ def test_the_hooks_are_few_and_explained():
 
 
 def test_the_enum_has_the_listed_ids():
-    """ggml.h cannot include the list of formats, so its hook repeats the ids; rows of turbo-ggml.h name the others."""
+    """ggml.h cannot include the list of formats, so its hook repeats the ids; rows of turbo-types.h name the others."""
     (hook,) = (hook for hook in engine.load_hooks() if hook.id == "type-ids")
     count, *members = re.findall(r"(\w*)\s*(?:= (\d+))?,|(\w+)\s*$", hook.sites[0].text)
     ids, value = {}, -1
@@ -477,7 +553,7 @@ def test_the_enum_has_the_listed_ids():
         value = int(given) if given else value + 1
         ids[(name or last).removeprefix("GGML_TYPE_")] = value
     assert ids.popitem()[0] == "COUNT_UPSTREAM"
-    header = (ROOT / "ggml_types" / "turbo-ggml.h").read_text(encoding="utf-8")
+    header = (ROOT / "ggml_types" / "ggml" / "turbo-types.h").read_text(encoding="utf-8")
     others = {name: int(id) for name, id in re.findall(r"^    X\((TURBO_\w+), .* (\d+)\)", header, re.M)}
     assert ids == {info.name.upper(): info.file_id for info in turboquant.types()} | others
     assert list(others.items()) == [("TURBO_Q128", 521), ("TURBO_Q64", 522), ("TURBO_Q32", 523), ("TURBO_AUTO", 524)]

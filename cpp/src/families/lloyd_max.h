@@ -12,32 +12,24 @@
 namespace turboquant {
 namespace {
 
-// One row per index width.
+// One row per index width, of the tables of codebooks.h.
+//   centroids          ascending, padded to 16 with zeros
+//   magnitudes         the positive half, padded likewise
+//   midpoints          of neighbouring magnitudes
 template <int Bits> struct Codebook;
-template <> struct Codebook<4> {
-    static constexpr const int8_t * centroids = centroids4;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes4; // the positive half, padded likewise
-    static constexpr float step = step4;
-    static constexpr const float * step_over_sqrt = step4_over_sqrt;
-    static constexpr const float * midpoints = midpoints4;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[7] = coarse_thresholds4;
-};
-template <> struct Codebook<3> {
-    static constexpr const int8_t * centroids = centroids3;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes3; // the positive half, padded likewise
-    static constexpr float step = step3;
-    static constexpr const float * step_over_sqrt = step3_over_sqrt;
-    static constexpr const float * midpoints = midpoints3;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[3] = coarse_thresholds3;
-};
-template <> struct Codebook<2> {
-    static constexpr const int8_t * centroids = centroids2;   // ascending, padded to 16 with zeros
-    static constexpr const int8_t * magnitudes = magnitudes2; // the positive half, padded likewise
-    static constexpr float step = step2;
-    static constexpr const float * step_over_sqrt = step2_over_sqrt;
-    static constexpr const float * midpoints = midpoints2;    // of neighbouring magnitudes
-    static constexpr const int8_t (*coarse_thresholds)[1] = coarse_thresholds2;
-};
+#define TURBOQUANT_CODEBOOK(Bits)                                                                           \
+    template <> struct Codebook<Bits> {                                                                     \
+        static constexpr const int8_t * centroids = centroids##Bits;                                        \
+        static constexpr const int8_t * magnitudes = magnitudes##Bits;                                      \
+        static constexpr float step = step##Bits;                                                           \
+        static constexpr const float * step_over_sqrt = step##Bits##_over_sqrt;                             \
+        static constexpr const float * midpoints = midpoints##Bits;                                         \
+        static constexpr const int8_t (*coarse_thresholds)[(1 << (Bits - 1)) - 1] = coarse_thresholds##Bits; \
+    };
+TURBOQUANT_CODEBOOK(4)
+TURBOQUANT_CODEBOOK(3)
+TURBOQUANT_CODEBOOK(2)
+#undef TURBOQUANT_CODEBOOK
 
 // In a block of 3-bit indices hi[n/8] follows lo[n/4].
 template <int N> constexpr int high_offset = N / 4;

@@ -10,15 +10,8 @@
 namespace turboquant {
 namespace {
 
-template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
-    constexpr int N = F::block;
-    for (int r = 0; r < rows.count; ++r) {
-        const uint8_t * src = rows[r];
-        for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += N) {
-            scale[b * tile_rows + r] = load_scale(src) * F::step;
-            store_levels<N>(level, expand(F(), src + 2));
-        }
-    }
+template <typename F> TURBOQUANT_INLINE void block_levels(F format, const uint8_t * q, int8_t * level) {
+    store_levels<F::block>(level, expand(format, q));
 }
 
 // Rows x lanes * Registers outputs stay in registers while all rows of V pass by.

@@ -93,24 +93,23 @@ template <int N> float sum_of_squares(const floats * y) {
     return reduce_add(sum[0]);
 }
 
-template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+// The transform and its inverse differ in which signs come first.
+template <int N>
+TURBOQUANT_INLINE void transform_blocks(const float * src, float * dst, int64_t blocks, const uint32_t * before,
+                                        const uint32_t * after) {
     const floats norm = all(Block<N>::one_over_sqrt_n);
     for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
         floats y[N / lanes];
-        for (int r = 0; r < N / lanes; ++r) y[r] = flip(load(src + lanes * r), sign_tables.bits1, r);
+        for (int r = 0; r < N / lanes; ++r) y[r] = flip(load(src + lanes * r), before, r);
         hadamard<N>(y);
-        for (int r = 0; r < N / lanes; ++r) store(dst + lanes * r, mul(flip(y[r], sign_tables.bits2, r), norm));
+        for (int r = 0; r < N / lanes; ++r) store(dst + lanes * r, flip(mul(y[r], norm), after, r));
     }
 }
-
+template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
+    transform_blocks<N>(src, dst, blocks, sign_tables.bits1, sign_tables.bits2);
+}
 template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
-    const floats norm = all(Block<N>::one_over_sqrt_n);
-    for (int64_t b = 0; b < blocks; ++b, src += N, dst += N) {
-        floats y[N / lanes];
-        for (int r = 0; r < N / lanes; ++r) y[r] = flip(load(src + lanes * r), sign_tables.bits2, r);
-        hadamard<N>(y);
-        for (int r = 0; r < N / lanes; ++r) store(dst + lanes * r, flip(mul(y[r], norm), sign_tables.bits1, r));
-    }
+    transform_blocks<N>(src, dst, blocks, sign_tables.bits2, sign_tables.bits1);
 }
 
 // Rounds y * inverse to int8; returns the sum.

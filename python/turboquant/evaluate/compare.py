@@ -228,14 +228,14 @@ def compare(
     measurer = Measurer(options.model, options.text, programs, results, scratch, work.step)
     depths = needle_depths(options, model)
     cells = _cells(measurer, options, model, depths)
-    few = {"ctx": options.decode_ctx, "chunks": options.decode_chunks}
     batched = {pair: Run(pair, options.ctx, options.chunks) for pair in options.all_pairs}
     # A batch sees all of its own tokens exactly, and a single token the window alone: only without one are the paths to
     # find the same.
     plain = {pair: pair.with_window(Window(0)) for pair in options.all_pairs}
-    short = {pair: Run(plain[pair], **few) for pair in options.all_pairs}
-    single = {pair: Run(plain[pair], **few, decode=True) for pair in options.all_pairs}
-    decode = {pair: Run(pair, **few, decode=True) for pair in options.all_pairs}
+    ctx, chunks = options.decode_ctx, options.decode_chunks
+    short = {pair: Run(plain[pair], ctx, chunks) for pair in options.all_pairs}
+    single = {pair: Run(plain[pair], ctx, chunks, decode=True) for pair in options.all_pairs}
+    decode = {pair: Run(pair, ctx, chunks, decode=True) for pair in options.all_pairs}
     path = list(dict.fromkeys(run[pair] for pair in options.all_pairs for run in (short, single, decode)))
     _plan(work, measurer, options, cells, list(batched.values()), path)
 
@@ -452,7 +452,7 @@ def _quality(
     scale: list[verdict.Band],
 ) -> dict[str, Any]:
     """`same`: what the two paths find of the same tokens without a window."""
-    paths = verdict.agreement(*(_divergence(one) for one in same), noise)
+    paths = verdict.agreement(_divergence(same[0]), _divergence(same[1]), noise)
     if pair == BASELINE:  # its own difference is the noise, so the yardstick is the band of small losses
         paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
     return {

@@ -1,4 +1,4 @@
-"""Insert the hooks of ``ggml_types/hooks.toml`` into a llama.cpp tree, tell their state, and take them out again.
+"""Insert the hooks of ``ggml_types/*/hooks.toml`` into a llama.cpp tree, tell their state, and take them out again.
 
 A hook is a pure insertion at an anchor (a regular expression that must match exactly once), bracketed by two comments::
 
@@ -11,6 +11,7 @@ older version has patched up to date. Files that do not change are not written, 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -47,6 +48,7 @@ __all__ = [
     "unpatch",
 ]
 
+_Row = tuple[Path, dict[str, Any]]  # of a hooks.toml, as it was read
 State = Literal["applied", "missing", "outdated", "skipped", "broken"]
 
 _ID = r"[a-z0-9][a-z0-9-]*"
@@ -55,6 +57,8 @@ _END = "/* turboquant:end {} */"
 _INSERTED = re.compile(rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL)
 _MARKER = "turboquant:begin "
 _HEADER = "ggml/include/ggml.h"
+_VERSIONED = "ggml/src/ggml.c"  # check.cmake reads the hooks' version in it
+_LAST = (_VERSIONED, _HEADER)
 _FOLDERS = ("ggml", "src", "common", "include", "tools", "tests", "examples")
 _SUFFIXES = {".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".m", ".metal"}
 
@@ -64,7 +68,7 @@ class PatchError(TurboQuantError):
 
 
 class HooksFileError(PatchError):
-    """hooks.toml itself is wrong."""
+    """A hooks.toml itself is wrong."""
 
 
 class NotLlamaError(PatchError):
@@ -95,7 +99,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Hook:
-    """One row of hooks.toml. The first of `sites` whose anchor matches exactly once is used."""
+    """One row of a hooks.toml. The first of `sites` whose anchor matches exactly once is used."""
 
     id: str
     why: str
@@ -131,33 +135,41 @@ class HookState:
 # ---- hooks.toml ------------------------------------------------------------------------------------------------------
 
 
-def load_hooks(path: Path | None = None) -> list[Hook]:
-    """The hooks of `path` (default: the project's own hooks.toml), in order.
+def load_hooks(*files: Path) -> list[Hook]:
+    """The hooks of `files` (default: the project's own, one hooks.toml in each folder), in order.
+
+    ``{version}`` in a text becomes a digest of the files, which ``ggml_types/check.cmake`` computes as well.
 
     Raises:
         HooksFileError: a field is missing, unknown or of the wrong type, an id occurs twice, a regex is invalid.
     """
-    path = path or native_dir() / "ggml_types" / "hooks.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise HooksFileError(f"{path}: {error}") from error
-    rows = table.get("hook", [])
-    hooks = _include_hooks(path, rows) + [_parse_hook(path, row) for row in rows]
-    if not hooks:
-        raise HooksFileError(f"{path}: no [[hook]] in it")
+    files = files or tuple(sorted((native_dir() / "ggml_types").glob("*/hooks.toml")))
+    hashes = ""
+    rows: list[_Row] = []
+    for path in files:
+        try:
+            data = path.read_bytes()
+            table = tomllib.loads(data.decode("utf-8").replace("\r\n", "\n"))
+        except (OSError, ValueError) as error:
+            raise HooksFileError(f"{path}: {error}") from error
+        hashes += hashlib.sha256(data).hexdigest()
+        rows += [(path, row) for row in table.get("hook", [])]
+    if not rows:
+        raise HooksFileError(f"{', '.join(map(str, files)) or native_dir()}: no [[hook]] in it")
+    version = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    hooks = _include_hooks(rows) + [_parse_hook(path, row, version) for path, row in rows]
     seen: set[str] = set()
     for hook in hooks:
         if hook.id in seen:
-            raise HooksFileError(f"{path}: the id {hook.id!r} occurs twice")
+            raise HooksFileError(f"{', '.join(map(str, files))}: the id {hook.id!r} occurs twice")
         seen.add(hook.id)
     return hooks
 
 
-def _include_hooks(path: Path, rows: list[dict[str, Any]]) -> list[Hook]:
+def _include_hooks(rows: list[_Row]) -> list[Hook]:
     """One more hook for every header that hooks of a file ask for with `include`, after the file's first #include."""
     wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
+    for path, row in rows:
         if "include" in row:
             header, file = row["include"], row.get("file")
             if not isinstance(header, str) or not isinstance(file, str):
@@ -173,7 +185,7 @@ def _include_hooks(path: Path, rows: list[dict[str, Any]]) -> list[Hook]:
     return hooks
 
 
-def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
+def _parse_hook(path: Path, row: dict[str, Any], version: str) -> Hook:
     name = row.get("id", "?")
 
     def field(source: dict[str, Any], key: str) -> str:
@@ -193,7 +205,7 @@ def _parse_hook(path: Path, row: dict[str, Any]) -> Hook:
         where = field(merged, "where")
         if where not in ("before", "after"):
             raise HooksFileError(f"{path}: hook {name!r}: where must be 'before' or 'after', got {where!r}")
-        text = field(merged, "text").strip("\n")
+        text = field(merged, "text").strip("\n").replace("{version}", version)
         if "turboquant:" in text:
             raise HooksFileError(f"{path}: hook {name!r}: the text must not contain 'turboquant:'")
         anchor = field(merged, "anchor")
@@ -425,7 +437,7 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
 
     after = {}
     for file, text in original.items():
-        # Stable sort: hooks at the same place keep the order of hooks.toml.
+        # Stable sort: hooks at the same place keep their order.
         pieces, position = [], 0
         for start, insertion in sorted(places[file], key=lambda place: place[0]):
             pieces += [text[position:start], insertion]
@@ -442,7 +454,7 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
     return (
         f"{root}: hook {hook.id!r} does not fit this llama.cpp: {detail}. It is needed because: {hook.why} Use a "
         f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook "
-        f"another anchor in {native_dir() / 'ggml_types' / 'hooks.toml'}"
+        f"another anchor in the hooks.toml that it stands in, below {native_dir() / 'ggml_types'}"
     )
 
 
@@ -452,8 +464,8 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
 def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
     """Insert all hooks into the llama.cpp tree `directory`. Idempotent.
 
-    All or nothing, but for a process that is killed: ggml.h, with the types' ids, comes last, and without it the rest
-    does not compile, so that such a tree never passes for a patched one.
+    All or nothing, but for a process that is killed: ggml.c, with the hooks' version, and ggml.h, with the types' ids,
+    come last, and without them the rest does not configure, so that such a tree never passes for a patched one.
 
     Returns:
         The hooks' states afterwards (``applied`` or ``skipped``).
@@ -466,7 +478,7 @@ def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) ->
     broken = [state for state in plan.states if state.state == "broken"]
     if broken:
         raise AnchorError("\n".join(state.detail for state in broken))
-    order = sorted(plan.after, key=lambda file: file == _HEADER)
+    order = sorted(plan.after, key=lambda file: _LAST.index(file) if file in _LAST else -1)
     _write_all({root / file: plan.after[file] for file in order if plan.after[file] != plan.before[file]})
     return [s if s.state == "skipped" else HookState(s.hook, "applied", s.file) for s in plan.states]
 

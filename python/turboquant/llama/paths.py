@@ -20,10 +20,10 @@ def native_dir() -> Path:
     """
     candidates = (_PACKAGE / "_native", _PACKAGE.parent.parent)
     for folder in candidates:
-        if (folder / "ggml_types" / "hooks.toml").is_file():
+        if (folder / "ggml_types" / "inject.cmake").is_file():
             return folder
     looked = ", ".join(str(folder) for folder in candidates)
-    raise FileNotFoundError(f"ggml_types/hooks.toml is in none of {looked}: reinstall turboquant")
+    raise FileNotFoundError(f"ggml_types/inject.cmake is in none of {looked}: reinstall turboquant")
 
 
 def bundled_model() -> Path:

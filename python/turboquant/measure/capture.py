@@ -1,6 +1,6 @@
 """Queries, keys and values of a model on a text, from the program turboquant-capture of a build.
 
-``ggml_types/turboquant-capture.cpp`` describes the stream that is read here.
+``ggml_types/programs/turboquant-capture.cpp`` describes the stream that is read here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs the program turboquant-measure, and remembers what it found.
 
-``ggml_types/turboquant-measure.cpp`` describes what it reads and prints.
+``ggml_types/programs/turboquant-measure.cpp`` describes what it reads and prints.
 """
 
 from __future__ import annotations

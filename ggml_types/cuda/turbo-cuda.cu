@@ -1,0 +1,521 @@
+// turbo-cuda.cu: the turbo types in ggml's CUDA backend, by the kernels of cpp/cuda. Part of ggml-cuda.
+//
+// Attention takes one of two ways. A few query tokens go to the kernel that reads the blocks as they are. Everything
+// else, prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them;
+// queries are rotated before, the output is rotated back after.
+
+#include "cuda/turbo-cuda.h"
+
+#include "ggml/turbo-options.h"
+
+#include "common.cuh"
+#include "convert.cuh"
+#include "fattn.cuh"
+
+#include "turboquant_cuda.h"
+
+namespace {
+
+namespace tq = turboquant::cuda;
+
+tq_type to_tq(ggml_type type) {
+    return (tq_type) turbo_to_tq(type);
+}
+
+tq::Rows rows_of(const ggml_tensor * t) {
+    return { t->data, { (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3] } };
+}
+
+// The rows of a tensor of `row` bytes and t's shape without gaps.
+tq::Rows dense_rows(void * data, const ggml_tensor * t, int64_t row) {
+    return { data, { row, row * t->ne[1], row * t->ne[1] * t->ne[2] } };
+}
+
+tq::Index index_of(const ggml_tensor * t) {
+    return { t->data,
+             t->type == GGML_TYPE_I64,
+             { t->ne[0], t->ne[1], t->ne[2] },
+             { (int64_t) t->nb[0], (int64_t) t->nb[1], (int64_t) t->nb[2] } };
+}
+
+const tq::Index no_index = { nullptr, false, { 1, 1, 1 }, { 0, 0, 0 } };
+
+// A format may have kernels for the CPU alone.
+bool is_covered(const ggml_tensor * op) {
+    bool covered = !turbo_is_type(op->type) || tq::codec_supports(to_tq(op->type));
+    for (const ggml_tensor * src : op->src) {
+        covered = covered && (!src || !turbo_is_type(src->type) || tq::codec_supports(to_tq(src->type)));
+    }
+    return covered;
+}
+
+// The decoder stores four values at once.
+bool aligned_rows(const ggml_tensor * t) {
+    return t->nb[1] % 16 == 0 && t->nb[2] % 16 == 0 && t->nb[3] % 16 == 0 && t->view_offs % 16 == 0;
+}
+
+// ---- copies --------------------------------------------------------------------------------------------------------
+
+// The kernels store float32 rows, and read rows to float32 or float16.
+
+bool can_encode(const ggml_tensor * src, const ggml_tensor * dst) {
+    return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
+}
+
+bool can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
+    if (!ggml_are_same_shape(src, dst)) {
+        return false;
+    }
+    return turbo_is_type(dst->type) ? can_encode(src, dst) :
+                                      (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) &&
+                                          turbo_whole_rows(src) && turbo_whole_rows(dst) && aligned_rows(dst);
+}
+
+bool can_set_rows(const ggml_tensor * op) {
+    return can_encode(op->src[0], op) && (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
+}
+
+tq::Store store_of(const ggml_tensor * src, const ggml_tensor * dst, const tq::Index & index) {
+    return { to_tq(dst->type), rows_of(src), rows_of(dst), { src->ne[0], src->ne[1], src->ne[2], src->ne[3] }, index };
+}
+
+tq::Store store_of(const ggml_tensor * set_rows) {
+    return store_of(set_rows->src[0], set_rows, index_of(set_rows->src[1]));
+}
+
+// Then it counts which is written first.
+bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * at_a = static_cast<const char *>(a->data);
+    const char * at_b = static_cast<const char *>(b->data);
+    return at_a < at_b + ggml_nbytes(b) && at_b < at_a + ggml_nbytes(a);
+}
+
+bool can_get_rows(const ggml_tensor * op) {
+    return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 && turbo_whole_rows(op->src[0]) &&
+           turbo_whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+// The type as the decode kernel knows it, whose blocks are the largest that divide the head.
+bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
+    if (turbo_is_type(type)) {
+        if (turbo_type_for_head(turbo_family(type), head) != type) {
+            return false;
+        }
+        switch (turbo_family(type)) {
+            case GGML_TYPE_TURBO4: kv = tq::KV::turbo4; return true;
+            case GGML_TYPE_TURBO3: kv = tq::KV::turbo3; return true;
+            case GGML_TYPE_TURBO2: kv = tq::KV::turbo2; return true;
+            default: return false;
+        }
+    }
+    switch (type) {
+        case GGML_TYPE_Q8_0: kv = tq::KV::q8_0; return true;
+        case GGML_TYPE_F16: kv = tq::KV::f16; return true;
+        default: return false;
+    }
+}
+
+// The exact rows as the decode kernel takes them; false if it does not.
+bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
+    if (a.slots.type_k != a.slots.type_v ||
+        !tq::kv_of_type(a.slots.type_k == GGML_TYPE_F16 ? TQ_ROW_F16 : TQ_ROW_Q8_0, (int) a.head_k, exact.type)) {
+        return false;
+    }
+    exact.slots          = a.slots.n_kv;
+    exact.k              = a.slots.k.data;
+    exact.k_row          = a.slots.k.row_bytes;
+    exact.k_head         = a.slots.k.head_bytes;
+    exact.k_stream       = a.slots.k.stream_bytes;
+    exact.v              = a.slots.v.data;
+    exact.v_row          = a.slots.v.row_bytes;
+    exact.v_head         = a.slots.v.head_bytes;
+    exact.v_stream       = a.slots.v.stream_bytes;
+    exact.batch_k        = (const float *) a.batch.k.data;
+    exact.batch_k_row    = a.batch.k.row_bytes;
+    exact.batch_k_head   = a.batch.k.head_bytes;
+    exact.batch_k_stream = a.batch.k.stream_bytes;
+    exact.batch_v        = (const float *) a.batch.v.data;
+    exact.batch_v_row    = a.batch.v.row_bytes;
+    exact.batch_v_head   = a.batch.v.head_bytes;
+    exact.batch_v_stream = a.batch.v.stream_bytes;
+    exact.mask           = a.slots.mask.data;
+    exact.mask_token     = a.slots.mask.row_bytes;
+    exact.mask_head      = a.slots.mask.head_bytes;
+    exact.mask_stream    = a.slots.mask.stream_bytes;
+    exact.mask_heads     = (int) a.slots.mask_heads;
+    exact.mask_streams   = (int) a.slots.mask_streams;
+    return a.batch.n_kv == a.tokens;
+}
+
+// The call for the decode kernel, and its plan; false if that does not cover it.
+bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionPlan & plan) {
+    if (a.head_k != a.head_v || !kv_type(a.type_k, a.head_k, call.type_k) || !kv_type(a.type_v, a.head_v, call.type_v)) {
+        return false;
+    }
+    call.head         = (int) a.head_k;
+    call.heads        = (int) a.heads;
+    call.kv_heads     = (int) a.kv_heads;
+    call.tokens       = (int) a.tokens;
+    call.streams      = (int) a.streams;
+    call.kv_streams   = (int) a.kv_streams;
+    call.n_kv         = a.n_kv;
+    call.q            = (const float *) a.q.data;
+    call.q_token      = a.q.row_bytes;
+    call.q_head       = a.q.head_bytes;
+    call.q_stream     = a.q.stream_bytes;
+    call.k            = a.k.data;
+    call.k_row        = a.k.row_bytes;
+    call.k_head       = a.k.head_bytes;
+    call.k_stream     = a.k.stream_bytes;
+    call.v            = a.v.data;
+    call.v_row        = a.v.row_bytes;
+    call.v_head       = a.v.head_bytes;
+    call.v_stream     = a.v.stream_bytes;
+    call.mask         = a.mask.data;
+    call.mask_token   = a.mask.row_bytes;
+    call.mask_head    = a.mask.head_bytes;
+    call.mask_stream  = a.mask.stream_bytes;
+    call.mask_heads   = (int) a.mask_heads;
+    call.mask_streams = (int) a.mask_streams;
+    call.sinks        = a.sinks;
+    call.scale        = a.scale;
+    call.max_bias     = a.max_bias;
+    call.soft_cap     = a.soft_cap;
+    call.sparse_v     = turbo_sparse_v();
+    call.dst          = a.out;
+    call.windowed     = a.windowed;
+    call.exact        = {};
+    return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
+}
+
+// Rows of K or V of an exact window, those of a batch after those of slots, as the float32 rows of all heads.
+struct ExactSide {
+    const ggml_tensor * slots;
+    const ggml_tensor * batch;
+
+    int64_t rows() const { return slots->ne[1] + batch->ne[1]; }
+    int64_t values() const { return slots->ne[0] * slots->ne[2]; } // of a row
+};
+
+ExactSide exact_side(const ggml_tensor * op, bool keys) {
+    return { op->src[keys ? TURBO_SRC_SLOTS_K : TURBO_SRC_SLOTS_V], op->src[keys ? TURBO_SRC_BATCH_K : TURBO_SRC_BATCH_V] };
+}
+
+// The mask of the cache's rows, then that of the exact ones, then what fills the row up.
+__global__ void join_masks(const half * far, int64_t n_far, const half * exact, int64_t n_exact, half * to, int64_t n) {
+    const int64_t row = blockIdx.y;
+    for (int64_t i = blockIdx.x * (int64_t) blockDim.x + threadIdx.x; i < n; i += (int64_t) gridDim.x * blockDim.x) {
+        to[row * n + i] = i < n_far            ? far[row * n_far + i]
+                        : i < n_far + n_exact  ? exact[row * n_exact + i - n_far]
+                                               : __ushort_as_half(0xfc00); // minus infinity
+    }
+}
+
+// K and V of an op as dense f16 tensors, and the op on them.
+struct HalfAttention {
+    ggml_tensor q, k, v, mask, op;
+    bool        shared;   // V is the front of K's rows
+    bool        windowed; // the rows of an exact window follow those of the cache, then zeros
+
+    explicit HalfAttention(const ggml_tensor * original)
+        : q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
+        const ggml_tensor *k_src = original->src[1], *v_src = original->src[2];
+        windowed = original->src[TURBO_SRC_SLOTS_K];
+        if (windowed) {
+            const int64_t rows = GGML_PAD(k.ne[1] + exact_side(original, true).rows(), 256); // ggml's kernels' step
+            k.ne[1] = v.ne[1] = rows;
+            dense_half(k);
+            dense_half(v);
+            mask       = *original->src[3];
+            mask.ne[0] = rows;
+            set_strides(mask, sizeof(half));
+            op.src[3] = &mask;
+            for (int i = TURBO_SRC_SLOTS_K; i <= TURBO_SRC_BATCH_V; ++i) {
+                op.src[i] = nullptr;
+            }
+        }
+        shared =
+            v_src->type == k_src->type && v_src->view_src &&
+            (v_src->view_src == k_src || (v_src->view_src == k_src->view_src && v_src->view_offs == k_src->view_offs));
+        to_half(k);
+        if (shared) {
+            for (int i = 0; i < GGML_MAX_DIMS; ++i) {
+                v.nb[i] = k.nb[i];
+            }
+            v.type      = GGML_TYPE_F16;
+            v.view_src  = &k;
+            v.view_offs = 0;
+        } else {
+            to_half(v);
+        }
+        if (turbo_is_type(k_src->type)) {
+            set_strides(q, sizeof(float));
+        }
+        op.src[0] = &q;
+        op.src[1] = &k;
+        op.src[2] = &v;
+    }
+    HalfAttention(const HalfAttention &) = delete;
+
+    static void set_strides(ggml_tensor & t, size_t element) {
+        t.nb[0]     = element;
+        t.nb[1]     = element * t.ne[0];
+        t.nb[2]     = t.nb[1] * t.ne[1];
+        t.nb[3]     = t.nb[2] * t.ne[2];
+        t.view_src  = nullptr;
+        t.view_offs = 0;
+    }
+
+    // As a cache lies: [head][kv head][row], so that rows that are whole in the cache are decoded as they lie.
+    static void to_half(ggml_tensor & t) {
+        if (t.type != GGML_TYPE_F16) {
+            dense_half(t);
+        }
+    }
+
+    static void dense_half(ggml_tensor & t) {
+        t.type      = GGML_TYPE_F16;
+        t.nb[0]     = sizeof(half);
+        t.nb[2]     = sizeof(half) * t.ne[0];
+        t.nb[1]     = t.nb[2] * t.ne[2];
+        t.nb[3]     = t.nb[1] * t.ne[1];
+        t.view_src  = nullptr;
+        t.view_offs = 0;
+    }
+};
+
+bool heads_adjacent(const ggml_tensor * t) {
+    return t->nb[2] == ggml_row_size(t->type, t->ne[0]);
+}
+
+bool half_supports(int device, const ggml_tensor * op) {
+    if (op->src[TURBO_SRC_SLOTS_K]) {
+        for (const int i : { 1, 2, (int) TURBO_SRC_SLOTS_K, (int) TURBO_SRC_SLOTS_V, (int) TURBO_SRC_BATCH_K,
+                             (int) TURBO_SRC_BATCH_V }) {
+            if (!heads_adjacent(op->src[i])) {
+                return false;
+            }
+        }
+        const ggml_tensor *far = op->src[3], *exact = op->src[TURBO_SRC_EXACT_MASK];
+        if (!far || !ggml_is_contiguous(far) || !ggml_is_contiguous(exact) || ggml_nrows(far) != ggml_nrows(exact) ||
+            ggml_nrows(far) > 65535) {
+            return false;
+        }
+    }
+    for (int i = 1; i <= 2; ++i) {
+        const ggml_type type = op->src[i]->type;
+        if (!turbo_is_type(type) && type != GGML_TYPE_F16 && !ggml_get_to_fp16_nc_cuda(type)) {
+            return false;
+        }
+    }
+    const HalfAttention halves(op);
+    return ggml_cuda_flash_attn_ext_supported(device, &halves.op);
+}
+
+// Decode t, a cache of turbo or another type, to the tensor that HalfAttention made of it, whose streams are as long or
+// longer.
+void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t stream) {
+    const bool beside = heads_adjacent(t); // rows of all heads
+    if (t->type == GGML_TYPE_F16) {
+        for (int64_t s = 0; s < t->ne[3]; ++s) {
+            CUDA_CHECK(cudaMemcpy2DAsync((char *) out.data + s * out.nb[3], out.nb[1], (const char *) t->data + s * t->nb[3],
+                                         t->nb[1], out.nb[1], t->ne[1], cudaMemcpyDeviceToDevice, stream));
+        }
+        return;
+    }
+    if (!turbo_is_type(t->type) && t->ne[1] < out.ne[1]) {
+        const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
+        const int64_t           s1      = t->nb[1] / ggml_type_size(t->type);
+        for (int64_t s = 0; s < t->ne[3]; ++s) {
+            convert((const char *) t->data + s * t->nb[3], (half *) ((char *) out.data + s * out.nb[3]),
+                    t->ne[0] * t->ne[2], t->ne[1], 1, 1, s1, s1, s1, stream);
+        }
+        return;
+    }
+    if (!turbo_is_type(t->type)) {
+        const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
+        const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
+        if (beside) {
+            convert(t->data, (half *) out.data, t->ne[0] * t->ne[2], t->ne[1], 1, t->ne[3], s1, s1, s3, stream);
+        } else { // it writes dense rows in the order of its arguments
+            convert(t->data, (half *) out.data, t->ne[0], t->ne[2], t->ne[1], t->ne[3], s2, s1, s3, stream);
+        }
+        return;
+    }
+    if (beside) {
+        const int64_t ne[4] = { t->ne[0] * t->ne[2], t->ne[1], 1, t->ne[3] };
+        CUDA_CHECK(tq::decode_rows(to_tq(t->type), rows_of(t), rows_of(&out), ne, no_index, true, true, stream));
+    } else {
+        CUDA_CHECK(tq::decode_rows(to_tq(t->type), rows_of(t), rows_of(&out), t->ne, no_index, true, true, stream));
+    }
+}
+
+// The exact rows after those of the cache, in the domain of its type, and zeros up to the end.
+void add_exact_rows(ggml_backend_cuda_context & ctx, const ExactSide & side, const ggml_tensor * cache,
+                    const ggml_tensor & out, cudaStream_t stream) {
+    const int64_t               values = side.values(), slots = side.slots->ne[1], rows = side.rows();
+    ggml_cuda_pool_alloc<float> exact(ctx.pool(), rows * values);
+    for (int64_t s = 0; s < cache->ne[3]; ++s) {
+        const char *  from = (const char *) side.slots->data + s * side.slots->nb[3];
+        const int64_t s1   = side.slots->nb[1] / ggml_type_size(side.slots->type);
+        ggml_get_to_fp32_nc_cuda(side.slots->type)(from, exact.get(), values, slots, 1, 1, s1, s1, s1, stream);
+        CUDA_CHECK(cudaMemcpy2DAsync(exact.get() + slots * values, values * sizeof(float),
+                                     (const char *) side.batch->data + s * side.batch->nb[3], side.batch->nb[1],
+                                     values * sizeof(float), side.batch->ne[1], cudaMemcpyDeviceToDevice, stream));
+        if (turbo_is_type(cache->type)) {
+            const int64_t  row   = values * sizeof(float);
+            const tq::Rows dense = { exact.get(), { row, row * rows, row * rows } };
+            const int64_t  ne[4] = { values, rows, 1, 1 };
+            CUDA_CHECK(tq::rotate_rows(ggml_blck_size(cache->type), false, dense, dense, ne, stream));
+        }
+        char * to = (char *) out.data + s * out.nb[3] + cache->ne[1] * out.nb[1];
+        ggml_get_to_fp16_nc_cuda(GGML_TYPE_F32)(exact.get(), (half *) to, values, rows, 1, 1, values, values, values, stream);
+        CUDA_CHECK(cudaMemsetAsync(to + rows * out.nb[1], 0, (out.ne[1] - cache->ne[1] - rows) * out.nb[1], stream));
+    }
+}
+
+void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
+    cudaStream_t                stream = ctx.stream();
+    ggml_cuda_pool_alloc<half>  k_half(ctx.pool()), v_half(ctx.pool()), masks(ctx.pool());
+    ggml_cuda_pool_alloc<float> q_rotated(ctx.pool());
+    HalfAttention               halves(dst);
+    if (k->type != GGML_TYPE_F16 || halves.windowed) {
+        halves.k.data = k_half.alloc(ggml_nelements(&halves.k));
+        decode_half(k, halves.k, stream);
+    }
+    if (halves.shared) {
+        halves.v.data = halves.k.data;
+    } else if (v->type != GGML_TYPE_F16 || halves.windowed) {
+        halves.v.data = v_half.alloc(ggml_nelements(&halves.v));
+        decode_half(v, halves.v, stream);
+    }
+    if (halves.windowed) {
+        const ggml_tensor *far = dst->src[3], *exact = dst->src[TURBO_SRC_EXACT_MASK];
+        add_exact_rows(ctx, exact_side(dst, true), k, halves.k, stream);
+        add_exact_rows(ctx, exact_side(dst, false), v, halves.v, stream);
+        halves.mask.data = masks.alloc(ggml_nelements(&halves.mask));
+        const dim3 grid(std::min<int64_t>((halves.mask.ne[0] + 255) / 256, 64), ggml_nrows(far));
+        join_masks<<<grid, 256, 0, stream>>>((const half *) far->data, far->ne[0], (const half *) exact->data,
+                                             exact->ne[0], (half *) halves.mask.data, halves.mask.ne[0]);
+        CUDA_CHECK(cudaGetLastError());
+    }
+    if (turbo_is_type(k->type)) {
+        halves.q.data = q_rotated.alloc(ggml_nelements(q));
+        CUDA_CHECK(tq::rotate_rows(ggml_blck_size(k->type), false, rows_of(q), rows_of(&halves.q), q->ne, stream));
+    }
+    ggml_cuda_flash_attn_ext(ctx, &halves.op);
+    if (turbo_is_type(v->type)) {
+        const tq::Rows rows  = dense_rows(dst->data, dst, dst->nb[1]);
+        const int64_t  ne[4] = { dst->ne[0], dst->ne[1], dst->ne[2], dst->ne[3] };
+        CUDA_CHECK(tq::rotate_rows(ggml_blck_size(v->type), true, rows, rows, ne, stream));
+    }
+}
+
+} // namespace
+
+bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
+    const turbo_op kind = turbo_op_kind(op);
+    if (kind == turbo_op::view) {
+        return true;
+    }
+    if (!is_covered(op)) {
+        return false;
+    }
+    switch (kind) {
+        case turbo_op::bytes: return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op);
+        case turbo_op::encode:
+        case turbo_op::decode: return can_copy(op->src[0], op);
+        case turbo_op::store: return can_set_rows(op);
+        case turbo_op::load: return can_get_rows(op);
+        case turbo_op::attention: {
+            turbo_attention a;
+            int             before = 0;
+            if (!turbo_describe_attention(op, a) || cudaGetDevice(&before) != cudaSuccess) {
+                return false;
+            }
+            ggml_cuda_set_device(device);
+            tq::Attention     call;
+            tq::AttentionPlan plan;
+            const bool        supported = half_supports(device, op) || plan_decode(a, call, plan);
+            ggml_cuda_set_device(before);
+            return supported;
+        }
+        default: return false;
+    }
+}
+
+bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!turbo_is_type(dst->type)) {
+        return false;
+    }
+    GGML_ASSERT(can_set_rows(dst));
+    CUDA_CHECK(tq::encode_rows(store_of(dst), ctx.stream()));
+    return true;
+}
+
+int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    const ggml_tensor * first = graph->nodes[at];
+    // with several streams, what the second stores may not be there yet
+    if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || ctx.curr_stream_no != 0) {
+        return 0;
+    }
+    for (int i = at + 1; i < graph->n_nodes; ++i) {
+        const ggml_tensor * second = graph->nodes[i];
+        if (ggml_op_is_empty(second->op)) {
+            continue;
+        }
+        if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
+            ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
+            !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || overlap(first, second)) {
+            return 0;
+        }
+        GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
+        CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
+        return i - at;
+    }
+    return 0;
+}
+
+bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    if (!turbo_is_type(dst->src[0]->type)) {
+        return false;
+    }
+    GGML_ASSERT(can_get_rows(dst));
+    CUDA_CHECK(tq::decode_rows(to_tq(dst->src[0]->type), rows_of(dst->src[0]), rows_of(dst), dst->ne,
+                               index_of(dst->src[1]), false, false, ctx.stream()));
+    return true;
+}
+
+bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
+    if (src->type == dst->type || (!turbo_is_type(src->type) && !turbo_is_type(dst->type))) {
+        return false;
+    }
+    GGML_ASSERT(can_copy(src, dst));
+    if (turbo_is_type(dst->type)) {
+        CUDA_CHECK(tq::encode_rows(store_of(src, dst, no_index), ctx.stream()));
+    } else {
+        CUDA_CHECK(tq::decode_rows(to_tq(src->type), rows_of(src), rows_of(dst), src->ne, no_index,
+                                   dst->type == GGML_TYPE_F16, false, ctx.stream()));
+    }
+    return true;
+}
+
+bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    turbo_attention a;
+    if (turbo_op_kind(dst) != turbo_op::attention) {
+        return false;
+    }
+    GGML_ASSERT(turbo_describe_attention(dst, a));
+    tq::Attention     call;
+    tq::AttentionPlan plan;
+    if (plan_decode(a, call, plan)) {
+        ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
+        CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
+    } else {
+        attention_by_half(ctx, dst);
+    }
+    return true;
+}

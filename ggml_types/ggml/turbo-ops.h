@@ -1,0 +1,95 @@
+// turbo-ops.h: which ops of a graph touch the types, and what attention over them is: shapes, masks, ALiBi, sinks,
+// streams, types. Every backend's glue starts from here. C++, exported from ggml-base.
+#pragma once
+
+#include "ggml/turbo-types.h"
+
+#include <cstddef>
+#include <cstdint>
+
+// ---- ops -----------------------------------------------------------------------------------------------------------
+
+enum class turbo_op {
+    untouched, // no operand has a turbo type
+    view,      // computes nothing
+    bytes,     // a copy from a type to itself
+    encode,    // a copy of src[0] to a stored type
+    decode,    // a copy of src[0], which has a stored type
+    store,     // SET_ROWS into a stored type
+    load,      // GET_ROWS from a stored type
+    multiply,  // MUL_MAT or MUL_MAT_ID with weights of a stored type
+    attention, // FLASH_ATTN_EXT; turbo_describe_attention tells whether it is one that our kernels are for
+    other,
+};
+
+// What op is to the types. A backend claims a kind that it has kernels for, within the limits of its kernels.
+GGML_API turbo_op turbo_op_kind(const ggml_tensor * op);
+
+// The values of a row follow each other.
+inline bool turbo_whole_rows(const ggml_tensor * t) {
+    return t->nb[0] == ggml_type_size(t->type);
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+// Rows of an operand: `row` of a head of a stream begins at data + row * row_bytes + head * head_bytes + ...
+struct turbo_rows {
+    const char * data;
+    int64_t      row_bytes, head_bytes, stream_bytes;
+
+    const char * at(int64_t row, int64_t head, int64_t stream) const {
+        return data + row * row_bytes + head * head_bytes + stream * stream_bytes;
+    }
+};
+
+// Rows of K and V that attention reads, and their mask.
+struct turbo_source {
+    ggml_type  type_k, type_v;
+    int64_t    n_kv;                   // rows of K and V
+    turbo_rows k, v;                   // (KV row, KV head, KV stream)
+    bool       masked;
+    turbo_rows mask;                   // float16, n_kv values: (token, head, stream), see mask_row
+    int64_t    mask_heads, mask_streams;
+
+    // Null without a mask. Heads and streams that have no mask of their own share one.
+    const ggml_fp16_t * mask_row(int64_t token, int64_t head, int64_t stream) const {
+        return masked ? (const ggml_fp16_t *) mask.at(token, head % mask_heads, stream % mask_streams) : nullptr;
+    }
+};
+
+// The sources of FLASH_ATTN_EXT with an exact window, after the five that ggml knows: the window's slots, their mask
+// with that of the batch beside it, and the batch's own rows.
+enum { TURBO_SRC_SLOTS_K = 5, TURBO_SRC_SLOTS_V, TURBO_SRC_EXACT_MASK, TURBO_SRC_BATCH_K, TURBO_SRC_BATCH_V };
+
+// FLASH_ATTN_EXT over a cache with a turbo type, which is the source that this begins with. Tensors may have no memory yet:
+// then the pointers are null, or mean nothing.
+struct turbo_attention : turbo_source {
+    int64_t    head_k, head_v;         // values of a head
+    int64_t    heads, kv_heads, group; // query heads, KV heads, query heads of a KV head
+    int64_t    tokens, streams;        // of the queries
+    int64_t    kv_streams;             // divides streams; see kv_stream
+    bool       windowed;               // more rows are read, with high precision:
+    turbo_source slots;                // those of an exact window, q8_0 or f16
+    turbo_source batch;                // the batch's own, float32
+    turbo_rows q;                      // float32: (token, query head, stream)
+    const float * sinks;               // one for each query head, or null
+    float *    out;                    // dense float32: [stream][token][query head][head_v]
+    float      scale, max_bias, soft_cap; // max_bias > 0: ALiBi; soft_cap 0: none
+
+    int64_t kv_stream(int64_t stream) const { return stream / (streams / kv_streams); }
+
+    const float * query(int64_t token, int64_t head, int64_t stream) const {
+        return (const float *) q.at(token, head, stream);
+    }
+
+    float * result(int64_t token, int64_t head, int64_t stream) const {
+        return out + ((stream * tokens + token) * heads + head) * head_v;
+    }
+};
+
+// Describes op. False if it is no attention over a turbo type, or none that a kernel of ours could compute: other operands
+// than these, other element types, rows with gaps.
+GGML_API bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attention);
+
+// What the mask of a query head is multiplied with (ALiBi); 1 without.
+GGML_API float turbo_mask_slope(const turbo_attention & attention, int64_t head);

@@ -1,0 +1,67 @@
+/*
+ * turbo-traits.h: what ggml's tables and type switches need of the types: encoding, decoding, dot products.
+ *
+ * C and C++. The functions are exported from ggml-base.
+ */
+#ifndef TURBO_TRAITS_H
+#define TURBO_TRAITS_H
+
+#include <stddef.h>
+
+#include "ggml/turbo-types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- traits: one row of k values ------------------------------------------------------------------------------ */
+
+#define TURBO_DECLARE(ID, name, ...)                                                             \
+    GGML_API void turbo_encode_##name(const float * x, void * y, int64_t k);                     \
+    GGML_API void turbo_decode_##name(const void * x, float * y, int64_t k);                     \
+    GGML_API void turbo_dot_##name(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, \
+                                   int nrc);
+TURBOQUANT_TYPES(TURBO_DECLARE)
+#undef TURBO_DECLARE
+
+#define TURBO_DECLARE(ID, name, ...) GGML_API void turbo_prepare_##name(const float * x, void * y, int64_t k);
+TURBO_QUERY_TYPES(TURBO_DECLARE)
+#undef TURBO_DECLARE
+
+#ifndef __cplusplus /* the table is C */
+#define TURBO_TRAITS_ROW(ID, name, FIRST, family, bits, block, bytes, id) \
+    [GGML_TYPE_##ID] = {                                        \
+        .type_name      = #name,                                \
+        .blck_size      = block,                                \
+        .type_size      = bytes,                                \
+        .is_quantized   = true,                                 \
+        .to_float       = turbo_decode_##name,                  \
+        .from_float_ref = (ggml_from_float_t) turbo_encode_##name, \
+    },
+#define TURBO_QUERY_TRAITS_ROW(ID, name, block, id)    \
+    [GGML_TYPE_##ID] = {                               \
+        .type_name    = #name,                         \
+        .blck_size    = block,                         \
+        .type_size    = TURBO_QUERY_BYTES(block),      \
+        .is_quantized = true,                          \
+    },
+#define TURBO_OPTION_TRAITS_ROW(ID, name, id) [GGML_TYPE_##ID] = { .type_name = #name, },
+/* Rows of ggml.c's type_traits. */
+#define TURBO_TRAITS                      \
+    TURBOQUANT_TYPES(TURBO_TRAITS_ROW)    \
+    TURBO_QUERY_TYPES(TURBO_QUERY_TRAITS_ROW) TURBO_OPTION_TYPES(TURBO_OPTION_TRAITS_ROW)
+#endif
+
+/* ---- type switches of ggml ------------------------------------------------------------------------------------- */
+
+/* Encode nrows rows of n_per_row values; returns the bytes written. */
+GGML_API size_t turbo_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row);
+
+/* False, with a line on stderr, if a block's scale is not finite. nbytes is a multiple of the block. */
+GGML_API bool turbo_validate_row_data(enum ggml_type type, const void * data, size_t nbytes);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,13 @@
+// turbo-llama.h: what the hooks in llama-context.cpp and llama-kv-cache.cpp call. Part of libllama.
+#pragma once
+
+#include "llama/turbo-layers.h"
+#include "llama/turbo-mask.h"
+#include "llama/turbo-rotation.h"
+#include "llama/turbo-shift.h"
+
+struct llama_context_params;
+
+// Hook at the top of llama_init_from_model: chooses the types of every layer and refuses, with one sentence, what could not
+// work. Returns false if the context must not be made. Leaves contexts without turbo types and without a plan alone.
+bool turbo_init_context(const llama_model & model, llama_context_params & params);

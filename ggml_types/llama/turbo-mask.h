@@ -1,0 +1,49 @@
+// turbo-mask.h: the mask of a decode step, filled at once. Part of libllama.
+#pragma once
+
+#include "ggml/turbo-types.h"
+
+#include "llama-batch.h"
+#include "llama-hparams.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+// Hook in set_input_kq_mask, for the one token of a decode step. Upstream asks every cell of the cache, which at long
+// contexts takes longer than attention on a GPU. If the cells in use come first and all belong to the token's sequence,
+// and no position lies after the token's, then these cells are visible and the others are not. False if that is not
+// certain, or if the cache has no turbo type: then upstream goes on.
+template <typename Layers, typename Cells>
+bool turbo_fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const Layers & layers,
+                     const llama_hparams & hparams, bool window, const Cells & v_cells,
+                     const std::vector<uint32_t> & seq_to_stream) {
+    if (ubatch.n_tokens != 1 || mask->ne[3] != 1 || !causal || window || hparams.use_alibi || ubatch.is_pos_2d()) {
+        return false;
+    }
+    bool turbo = false;
+    for (const auto & layer : layers) {
+        turbo = turbo || (layer.k && turbo_is_type(layer.k->type)) || (layer.v && turbo_is_type(layer.v->type));
+    }
+    const llama_seq_id seq   = ubatch.seq_id[0][0];
+    const auto &       cells = v_cells.at(seq_to_stream[seq]);
+    const int64_t      used  = cells.get_used();
+    if (!turbo || used != (int64_t) cells.used_max_p1() || used > mask->ne[0] || cells.seq_pos_max(seq) > ubatch.pos[0]) {
+        return false;
+    }
+    for (llama_seq_id other = 0; other < LLAMA_MAX_SEQ; ++other) {
+        if (other != seq && cells.seq_pos_max(other) != -1) {
+            return false;
+        }
+    }
+    if (mask->type == GGML_TYPE_F16) {
+        auto * row = (ggml_fp16_t *) mask->data;
+        std::fill(row, row + used, ggml_fp32_to_fp16(0.0f));
+        std::fill(row + used, row + mask->ne[0], ggml_fp32_to_fp16(-INFINITY));
+    } else {
+        auto * row = (float *) mask->data;
+        std::fill(row, row + used, 0.0f);
+        std::fill(row + used, row + mask->ne[0], -INFINITY);
+    }
+    return true;
+}

@@ -1,0 +1,57 @@
+// turbo-model.h: what the choice of types reads of a model, and llama.cpp's log, without llama.cpp's private headers.
+// Part of libllama.
+#pragma once
+
+#include "ggml-backend.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+struct llama_hparams;
+struct llama_model;
+
+struct turbo_layer {
+    bool               cached;   // it stores keys and values of tokens (and not only a recurrent state, or none of its own)
+    bool               has_kv;   // it has keys of its own
+    bool               window;   // sliding-window attention
+    uint32_t           head_k, head_v;   // values of a head
+    uint32_t           heads, kv_heads;
+    uint32_t           values_k, values_v; // of all heads of a token
+    ggml_backend_dev_t device;
+};
+
+struct turbo_model {
+    std::vector<turbo_layer> layers;     // all, those for multi-token prediction after the model's own
+    uint32_t                 own_layers; // without those
+    bool                     mla;        // multi-head latent attention caches one row, K, whose front is V
+    bool                     own_attention; // its architecture's own code stores keys or computes attention
+    bool                     rotated;    // llama.cpp rotates keys of quantized types that do not rotate for themselves
+};
+
+turbo_model turbo_describe_model(const llama_model & model);
+
+// The layers that attend to the cache of layer il: itself, and later ones without keys of their own, which read the
+// last cache of their kind (full attention, or a sliding window).
+std::vector<uint32_t> turbo_readers(const turbo_model & model, uint32_t il);
+
+// The layers with a cache.
+std::vector<uint32_t> turbo_cached_layers(const turbo_model & model);
+
+// ---- llama.cpp's log, one line each, after "turboquant: " ----------------------------------------------------------
+
+#ifdef __GNUC__
+#define TURBO_FORMAT __attribute__((format(printf, 1, 2)))
+#else
+#define TURBO_FORMAT
+#endif
+void turbo_info(const char * format, ...) TURBO_FORMAT;
+void turbo_warn(const char * format, ...) TURBO_FORMAT;
+void turbo_error(const char * format, ...) TURBO_FORMAT;
+
+// "layer 2", "layers 0-3, 7"
+std::string turbo_layer_list(const std::vector<uint32_t> & layers);
+// "0-3, 7"
+std::string turbo_layer_ranges(const std::vector<uint32_t> & layers);
+// Three digits.
+std::string turbo_number(double value);

@@ -1,0 +1,26 @@
+// turbo-shift.h: which context shifts are refused. Part of libllama.
+#pragma once
+
+#include "ggml/turbo-types.h"
+#include "llama/turbo-model.h"
+
+#include "llama-hparams.h"
+
+#include <atomic>
+
+// Hook in get_can_shift. The shift rotates the first n_rot values of a key in place; they must be whole blocks, and the
+// copy back must be contiguous. With a partial RoPE they are not.
+template <typename Layers> bool turbo_refuses_shift(const Layers & layers, const llama_hparams & hparams) {
+    for (const auto & layer : layers) {
+        if (layer.k && turbo_is_type(layer.k->type) && hparams.n_rot(layer.il) != hparams.n_embd_head_k(layer.il)) {
+            static std::atomic<bool> told{ false };
+            if (!told.exchange(true)) {
+                turbo_warn("no context shift: the model rotates %u of %u values of a key, and a block "
+                        "of %s cannot be re-encoded in part; use another -ctk if you need it",
+                        hparams.n_rot(layer.il), hparams.n_embd_head_k(layer.il), ggml_type_name(layer.k->type));
+            }
+            return true;
+        }
+    }
+    return false;
+}

@@ -1,0 +1,427 @@
+// The conformance list of attention: what every backend computes, as data. A backend's test runs all cases that the
+// backend covers against the formula (problem.h), and checks that it refuses the others.
+#ifndef TURBOQUANT_TESTS_ATTENTION_CASES_H
+#define TURBOQUANT_TESTS_ATTENTION_CASES_H
+
+#include "extent.h"
+#include "turboquant.h"
+
+#include <cmath>
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+// The bytes of K and V.
+enum class Bytes {
+    encoded,   // of normal values
+    odd,       // the same with scales that no encoder writes: negative ones, zeros, subnormals
+    subnormal, // the same with subnormal scales
+    any        // any indices and levels, -128 too; scales of either sign
+};
+enum class Mask {
+    none,
+    causal,      // the last token sees all rows, the one before all but the last, ..., but for a tenth at random
+    random,      // half of the rows at random, with random biases; the last token sees nothing, and every 64th has no
+                 // row from 64 to 127
+    alternating, // requests that share a cache: a token sees the rows of its own parity
+    prefixes,    // token t sees the rows below seen[t % 3]
+    first        // the first token sees all rows, the others all but the bad one
+};
+enum class Sinks { none, normal, hidden }; // hidden: -infinity
+enum class Bad { nan, infinity };          // all bytes of a row 0xff; or its first value or scale infinite
+
+struct AttentionCase {
+    std::string name;
+    int type_k = TQ_TURBO4, type_v = TQ_TURBO4; // tq_type or TQ_ROW_...
+    int head_k = 128, head_v = 128, heads = 8, kv_heads = 2, tokens = 1;
+    int streams = 1, kv_streams = 1; // of the queries, and of the cache, which divides them
+    int64_t rows = 300;              // of K and V
+    bool heads_adjacent = true;      // the rows of all heads of a cache cell follow each other; else those of one head
+    int pad = 0;                     // bytes between cache rows
+    Bytes bytes = Bytes::encoded;
+    Mask mask = Mask::causal;
+    Sinks sinks = Sinks::none;
+    float max_bias = 0, soft_cap = 0, sparse_v = 0;
+    float spread = 1;                      // standard deviation of the scores, if those of K are 1
+    int64_t first = 0, last = INT64_MAX;   // rows before and behind these are hidden, and their bytes are 0xff
+    int64_t seen[3] = {0, 0, 0};           // see Mask::prefixes
+    int64_t bad_key = -1, bad_value = -1;  // rows that are not finite
+    Bad bad = Bad::nan;
+    bool alone = false; // the 64 rows around the bad one are hidden, but for itself
+    bool far = false;   // the first half of the rows has next to no weight
+    Extent extent = Extent::whole;
+
+    int group() const { return heads / kv_heads; }
+    // Whether a query that sees nothing bad is computed beside values of V that are not finite.
+    bool hides_bad_values() const {
+        if (bad_value >= 0) return tokens > 1;
+        return bad_key < 0 && (first > 0 || last < rows - 1);
+    }
+};
+
+namespace attention_list {
+
+// The type of a family for a head, as a host resolves it.
+inline int for_head(int type, int head) {
+    return type < TQ_TYPE_COUNT ? int(tq_type_for_head(tq_type(type), head)) : type;
+}
+
+inline AttentionCase with_types(int k, int v, int head_k = 128, int head_v = 0) {
+    AttentionCase c;
+    c.head_k = head_k;
+    c.head_v = head_v ? head_v : head_k;
+    c.type_k = for_head(k, c.head_k);
+    c.type_v = for_head(v, c.head_v);
+    return c;
+}
+
+inline std::string described(const AttentionCase & c) {
+    std::ostringstream s;
+    s << tq_row_get(c.type_k)->name << "/" << tq_row_get(c.type_v)->name << ", heads of " << c.head_k;
+    if (c.head_v != c.head_k) s << "/" << c.head_v;
+    s << ", " << c.heads << "/" << c.kv_heads << " heads, " << c.tokens << (c.tokens == 1 ? " token, " : " tokens, ");
+    if (c.streams > 1) s << c.streams << "/" << c.kv_streams << " streams, ";
+    s << c.rows << " rows";
+    if (!c.heads_adjacent) s << ", heads apart";
+    if (c.pad) s << ", padded by " << c.pad;
+    const char * bytes[] = {"", ", odd scales", ", subnormal scales", ", any bytes"};
+    const char * masks[] = {", no mask", "", ", random masks", ", alternating masks", "",
+                            ", seen by the first token"};
+    const char * sinks[] = {"", ", sinks", ", sinks of -infinity"};
+    s << bytes[int(c.bytes)] << masks[int(c.mask)] << sinks[int(c.sinks)];
+    if (c.max_bias > 0) s << ", ALiBi " << c.max_bias;
+    if (c.soft_cap > 0) s << ", soft cap " << c.soft_cap;
+    if (c.sparse_v > 0) s << ", sparse V " << c.sparse_v;
+    if (c.spread != 1) s << ", spread " << c.spread;
+    if (c.first > 0) s << ", from row " << c.first;
+    if (c.last < INT64_MAX) s << ", to row " << c.last;
+    const char * bad = c.bad == Bad::nan ? ", NaN in " : ", infinity in ";
+    if (c.bad_key >= 0) s << bad << "K's row " << c.bad_key;
+    if (c.bad_value >= 0) s << bad << "V's row " << c.bad_value;
+    if (c.mask == Mask::prefixes) s << ", prefixes of " << c.seen[0] << ", " << c.seen[1] << ", " << c.seen[2];
+    if (c.alone) s << " alone";
+    if (c.far) s << ", first half far";
+    return s.str();
+}
+
+class List {
+public:
+    std::vector<AttentionCase> cases;
+
+    void add(const char * subject, AttentionCase c, Extent extent = Extent::whole) {
+        c.name = std::string(subject) + ": " + described(c);
+        c.extent = extent;
+        cases.push_back(c);
+    }
+};
+
+struct Pair {
+    int k, v, head_k, head_v;
+};
+// Every row type, and heads of K and V that differ.
+constexpr Pair mixed_pairs[] = {
+    {TQ_TURBO4, TQ_TURBO3, 128, 128},     {TQ_TURBO3, TQ_TURBO4, 64, 96},     {TQ_TURBO2, TQ_TURBO2, 96, 64},
+    {TQ_ROW_Q8_0, TQ_ROW_Q8_0, 128, 128}, {TQ_ROW_Q4_0, TQ_ROW_Q4_0, 96, 96}, {TQ_TURBO3, TQ_ROW_F16, 128, 64},
+    {TQ_ROW_F16, TQ_TURBO4, 64, 128},     {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64}};
+
+// A turbo type with each type that GPUs take beside it.
+inline std::vector<Pair> turbo_pairs() {
+    std::vector<Pair> pairs;
+    const int types[] = {TQ_TURBO4, TQ_TURBO3, TQ_TURBO2, TQ_ROW_Q8_0, TQ_ROW_F16};
+    for (const int k : types)
+        for (const int v : types)
+            if (k < TQ_TYPE_COUNT || v < TQ_TYPE_COUNT)
+                for (const int head : {64, 128, 256}) pairs.push_back({k, v, head, head});
+    return pairs;
+}
+
+inline void types_and_heads(List & list) {
+    for (const Pair & p : turbo_pairs()) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        list.add("types", c, p.head_k == 128 ? Extent::brief : Extent::usual); // a group of 4
+        c.heads = 16;
+        c.rows = 517;
+        list.add("types", c); // of 8
+        c.kv_heads = 16;
+        list.add("types", c); // of 1
+    }
+    for (const int head : {32, 192, 512, 576}) { // others that llama.cpp's models have
+        AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO3, head);
+        c.rows = 100;
+        list.add("heads", c, Extent::usual);
+    }
+    const Pair blocks[] = {{TQ_TURBO3_64, TQ_TURBO2_32, 64, 96}, {TQ_TURBO2, TQ_TURBO4_64, 256, 64},
+                           {TQ_TURBO4_32, TQ_TURBO3_32, 32, 32}};
+    for (const Pair & p : blocks)
+        for (const float soft_cap : {0.0f, 2.0f}) {
+            AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4, p.head_k, p.head_v);
+            c.type_k = p.k; // shorter blocks than the head asks for
+            c.type_v = p.v;
+            c.heads = 4;
+            c.tokens = 3;
+            c.rows = 17;
+            c.soft_cap = soft_cap;
+            list.add("blocks", c, Extent::usual);
+        }
+}
+
+// Several tiles of rows, several runs of tokens and GQA groups, and a mask of which every part is different.
+inline void masks(List & list) {
+    for (const Pair & p : mixed_pairs)
+        for (const int tokens : {3, 150}) {
+            AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+            c.bytes = Bytes::any;
+            c.mask = Mask::random;
+            c.heads = 4;
+            c.tokens = tokens;
+            c.rows = 200;
+            list.add("masks", c, Extent::usual);
+        }
+}
+
+// Every query sees a prefix of the rows, as tokens of one batch do, longer or shorter than that before it.
+inline void prefixes(List & list) {
+    const int64_t seen[][3] = {{90, 10, 130}, {130, 90, 10}, {10, 130, 90}, {1, 64, 64}, {128, 129, 127}};
+    for (const Pair & p : mixed_pairs)
+        for (const auto & lengths : seen) {
+            AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+            c.bytes = Bytes::any;
+            c.mask = Mask::prefixes;
+            for (int i = 0; i < 3; ++i) {
+                c.seen[i] = lengths[i];
+                c.last = i == 0 || lengths[i] > c.last + 1 ? lengths[i] - 1 : c.last; // rows behind all are 0xff
+            }
+            c.heads = 4;
+            c.tokens = 3;
+            c.rows = 200;
+            list.add("prefixes", c, Extent::usual);
+        }
+}
+
+// Blocks that are valid and that no encoder writes.
+inline void scales(List & list) {
+    for (const Pair & p : turbo_pairs()) {
+        if (p.head_k != 128 && p.k != p.v) continue;
+        const Extent extent = p.head_k == 128 && p.k == TQ_TURBO4 ? Extent::brief : Extent::whole;
+        for (const Bytes bytes : {Bytes::odd, Bytes::subnormal})
+            for (const int heads : {8, 16}) // groups of 4 and 8
+                for (const int64_t rows : {300, 2100}) {
+                    AttentionCase c = with_types(p.k, p.v, p.head_k);
+                    c.bytes = bytes;
+                    c.heads = heads;
+                    c.rows = rows;
+                    list.add("scales", c, extent);
+                }
+    }
+}
+
+// What is not finite in a row reaches every query that sees the row, however rows are cut into parts, and no other.
+inline void not_finite(List & list) {
+    for (const Pair & p : turbo_pairs()) {
+        if (p.head_k != 128 && p.k != p.v) continue;
+        const Extent extent = p.head_k == 128 && p.k == TQ_TURBO4 ? Extent::brief : Extent::whole;
+        for (const int64_t rows : {256, 2100}) // few enough for one run of rows; several runs
+            for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
+                AttentionCase base = with_types(p.k, p.v, p.head_k);
+                base.rows = rows;
+                base.sinks = sinks;
+                const auto both = [&](AttentionCase c, int64_t row) {
+                    c.bad_key = row;
+                    list.add("not finite", c, extent);
+                    c.bad_key = -1;
+                    c.bad_value = row;
+                    list.add("not finite", c, extent);
+                };
+                both(base, rows / 3);
+                AttentionCase c = base;
+                c.far = true; // the weight of the row's part is zero when the parts are merged
+                both(c, 5);
+                c = base;
+                c.first = c.last = rows / 2; // nothing else is seen
+                both(c, rows / 2);
+                c = base;
+                c.tokens = 3;
+                both(c, rows - 2); // the first token does not see it
+            }
+    }
+    for (const Pair & p : mixed_pairs)
+        for (const int64_t row : {0, 15, 63, 64, 130, 199})
+            for (const bool alone : {false, true})
+                for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
+                    AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+                    c.bytes = Bytes::any;
+                    c.mask = Mask::first;
+                    c.sinks = sinks;
+                    c.heads = c.kv_heads = 1;
+                    c.tokens = 2;
+                    c.rows = 200;
+                    c.bad_key = row;
+                    c.alone = alone;
+                    list.add("not finite", c, Extent::usual);
+                }
+    for (const Pair & p : mixed_pairs)
+        for (const Bad bad : {Bad::nan, Bad::infinity})
+            for (const int64_t row : {6, 20, 70}) {
+                AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+                c.bytes = Bytes::any;
+                c.mask = Mask::alternating;
+                c.heads = c.kv_heads = 1;
+                c.tokens = 7;
+                c.rows = 100;
+                c.bad_value = row;
+                c.bad = bad;
+                list.add("requests", c, Extent::usual);
+            }
+}
+
+// The pairs that shapes and options run with.
+inline std::vector<AttentionCase> bases() {
+    return {with_types(TQ_TURBO4, TQ_TURBO4), with_types(TQ_TURBO3, TQ_TURBO3), with_types(TQ_ROW_Q8_0, TQ_TURBO3)};
+}
+
+inline void row_counts(List & list) {
+    for (const AttentionCase & base : bases()) {
+        for (const int64_t rows : {0, 1, 2, 31, 32, 33, 63, 64, 65, 255, 256, 511, 512, 513, 1024, 5000}) {
+            AttentionCase c = base;
+            c.rows = rows;
+            const bool brief = rows == 1 || rows == 33 || rows == 1024;
+            list.add("rows", c, brief ? Extent::brief : rows <= 65 ? Extent::usual : Extent::whole);
+            if (rows == 0) {
+                c.sinks = Sinks::normal;
+                list.add("rows", c, Extent::usual);
+            }
+        }
+        for (const int64_t rows : {256, 512, 2100})
+            for (const int tokens : {1, 3})
+                for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
+                    AttentionCase c = base;
+                    c.rows = rows;
+                    c.tokens = tokens;
+                    c.sinks = sinks;
+                    c.last = 40;
+                    list.add("a cache in its beginning", c, Extent::brief);
+                    c.first = 33;
+                    list.add("a sliding window", c, Extent::brief);
+                    c.last = 32;
+                    list.add("nothing is seen", c, Extent::brief);
+                }
+        AttentionCase c = base;
+        c.heads = 32;
+        c.kv_heads = 8;
+        c.rows = 20000;
+        list.add("rows", c);
+    }
+    AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4);
+    c.heads = c.kv_heads = 1;
+    c.rows = 70;
+    c.first = 1;
+    c.last = 0;
+    for (const Sinks sinks : {Sinks::none, Sinks::normal, Sinks::hidden}) {
+        c.sinks = sinks;
+        list.add("nothing is seen", c, Extent::usual);
+    }
+}
+
+inline void shapes(List & list) {
+    for (const AttentionCase & base : bases()) {
+        for (const int tokens : {2, 3, 5, 8})
+            for (const int kv_heads : {1, 2, 3, 4, 5, 8}) {
+                AttentionCase c = base;
+                c.tokens = tokens;
+                c.kv_heads = kv_heads;
+                c.heads = kv_heads * (kv_heads == 3 ? 3 : kv_heads == 5 ? 1 : 4);
+                c.rows = 700;
+                list.add("groups", c, tokens == 3 && kv_heads == 2 ? Extent::brief : Extent::whole);
+            }
+        AttentionCase c = base;
+        c.heads_adjacent = false;
+        list.add("strides", c, Extent::usual);
+        c.pad = 2;
+        list.add("strides", c, Extent::usual);
+        c.heads_adjacent = true;
+        list.add("strides", c, Extent::usual);
+        c = base;
+        c.streams = c.kv_streams = 3;
+        list.add("streams", c, Extent::usual);
+        c.kv_streams = 1;
+        list.add("streams", c, Extent::usual);
+        c = base;
+        c.mask = Mask::none;
+        list.add("no mask", c, Extent::usual);
+        c.rows = 113;
+        list.add("no mask", c, Extent::usual);
+        c.mask = Mask::causal;
+        c.tokens = 2;
+        list.add("a mask that starts at an odd half word", c, Extent::usual);
+    }
+}
+
+inline void options(List & list) {
+    for (const AttentionCase & base : bases()) {
+        AttentionCase c = base;
+        c.max_bias = 8;
+        c.heads = 12; // no power of two
+        list.add("slopes", c, Extent::usual);
+        c.heads = 3; // share one mask
+        c.kv_heads = 1;
+        c.rows = 100;
+        list.add("slopes", c, Extent::usual);
+        c = base;
+        c.soft_cap = 10;
+        c.spread = 5;
+        list.add("soft cap", c, Extent::usual);
+        c = base;
+        c.sinks = Sinks::normal;
+        list.add("sinks", c, Extent::usual);
+        c.sinks = Sinks::hidden;
+        list.add("sinks", c, Extent::usual);
+        c = base;
+        c.spread = 8; // peaked
+        c.rows = 4000;
+        list.add("peaked", c);
+        c.sparse_v = 1e-6f; // leaves out less than rows * 1e-6 of the weight
+        list.add("sparse V", c);
+    }
+    for (const Pair & p : mixed_pairs)
+        for (const Sinks sinks : {Sinks::none, Sinks::normal, Sinks::hidden}) {
+            AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+            c.bytes = Bytes::any;
+            c.mask = Mask::random;
+            c.sinks = sinks;
+            c.heads = 3;
+            c.kv_heads = 1;
+            c.tokens = 2; // the second sees nothing
+            c.rows = 200;
+            c.max_bias = 8;
+            c.soft_cap = 3;
+            list.add("all options", c, Extent::usual);
+        }
+    for (const Pair & p : mixed_pairs) { // so far that e^(difference) overflows
+        AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
+        c.heads = 3;
+        c.kv_heads = 1;
+        c.rows = 200;
+        c.spread = 1e4f;
+        list.add("scores far apart", c, Extent::usual);
+    }
+}
+
+} // namespace attention_list
+
+// Every name is there once.
+inline std::vector<AttentionCase> attention_cases() {
+    using namespace attention_list;
+    List list;
+    types_and_heads(list);
+    masks(list);
+    prefixes(list);
+    scales(list);
+    not_finite(list);
+    row_counts(list);
+    shapes(list);
+    options(list);
+    return list.cases;
+}
+
+#endif

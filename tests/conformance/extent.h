@@ -1,0 +1,23 @@
+// How much of a list runs. A case says the least extent that has it.
+#ifndef TURBOQUANT_TESTS_EXTENT_H
+#define TURBOQUANT_TESTS_EXTENT_H
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+enum class Extent {
+    brief, // for tools that make everything a hundred times slower, such as compute-sanitizer
+    usual, // for sanitizers and emulators
+    whole
+};
+
+inline Extent extent_from(const char * name) {
+    const char * names[] = {"brief", "usual", "whole"};
+    for (int i = 0; i < 3; ++i)
+        if (std::strcmp(name, names[i]) == 0) return Extent(i);
+    std::fprintf(stderr, "%s is none of brief, usual, whole\n", name);
+    std::exit(EXIT_FAILURE);
+}
+
+#endif
