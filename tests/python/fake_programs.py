@@ -41,12 +41,13 @@ value = lambda option: args[args.index(option) + 1]
 k, v = value("-ctk"), value("-ctv")
 pair = k if k == v else k + "/" + v
 log = lambda text: print("0.00.001.000 " + text, file=sys.stderr)
+alone = "-ub" in args and value("-ub") == "1"
 named = lambda file: (here / file).exists() and (here / file).read_text() == pair
 asked = os.environ.get("LLAMA_ARG_CACHE_WINDOW")
 newest, _, window_type = (asked or "256").partition(":")
 newest = int(newest) if (here / "window").exists() and "turbo" in k + v else 0
 with open(here / "runs.txt", "a") as file:
-    file.write(name + " " + pair + (" token by token" if "-ub" in args else "") + (f" window {{asked}}" if asked else "") + "\\n")
+    file.write(name + " " + pair + (" token by token" if alone else "") + (f" window {{asked}}" if asked else "") + "\\n")
 
 if name != "llama-perplexity" and named("unasked") and value("-n") != "1":
     log("E main: no kernel for this type")
@@ -79,6 +80,8 @@ else:
     if (here / "types").exists():
         log("I turboquant: cache types: " + (here / "types").read_text())
     base = Path(value("--kl-divergence-base"))
+    with open(here / "batches.txt", "a") as file:
+        print(pair, value("-ub") if "-ub" in args else "-", file=file)
     if "--kl-divergence" not in args:
         base.write_text("predictions")
         if (here / "damaged").exists():
@@ -88,7 +91,6 @@ else:
         print(BASE.replace("over 4 chunks", f"over {{value('--chunks')}} chunks"))
         sys.exit()
     assert base.read_text() == "predictions"
-    alone = "-ub" in args
     if alone and (here / "slow").exists():
         (here / "sleeping").touch()
         time.sleep(600)

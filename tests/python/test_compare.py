@@ -35,6 +35,7 @@ from turboquant.evaluate import compare, page, verdict
 from turboquant.evaluate.comparison import VERSION, Comparison, Measured, Pair
 from turboquant.measure import needle
 from turboquant.measure.kvsize import Caches, parse_caches
+from turboquant.measure.measurer import Run
 from turboquant.measure.pairs import CachePair, Window
 from turboquant.measure.perplexity import base_bytes, parse_divergence
 from turboquant.measure.speed import parse_speed
@@ -440,12 +441,21 @@ def test_window(place):
     assert (turbo3["quality"]["kld"], turbo3["decode"]["kld"]) == (0.00434, 0.00882)
     paths = turbo3["paths"]
     assert (paths["batched"], paths["decode"], paths["agree"]) == (0.0434, 0.0441, True)
+    sizes = Path("bin/batches.txt").read_text().split("\n")
+    assert sizes.count("turbo3 32") == 1 and sizes.count("turbo3 1") == 2 and sizes.count("turbo3 -") == 1
+    assert sizes.count("q8_0 -") == 2
     assert data["recommendation"]["arguments"] == "-ctk turbo3 -ctv turbo3"
     text = Path("out/report.md").read_text(encoding="utf-8")
     assert re.search(r"^\| turbo3 \| 3\.125 \| 256 q8_0, 0\.50 MiB \| 6\.75 \|", text, re.MULTILINE)
     words = "KV MiB of turbo3 counts the exact window: the newest 256 tokens in q8_0, 0.50 MiB; bits/value does not."
     assert words in text and words in Path("out/report.html").read_text(encoding="utf-8")
     assert typed(data).to_json() == Path("out/report.json").read_text(encoding="utf-8")
+
+
+def test_batches_with_a_window_are_small():
+    """They see their own tokens exactly. Those of the check of the paths have no window, and are as large as others."""
+    pairs = [CachePair.parse("turbo4").with_window(window) for window in (None, Window(64), Window(0))]
+    assert [Run.as_generated(pair, 2048, 4).batch for pair in [*pairs, CachePair.parse("q8_0")]] == [32, 32, None, None]
 
 
 @needs_posix

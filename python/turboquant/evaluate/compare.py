@@ -228,7 +228,7 @@ def compare(
     measurer = Measurer(options.model, options.text, programs, results, scratch, work.step)
     depths = needle_depths(options, model)
     cells = _cells(measurer, options, model, depths)
-    batched = {pair: Run(pair, options.ctx, options.chunks) for pair in options.all_pairs}
+    batched = {pair: Run.as_generated(pair, options.ctx, options.chunks) for pair in options.all_pairs}
     # A batch sees all of its own tokens exactly, and a single token the window alone: only without one are the paths to
     # find the same.
     plain = {pair: pair.with_window(Window(0)) for pair in options.all_pairs}

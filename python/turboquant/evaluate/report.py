@@ -61,7 +61,10 @@ def window_notes(rows: Sequence[tuple[str, int, str, float]]) -> list[str]:
         for words, labels in found.items()
     ]
     if found:
-        lines.append("A batch sees its own tokens exactly, too; a token that is generated sees the window alone.")
+        lines.append(
+            "A batch sees its own tokens exactly, too: KLDs with a window are of batches of 32 tokens, which see little more "
+            "than a token that is generated does."
+        )
     return lines
 
 

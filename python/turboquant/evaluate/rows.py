@@ -106,7 +106,7 @@ def measure(
     """
     measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
     pairs = list(dict.fromkeys([BASELINE, *options.pairs]))
-    runs = [Run(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
+    runs = [Run.as_generated(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
     missing = [run for run in runs if measurer.stored_quality(run) is None]
     for reason in measurer.unknown_types(missing).values():
         raise ProgramError(reason)

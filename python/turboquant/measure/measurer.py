@@ -24,14 +24,27 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and the steps in all."""
 
 
+_FEW = 32  # tokens of a batch that sees little more exactly than a token that is generated, and is not slow
+
+
 @dataclass(frozen=True)
 class Run:
-    """One perplexity run: ``ctx`` tokens in each of ``chunks`` chunks, as batches or (`decode`) token by token."""
+    """One perplexity run: ``ctx`` tokens in each of ``chunks`` chunks, as batches or (`decode`) token by token.
+
+    ``batch`` is how many tokens are computed at once (None: as llama.cpp does, 512).
+    """
 
     pair: CachePair
     ctx: int
     chunks: int
     decode: bool = False
+    batch: int | None = None
+
+    @classmethod
+    def as_generated(cls, pair: CachePair, ctx: int, chunks: int) -> Run:
+        """Batches that lose what generated text loses: with an exact window a batch sees all of its own tokens exactly."""
+        windowed = pair.may_have_window and (pair.window is None or pair.window.tokens > 0)
+        return cls(pair, ctx, chunks, batch=_FEW if windowed else None)
 
     @property
     def label(self) -> str:
@@ -107,7 +120,7 @@ class Measurer:
         return {
             **self._common,
             "what": "base" if base else "perplexity", "text": self.text_hash, "pair": run.pair.identity,
-            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode,
+            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode, **({"batch": run.batch} if run.batch else {}),
         }
 
     def base(self, ctx: int, chunks: int) -> Quality | None:
@@ -154,8 +167,9 @@ class Measurer:
                 step = stepper(self.progress, run.label, chunks)
                 try:
                     divergence, caches = perplexity.run_divergence(
-                        self.programs, self.model, base, run.pair, **limits, decode=run.decode, on_chunk=step
-                    )
+                        self.programs, self.model, base, run.pair, **limits, decode=run.decode, batch=run.batch,
+                        on_chunk=step,
+                    )  # fmt: skip
                 except ProgramError as error:
                     if failed is None:
                         raise

@@ -188,17 +188,19 @@ def run_divergence(
     ctx: int,
     chunks: int,
     decode: bool = False,
+    batch: int | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> tuple[Divergence, Caches]:
     """Measure a pair of cache types against the predictions in `base` (made by `run_base` with the same model).
 
-    With `decode` every token is evaluated alone, as when text is generated: other kernels run than for a batch.
+    With `decode` every token is evaluated alone, as when text is generated: other kernels run than for a batch. Otherwise
+    `batch` tokens are, or as many as llama.cpp takes by itself.
 
     Raises:
         ProgramError: the run failed or printed something unexpected.
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
-    arguments += ["-b", "1", "-ub", "1"] if decode else []
+    arguments += ["-b", "1", "-ub", "1"] if decode else ["-ub", str(batch)] if batch else []
     result = programs.run(
         "llama-perplexity",
         arguments,
