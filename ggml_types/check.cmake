@@ -1,11 +1,11 @@
-# Refuses a tree that is not patched, or patched with other hooks than those beside the glue.
+# Refuses a tree that is not patched, or that is patched with other hooks than those beside the glue.
 
 file(STRINGS "${PROJECT_SOURCE_DIR}/include/ggml.h" TURBOQUANT_PATCHED REGEX "GGML_TYPE_TURBO4")
 if (NOT TURBOQUANT_PATCHED)
     message(FATAL_ERROR "${PROJECT_SOURCE_DIR} is not patched: run `turboquant patch` on this llama.cpp tree first")
 endif()
 
-# As `turboquant patch` computes it: the hash of the hashes of the folders' hooks.toml, in the order of their names.
+# The version is the hash of the hashes of all hooks.toml, sorted by name; `turboquant patch` computes it likewise.
 file(GLOB TURBOQUANT_HOOKS "${CMAKE_CURRENT_LIST_DIR}/*/hooks.toml")
 list(SORT TURBOQUANT_HOOKS)
 set(TURBOQUANT_HASHES "")
@@ -22,5 +22,5 @@ if (NOT TURBOQUANT_PATCHED)
         "${CMAKE_CURRENT_LIST_DIR}: run `turboquant unpatch` and `turboquant patch` of this version on the llama.cpp tree")
 endif()
 
-# A build that is configured already asks again when either side changes.
+# CMake repeats the check when the hooks or ggml.c have changed.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TURBOQUANT_HOOKS} "${PROJECT_SOURCE_DIR}/src/ggml.c")

@@ -1,5 +1,5 @@
-# Adds the TurboQuant types to ggml, libllama and the programs. llama.cpp's build files are not edited: configure a patched
-# tree with -DCMAKE_PROJECT_ggml_INCLUDE=<this file> and CMake runs this inside project(ggml).
+# Adds the TurboQuant types to ggml, libllama and the programs without changes in llama.cpp's build files: when a patched
+# tree is configured with -DCMAKE_PROJECT_ggml_INCLUDE=<this file>, CMake runs this file inside project(ggml).
 
 if (CMAKE_VERSION VERSION_LESS 3.19)
     message(FATAL_ERROR "TurboQuant needs CMake 3.19 or newer, this is ${CMAKE_VERSION}: pip install cmake")
@@ -11,7 +11,7 @@ get_filename_component(TURBOQUANT_CORE_DIR "${CMAKE_CURRENT_LIST_DIR}/../cpp" AB
 include("${TURBOQUANT_GLUE_DIR}/check.cmake")
 include("${TURBOQUANT_CORE_DIR}/turboquant.cmake")
 
-# The folders' files see TURBOQUANT_GLUE_DIR, TURBOQUANT_CORE_DIR and, as PROJECT_SOURCE_DIR, llama.cpp's folder ggml.
+# The folders' files use TURBOQUANT_GLUE_DIR, TURBOQUANT_CORE_DIR and PROJECT_SOURCE_DIR, which is llama.cpp's folder ggml.
 foreach (folder ggml cpu cuda programs llama)
     include("${TURBOQUANT_GLUE_DIR}/${folder}/${folder}.cmake")
 endforeach()

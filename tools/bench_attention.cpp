@@ -1,6 +1,6 @@
 // Times one layer's attention as llama.cpp runs it: the FLASH_ATTN_EXT node over a KV cache, for pairs of cache types.
-// And the two limits: how fast this machine reads memory, and how many multiply-adds it does. bench_attention.py
-// compiles this against a built llama.cpp, and makes the table and the plot.
+// Also measures the two limits of the machine: memory bandwidth and multiply-adds per second. bench_attention.py
+// compiles this file against a built llama.cpp, and makes the table and the plot.
 //
 //   bench_attention HEADS KV_HEADS HEAD SPREAD SECONDS THREADS,... DEPTHS,... QUERIES,... K:V ...
 //
@@ -125,7 +125,7 @@ double float_macs(int threads) {
     });
 }
 
-// Multiply-adds per second of 8-bit integers; that of float32 where the compiler knows no instruction for them.
+// Multiply-adds per second of 8-bit integers, or of float32 if the compiler has no instruction for 8-bit ones.
 double byte_macs(int threads) {
 #if defined(__AVX512VNNI__)
     return in_parallel(threads, [](int) {
@@ -235,7 +235,7 @@ public:
 
     double cache_bytes; // of one layer
 
-    // Seconds per layer; the best of those that fit into `seconds`, three at least.
+    // Seconds per layer: the best of the runs that fit into `seconds`, at least three.
     double time(ggml_threadpool * pool, int threads, double seconds) {
         ggml_backend_cpu_set_threadpool(backend.get(), pool);
         ggml_backend_cpu_set_n_threads(backend.get(), threads);
@@ -267,7 +267,7 @@ private:
         return ggml_permute(context.get(), view, 0, 2, 1, 3);
     }
 
-    // 256 different rows, again and again: encoding is not what is measured.
+    // 256 different rows are repeated, because encoding is not measured.
     static void fill(ggml_tensor * t, std::mt19937 & random, std::normal_distribution<float> & normal) {
         const int64_t n = t->ne[0], different = std::min<int64_t>(256, t->ne[1]);
         std::vector<float> values(size_t(n * different));

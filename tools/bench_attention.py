@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Speed of attention over a quantized KV cache, next to llama.cpp's own f16 in the same run.
+"""Speed of attention over a quantized KV cache, compared with llama.cpp's own f16 in the same run.
 
-Two tables: one layer's attention alone (microseconds, GB/s of cache, and the limits that the machine sets), and a whole
-model's decode and prefill (llama-bench). Needs `turboquant build`, a C++ compiler, and `pip install .[bench]`.
+The program prints two tables: the attention of one layer (microseconds, GB/s of cache, and the limits of the machine),
+and decode and prefill of a whole model (llama-bench). It needs `turboquant build`, a C++ compiler, and `pip install
+.[bench]`.
 """
 
 from __future__ import annotations
@@ -29,31 +30,31 @@ from turboquant.llama.paths import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
-#: The attention of an 8B model (32 query heads, 8 KV heads of 128) in two layers, and little else.
+#: A model with the attention of an 8B model (32 query heads, 8 KV heads of 128) in two layers, and little else.
 HEADS, KV_HEADS, HEAD, LAYERS, WIDTH, FF, CONTEXT = 32, 8, 128, 2, 1024, 2048, 131072
 
 EPILOG = """\
 The machine must be otherwise idle: llama.cpp's threads wait for each other at every step, and one busy core can halve
-all figures. Ratios are to f16 of the same run, which is what to compare between machines.
+all speeds. Ratios are relative to f16 of the same run; compare ratios between machines.
 
-limits   bytes: the cache's bytes over the memory bandwidth of as many threads; MACs: the multiply-adds of Q K^T and P V
-         over the machine's peak in 8-bit integers, the fastest that it could do. Both are measured in the same run. A
-         cache that fits the CPU's own caches can be read faster than memory, so its share of the bytes limit may exceed
+limits   bytes: bytes of the cache divided by the memory bandwidth of the same number of threads; MACs: multiply-adds of
+         Q K^T and P V divided by the machine's peak for 8-bit integers. Both are measured in the same run. A KV cache
+         that fits into the CPU's caches can be read faster than memory, so its share of the bytes limit may exceed
          100%.
-V left   the share of V's rows that sparse V left out in a decode, at its default threshold: counted by the same kernels
-out      on the same numbers. LLAMA_ARG_CACHE_SPARSE_V=0 in the environment switches it off.
+V left   the share of V's rows that sparse V left out in a decode with the default threshold, counted by the same
+out      kernels on the same values. LLAMA_ARG_CACHE_SPARSE_V=0 in the environment turns sparse V off.
 
 examples
   python3 tools/bench_attention.py
   python3 tools/bench_attention.py --types f16,turbo4 --depths 8192 --threads 2
   python3 tools/bench_attention.py --plot attention.svg --json attention.json
-  python3 tools/bench_attention.py --skip-model --spread 8        scores as peaked as late layers have them: sparse V
+  python3 tools/bench_attention.py --skip-model --spread 8        scores as peaked as in late layers, for sparse V
   TURBOQUANT_KERNELS=avx2 python3 tools/bench_attention.py        other kernels
 """
 
 
 class Problem(Exception):
-    """Something that the reader of the message can put right."""
+    """An error that the user can correct."""
 
 
 def numbers(text: str) -> list[int]:
@@ -67,7 +68,7 @@ def numbers(text: str) -> list[int]:
 
 
 def pairs(text: str) -> list[str]:
-    """K:V names; f16 comes first, as everything is compared with it."""
+    """The pairs K:V; f16 is first, because all pairs are compared with it."""
     names = [name if ":" in name else f"{name}:{name}" for name in text.split(",") if name]
     return list(dict.fromkeys(["f16:f16", *names]))
 
@@ -97,13 +98,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def native_flags(command: list[str]) -> list[str]:
-    """-march=native where the compiler takes it: the limits need the machine's best instructions."""
+    """-march=native if the compiler supports it, because the limits need the machine's best instructions."""
     probe = [*command, "-march=native", "-E", "-x", "c++", os.devnull, "-o", os.devnull]
     return ["-march=native"] if subprocess.run(probe, capture_output=True).returncode == 0 else []
 
 
 def compile_helper(folder: Path) -> Path:
-    """tools/bench_attention.cpp against that build; made anew when either is newer."""
+    """tools/bench_attention.cpp, compiled against the build, again if the source or build is newer."""
     source = Path(__file__).with_suffix(".cpp")
     target = cache_dir() / "tools" / "bench_attention"
     library = next(iter(sorted(folder.glob("libggml-base.*"))), None)
@@ -130,7 +131,7 @@ def compile_helper(folder: Path) -> Path:
 
 
 def run_layer(helper: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What the helper prints, as it comes."""
+    """The output of the helper, line by line."""
     lists = [",".join(map(str, values)) for values in (given.threads, given.depths, (1, given.prefill))]
     command = [helper, HEADS, KV_HEADS, HEAD, given.spread, given.seconds, *lists, *given.types]
     with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -147,7 +148,7 @@ def run_layer(helper: Path, given: argparse.Namespace) -> Iterator[dict[str, Any
 
 
 def left_out(pair: str, depth: int, spread: float) -> float | None:
-    """Share of V's rows that sparse V leaves out for one token; None where llama.cpp computes attention for itself."""
+    """Share of V's rows that sparse V leaves out for one token; None if llama.cpp's own attention runs."""
     type_k, type_v = pair.split(":")
     if not any(name.startswith("turbo") for name in (type_k, type_v)):
         return None
@@ -155,7 +156,7 @@ def left_out(pair: str, depth: int, spread: float) -> float | None:
     rng = np.random.default_rng(1)
 
     def rows(name: str) -> np.ndarray:
-        """As the helper fills a cache: 256 different rows, again and again."""
+        """The contents of a cache as in the helper: 256 different rows, repeated."""
         x = rng.standard_normal((KV_HEADS, 256, HEAD), np.float32)
         if name in ("f16", "bf16"):
             coded = x.astype(np.float16).view(np.uint8) if name == "f16" else (x.view(np.uint32) >> 16).astype("<u2")
@@ -173,7 +174,7 @@ def left_out(pair: str, depth: int, spread: float) -> float | None:
 
 
 def make_model(folder: Path) -> Path:
-    """The two-layer model with Q8_0 weights, made once."""
+    """The two-layer model with Q8_0 weights, which is created once."""
     target = cache_dir() / "tools" / f"attention-{HEADS}x{KV_HEADS}x{HEAD}-{LAYERS}-{WIDTH}-{FF}-q8_0.gguf"
     if target.is_file():
         return target
@@ -193,7 +194,7 @@ def make_model(folder: Path) -> Path:
 
 
 def run_model(folder: Path, model: Path, pair: str, depth: int, threads: int, prefill: int) -> dict[str, float]:
-    """Tokens per second of llama-bench: decode and prefill."""
+    """Tokens per second of decode and prefill, measured by llama-bench."""
     type_k, type_v = pair.split(":")
     command = [folder / "llama-bench", "-m", model, "-fa", 1, "-ctk", type_k, "-ctv", type_v, "-d", depth,
                "-t", threads, "-p", prefill, "-n", 32, "-r", 2, "-o", "json"]
@@ -250,7 +251,7 @@ def shown(pair: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], limits: dict[int, dict[str, float]], file: Path) -> None:
-    """Microseconds over depth, decode and prefill, with the most threads; dashed: what the bytes or MACs allow."""
+    """Plot of microseconds over depth for decode and prefill, with the most threads; dashed lines are the limits."""
     try:
         import matplotlib  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
-// Speed of the codec, one core: encode, decode and rotate in GB/s of float32 next to memcpy in the same run, dot
-// products in billions of multiply-adds per second, for every kernel and type.
+// Speed of the codec on one core, for every kernel and type: encode, decode and rotate in GB/s of float32, compared
+// with memcpy in the same run, and dot products in billions of multiply-adds per second.
 //
 //   cmake -S . -B build/tools -DTURBOQUANT_BUILD_TOOLS=ON -DTURBOQUANT_BUILD_PYTHON=OFF
 //   cmake --build build/tools && build/tools/tools/bench_codec --help
@@ -127,7 +127,7 @@ Options parse(int argc, char ** argv) {
     return o;
 }
 
-// The floats and their encodings that all measurements share; big enough for the largest working set.
+// The floats and their encodings that all measurements share; they fit the largest working set.
 struct Data {
     std::vector<float> x, y;
     std::vector<uint8_t> bytes;
@@ -143,7 +143,7 @@ struct Data {
     }
 };
 
-// Items per second of the fastest of many calls; call(first) handles slice_floats values from `first` on.
+// Items per second of the fastest of many calls; call(first) processes slice_floats values from `first` on.
 template <typename Call> double best_rate(int64_t floats, double seconds, Call call) {
     using clock = std::chrono::steady_clock;
     int64_t first = 0;

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Speed of a quantized KV cache on an NVIDIA GPU, next to llama.cpp's own f16 in the same run.
+"""Speed of a quantized KV cache on an NVIDIA GPU, compared with llama.cpp's own f16 in the same run.
 
-Two tables: one layer's attention by TurboQuant's kernel alone (microseconds, cache bytes per second and their share of
-what cudaMemcpy moves on the card, bytes read and written), and a whole model's decode and prefill by llama-bench, with
-ratios to f16. Needs `turboquant build --backend cuda` and nvcc; --plot also needs `pip install .[plot]`.
+The program prints two tables: the attention of one layer by TurboQuant's kernel (microseconds, cache bytes per second,
+and their share of the bytes that cudaMemcpy reads and writes on the card), and decode and prefill of a whole model by
+llama-bench, with ratios to f16. It needs `turboquant build --backend cuda` and nvcc; --plot also needs `pip install
+.[plot]`.
 """
 
 from __future__ import annotations
@@ -29,20 +30,19 @@ CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=fal
 
 EPILOG = """\
 The model has two layers with the attention of an 8B model (32 query heads, 8 KV heads of 128) and little else, so that
-attention shows. A token of it also costs what does not depend on the cache's type: some 170 microseconds of small
-kernels on an H200.
+the time of attention dominates. The rest of a token takes about 170 microseconds of small kernels on an H200.
 
 examples
   python3 tools/bench_cuda.py
   python3 tools/bench_cuda.py --types f16,turbo4 --depths 0,131072 --repeat 10
-  python3 tools/bench_cuda.py --depths 0 --rounds 10    what a launch costs moves from process to process
+  python3 tools/bench_cuda.py --depths 0 --rounds 10    the time of launches differs between processes
   python3 tools/bench_cuda.py --json cuda.json --plot cuda.svg
-  python3 tools/bench_cuda.py --skip-model --shape 64,8,128,1       8 query heads to a KV head
+  python3 tools/bench_cuda.py --skip-model --shape 64,8,128,1       8 query heads per KV head
 """
 
 
 def depths(text: str) -> list[int]:
-    """Tokens in the cache; unlike `numbers` it takes 0."""
+    """Numbers of tokens in the cache; unlike `numbers` this accepts 0."""
     return [0 if part.strip() == "0" else numbers(part)[0] for part in text.split(",")]
 
 
@@ -85,7 +85,7 @@ def run(command: list[object]) -> str:
 
 
 def compile_kernels(folder: Path, arch: str) -> Path:
-    """bench_cuda.cu with the kernels it measures."""
+    """bench_cuda.cu, compiled with the kernels that it measures."""
     nvcc, _ = cuda_compiler()
     kernels = ROOT / "cpp" / "cuda"
     common: list[object] = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{kernels}", f"-I{ROOT / 'cpp' / 'include'}"]
@@ -98,7 +98,7 @@ def compile_kernels(folder: Path, arch: str) -> Path:
 
 
 def covered(pair: str) -> bool:
-    """Whether the decode kernel takes the pair: at least one turbo type, with turbo, q8_0 or f16."""
+    """Whether the decode kernel supports the pair: a turbo type with a turbo type, q8_0 or f16."""
     sides = pair.split(":")
     return any(side.startswith("turbo") for side in sides) and all(
         side.startswith("turbo") or side in ("q8_0", "f16") for side in sides

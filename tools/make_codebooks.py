@@ -2,14 +2,14 @@
 """Generate cpp/src/codebooks.h: centroids, steps, sign vectors and the encoder's search thresholds.
 
     make_codebooks.py            write the file
-    make_codebooks.py --check    exit 1 if the checked-in file differs from what would be written
+    make_codebooks.py --check    exit with status 1 if the present file differs from the generated one
 
-Centroids: the Lloyd-Max quantizer of N(0,1) with 2^bits levels (Lloyd 1982, Max 1960) solves two conditions at once:
-every boundary is the midpoint of its two centroids, every centroid is the mean of the density between its boundaries.
-By symmetry only the positive half is solved. Levels are scaled so that the outermost is 127 and rounded to int8.
+Centroids: the Lloyd-Max quantizer of N(0,1) with 2^bits levels (Lloyd 1982, Max 1960) satisfies two conditions: every
+boundary is the midpoint of its two centroids, and every centroid is the mean of the density between its boundaries. By
+symmetry only the positive half is computed. Levels are scaled so that the outermost is 127, and rounded to int8.
 
-Signs: S1 and S2 are the first 128 bits of SHA-256("turboquant S1") and SHA-256("turboquant S2"), so that nobody chose
-them: bit i of the vector is bit i % 8 of byte i // 8, and 1 means that value i is negated.
+Signs: S1 and S2 are the first 128 bits of SHA-256("turboquant S1") and SHA-256("turboquant S2"), so that they are
+verifiably not chosen. Bit i of the vector is bit i % 8 of byte i // 8, and 1 means that value i is negated.
 """
 import argparse
 import hashlib
@@ -21,10 +21,10 @@ from pathlib import Path
 OUTPUT = Path(__file__).resolve().parent.parent / "cpp" / "src" / "codebooks.h"
 BLOCKS = (128, 64, 32)
 
-# The encoder's integers: one RMS is 2048 units, so a one-hot block of 128 (11.32 RMS) still fits int16.
+# The integers of the encoder: the RMS is 2048 units, so a block of 128 with one value (11.32 RMS) fits int16.
 RMS_UNIT = 2048
-# Its search tries these threshold scales around the RMS on magnitudes in coarse units of RMS/32, which fit 7 bits up to
-# 4 RMS.
+# The search tries these threshold scales around the RMS, on magnitudes in coarse units of RMS/32, which fit 7 bits up
+# to 4 RMS.
 COARSE_UNIT = 64
 SEARCH = [0.76 + 0.06 * i for i in range(8)]
 
@@ -86,7 +86,7 @@ def render() -> str:
     for bits in (4, 3, 2):
         positive, step = codebook(bits)
         levels = [-k for k in reversed(positive)] + positive
-        levels += [0] * (16 - len(levels))  # a whole 16-byte look-up table
+        levels += [0] * (16 - len(levels))  # padded to a look-up table of 16 bytes
         out.append(f"\n// {bits} bits. Lloyd-Max: " + " ".join(f"{c:.4f}" for c in lloyd_max(bits)))
         out.append(f"static constexpr int8_t centroids{bits}[16] = {{{', '.join(map(str, levels))}}};")
         out.append(f"static constexpr float step{bits} = {float32(step).hex()}f; // {step:.9g}")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make notebooks/data/kv-prose-8m.safetensors: real queries, keys and values for the notebooks.
 
-`turboquant dump-kv` of the bundled model on the bundled text, cut down to one layer and to 16 bits per value, which is
-what an f16 cache keeps. Needs `turboquant build`.
+The file is the dump of `turboquant dump-kv` for the bundled model and text, reduced to one layer and to 16 bits per
+value, the precision of an f16 cache. The program needs `turboquant build`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make notebooks/*.ipynb from notebooks/*.py: run every cell, and keep text and pictures for readers on a forge.
+"""Make notebooks/*.ipynb from notebooks/*.py: run every cell, and store text and pictures in the notebook.
 
-    make_notebooks.py            run all, and write them
-    make_notebooks.py 02 05      these only
-    make_notebooks.py --check    exit 1 if a notebook's cells are not those of its source; nothing is run
+    make_notebooks.py            run and write all notebooks
+    make_notebooks.py 02 05      run and write only these
+    make_notebooks.py --check    exit with status 1 if the cells of a notebook differ from its source; run nothing
 
-The sources are plain Python with cells marked by `# %%` (Jupytext's percent format): edit those, not the .ipynb. In
-JupyterLab with jupytext installed they open as notebooks, too. Needs pip install '.[notebooks]'.
+The sources are plain Python with cells marked by `# %%` (Jupytext's percent format). Edit the sources, not the .ipynb.
+JupyterLab with jupytext opens them as notebooks. The program needs pip install '.[notebooks]'.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-WIDGET = "application/vnd.jupyter.widget-view+json"  # needs a running kernel: nothing to see on a forge
-TIMEOUT = 300  # seconds for one cell, far above what any needs
+WIDGET = "application/vnd.jupyter.widget-view+json"  # widgets need a running kernel
+TIMEOUT = 300  # greatest time of a cell in seconds, far above the needed one
 
 
 def sources() -> list[Path]:
@@ -35,7 +35,7 @@ def sources() -> list[Path]:
 
 
 def from_source(source: Path) -> nbformat.NotebookNode:
-    """The notebook of a source, not run. The same source gives the same notebook."""
+    """The notebook of a source, without outputs. The same source gives the same notebook."""
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02}"
@@ -47,21 +47,21 @@ def from_source(source: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Run all cells in a new kernel, in the notebooks' folder; outputs are put into the cells.
+    """Run all cells in a new kernel, in the notebooks' folder, and store the outputs in the cells.
 
     Raises:
         CellExecutionError: a cell failed.
     """
     with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
         settings = {"connection_file": str(Path(folder) / "kernel.json")}
-        if os.name == "posix":  # sockets in that folder instead of open ports
+        if os.name == "posix":  # sockets in that folder, no open ports
             settings |= {"transport": "ipc", "ip": str(Path(folder) / "socket")}
         NotebookClient(notebook, config=Config(KernelManager=settings), timeout=TIMEOUT, record_timing=False,
                        resources={"metadata": {"path": str(FOLDER)}}).execute()
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Drop what only a running kernel can show, and what differs from machine to machine."""
+    """Remove outputs that need a running kernel, and metadata that differ between machines."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -70,13 +70,13 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
 
 
 def same_cells(one: nbformat.NotebookNode, other: nbformat.NotebookNode) -> bool:
-    """Whether two notebooks have the same cells, whatever their outputs."""
+    """Whether two notebooks have the same cells, apart from their outputs."""
     cells = [[(cell.id, cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (one, other)]
     return cells[0] == cells[1]
 
 
 def check(source: Path) -> str:
-    """What is wrong with a source's notebook, or an empty text."""
+    """What is wrong with the notebook of a source, or an empty text."""
     target = source.with_suffix(".ipynb")
     if not target.is_file():
         return f"{target.name} is missing"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make docs/compare.png of a page of `turboquant compare`: `python3 tools/make_screenshot.py compare-…/report.html`.
 
-Needs chromium and chromedriver, and the Python packages selenium, pytest and Pillow.
+The program needs chromium and chromedriver, and the Python packages selenium, pytest and Pillow.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write the golden vectors of tests/vectors: one file per format, blocks and the floats they stand for.
+"""Write the golden vectors of tests/vectors: one file per format, with blocks and their decoded floats.
 
-Nothing here calls the C++. Decoding is the NumPy oracle's (python/turboquant/reference.py). Encode lines follow the
-encoder of cpp/FORMAT.md in float32, operation by operation; its constants are read from cpp/src/codebooks.h. Decode
-lines are frozen: a change of them is a change of the format. Encode lines may change when the encoder gets better.
+This program does not use the C++ code. The NumPy codec (python/turboquant/reference.py) decodes. Encode lines follow
+the encoder of cpp/FORMAT.md in float32, operation by operation, with the constants of cpp/src/codebooks.h. Decode lines
+never change, because that would change the format. Encode lines may change when the encoder improves.
 
   python3 tools/make_vectors.py            write tests/vectors/*.txt
-  python3 tools/make_vectors.py --check    compare with what is there; exit 1 if a file differs
+  python3 tools/make_vectors.py --check    compare with the present files; exit with status 1 if one differs
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ F32 = np.float32
 
 
 def load_reference():
-    """The oracle by its path: importing the package would need the compiled module."""
+    """Import the NumPy codec by its path, because importing the package needs the compiled module."""
     spec = importlib.util.spec_from_file_location("turboquant_reference", ROOT / "python/turboquant/reference.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -42,7 +42,7 @@ reference = load_reference()
 
 
 def encoder_constant(pattern: str) -> str:
-    """The text that a pattern's group matches in codebooks.h."""
+    """The text in codebooks.h that the group of a pattern matches."""
     match = re.search(pattern, CODEBOOKS.read_text(encoding="utf-8"), re.S)
     if not match:
         sys.exit(f"{CODEBOOKS}: nothing matches {pattern!r}; adapt encode() in {__file__} to the encoder")
@@ -60,7 +60,7 @@ def coarse_thresholds(bits: int) -> np.ndarray:
 
 
 def butterfly(y: np.ndarray) -> np.ndarray:
-    """H y in float32 with the stages in the order 1, 2, 4, ...: the order decides the rounding."""
+    """H y in float32, with the stages in the order 1, 2, 4, ..., which determines the rounding."""
     n, h = len(y), 1
     while h < n:
         pairs = y.reshape(-1, 2, h)
@@ -71,7 +71,7 @@ def butterfly(y: np.ndarray) -> np.ndarray:
 
 
 def encode(name: str, x: np.ndarray) -> np.ndarray:
-    """uint8 [block_bytes] of one block, as the encoder of FORMAT.md."""
+    """One block encoded as FORMAT.md describes, uint8 [block_bytes]."""
     bits, n = reference.FORMATS[name]
     half = 1 << (bits - 1)
     magnitudes = reference.levels(bits)[half:]
@@ -79,7 +79,7 @@ def encode(name: str, x: np.ndarray) -> np.ndarray:
     largest = np.abs(x).max()
     if not np.isfinite(largest) or largest == 0:
         return empty
-    # Into [1, 4), rotate, round to integers.
+    # Scale to [1, 4), rotate, round to integers.
     k = min(max(int(np.frexp(largest)[1]) - 1, -126), 126)
     y = butterfly(F32(x * F32(2.0**-k)) * reference.signs(1, n).astype(F32)) * reference.signs(2, n).astype(F32)
     lanes = np.zeros(16, F32)
@@ -89,7 +89,7 @@ def encode(name: str, x: np.ndarray) -> np.ndarray:
         lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
     rms = np.sqrt(F32(lanes[0] * F32(1.0 / n)))
     z = np.rint(y * F32(F32(RMS_UNIT) / rms)).astype(np.int64)
-    # The coarse search for the scale.
+    # Search the scale in coarse units.
     coarse = np.minimum((np.abs(z) + COARSE_UNIT // 2) // COARSE_UNIT, 127)
     best_a, best_b, best_explained = 0, 1, -1.0
     for thresholds in coarse_thresholds(bits):
@@ -98,7 +98,7 @@ def encode(name: str, x: np.ndarray) -> np.ndarray:
         explained = float(a) * float(a) / float(b)
         if explained > best_explained:
             best_a, best_b, best_explained = a, b, explained
-    # The nearest centroids under it, and the scale that preserves inner products.
+    # Assign the nearest centroids under it; compute the scale that preserves inner products.
     midpoints = ((magnitudes[1:] + magnitudes[:-1]) / 2).astype(F32)
     scale = F32(float(COARSE_UNIT) * float(best_a) / float(best_b))
     m = (np.abs(z)[:, None] > np.rint(midpoints * scale)).sum(axis=1)
@@ -113,7 +113,7 @@ def encode(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def blocks_to_decode(body: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    """Named blocks with `body` index bytes, among them many that no encoder of ours emits."""
+    """Named blocks with `body` index bytes, many of which the encoder never writes."""
     scales = {
         "zero": 0x0000, "minus-zero": 0x8000, "smallest": 0x0001, "subnormal": 0x0155, "largest-subnormal": 0x03FF,
         "smallest-normal": 0x0400, "one": 0x3C00, "minus-one": 0xBC00, "third": 0x3555, "largest": 0x7BFF,
@@ -146,7 +146,7 @@ def blocks_to_encode(n: int, rng: np.random.Generator) -> Iterator[tuple[str, np
 
 
 def render(name: str) -> str:
-    """The whole file of one type."""
+    """The contents of the file of one type."""
     form = reference.FORMATS[name]
     rng = np.random.default_rng([form.bits, form.block])
 

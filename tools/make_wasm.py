@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Compile the codec for the page of `turboquant explore`: cpp/src/scalar.cpp to WebAssembly.
 
-Writes codec.wasm, and codec.json with what it was made from, into python/turboquant/explore. Needs Clang with the
-WebAssembly target and its linker: on Debian and Ubuntu `apt install clang lld`. CXX chooses another Clang.
+The program writes codec.wasm, and codec.json with the hashes of its sources, to python/turboquant/explore. It needs
+Clang with the WebAssembly target and its linker: on Debian and Ubuntu `apt install clang lld`. CXX selects another
+Clang.
 
   python3 tools/make_wasm.py            write both files
-  python3 tools/make_wasm.py --check    is codec.wasm what the present sources give? Exit status 0: yes; 1: no, run
-                                        this program; 3: the sources have changed, and the compiler that could tell is
-                                        missing
+  python3 tools/make_wasm.py --check    check whether the present sources give codec.wasm. Exit status 0: yes; 1: no,
+                                        run this program; 3: unknown, because the sources have changed, and the compiler
+                                        of codec.wasm is missing
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ def compiler() -> list[str] | None:
 
 
 def version(command: list[str]) -> str:
-    """A line such as `Debian clang version 14.0.6`: another version gives other bytes."""
+    """The version, such as `Debian clang version 14.0.6`. Other versions give other bytes."""
     printed = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     return printed.splitlines()[0]
 
 
 def build(command: list[str]) -> tuple[bytes, dict[str, object]]:
-    """The module, and the record of its making. Raises CalledProcessError if it does not compile."""
+    """The module, and the record for codec.json. Raises CalledProcessError if the source does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         output, depends = Path(folder) / "codec.wasm", Path(folder) / "codec.d"
         words = [*command, *FLAGS, "-MMD", "-MF", str(depends), str(SOURCE.relative_to(ROOT)), "-o", str(output)]

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Measure what the guard predicts: the noise of each layer's scores beside the KLD that the layer causes alone.
+"""Compare the guard's prediction, the noise of each layer's scores, with the KLD that the layer alone causes.
 
-For every model: the predicted noise (standard deviation of a score's error, in nats) with K of all layers in one type,
-and the mean KLD from the model's own f16 cache when K of a single layer has that type and everything else stays f16.
-docs/guard.md has the tables. With --plant, variants of an f16 prose model in the shape of Qwen 2.5 join: one rotary
-pair of K in one layer gets a constant bias, as Qwen's layers have it, which its queries do not see; so the model
-computes the same, and only the noise grows. Results are remembered; an interrupted run goes on where it was.
+For every model the program prints the predicted noise (standard deviation of a score's error, in nats) with K of all
+layers in one type, and the mean KLD from the model's own f16 cache when K of a single layer has that type and all else
+is f16. docs/guard.md has the tables. With --plant it also measures variants of an f16 prose model in the shape of Qwen
+2.5: one rotary pair of K in one layer gets a constant bias, as in layers of Qwen, which queries do not read, so that
+the model computes the same function and only the noise grows. Results are stored, so the same command continues an
+interrupted run.
 
-Needs: pip install '.[convert]', and a build (`turboquant build`).
+Requirements: pip install '.[convert]', and a build (`turboquant build`).
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from turboquant.measure.programs import Programs
 from turboquant.measure.results import Results, file_hash
 
 _SIGMAS = re.compile(r"guard: noise of scores with K in (\S+), by layer: ([\d.e+-]+(?:, [\d.e+-]+)*) \(limit")
-#: Noise that --plant aims at, in nats.
+#: The noises of the variants of --plant, in nats.
 SIZES = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 
 
 class Watched(CachePair):
-    """One type for K of all layers, whatever the noise; the guard tells what it predicts."""
+    """One type for K of all layers, with a limit of the guard that no noise exceeds; the guard logs its prediction."""
 
     @property
     def arguments(self) -> list[str]:
@@ -85,7 +86,7 @@ class Measure:
         sys.stdout.flush()
 
     def planted(self, model: Path, layer: int, scratch: Path) -> None:
-        """Variants of one model, each with another bias in one layer."""
+        """Variants of one model with different biases in one layer."""
         print(f"\n{model.name} in the shape of Qwen 2.5, a bias of K in layer {layer}\n")
         print("| predicted noise | KLD of the layer alone | all layers | all layers, guard |\n|--:|--:|--:|--:|")
         for size in (0.0, *SIZES):
@@ -140,9 +141,9 @@ class Measure:
 def plant(source: Path, target: Path, layer: int, size: float) -> None:
     """Write `source`, a llama model with f16 weights, as a qwen2 model with a biased pair of K in one layer.
 
-    llama's RoPE turns neighbouring channels, qwen2's turns the halves of a head: the rows of W_q and W_k change places.
-    The pair's rows of W_q and W_k are zero, so that no score sees the bias. Its size gives scores a noise of `size`
-    nats with 4 bits, by the guard's own formula.
+    RoPE of llama rotates pairs of neighbouring channels, and RoPE of qwen2 channels of the two halves of a head, so the
+    rows of W_q and W_k are permuted. The pair's rows of W_q and W_k are zero, so that the bias changes no score. The
+    bias causes a noise of `size` nats with 4 bits, by the guard's formula.
     """
     reader = gguf.GGUFReader(source)
     get = lambda name: reader.get_field(f"llama.{name}").contents()  # noqa: E731
@@ -161,7 +162,7 @@ def plant(source: Path, target: Path, layer: int, size: float) -> None:
         if count:
             data = data.reshape(count, head, -1)[:, order].copy()
             if name.startswith(f"blk.{layer}."):
-                data[:, [head // 2 - 1, head - 1]] = 0  # the pair that turns least
+                data[:, [head // 2 - 1, head - 1]] = 0  # the pair with the lowest frequency
             data = data.reshape(count * head, -1)
             data = np.ascontiguousarray(data)
         writer.add_tensor(name, data)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure what notebooks 5 and 6 show of a real model, and write notebooks/data/measured.json.
+"""Measure the figures of a real model for notebooks 5 and 6, and write notebooks/data/measured.json.
 
-Perplexity and KL divergence from the model's own f16 cache for many pairs of cache types; the same after `turboquant
-convert`, and of a variant of the model with outlier channels; llama.cpp's own types with and without its rotation;
-boundary V, sparse V and block sizes; and exact windows of several sizes, on the bundled model. Needs `turboquant build`.
-Takes the better part of an hour on two cores; what was measured is remembered, and a rerun goes on from there.
+The figures are perplexity and KL divergence from the model's own f16 cache for many pairs of cache types, also after
+`turboquant convert` and for a variant of the model with outlier channels; llama.cpp's own types with and without its
+rotation; boundary V, sparse V and block sizes; and exact windows of several sizes with the bundled model. The program
+needs `turboquant build`, and takes up to an hour on two cores. Results are stored, so a rerun continues.
 
     measure_notebooks.py --model model-f16.gguf --outliers model-outliers-f16.gguf --text text.txt
     measure_notebooks.py --only-windows                     # leaves the rest of the file as it is
@@ -47,7 +47,7 @@ KEPT = ("k", "v", "bits_k", "bits_v", "bits", "mib", "ppl", "ppl_error", "kld", 
 
 
 class Bench:
-    """Runs lists of pairs with one build, on one text."""
+    """Measures lists of pairs with one build and one text."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.folder = cache_dir() / "evaluate"
@@ -55,7 +55,7 @@ class Bench:
         self.text, self.ctx, self.chunks = given.text, given.ctx, given.chunks
 
     def rows(self, title: str, model: Path, pairs: str, **environment: str) -> list[dict[str, Any]]:
-        """The table of `pairs`, all without an exact window: it would hide what is compared."""
+        """The table of `pairs` without an exact window, which would hide the differences between the pairs."""
         print(f"{title} ({model.name})", file=sys.stderr, flush=True)
         plain = [pair.with_window(Window(0)) for pair in parse_pairs(pairs)]
         options = Options(model, self.text, plain, self.ctx, self.chunks, needles=0)
@@ -105,7 +105,7 @@ class _Lines:
 
 @contextmanager
 def variables(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables of llama.cpp; they are part of what results are remembered by."""
+    """Environment variables of llama.cpp, which are part of the key of stored results."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
@@ -119,7 +119,7 @@ def variables(values: dict[str, str]) -> Iterator[None]:
 
 
 def converted(model: Path, given: argparse.Namespace) -> Path:
-    """The model after `turboquant convert`, made once."""
+    """The model after `turboquant convert`, which runs once."""
     target = cache_dir() / "tools" / f"{model.stem}-converted.gguf"
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Change one line of a copy of the code at a time, and see that the tests fail: do they test what they seem to test?
+"""Mutation tests: change one line at a time in a copy of the code, and check that the tests fail.
 
-Every mutation is a mistake that was made, or could be: a line of a file, what it becomes, and the tests that must
-notice. Prints docs/mutations.md; the exit status is 1 if a mutation survives.
+Every mutation is a realistic mistake: a line of a file, its replacement, and the tests that must fail. The program
+prints docs/mutations.md. The exit status is 1 if the tests pass with a mutation.
 
-Needs cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Nothing outside of the temporary
-folder is changed.
+Requirements: cmake, ninja, a C++ compiler and the test dependencies (pip install '.[test]'). Only files in a temporary
+folder are changed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ FILES = ("CMakeLists.txt", "pyproject.toml", "README.md")
 INTRODUCTION = """\
 # Mutations
 
-Do the tests test what they seem to test? Each row is one line of the code that `tools/mutate.py` changes in a copy, what
-is wrong then, and the first test that fails: the suite of `tools/test.py`, the test, and its case where it has one. Made
-with
+This table shows that the tests detect mistakes. For each row, `tools/mutate.py` changes one line in a copy of the code.
+The row describes the change, its effect, and the first test that fails: the suite of `tools/test.py`, the test, and its
+case where it has one. The table is the output of
 
 ```sh
 python3 tools/mutate.py > docs/mutations.md
 ```
 
-on a CPU whose best kernels are `{kernels}`. A mutation that no test notices is shown as **survives**, and the command
+on a CPU whose best kernels are `{kernels}`. A mutation that no test detects is shown as **survives**, and the command
 fails.
 
 | mutation | what it breaks | suite | test that catches it |
@@ -49,7 +49,7 @@ fails.
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` stands once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
+    """A mutation. `old` occurs once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
 
     what: str
     breaks: str
@@ -68,9 +68,8 @@ TILE = "cpp/src/attention_tile.h"
 MUTATIONS = (
     Mutation("the mask of later tiles is read from row 0", "masks of caches of more than 64 rows",
              ATTENTION, "kernel.bias(mask.from(tile),", "kernel.bias(mask.from(0),", "core.attention"),
-    Mutation("a tile is skipped where the first query sees nothing", "batches whose tokens see different rows",
-             ATTENTION, "            if (mask.open(first + r)) return true;\n    }",
-             "            if (mask.open(first + r)) return true;\n        return false;\n    }", "core.attention"),
+    Mutation("rows of a tile that the first query does not see are skipped", "batches whose tokens see different rows",
+             ATTENTION, "        count = r;\n    }", "        count = r;\n        break;\n    }", "core.attention"),
     Mutation("later runs of tokens get the masks of the first", "batches of more than 128 query rows",
              ATTENTION, "mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv",
              "mask[size_t(rows)] = a.mask ? a.mask + (t - token) * a.n_kv", "core.attention"),
@@ -120,7 +119,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="REGEX", help="mutations whose description matches")
     parser.add_argument("--list", action="store_true", help="print the mutations, and do nothing")
     options = parser.parse_args()
-    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would never end.
+    # A shell starts background jobs with SIGINT ignored, and children inherit this, so tests of Ctrl-C would never end.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = [one for one in MUTATIONS if not options.only or re.search(options.only, one.what)]
     if options.list or not chosen:
@@ -145,14 +144,14 @@ def main() -> int:
 
 
 def best_kernels() -> str:
-    """Those that the tests of the core begin with."""
+    """The name of the best kernels of this CPU; the tests of the core run these first."""
     from turboquant import kernels
 
     return next(one.name for one in kernels() if one.supported)
 
 
 class Copy:
-    """A copy of the tree that is mutated, built and tested."""
+    """A copy of the tree, in which mutations are applied, built and tested."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.build, self.said = folder / "tree", folder / "build", ""
@@ -162,11 +161,11 @@ class Copy:
         for name in FILES:
             shutil.copy(ROOT / name, self.tree)
         extension = importlib.util.find_spec("turboquant._core")
-        if extension and extension.origin:  # compiled already; no mutation here changes what it does
+        if extension and extension.origin:  # already compiled; no mutation changes it
             shutil.copy(extension.origin, self.tree / "python" / "turboquant")
 
     def caught(self, one: Mutation) -> str:
-        """How the tests noticed the mutation; empty if they did not."""
+        """The failures of the tests; empty if they passed."""
         path = self.tree / one.file
         text = path.read_text(encoding="utf-8")
         if text.count(one.old) != 1:
@@ -207,9 +206,10 @@ class Copy:
         """The first failure that the output names."""
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
-        ctest = re.findall(r"^\s*\d+ - (core\.\S+) \((?:Failed|SEGFAULT|Subprocess aborted|Timeout)", self.said, re.M)
-        case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.M)
-        pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.M)
+        ends = "Failed|SEGFAULT|Subprocess aborted|Timeout"
+        ctest = re.findall(rf"^\s*\d+ - (core\.\S+) \((?:{ends})", self.said, re.MULTILINE)
+        case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
+        pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
         test = (ctest + pytest or ["a crash or a timeout"])[0]
         return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")
 

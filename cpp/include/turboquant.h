@@ -1,17 +1,17 @@
 /*
  * turboquant.h: the whole public interface of the TurboQuant core (C ABI, no dependencies).
  *
- * A row of floats is cut into blocks of 128, 64 or 32 values. Each block is rotated (random signs, Walsh-Hadamard
+ * A row of floats is divided into blocks of 128, 64 or 32 values. Each block is rotated (random signs, Walsh-Hadamard
  * transform, random signs), and every rotated value is replaced by the index of its nearest Lloyd-Max centroid; one
  * fp16 scale is shared by the block. FORMAT.md specifies the bytes.
  *
  * Conventions
- *  - Every function is thread-safe, allocates nothing unless it says so, never prints, never aborts, throws nothing.
+ *  - Every function is thread-safe, allocates no memory unless stated, and never prints, aborts or throws.
  *  - Rows are contiguous; `n` counts values and must be a multiple of the type's block. Pointers need no alignment
- *    beyond their element type (encoded rows: none). Source and destination must not overlap unless said otherwise.
- *  - All kernels (scalar, avx2, avx512, ...) give the same bytes and the same floats; only tq_dot and attention
- *    differ, by rounding.
- *  - The functions named *_row are the hot path of a host that has checked its arguments: they check nothing.
+ *    beyond their element type (encoded rows: none). Source and destination must not overlap unless stated otherwise.
+ *  - All kernels (scalar, avx2, avx512, ...) give the same bytes and the same floats; only the results of tq_dot and
+ *    attention differ between kernels, by rounding.
+ *  - The functions named *_row are for hosts that have checked their arguments: they check nothing.
  */
 #ifndef TURBOQUANT_H
 #define TURBOQUANT_H
@@ -44,9 +44,9 @@ typedef enum tq_status {
     TQ_ERROR_TYPE,               /* no such tq_type */
     TQ_ERROR_LENGTH,             /* a length is negative, zero where it may not be, or no multiple of the block */
     TQ_ERROR_NULL,               /* a required pointer is null */
-    TQ_ERROR_KERNELS_UNKNOWN,    /* no kernels of that name */
+    TQ_ERROR_KERNELS_UNKNOWN,    /* there are no kernels of that name */
     TQ_ERROR_KERNELS_UNSUPPORTED,/* known kernels, but this CPU or this build cannot run them */
-    TQ_ERROR_MEMORY,             /* scratch memory or a thread could not be had */
+    TQ_ERROR_MEMORY,             /* scratch memory could not be allocated */
     TQ_ERROR_ARGUMENT            /* any other value out of its range */
 } tq_status;
 
@@ -71,19 +71,20 @@ typedef struct tq_type_info {
     int            levels;      /* 1 << bits */
     float          step;        /* rotated value = d * step * codebook[index] */
     const int8_t * codebook;    /* `levels` centroids, ascending */
-    tq_type        family;      /* the type of the same family with the longest block: that whose name has no suffix */
+    tq_type        family;      /* the type of the same family with the longest block, whose name has no suffix */
     int            file_id;     /* the type's number in files: GGUF, saved states */
 } tq_type_info;
 
-/* The row of the type table, or null if there is no such type. */
+/* The row of the type in the type table, or null if there is no such type. */
 TURBOQUANT_API const tq_type_info * tq_type_get(tq_type type);
-/* The type of that name, or TQ_TYPE_COUNT. */
+/* The type of that name, or TQ_TYPE_COUNT if there is none. */
 TURBOQUANT_API tq_type tq_type_from_name(const char * name);
 /* The type of the same family as `type` with the largest block that divides `head`, or TQ_TYPE_COUNT if none does. */
 TURBOQUANT_API tq_type tq_type_for_head(tq_type type, int64_t head);
 /* Bytes of a row of n values; 0 if the type or n is invalid. */
 TURBOQUANT_API size_t tq_row_bytes(tq_type type, int64_t n);
-/* The sign vectors of the rotation: 128 bits each, bit i = 1 means value i is negated. which: 1 = S1, 2 = S2. */
+/* The sign vectors of the rotation, 128 bits each; bit i = 1 means that value i is negated. which: 1 = S1, 2 = S2;
+ * null for other values. */
 TURBOQUANT_API const uint8_t * tq_signs(int which);
 
 /* ---- encode, decode, rotate -------------------------------------------------------------------------------- */
@@ -94,7 +95,7 @@ typedef struct tq_encode_report {
 } tq_encode_report;
 
 /* Encode `rows` rows of n floats. src_stride: floats between row starts; dst_stride: bytes between row starts.
- * report may be null; otherwise it is overwritten. threads >= 1 (more than one starts std::threads). */
+ * report may be null; otherwise it is overwritten. threads >= 1; more than one starts std::threads. */
 TURBOQUANT_API tq_status tq_encode(tq_type type, const float * src, int64_t src_stride, void * dst, size_t dst_stride,
                                    int64_t rows, int64_t n, int threads, tq_encode_report * report);
 
@@ -103,7 +104,7 @@ TURBOQUANT_API tq_status tq_encode(tq_type type, const float * src, int64_t src_
 TURBOQUANT_API tq_status tq_decode(tq_type type, const void * src, size_t src_stride, float * dst, int64_t dst_stride,
                                    int64_t rows, int64_t n, int threads);
 
-/* As tq_decode, but leaves the values in the rotated domain: d * step * codebook[index], no inverse transform. */
+/* As tq_decode, but returns the values in the rotated domain: d * step * codebook[index], without inverse transform. */
 TURBOQUANT_API tq_status tq_decode_rotated(tq_type type, const void * src, size_t src_stride, float * dst,
                                            int64_t dst_stride, int64_t rows, int64_t n, int threads);
 
@@ -114,16 +115,16 @@ TURBOQUANT_API tq_status tq_unrotate(int block, const float * src, float * dst, 
 
 /* ---- dot products ------------------------------------------------------------------------------------------ */
 
-/* A prepared query row: each block rotated and rounded to int8 with one float scale. In-memory only, never stored.
- * q lies in -127 ... 127; tq_dot may be wrong if it holds -128, which tq_query never writes. sum: of q. */
-/* tq_query128, tq_query64, tq_query32 */
+/* tq_query128, tq_query64, tq_query32: a block of a prepared query row, which is rotated and rounded to int8 with one
+ * float scale. The layout is for memory only and never stored. q is in -127 ... 127, as tq_query writes it; tq_dot may
+ * be wrong if q contains -128. sum is the sum of q. */
 #define TURBOQUANT_QUERY(N) typedef struct tq_query##N { float scale; int32_t sum; int8_t q[N]; } tq_query##N;
 TURBOQUANT_BLOCKS(TURBOQUANT_QUERY)
 #undef TURBOQUANT_QUERY
 
 /* Bytes of a prepared query row of n values for block 128, 64 or 32; 0 if invalid. */
 TURBOQUANT_API size_t tq_query_bytes(int block, int64_t n);
-/* Prepare a query row. A block with a non-finite value becomes NaN (scale = NaN), so that it is not hidden. */
+/* Prepare a query row. A block with a non-finite value gets the scale NaN, so that its dot products are NaN. */
 TURBOQUANT_API tq_status tq_query(int block, const float * src, void * dst, int64_t n);
 /* out[r] = <query, row r> for `rows` encoded rows of n values. */
 TURBOQUANT_API tq_status tq_dot(tq_type type, const void * src, size_t src_stride, const void * query, float * out,
@@ -144,10 +145,11 @@ typedef struct tq_row_info {
     int          block_bytes; /* bytes of a block */
 } tq_row_info;
 
-/* What rows of a tq_type or TQ_ROW_... are made of, or null if there is no such type. */
+/* The layout of rows of a tq_type or TQ_ROW_..., or null if there is no such type. */
 TURBOQUANT_API const tq_row_info * tq_row_get(int type);
 
-/* What sparse V did: rows of V, masked ones too, times tiles of queries; and how many of these were left out. */
+/* The effect of sparse V. rows: rows of V, masked ones included, times tiles of queries; left_out: how many of these
+ * were not decoded. */
 typedef struct tq_attention_report {
     int64_t rows;
     int64_t left_out;
@@ -166,7 +168,7 @@ typedef struct tq_attention_window {
  *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
  *   out  [n_head][n_query][head_v] floats
  * n_head must be a multiple of n_kv_head (GQA). soft_cap 0 = none, else s -> soft_cap * tanh(s / soft_cap).
- * A row that is masked everywhere (-inf) gives zeros. Allocates scratch per thread. */
+ * A query row that is masked everywhere (-inf) gives zeros. Each thread allocates scratch memory. */
 typedef struct tq_attention_args {
     const float * q;
     const void *  k;
@@ -178,15 +180,15 @@ typedef struct tq_attention_args {
     float         scale, soft_cap;
     float         sparse_v;       /* see tq_attention_kv */
     int           threads;
-    tq_attention_report * report; /* added to, or null */
-    const tq_attention_window * window; /* or null */
+    tq_attention_report * report; /* its counts are increased; may be null */
+    const tq_attention_window * window; /* may be null */
 } tq_attention_args;
 
 TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);
 
-/* The same engine for hosts that have their own threads and memory. A host gathers the query rows that share a KV head
- * (a GQA group, times some tokens), calls tq_attention_partial for ranges of KV rows, merges the partial results of a
- * query row, and finishes it. Unchecked, like the hot path below; nothing is allocated. */
+/* The same engine for hosts with their own threads and memory. A host gathers the query rows that share a KV head (a
+ * GQA group, times several tokens), calls tq_attention_partial for ranges of KV rows, merges the partial results of
+ * each query row, and finishes the row. These functions check nothing and allocate nothing. */
 
 typedef struct tq_attention_kv {
     int          type_k, type_v;     /* tq_type or TQ_ROW_... */
@@ -195,9 +197,9 @@ typedef struct tq_attention_kv {
     const void * v;
     size_t       stride_k, stride_v; /* bytes between rows */
     float        scale, soft_cap;    /* as in tq_attention_args */
-    float        sparse_v;           /* rows of V whose weight, relative to the largest so far, is at most this are left
-                                        out of the sum (but count in the softmax); 0 = only weights of 0 */
-    const void * ahead[2];           /* two pieces of memory that are fetched meanwhile, as the caller reads them next */
+    float        sparse_v;           /* a row of V is left out of the sum (but counts in the softmax) if its weight,
+                                        relative to the largest so far, is at most this for all query rows */
+    const void * ahead[2];           /* two pieces of memory to prefetch meanwhile, which the caller reads next */
     size_t       ahead_bytes[2];     /* 0 = none */
 } tq_attention_kv;
 
@@ -209,40 +211,40 @@ typedef struct tq_attention_queries {
     const float *            slope;  /* [rows] factors of the masks (ALiBi), or null */
 } tq_attention_queries;
 
-/* 1 if the engine covers this pair of row types and head sizes. */
+/* 1 if the engine supports this pair of row types and head sizes, else 0. */
 TURBOQUANT_API int    tq_attention_supports(int type_k, int type_v, int64_t head_k, int64_t head_v);
-/* Bytes of scratch that tq_attention_partial needs, whatever kernels are selected then. */
+/* Bytes of scratch memory that tq_attention_partial needs; they do not depend on the selected kernels. */
 TURBOQUANT_API size_t tq_attention_scratch(const tq_attention_kv * kv, int64_t rows);
-/* Attention over KV rows first ... last-1. partial: [rows][head_v + 2] floats: unnormalised sum of V (in the rotated
- * domain if V is turbo), then the largest score (-inf if all are masked), then the sum of weights, which a NaN score
- * makes NaN for good. Rows of V that are not finite reach only the queries that give them a weight. Returns how many rows
- * of V were left out. */
+/* Attention over KV rows first ... last-1. partial is [rows][head_v + 2] floats: the unnormalised sum of V (in the
+ * rotated domain if V is turbo), then the largest score (-inf if all are masked), then the sum of weights, which is NaN
+ * if a score is NaN. Rows of V with non-finite values affect only queries that give these rows a weight other than 0.
+ * Returns the number of rows of V that were left out. */
 TURBOQUANT_API int64_t tq_attention_partial(const tq_attention_kv * kv, const tq_attention_queries * queries,
                                             int64_t first, int64_t last, float * partial, void * scratch);
-/* Merge one query row's partial result `from` into `into`. */
+/* Merge the partial result `from` of a query row into `into`. */
 TURBOQUANT_API void   tq_attention_merge(float * into, const float * from, int64_t head_v);
-/* Bring one query row's partial result into the domain of its V, in place: then it can be merged with one over rows of V
- * that are not turbo, and is finished as such. */
+/* Transform the partial result of a query row from the rotated domain back to that of V, in place. After that it can be
+ * merged with a partial result over rows of V that are not turbo, and type_v of tq_attention_finish is theirs. */
 TURBOQUANT_API void   tq_attention_unrotate(int type_v, float * partial, int64_t head_v);
-/* Normalise one query row's result into out [head_v]. sink: a score that takes part in the softmax without a value, or
- * null. Overwrites partial. */
+/* Normalise the result of a query row and write it to out [head_v]. sink: a score that counts in the softmax without a
+ * row of V, or null. partial is overwritten. */
 TURBOQUANT_API void   tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out);
 
 /* ---- kernels ----------------------------------------------------------------------------------------------- */
 
-/* The ordered list, best first: avx512vbmi, avx512vnni, avx512, avxvnni, avx2, neon_dotprod, neon, scalar (those
- * that this build has). */
+/* The ordered list, best first: those of avx512vbmi, avx512vnni, avx512, avxvnni, avx2, neon_dotprod, neon, scalar that
+ * this build has. */
 TURBOQUANT_API int          tq_kernels_count(void);
 TURBOQUANT_API const char * tq_kernels_name(int index);      /* null if out of range */
 TURBOQUANT_API int          tq_kernels_supported(int index); /* 1 if this CPU can run them */
-/* The selected kernels' name. At first use the environment variable TURBOQUANT_KERNELS decides, else the best
- * supported. Null if TURBOQUANT_KERNELS names unknown or unsupported ones: then the checked functions return that
- * error, and the *_row functions, which cannot, use scalar. */
+/* The name of the selected kernels. At first use the environment variable TURBOQUANT_KERNELS selects them, or else the
+ * best supported kernels are selected. The result is null if TURBOQUANT_KERNELS names unknown or unsupported kernels:
+ * the checked functions then return that error, and the *_row functions, which return no status, use scalar. */
 TURBOQUANT_API const char * tq_kernels_selected(void);
-/* Select by name for the whole process; null or "" = the best supported. A call that is under way ends with the kernels
- * that it began with. */
+/* Select kernels by name for the whole process; null or "" = the best supported ones. A call that is in progress finishes
+ * with the kernels with which it began. */
 TURBOQUANT_API tq_status    tq_kernels_select(const char * name);
-/* TQ_OK, or the reason why TURBOQUANT_KERNELS could not be honoured. */
+/* TQ_OK, or the error of the kernels that TURBOQUANT_KERNELS names. */
 TURBOQUANT_API tq_status    tq_kernels_status(void);
 
 /* ---- hot path: one row, unchecked -------------------------------------------------------------------------- */

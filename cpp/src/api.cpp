@@ -1,4 +1,4 @@
-// The checked functions of turboquant.h and the type table: arguments in, kernels out.
+// The checked functions of turboquant.h, and the type table.
 #include "format.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -88,7 +88,7 @@ tq_type tq_type_from_name(const char * name) {
 
 tq_type tq_type_for_head(tq_type type, int64_t head) {
     if (!valid(type) || head <= 0) return TQ_TYPE_COUNT;
-    for (int t = 0; t < TQ_TYPE_COUNT; ++t) // blocks descend within a family
+    for (int t = 0; t < TQ_TYPE_COUNT; ++t) // in a family types are in descending order of their blocks
         if (types[t].family == types[type].family && head % types[t].block == 0) return tq_type(t);
     return TQ_TYPE_COUNT;
 }

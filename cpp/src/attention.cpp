@@ -1,10 +1,11 @@
 // Attention over an encoded KV cache: the tile engine.
 //
 // All query rows that read one KV head (the heads of its GQA group, times a run of tokens) share each decoded tile of
-// 64 KV rows. K is expanded to int8 levels and multiplied with queries that were rotated and rounded to int8 once; V
-// becomes int8 levels where the kernels multiply these faster, else floats. V is accumulated in the rotated domain and
-// un-rotated once per output row. The softmax is the usual online one (Milakov and Gimelshein 2018; Dao et al. 2022): a
-// running maximum and sum per query row, so that any range of KV rows gives a partial result, and these merge.
+// 64 KV rows. K is expanded to int8 levels and multiplied with queries that were rotated and rounded to int8 once (f16
+// and bf16 are multiplied as floats). V is expanded to int8 levels if the kernels multiply these faster, and to floats
+// otherwise. V is accumulated in the rotated domain, and the sum is rotated back once per output row. The softmax is
+// computed online (Milakov and Gimelshein 2018; Dao et al. 2022), with a running maximum and sum per query row: every
+// range of KV rows gives a partial result, and partial results can be merged.
 #include "format.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -17,11 +18,11 @@
 namespace turboquant {
 namespace {
 
-// What the engine must know of a row type; turbo types and the plain types that may stand on the other side.
+// The properties of a row type: a turbo type, or one of ggml's types.
 struct RowType {
-    int block;    // values that share a scale; 0 = not covered
-    bool turbo;   // rotated
-    bool integer; // int8 levels and a scale, else floats
+    int block;    // values that share a scale; 0 = not supported
+    bool turbo;   // whether rows are rotated
+    bool integer; // whether rows are int8 levels with scales, else floats
 };
 
 RowType row_type(int type) {
@@ -38,7 +39,7 @@ size_t row_bytes(int type, int64_t n) {
 
 constexpr int64_t query_tile = 128; // query rows that share a decoded tile; their sums stay in the L2 cache
 
-// Rows of floats, rounded as a query is.
+// Rounds rows of floats to int8 levels and scales, as queries are rounded.
 void levels_f32(const Kernels & kernel, const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     constexpr int64_t at_once = 8;
     for (int r = 0; r < rows.count; ++r) {
@@ -54,7 +55,7 @@ void levels_f32(const Kernels & kernel, const CacheRows & rows, int64_t blocks, 
     }
 }
 
-// int8 levels of rows of `blocks` blocks, and their scales.
+// Loads the int8 levels of rows of `blocks` blocks, and their scales.
 void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64_t blocks, int8_t * level,
                  float * scale) {
     if (type < TQ_TYPE_COUNT)
@@ -67,7 +68,7 @@ void load_levels(const Kernels & kernel, int type, const CacheRows & rows, int64
         levels_f32(kernel, rows, blocks, level, scale);
 }
 
-// The values of rows of n, in the rotated domain if the type is turbo.
+// Loads rows of n values as floats, in the rotated domain if the type is turbo.
 void load_values(const Kernels & kernel, int type, const CacheRows & rows, int64_t n, float * dst) {
     for (int r = 0; r < rows.count; ++r, dst += n) {
         const uint8_t * src = rows[r];
@@ -88,23 +89,23 @@ void load_values(const Kernels & kernel, int type, const CacheRows & rows, int64
     }
 }
 
-// Scratch memory of one call, carved from one allocation; every array starts on a cache line.
+// The scratch memory of a call: arrays in one allocation, each of which starts on a cache line.
 struct Scratch {
     uint8_t * query;      // [rows] prepared query rows (floats if K is not integer)
-    int8_t * level;       // [tile_rows][head] of K or V, as they come from the cache
-    int8_t * tile;        // the same as the kernels want them
+    int8_t * level;       // [tile_rows][head] levels of K or V in the order of the cache
+    int8_t * tile;        // the same levels in the order that the kernels read
     float * key_scale;    // [blocks of K][tile_rows]
     float * value_scale;  // [blocks of V][tile_rows]
     float * key;          // [tile_rows][head_k], if K is not integer
     float * value;        // [tile_rows][head_v]
     float * weight;       // [rows][tile_rows] scores, then weights
-    float * bias;         // [tile_rows] of the masks of one query row
-    float * most;         // [tile_rows] greatest weight of any query row
+    float * bias;         // [tile_rows] masks of one query row
+    float * most;         // [tile_rows] greatest weight of all query rows
     SoftmaxState * state; // [rows]
     size_t bytes;
 };
 
-// The same for all kernels: a host may ask for the size before others are selected.
+// The layout is the same for all kernels, because a host may query the size before other kernels are selected.
 Scratch layout(const tq_attention_kv & kv, int64_t rows, uintptr_t base) {
     const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
     size_t at = 0;
@@ -163,7 +164,7 @@ void score(const Kernels & kernel, const tq_attention_kv & kv, const RowType & k
             std::memset(s.key_scale + b * tile_rows + rows.count, 0, size_t(rest) * sizeof(float));
     }
     const bool lowest = kv.type_k == TQ_ROW_Q8_0 && kernel.lowest && kernel.lowest(s.level, tile_rows * kv.head_k);
-    const Kernels & scoring = lowest ? kernels_scalar : kernel; // ggml writes no -128: this need not be fast
+    const Kernels & scoring = lowest ? kernels_scalar : kernel; // ggml never writes -128, so this need not be fast
     if (scoring.keys) scoring.keys(s.level, kv.head_k, s.tile);
     const int8_t * tile = scoring.keys ? s.tile : s.level;
     scoring.scores[block_index(k.block)](tile, s.key_scale, blocks, s.query, queries, s.weight);
@@ -173,11 +174,11 @@ CacheRows rows_at(const void * cache, size_t stride, int64_t first, int count) {
     return {static_cast<const uint8_t *>(cache) + size_t(first) * stride, stride, count, nullptr};
 }
 
-// Memory that is read after this call, fetched bit by bit meanwhile: the CPU's own prefetching follows neither a head's
-// rows, which lie apart, nor the end of a page.
+// Prefetches memory that the caller reads next, a part at a time. The CPU's own prefetcher neither follows the rows of
+// a head, which are not contiguous, nor crosses the end of a page.
 class Ahead {
 public:
-    Ahead(const tq_attention_kv & kv, int64_t steps) { // steps: calls of fetch; 0 if there is no row
+    Ahead(const tq_attention_kv & kv, int64_t steps) { // steps: number of calls of fetch; 0 if there is no row
         for (int i = 0; i < 2; ++i) {
             at[i] = static_cast<const char *>(kv.ahead[i]);
             left[i] = kv.ahead_bytes[i];
@@ -200,7 +201,7 @@ private:
     size_t left[2], step[2];
 };
 
-// A query row's mask; fp16 or float32.
+// The mask of a query row, fp16 or float32.
 struct Mask {
     const void * row;
     bool f32;
@@ -216,7 +217,7 @@ Mask mask_of(const tq_attention_queries & queries, int64_t m) {
     return {queries.mask ? queries.mask[m] : nullptr, queries.mask_f32 != 0};
 }
 
-// Masks first: rows behind the last that a query may see are not even decoded. Returns how many of `rows` are left.
+// The number of rows of a tile up to the last one to which a query may attend. Later rows are not decoded.
 int visible_rows(const tq_attention_queries & queries, int64_t first, int rows) {
     const void * known = nullptr;
     int count = 0;
@@ -232,10 +233,10 @@ int visible_rows(const tq_attention_queries & queries, int64_t first, int rows) 
     return count;
 }
 
-// The rows of V whose weight matters, in `index`; closes the gaps in the weights.
+// Selects the rows of V that have a weight above sparse_v for a query; removes the weights of the other rows.
 CacheRows needed_rows(const CacheRows & rows, float sparse_v, int queries, Scratch & s, uint8_t * index) {
     int out = 0;
-    for (int r = 0; r < tile_rows; ++r) out += s.most[r] <= sparse_v; // a NaN is needed
+    for (int r = 0; r < tile_rows; ++r) out += s.most[r] <= sparse_v; // a row with a NaN is kept
     if (out == 0 && rows.count == tile_rows) return rows;
     int count = 0;
     for (int r = 0; r < rows.count; ++r)
@@ -246,7 +247,7 @@ CacheRows needed_rows(const CacheRows & rows, float sparse_v, int queries, Scrat
     return {rows.first, rows.stride, count, index};
 }
 
-// The rows of V that one query gives a weight; closes the gaps in its weights.
+// Selects the rows of V that have a weight other than 0 for one query; removes its other weights.
 CacheRows weighted_rows(const CacheRows & rows, float * weight, uint8_t * index) {
     int count = 0;
     for (int r = 0; r < rows.count; ++r) {
@@ -257,7 +258,8 @@ CacheRows weighted_rows(const CacheRows & rows, float * weight, uint8_t * index)
     return {rows.first, rows.stride, count, index};
 }
 
-// Weights times V's scales must not be negative: the signs move to the levels. False if a level's negative is no int8.
+// Makes V's scales non-negative, as accumulate_levels requires, by negating levels. False if a level is -128, which has
+// no negative in int8.
 bool turn_negative_scales(const RowType & v, int64_t head, int rows, Scratch & s) {
     for (int64_t b = 0; b < head / v.block; ++b) {
         float * scale = s.value_scale + b * tile_rows;
@@ -297,13 +299,14 @@ void add_values(const Kernels & kernel, const tq_attention_kv & kv, const RowTyp
 }
 
 bool finite(const float * x, int64_t n) {
-    uint32_t carry = 0; // into the sign bit, if an exponent is all ones; an OR, as compilers vectorise that
+    // The addition carries into the sign bit if all bits of an exponent are ones. Compilers vectorise the OR.
+    uint32_t carry = 0;
     for (int64_t i = 0; i < n; ++i) carry |= (float_bits(x[i]) & 0x7fffffff) + 0x00800000;
     return carry >> 31 == 0;
 }
 
-// One pass over KV rows first ... last-1. In tiles where a needed row of V is not finite the queries share nothing if
-// `apart`: 0 * Inf is no 0, so a query must not even multiply a row that it gives no weight.
+// One pass over KV rows first ... last-1. With `apart`, queries are treated one by one in tiles where a row of V is not
+// finite: 0 * Inf is NaN, so a query must not multiply a row that has no weight.
 int64_t attend(const Kernels & kernel, const tq_attention_kv & kv, const tq_attention_queries & queries, int64_t first,
                int64_t last, bool apart, float * partial, Scratch & s) {
     const RowType k = row_type(kv.type_k), v = row_type(kv.type_v);
@@ -353,7 +356,7 @@ int64_t partial_of(const Kernels & kernel, const tq_attention_kv & kv, const tq_
     prepare_queries(kernel, kv, row_type(kv.type_k), queries, s);
     int64_t skipped = attend(kernel, kv, queries, first, last, false, partial, s);
     const int64_t stride = kv.head_v + 2;
-    bool apart = false; // a row of V that is not finite, whose query or another's
+    bool apart = false; // a sum is not finite, perhaps because of a row of V that only another query needs
     for (int64_t m = 0; m < queries.rows && queries.rows > 1 && !apart; ++m)
         apart = std::isfinite(s.state[m].sum) && !finite(partial + m * stride, kv.head_v);
     if (apart) skipped = attend(kernel, kv, queries, first, last, true, partial, s);
@@ -371,7 +374,7 @@ void finish(const Kernels & kernel, int type_v, float * partial, int64_t head_v,
         scale = largest == -INFINITY ? 0.0f : std::exp(largest - top);
         sum = sum * scale + std::exp(*sink - top);
     }
-    const float inverse = sum == 0 ? 0.0f : scale / sum; // a NaN is not hidden
+    const float inverse = sum == 0 ? 0.0f : scale / sum; // a NaN stays NaN
     for (int64_t c = 0; c < head_v; ++c) partial[c] *= inverse;
     const RowType v = row_type(type_v);
     if (v.turbo)
@@ -440,7 +443,7 @@ tq_status tq_attention(const tq_attention_args * args) {
     const Kernels & kernel = kernels();
 
     const int64_t group = a.n_head / a.n_kv_head;
-    const int64_t tokens = group < query_tile ? query_tile / group : 1; // of one item of work
+    const int64_t tokens = group < query_tile ? query_tile / group : 1; // tokens of an item of work
     const int64_t items_per_head = (a.n_query + tokens - 1) / tokens;
     std::atomic<bool> failed{false};
     std::atomic<int64_t> seen{0}, left_out{0};

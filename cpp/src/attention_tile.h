@@ -1,5 +1,5 @@
-// The parts of the fused attention that compilers vectorise well by themselves: included by every ISA file, compiled
-// with its flags. Fixed trip counts and independent lanes are what makes that work without fast math.
+// The parts of the fused attention that compilers vectorise well. Every ISA file includes this file and compiles it
+// with its flags. Fixed trip counts and independent lanes let compilers vectorise the loops without fast math.
 #ifndef TURBOQUANT_ATTENTION_TILE_H
 #define TURBOQUANT_ATTENTION_TILE_H
 
@@ -13,7 +13,7 @@ namespace {
 // Cephes' expf.
 inline float exp_negative(float x) {
     const float bounded = x <= -87.0f ? -87.0f : x;
-    const float magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const float magic = 12582912.0f; // 1.5 * 2^23: the addition rounds to an integer in the low bits
     const float shifted = bounded * 1.44269504f + magic;
     const float n = shifted - magic;
     const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -30,7 +30,8 @@ inline float exp_negative(float x) {
 
 inline float greater(float a, float b) { return a > b ? a : b; }
 
-// One query row's tile of scores -> weights relative to the row's running maximum. NaN scores make the sum NaN.
+// Replaces the scores of a query row in a tile by weights relative to the row's running maximum. A NaN score makes the
+// sum NaN.
 void softmax_tile(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most) {
     if (soft_cap != 0.0f) {
         for (int r = 0; r < tile_rows; ++r) {
@@ -40,7 +41,7 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
         }
         scale = 1.0f;
     }
-    for (int r = 0; r < tile_rows; ++r) // what is masked does not matter, not even a NaN
+    for (int r = 0; r < tile_rows; ++r) // the score of a masked row is ignored, also if it is NaN
         s[r] = bias[r] == -INFINITY ? -INFINITY : s[r] * scale + bias[r];
 
     float lane[16];
@@ -50,7 +51,7 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     for (int h = 8; h > 0; h /= 2)
         for (int l = 0; l < h; ++l) lane[l] = greater(lane[l], lane[l + h]);
     const float largest = greater(lane[0], state->largest);
-    if (largest == -INFINITY) { // masked so far, but for a NaN, which no later tile or range may hide
+    if (largest == -INFINITY) { // all rows so far are masked or NaN; a NaN must not be lost
         int nan = 0;
         for (int r = 0; r < tile_rows; ++r) nan |= s[r] != s[r];
         if (nan) state->sum = NAN;
@@ -70,7 +71,7 @@ void softmax_tile(float * s, const float * bias, float scale, float soft_cap, So
     state->largest = largest;
 }
 
-// K as floats: plain dot products.
+// Scores of K as floats.
 void scores_float(const float * k, int64_t head, const float * q, int rows, float * s) {
     for (int m = 0; m < rows; ++m)
         for (int r = 0; r < tile_rows; ++r) {
@@ -115,7 +116,7 @@ void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
         for (int64_t b = 0; b < blocks; ++b, src += 18, level += 32) {
             scale[b * tile_rows + r] = load_scale(src);
             scale[b * tile_rows + r] = std::fabs(scale[b * tile_rows + r]);
-            const uint64_t flip = load16(src) >> 15; // half of ggml's scales are negative; then -8 becomes 8
+            const uint64_t flip = load16(src) >> 15; // half of ggml's scales are negative; level -8 then becomes 8
             for (int w = 0; w < 4; ++w) {            // eight levels at a time: compilers do not vectorise this
                 uint64_t v;
                 std::memcpy(&v, src + 2 + 8 * (w % 2), 8);
@@ -128,7 +129,7 @@ void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
     }
 }
 
-void load_f16(const uint8_t * src, float * dst, int64_t n); // every ISA file's
+void load_f16(const uint8_t * src, float * dst, int64_t n); // defined by every ISA file
 
 void bias_tile(const void * mask, bool f32, float slope, int rows, float * bias) {
     alignas(64) uint8_t padded[tile_rows * sizeof(float)];

@@ -1,5 +1,5 @@
-// AVX2, FMA, F16C: the vocabulary of generic/, and what AVX2 does differently. avxvnni.cpp compiles this file again
-// with AVX-VNNI.
+// AVX2, FMA and F16C: the primitives of generic/, and algorithms that differ for AVX2. avxvnni.cpp compiles this file
+// again with AVX-VNNI.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/signs.h"
@@ -45,8 +45,8 @@ TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) {
     return _mm256_xor_ps(x, _mm256_load_ps(reinterpret_cast<const float *>(bits)));
 }
 
-// One stage inside a register: s is each lane's partner, and `lane` is -1 where the difference is taken. The product is
-// exact, so the sum rounds as in scalar.cpp.
+// One stage inside a register. s has each lane's partner, and `lane` is -1 in lanes that take the difference. The
+// product is exact, so the sum rounds as in scalar.cpp.
 TURBOQUANT_INLINE floats butterfly(floats x, floats s, floats lane) { return _mm256_fmadd_ps(x, lane, s); }
 
 template <int R> TURBOQUANT_INLINE void butterflies(floats * y) {
@@ -118,7 +118,7 @@ TURBOQUANT_INLINE ints multiply_add_words(ints sum, words a, words b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
-TURBOQUANT_INLINE ints multiply_add_bytes(ints sum, bytes a, bytes b) { // pairs stay inside int16
+TURBOQUANT_INLINE ints multiply_add_bytes(ints sum, bytes a, bytes b) { // sums of pairs fit int16
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
 
@@ -168,7 +168,7 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
     work.scale = best_scale(a8, b8);
 }
 
-template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // bit 7 of an index byte: a zero
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // an index byte with bit 7 set gives zero
     return _mm256_shuffle_epi8(magnitude_table<Family>(), _mm256_or_si256(count, _mm256_set1_epi16(int16_t(0x8000))));
 }
 
@@ -178,7 +178,7 @@ template <int N> struct Levels {
     bytes v[registers];
 };
 
-// Bit i of 32 becomes byte i: 4 where it is set, else 0.
+// Expands 32 bits to bytes: byte i is 4 if bit i is set, else 0.
 __m256i spread_third_bits(const uint8_t * high) {
     const __m256i source = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
                                             2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
@@ -279,8 +279,8 @@ TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
 constexpr int level_offset = 0;
 TURBOQUANT_INLINE bytes offset_levels(bytes level) { return level; }
 
-// maddubs multiplies unsigned by signed, so the level's sign moves to the query (neither is ever -128, and a pair is at
-// most 2 * 127 * 127, inside int16).
+// maddubs multiplies unsigned by signed, so the sign of the level is moved to the query. Neither is ever -128, so the
+// sum of a pair is at most 2 * 127 * 127 and fits int16.
 TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
     const words pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(level), _mm256_sign_epi8(q, level));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -361,9 +361,10 @@ constexpr decltype(Kernels::softmax) softmax = softmax_tile;
 #ifdef TURBOQUANT_VNNI
 constexpr decltype(Kernels::lowest) lowest = nullptr;
 #else
-// Without a dot product of four bytes it pays to keep the levels as they come: no transposition, and the sums of eight
-// KV rows are added across lanes together. A query's sign moves to the level, as its magnitude serves all rows; that
-// costs 10 to 20% less than the other way, but -128 has no negative: see `lowest`.
+// Without a dot product of four bytes it is faster to keep the levels in the order of the cache: they need no
+// transposition, and the sums of eight KV rows are added across lanes together. The sign of the query is moved to the
+// level, because the magnitude of the query then serves all rows. This takes 10 to 20% less time than moving the sign
+// of the level, but -128 has no negative: see `lowest`.
 constexpr decltype(Kernels::keys) keys = nullptr;
 
 template <int N>

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): the vocabulary of generic/, and what AVX-512 does differently. avx512vnni.cpp and
+// AVX-512 (F, BW, DQ, VL): the primitives of generic/, and algorithms that differ for AVX-512. avx512vnni.cpp and
 // avx512vbmi.cpp compile this file again with more instructions.
 #include "attention_tile.h"
 #include "format.h"
@@ -42,13 +42,13 @@ TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
 
 TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) { return _mm512_xor_ps(x, _mm512_load_ps(bits)); }
 
-// +1, or -1 in the lanes whose bit h is set: those take the difference.
+// +1, or -1 in lanes whose number has bit h set, which take the difference.
 template <int H> TURBOQUANT_INLINE floats difference_lanes() {
     return _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), H == 1 ? 0xAAAA : H == 2 ? 0xCCCC : H == 4 ? 0xF0F0 : 0xFF00,
                               _mm512_set1_ps(-1.0f));
 }
 
-// One stage inside a register, s being each lane's partner. The product is exact, so the sum rounds as in scalar.cpp.
+// One stage inside a register. s has each lane's partner. The product is exact, so the sum rounds as in scalar.cpp.
 template <int H> TURBOQUANT_INLINE floats butterfly(floats x, floats s) {
     return _mm512_fmadd_ps(x, difference_lanes<H>(), s);
 }
@@ -110,7 +110,7 @@ TURBOQUANT_INLINE ints multiply_add_words(ints sum, words a, words b) {
 TURBOQUANT_INLINE ints multiply_add_bytes(ints sum, bytes a, bytes b) {
 #ifdef TURBOQUANT_VNNI
     return _mm512_dpbusd_epi32(sum, a, b);
-#else // pairs stay inside int16
+#else // sums of pairs fit int16
     return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
 #endif
 }
@@ -123,7 +123,7 @@ TURBOQUANT_INLINE void store_coarse(const words * magnitude, int8_t * coarse) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(coarse), _mm512_cvtsepi16_epi8(rounded)); // saturates at 127
 }
 
-TURBOQUANT_INLINE bytes load_coarse(const int8_t * coarse) { // as it was stored: a load of both is not forwarded
+TURBOQUANT_INLINE bytes load_coarse(const int8_t * coarse) { // two parts, for store forwarding
     return _mm512_inserti64x4(_mm512_castsi256_si512(load32_bytes(coarse)), load32_bytes(coarse + 32), 1);
 }
 
@@ -132,7 +132,7 @@ TURBOQUANT_INLINE void store_low_bytes(const words * m, uint8_t * out) {
 }
 
 #ifdef TURBOQUANT_VBMI
-// The centroid of every coarse magnitude, for each step of the search.
+// A table of the centroids of all coarse magnitudes for each step of the search.
 template <typename Family> struct CoarseTable {
     struct Rows {
         alignas(64) int8_t row[search_steps][128];
@@ -148,21 +148,21 @@ template <typename Family> struct CoarseTable {
 };
 #endif
 
-// The centroids of 64 coarse magnitudes under step s of the search.
+// The centroids of 64 coarse magnitudes in step s of the search.
 template <typename Family> TURBOQUANT_INLINE bytes centroids_under(int s, bytes coarse) {
 #ifdef TURBOQUANT_VBMI
     const int8_t * table = CoarseTable<Family>::rows.row[s];
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), coarse, _mm512_load_si512(table + 64));
 #else
     __m512i c = _mm512_set1_epi8(Family::magnitudes[0]);
-    for (int t = 0; t < Family::half_levels - 1; ++t) // thresholds ascend, so the last one exceeded decides
+    for (int t = 0; t < Family::half_levels - 1; ++t) // thresholds ascend, so the last exceeded one decides
         c = _mm512_mask_mov_epi8(c, _mm512_cmpgt_epi8_mask(coarse, _mm512_set1_epi8(Family::coarse_thresholds[s][t])),
                                  _mm512_set1_epi8(Family::magnitudes[t + 1]));
     return c;
 #endif
 }
 
-// Each 128-bit lane: the four sums of that lane of v[0 ... 3].
+// For each 128-bit lane, the four sums of that lane of v[0 ... 3].
 TURBOQUANT_INLINE ints reduce_add4(const __m512i * v) {
     const __m512i low = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
     const __m512i high = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
@@ -184,7 +184,7 @@ template <int Together> TURBOQUANT_INLINE void reduce_steps(const ints * v, Step
     if constexpr (Together == 2) out[1] = high;
 }
 
-// Keep the step that explains most. a, b: its sums, one lane for each step.
+// Keeps the scale of the best step. a and b have the sums, one lane for each step.
 TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
     const __m512d wide = _mm512_cvtepi32_pd(a);
     const __m512d e = _mm512_div_pd(_mm512_mul_pd(wide, wide), _mm512_cvtepi32_pd(b));
@@ -195,7 +195,7 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, Steps a, Steps b) {
     work.scale = least_squares_scale(a8[best], b8[best]);
 }
 
-template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // into the low byte of each word
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // in the low byte of each word
     const __m128i table = load16_bytes(Family::magnitudes);
     return _mm512_maskz_shuffle_epi8(0x5555555555555555, _mm512_broadcast_i32x4(table), count);
 }
@@ -206,7 +206,7 @@ template <int N> struct Levels {
     bytes v[registers];
 };
 
-// The index bytes are copied to every part of the register that they serve and shifted by a different amount in each.
+// The index bytes are copied to every part of the register that uses them, and shifted by a different amount in each.
 template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bits>, N>, const uint8_t * q) {
     const __m512i table = _mm512_broadcast_i32x4(load16_bytes(LloydMax<Bits>::centroids));
     Levels<N> out;
@@ -246,7 +246,7 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
         }
         if constexpr (Bits == 3)
             for (int r = 0; r < Levels<N>::registers; ++r) {
-                uint64_t high = 0; // the third bits are a lane mask as they are
+                uint64_t high = 0; // the bytes with the third bits are a lane mask
                 std::memcpy(&high, q + high_offset<N> + 8 * r, N == 32 ? 4 : 8);
                 index[r] = _mm512_mask_add_epi8(index[r], high, index[r], _mm512_set1_epi8(4));
             }
@@ -304,8 +304,8 @@ TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
 constexpr int level_offset = 0;
 TURBOQUANT_INLINE bytes offset_levels(bytes level) { return level; }
 
-// maddubs multiplies unsigned by signed, so the level's sign moves to the query (which is never -128, so a pair is at
-// most 2 * 128 * 127, inside int16).
+// maddubs multiplies unsigned by signed, so the sign of the level is moved to the query. The query is never -128, so
+// the sum of a pair is at most 2 * 128 * 127 and fits int16.
 TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
     const bytes moved = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(level), _mm512_setzero_si512(), q);
     const words pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(level), moved);
@@ -326,7 +326,7 @@ TURBOQUANT_INLINE floats to_floats(ints x) { return _mm512_cvtepi32_ps(x); }
 TURBOQUANT_INLINE bytes all_four(const void * p) { return _mm512_set1_epi32(four_bytes(p)); }
 TURBOQUANT_INLINE bytes load_tile(const int8_t * p) { return _mm512_load_si512(p); }
 
-// A register first takes the 16 bytes of every fourth row; two rounds of unpacking put them in order.
+// Each register first loads 16 bytes of every fourth row; two rounds of unpacking arrange them.
 TURBOQUANT_INLINE void transpose(const int8_t * src, int64_t stride, int8_t * dst) {
     __m512i row[4];
     for (int j = 0; j < 4; ++j) {
@@ -364,7 +364,7 @@ TURBOQUANT_INLINE void split_bytes(const ints * x, uint8_t * high, uint8_t * low
     _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, lower));
 }
 
-// As x86.h's interleave32, twice as wide.
+// As interleave32 of x86.h, for twice as many channels.
 TURBOQUANT_INLINE void interleave(const int8_t * level, int64_t stride, int8_t * tile) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512i row[4];
@@ -391,9 +391,10 @@ TURBOQUANT_INLINE void interleave(const int8_t * level, int64_t stride, int8_t *
 namespace turboquant {
 namespace {
 
-// AVX-512 multiplies by powers of two in one instruction, so its softmax does not go through softmax_tile.
+// AVX-512 multiplies by powers of two in one instruction, so its softmax does not use softmax_tile.
 //
-// 2^x; 0 from -126 down; NaN stays NaN. The polynomial is 2^x's on -0.5 ... 0.5, relative error below 3.4e-6.
+// 2^x for x <= 0; 0 for x <= -126; NaN stays NaN. The polynomial approximates 2^x on -0.5 ... 0.5 with a relative error
+// below 3.4e-6.
 TURBOQUANT_INLINE floats exp2_negative(__m512 x) {
     const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -414,14 +415,14 @@ void softmax(float * s, const float * bias, float scale, float soft_cap, Softmax
     __m512 x[registers];
     for (int r = 0; r < registers; ++r) {
         const __m512 b = _mm512_loadu_ps(bias + lanes * r);
-        const __mmask16 open = _mm512_cmp_ps_mask(b, hidden, _CMP_NEQ_UQ); // what is hidden may even be a NaN
+        const __mmask16 open = _mm512_cmp_ps_mask(b, hidden, _CMP_NEQ_UQ); // the score of a hidden row may be NaN
         x[r] = _mm512_mask_fmadd_ps(_mm512_loadu_ps(s + lanes * r), open, _mm512_set1_ps(scale), b);
         x[r] = _mm512_mask_mov_ps(hidden, open, x[r]);
     }
     const __m512 top = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
     const float before = state->largest, now = _mm512_reduce_max_ps(top);
     const float largest = now > before ? now : before;
-    if (largest == -INFINITY) return softmax_tile(s, bias, scale, soft_cap, state, most); // hidden so far, or NaN
+    if (largest == -INFINITY) return softmax_tile(s, bias, scale, soft_cap, state, most); // hidden or NaN so far
     const __m512 log2e = _mm512_set1_ps(1.44269504f), offset = _mm512_set1_ps(largest);
     __m512 sum = _mm512_setzero_ps();
     for (int r = 0; r < registers; ++r) {

@@ -1,3 +1,3 @@
-// AVX-512 with VNNI: the same kernels, 8-bit and 16-bit dot products in one instruction.
+// AVX-512 with VNNI: the same kernels; 8-bit and 16-bit dot products take one instruction.
 #define TURBOQUANT_VNNI
 #include "avx512.cpp"

@@ -1,4 +1,4 @@
-// Which kernels run: an ordered list, best first, chosen once per process or forced by name.
+// Selection of kernels from an ordered list, best first, once per process or by name.
 #include "kernels.h"
 
 #include <atomic>
@@ -22,11 +22,11 @@ namespace {
 [[maybe_unused]] bool always() { return true; }
 
 #if defined(TURBOQUANT_X86)
-bool has_avx2() { // every CPU with AVX2 has F16C, which older Clangs cannot ask for
+bool has_avx2() { // every CPU with AVX2 has F16C, which older Clang versions cannot query
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 #if defined(TURBOQUANT_AVXVNNI)
-bool has_avxvnni() { // compilers cannot ask for it before GCC 13
+bool has_avxvnni() { // GCC before 13 cannot query this feature
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
 }
@@ -38,7 +38,7 @@ bool has_avx512() {
 bool has_avx512vnni() {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
 }
-bool has_avx512vbmi() { // Ice Lake and Zen 4 on; the VNNI CPUs before lack it
+bool has_avx512vbmi() { // since Ice Lake and Zen 4; earlier CPUs with VNNI lack it
     return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi");
 }
 #elif defined(TURBOQUANT_ARM64)
@@ -77,7 +77,7 @@ const Row rows[] = {
 };
 constexpr int row_count = int(sizeof(rows) / sizeof(rows[0]));
 
-// Names of kernels for other CPUs: known, so that forcing one says "unsupported" rather than "unknown".
+// All names, also those of kernels for other CPUs, whose selection fails as "unsupported" and not as "unknown".
 const char * const all_names[] = {"avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2",
                                   "neon_dotprod", "neon", "scalar"};
 
@@ -109,7 +109,7 @@ const Kernels & kernels() {
     const Kernels * k = selected.load(std::memory_order_acquire);
     if (k) return *k;
     const Selection s = find(std::getenv("TURBOQUANT_KERNELS"));
-    // Two threads may both get here; the first to publish wins, and both computed the same.
+    // Several threads may get here. They compute the same selection, and the first one stores it.
     selected_status.store(s.status, std::memory_order_relaxed);
     const Kernels * expected = nullptr;
     selected.compare_exchange_strong(expected, s.kernels, std::memory_order_acq_rel);

@@ -1,7 +1,7 @@
 // The block formats and the arithmetic that every kernel must share to the last bit. FORMAT.md explains both.
 //
-// Everything here has internal linkage: an inline function with external linkage that is compiled once for AVX-512 and
-// once for the baseline could be merged by the linker into the AVX-512 copy, and crash on older CPUs.
+// Everything here has internal linkage. If an inline function with external linkage is compiled for AVX-512 and for the
+// baseline, the linker may keep the AVX-512 copy for both, which crashes on older CPUs.
 #ifndef TURBOQUANT_FORMAT_H
 #define TURBOQUANT_FORMAT_H
 
@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-// For the steps of a kernel that must stay in registers; GCC calls them otherwise once they are used twice.
+// For functions whose operands must stay in registers; GCC does not inline them otherwise if they are called twice.
 #ifdef __GNUC__
 #define TURBOQUANT_INLINE inline __attribute__((always_inline))
 #else
@@ -25,7 +25,7 @@
 namespace turboquant {
 namespace {
 
-// The place of a block length in TURBOQUANT_BLOCKS, and in every table over them; -1 if it is none.
+// The index of a block length in TURBOQUANT_BLOCKS and in every table over block lengths; -1 if there is no such block.
 constexpr int block_index(int block) {
     int index = 0;
 #define TURBOQUANT_BLOCK_INDEX(N) \
@@ -44,15 +44,15 @@ template <int N> struct Block {
     static constexpr float query_scale = one_over_sqrt[index] / 127.0f;
 };
 
-// A format: its family, which knows the width of an index, and the length of its blocks. Kernels are templates over it;
-// where they differ by family they overload on an object of it, which is empty.
+// A format: a family, which has the width of an index, and a block length. Kernels are templates over it. Where they
+// differ by family, they are overloaded for an empty object of this type.
 template <typename Family, int N> struct Format : Family, Block<N> {
     using family = Family;
     static constexpr int block = N;
     static constexpr int index_bytes = N * Family::bits / 8;
     static constexpr int bytes = 2 + index_bytes;                 // fp16 d, then the indices
     static constexpr float step_n = Family::step_over_sqrt[Block<N>::index];
-    // d = energy / a * rms * 2^k * this, of block_scale's arguments; see FORMAT.md, "Encoder"
+    // in block_scale: d = energy / a * rms * 2^k * scale_unit; see FORMAT.md, "Encoder"
     static constexpr double scale_unit = 1.0 / (double(rms_unit) * double(step_n) * N);
 
     static void pack(const uint8_t * index, uint8_t * q) { Family::template pack<N>(index, q); }
@@ -79,12 +79,12 @@ constexpr bool sign_bit(const uint8_t * signs, int i) { return (signs[i / 8] >> 
 inline uint32_t float_bits(float x) { uint32_t b; std::memcpy(&b, &x, 4); return b; }
 inline float bits_float(uint32_t b) { float x; std::memcpy(&x, &b, 4); return x; }
 
-// IEEE binary16, round to nearest even. Once per block, so plain code serves every ISA.
+// IEEE binary16, round to nearest even. It runs once per block, so all ISAs use plain code.
 inline uint16_t float_to_half(float x) {
     const uint32_t b = float_bits(x), sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
     if (a >= 0x7f800000) return uint16_t(sign | 0x7c00 | (a > 0x7f800000 ? 0x200 | ((a >> 13) & 0x3ff) : 0));
     if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);               // rounds to 65536 or more
-    if (a < 0x38800000) {                                              // subnormal: add so that the ulp is 2^-24
+    if (a < 0x38800000) {                                              // subnormal: in the sum one ulp is 2^-24
         const float r = bits_float(a) + 0.5f;
         return uint16_t(sign | (float_bits(r) - float_bits(0.5f)));
     }
@@ -106,23 +106,24 @@ inline uint16_t load16(const uint8_t * p) { return uint16_t(p[0] | (p[1] << 8));
 inline void store16(uint8_t * p, uint16_t v) { p[0] = uint8_t(v); p[1] = uint8_t(v >> 8); }
 inline float load_scale(const uint8_t * block) { return half_to_float(load16(block)); }
 
-// Before the rotation a block is scaled by 2^-k so that its largest magnitude lies in [1, 4) (subnormal blocks: below):
-// neither the transform nor the sum of squares can overflow or lose anything.
+// Before the rotation a block is scaled by 2^-k, so that its largest magnitude is in [1, 4), or less if it is
+// subnormal. The transform and the sum of squares then cannot overflow or underflow.
 inline int scale_exponent(uint32_t largest_bits) {
     const int k = int(largest_bits >> 23) - 127;
     return k < -126 ? -126 : k > 126 ? 126 : k;
 }
 inline float power_of_two(int k) { return bits_float(uint32_t(127 + k) << 23); } // -126 <= k <= 127
 
-// The search's steps differ in A = sum r c and B = sum c^2 (integers: exact in any order). Scaling c by A/B leaves the
-// squared error |r|^2 - A^2/B, so the best step has the greatest A^2/B.
+// A step of the search has the sums a = sum r c and b = sum c^2 over coarse magnitudes r and centroids c, which are
+// integers and so exact in any order. Scaled by a/b, the centroids have the squared error |r|^2 - a^2/b, so the best
+// step has the greatest a^2/b.
 inline double explained(int32_t a, int32_t b) { return double(a) * double(a) / double(b); }
 
-// The scale A/B of the search's best step, in the encoder's units; the magnitudes in A are coarse. It places the
-// thresholds of the assignment; the scale to store is block_scale's.
+// The scale a/b of a step of the search, converted from coarse units to the encoder's units. It determines the
+// thresholds of the assignment; block_scale computes the scale that is stored.
 inline float least_squares_scale(int32_t a, int32_t b) { return float(double(coarse_unit) * double(a) / double(b)); }
 
-// The scale of the search's best step: the first of those whose sums explain most.
+// The scale of the best step of the search, the first with the greatest a^2/b.
 inline float best_scale(const int32_t * a, const int32_t * b) {
     int best = 0;
     double best_explained = -1.0;
@@ -140,16 +141,16 @@ template <typename Family> inline void thresholds_under(float scale, int16_t * t
         thresholds[t] = int16_t(std::nearbyint(Family::midpoints[t] * scale));
 }
 
-// What the encoder keeps of a block between its steps, besides each ISA file's vectors.
+// The values of a block that the encoder keeps between its steps, besides the vectors of each ISA file.
 struct EncodingBase {
     uint32_t largest; // bits of max |x|: 0 = a zero block, 0x7f800000 and above = not finite
     int k;            // x was scaled by 2^-k
     float rms;        // of the unnormalised transform
     int32_t energy;   // sum z^2
-    float scale;      // of the centroids: the search's
+    float scale;      // of the centroids, found by the search
     bool codable() const { return largest != 0 && largest < 0x7f800000; }
 };
-constexpr int encode_group = 4; // blocks that go through the steps together
+constexpr int encode_group = 4; // blocks that are encoded together
 
 // The stored scale of a block. a = sum |z| c of the final assignment. energy / a preserves inner products:
 // <x, decoded x> = <x, x>.

@@ -1,5 +1,4 @@
-// The table that each ISA file fills, and the ordered list of tables. To add kernels: define the vocabulary of generic/
-// in a file, export one table here, add a row to dispatch.cpp and the file with its flags to turboquant.cmake.
+// The table of kernels that each ISA file defines. CONTRIBUTING.md describes how to add one.
 #ifndef TURBOQUANT_KERNELS_H
 #define TURBOQUANT_KERNELS_H
 
@@ -13,11 +12,11 @@ constexpr int tile_rows = 64; // KV rows that are decoded at a time
 
 struct SoftmaxState {
     float largest;    // of the scores so far
-    float sum;        // of the weights so far, relative to it
-    float correction; // factor of what was accumulated before the last tile
+    float sum;        // of the weights so far, relative to the largest score
+    float correction; // factor of the sums of the tiles before the last one
 };
 
-// Rows of a cache, `stride` bytes apart: the first `count`, or those that `index` picks.
+// Rows of a cache at a distance of `stride` bytes: the first `count` rows, or `count` rows selected by `index`.
 struct CacheRows {
     const uint8_t * first;
     size_t stride;
@@ -43,21 +42,21 @@ struct Kernels {
     float (*dot[TQ_TYPE_COUNT])(const uint8_t * src, const void * query, int64_t blocks);
 
     // Attention. Rows beyond the KV range have scale 0; s and weights are [query row][tile_rows].
-    // levels: the rows' int8 levels [count][blocks * N], and their scales d * step [blocks][tile_rows].
+    // levels writes the int8 levels of rows, [count][blocks * N], and their scales d * step, [blocks][tile_rows].
     void (*levels[TQ_TYPE_COUNT])(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale);
     void (*levels_q8_0)(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale); // ggml's blocks of 32
     void (*levels_q4_0)(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale);
-    // Arranges levels [tile_rows][head] as `scores` wants them, into as many bytes (head rounded up to 64); null if it
-    // takes them as they are. level has 64 bytes to spare.
+    // keys arranges levels [tile_rows][head] for `scores`, in as many bytes (head rounded up to 64). It is null if
+    // `scores` reads unarranged levels. 64 bytes behind level are readable.
     void (*keys)(const int8_t * level, int64_t head, int8_t * tile);
     // s = sum over blocks of q.scale * scale * <q, level>; q [rows][blocks] prepared.
     void (*scores[block_count])(const int8_t * tile, const float * scale, int64_t blocks, const void * q, int rows, float * s);
     void (*scores_float)(const float * k, int64_t head, const float * q, int rows, float * s);
-    // What is added to a query row's scores: slope * mask (fp16 or float32), and -inf from `rows` to tile_rows.
+    // bias computes the addends of a query row's scores: slope * mask (fp16 or float32), and -inf from `rows` on.
     void (*bias)(const void * mask, bool f32, float slope, int rows, float * bias);
-    // s = weights; most[tile_rows] = their maximum over query rows.
+    // softmax replaces the scores s by weights; most[tile_rows] is updated to their maximum over query rows.
     void (*softmax)(float * s, const float * bias, float scale, float soft_cap, SoftmaxState * state, float * most);
-    // V as int8 levels, where that is faster than floats, else both null. values arranges [count][head], count rounded
+    // V as int8 levels, if that is faster than floats; else both are null. values arranges [count][head], count rounded
     // up to 4. sum[m] = correction[m] * sum[m] + (weights[m] * scale) . level; the products are rounded (coarse_share).
     void (*values)(const int8_t * level, int count, int64_t head, int8_t * tile);
     void (*accumulate_levels)(const int8_t * tile, const float * scale, int block, int count, int64_t head,
@@ -67,13 +66,13 @@ struct Kernels {
                        int rows, float * sum, int64_t stride);
     void (*load_f16)(const uint8_t * src, float * dst, int64_t n);
     void (*load_bf16)(const uint8_t * src, float * dst, int64_t n);
-    // The plain int8 rounding of a query for K types that are not rotated, in blocks of 32.
+    // query_plain rounds a query to int8 in blocks of 32 without a rotation, for K types that are not rotated.
     void (*query_plain)(const float * src, void * dst, int64_t blocks);
-    // Whether one of n levels, a multiple of 32, is -128, which `scores` would take wrongly; null if it takes them all.
+    // lowest returns whether one of n levels (n a multiple of 32) is -128. It is null if `scores` is right for -128.
     bool (*lowest)(const int8_t * level, int64_t n);
 };
 
-// Fills a Kernels from the functions that an ISA file defines or includes.
+// Initializes a Kernels from the functions that an ISA file defines or includes.
 #define TURBOQUANT_ROTATE(N) rotate<N>,
 #define TURBOQUANT_UNROTATE(N) unrotate<N>,
 #define TURBOQUANT_PREPARE(N) query<N>,
@@ -107,7 +106,7 @@ extern const Kernels kernels_avx512vbmi;
 extern const Kernels kernels_neon;
 extern const Kernels kernels_neon_dotprod;
 
-// dispatch.cpp: the selected kernels; scalar if TURBOQUANT_KERNELS cannot be honoured.
+// The selected kernels (dispatch.cpp); scalar if TURBOQUANT_KERNELS names unknown or unsupported ones.
 const Kernels & kernels();
 
 } // namespace turboquant

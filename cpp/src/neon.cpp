@@ -1,5 +1,5 @@
-// NEON for AArch64: the vocabulary of generic/, and what NEON does differently. neon_dotprod.cpp compiles this file
-// again with sdot.
+// NEON for AArch64: the primitives of generic/, and algorithms that differ for NEON. neon_dotprod.cpp compiles this
+// file again with sdot.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/signs.h"
@@ -43,9 +43,9 @@ TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) {
     return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), vld1q_u32(bits)));
 }
 
-// The stages inside registers work on two registers at a time. Transposing ever larger units (trn1, trn2) brings the
-// partners of a stage into the same lane of the two; after the last stage one de-interleave (uzp1, uzp2) restores the
-// order of all of them.
+// The stages inside registers process two registers at a time. Transposing ever larger units (trn1, trn2) moves the
+// partners of a stage to the same lane of the two registers. After the last stage one de-interleave (uzp1, uzp2)
+// restores the order of all lanes.
 TURBOQUANT_INLINE void butterflies(floats & a, floats & b) { // h = 1, 2
     float32x4_t p = vtrn1q_f32(a, b), q = vtrn2q_f32(a, b);
     a = vaddq_f32(p, q);
@@ -114,7 +114,7 @@ TURBOQUANT_INLINE ints multiply_add_bytes(ints sum, bytes a, bytes b) {
 #if defined(TURBOQUANT_NEON_DOTPROD)
     return vdotq_s32(sum, a, b);
 #else
-    // Neither operand is ever -128, and two products are at most 2 * 127 * 127: inside int16.
+    // Neither operand is ever -128, so the sum of two products is at most 2 * 127 * 127 and fits int16.
     const words low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
     return vpadalq_s16(sum, vmlal_high_s8(low, a, b));
 #endif
@@ -150,7 +150,7 @@ TURBOQUANT_INLINE void choose(EncodingBase & work, const Steps & a, const Steps 
     work.scale = best_scale(a.sum, b.sum);
 }
 
-template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // an index above 15: a zero
+template <typename Family> TURBOQUANT_INLINE words look_up(words count) { // an index above 15 gives zero
     const uint8x16_t index = vreinterpretq_u8_s16(vorrq_s16(count, vdupq_n_s16(int16_t(0x8000))));
     return vreinterpretq_s16_s8(vqtbl1q_s8(load_bytes(Family::magnitudes), index));
 }
@@ -161,8 +161,8 @@ template <int N> struct Levels {
     bytes v[registers];
 };
 
-// Shift-left-insert keeps the lower bits of its first operand, so a chain of them from the lowest part upwards packs
-// without masks: what an index has above its two bits is overwritten by the next part.
+// Shift-left-insert keeps the lower bits of its first operand, so a chain of these instructions from the lowest part
+// upwards packs without masks: the next part overwrites the bits of an index above its lower two.
 template <int Bits, int N>
 TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index_bytes, uint8_t * q) {
     constexpr int registers = N / 16;
@@ -188,7 +188,7 @@ TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index_byt
             const uint8x16_t place = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
             uint8x16_t bit[registers];
             for (int r = 0; r < registers; ++r) bit[r] = vandq_u8(vtstq_u8(index[r], vdupq_n_u8(4)), place);
-            // Eight bytes of different bits add up to one byte in three pairwise additions.
+            // Three pairwise additions combine eight bytes with different bits to one byte.
             uint8_t bytes[16];
             if constexpr (N == 128) {
                 const uint8x16_t low = vpaddq_u8(vpaddq_u8(bit[0], bit[1]), vpaddq_u8(bit[2], bit[3]));
@@ -205,7 +205,7 @@ TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index_byt
     }
 }
 
-// Bytes 2r and 2r + 1 of `high` become sixteen bytes: 4 where the bit is set, else 0.
+// Expands the bits of bytes 2r and 2r + 1 of `high` to sixteen bytes: 4 if the bit is set, else 0.
 TURBOQUANT_INLINE uint8x16_t spread_third_bits(uint8x16_t high, int r) {
     const uint8x16_t source = vcombine_u8(vdup_n_u8(uint8_t(2 * r)), vdup_n_u8(uint8_t(2 * r + 1)));
     const uint8x16_t place = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
@@ -270,7 +270,7 @@ template <int N> TURBOQUANT_INLINE void store_scaled(float * dst, const Levels<N
 
 template <int N> TURBOQUANT_INLINE void hadamard(words * w);
 
-// The stage h = N/2 widens to int16 on its way; the two halves that it leaves are transforms of N/2.
+// The stage h = N/2 also widens to int16. Its two halves are then transformed with length N/2.
 template <int N> TURBOQUANT_INLINE void transform_levels(const Levels<N> & level, words * w) {
     constexpr int registers = Levels<N>::registers, count = N / 8;
     bytes v[registers];
@@ -304,7 +304,7 @@ template <int Rows> constexpr int accumulated_registers = 4;
 
 #include "generic/codec.h"
 #include "generic/attention.h"
-#include "generic/scores_plain.h" // compilers turn its loop into sdot or smlal
+#include "generic/scores_plain.h" // compilers convert its loop to sdot or smlal
 
 namespace turboquant {
 namespace {

@@ -1,4 +1,4 @@
-// Split a range of independent items over threads.
+// Distribute a range of independent items over threads.
 #ifndef TURBOQUANT_PARALLEL_H
 #define TURBOQUANT_PARALLEL_H
 
@@ -9,8 +9,8 @@
 
 namespace turboquant {
 
-// Calls body(first, last, part) for up to `threads` contiguous parts of [0, count). What cannot get a thread of its own
-// runs in the caller, so the work is always done.
+// Calls body(first, last, part) for up to `threads` contiguous parts of [0, count). Parts whose thread cannot be
+// started run in the calling thread, so the work is always done.
 template <typename Body> void parallel(int64_t count, int threads, const Body & body) {
     const int64_t parts = count < threads ? count : threads;
     if (parts <= 1) {

@@ -1,5 +1,5 @@
-// The specification in code: plain loops, no intrinsics. The vector kernels (generic/) have the same functions in the
-// same order and must give the same bytes and floats.
+// The specification in code, with plain loops and without intrinsics. The vector kernels (generic/) have the same
+// functions in the same order, and must give the same bytes and floats.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/scores_plain.h"
@@ -22,7 +22,7 @@ template <int N, typename T> void hadamard(T * y) {
 
 float flip(float x, const uint8_t * signs, int i) { return sign_bit(signs, i) ? -x : x; }
 
-// The largest |x| as bits: as an integer it orders like the float, and every NaN lies above infinity.
+// The bits of the largest |x|. As integers, these bits are ordered like the floats, and every NaN is above infinity.
 template <int N> uint32_t largest_bits(const float * x) {
     uint32_t largest = 0;
     for (int i = 0; i < N; ++i) {
@@ -39,7 +39,8 @@ template <int N> void forward(const float * x, float scale, float * y) {
     for (int i = 0; i < N; ++i) y[i] = flip(y[i], signs2, i);
 }
 
-// Sixteen running sums, then halves added to halves: the order that 16, 8 and 4 float lanes can all keep.
+// Sixteen running sums, whose upper half is then added to the lower half repeatedly. Registers of 16, 8 and 4 floats
+// can all keep this order.
 template <int N> float sum_of_squares(const float * y) {
     float lane[16] = {};
     for (int i = 0; i < N; i += 16)
@@ -49,7 +50,7 @@ template <int N> float sum_of_squares(const float * y) {
     return lane[0];
 }
 
-// The one step that knows the index layout: a block's n int8 levels.
+// The int8 levels of a block. Decoders depend on the layout of indices only here.
 template <typename F> void expand(const uint8_t * q, int8_t * level) {
     for (int i = 0; i < F::block; ++i) level[i] = F::centroids[F::index_at(q, i)];
 }
@@ -99,7 +100,7 @@ template <int N> struct Encoding : EncodingBase {
     int coarse[N];
 };
 
-// Rotate, and round to integers in units of RMS / 2048.
+// Rotates a block and rounds it to integers in units of RMS / 2048.
 template <int N> void transform(const float * x, Encoding<N> & work) {
     work.largest = largest_bits<N>(x);
     if (!work.codable()) return;
@@ -118,7 +119,7 @@ template <int N> void transform(const float * x, Encoding<N> & work) {
     }
 }
 
-// A coarse search for the scale: which thresholds leave the least squared error?
+// Searches the scale whose thresholds give the least squared error, in coarse units.
 template <typename F> void search(Encoding<F::block> * work, int count) {
     constexpr int N = F::block;
     for (Encoding<N> * w = work; w < work + count; ++w) {
@@ -141,7 +142,7 @@ template <typename F> void search(Encoding<F::block> * work, int count) {
     }
 }
 
-// The nearest centroids under that scale at full precision; then the scale to store.
+// Assigns the nearest centroids under that scale at full precision, and computes the stored scale.
 template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst, tq_encode_report * report) {
     constexpr int N = F::block, M = F::half_levels;
     std::memset(dst, 0, F::bytes);
@@ -160,14 +161,14 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
         index[i] = uint8_t(work.z[i] < 0 ? M - 1 - m : M + m);
     }
     const uint16_t d = block_scale<F>(work, a, &report->saturated);
-    if (d == 0) return; // below fp16: a zero block
+    if (d == 0) return; // too small for fp16: a zero block
     store16(dst, d);
     F::pack(index, dst + 2);
 }
 
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     constexpr int N = F::block;
-    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+    for (int64_t first = 0; first < blocks; first += encode_group) { // groups, so that latencies overlap
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
@@ -176,7 +177,7 @@ template <typename F> void encode(const float * src, uint8_t * dst, int64_t bloc
     }
 }
 
-// Integers up to the last step: |W| <= 128 * 127 fits int16, so only the one multiplication rounds.
+// Decodes in integers up to the last step, as |W| <= 128 * 127 fits int16. Only the final multiplications round.
 template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
@@ -241,7 +242,7 @@ void query_plain(const float * src, void * dst, int64_t blocks) {
         std::memset(out, 0, sizeof(*out));
         const float largest = bits_float(largest_bits<32>(src)), inverse = 127.0f / largest;
         if (!(largest < INFINITY)) out->scale = NAN;
-        if (!(largest < INFINITY) || inverse == INFINITY) continue; // zero, or so small that it rounds to zero
+        if (!(largest < INFINITY) || inverse == INFINITY) continue; // zero, or so small that the query rounds to zero
         for (int i = 0; i < 32; ++i) {
             out->q[i] = int8_t(std::nearbyint(src[i] * inverse));
             out->sum += out->q[i];

@@ -1,4 +1,4 @@
-// What AVX2 and AVX-512 share: steps of a block that are narrower than their registers.
+// Functions for AVX2 and AVX-512: steps of a block that are narrower than a register.
 #ifndef TURBOQUANT_X86_H
 #define TURBOQUANT_X86_H
 
@@ -19,7 +19,7 @@ TURBOQUANT_INLINE int32_t four_bytes(const void * p) {
     return four;
 }
 
-// Halves are added to halves.
+// Adds the upper half to the lower half until one lane is left.
 TURBOQUANT_INLINE float reduce_add8(__m256 x) {
     const __m128 l4 = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 l2 = _mm_add_ps(l4, _mm_movehl_ps(l4, l4));
@@ -58,8 +58,8 @@ TURBOQUANT_INLINE void pack(Format<LloydMax<Bits>, N>, const uint8_t * index, ui
     }
 }
 
-// 32 channels of four rows to dwords of one channel each. Dwords are permuted before the bytes of four rows are
-// interleaved, as unpacking works inside lanes of 128 bits.
+// Interleaves 32 channels of four rows, so that each dword has one channel. Dwords are permuted before the bytes are
+// interleaved, because unpack instructions work inside lanes of 128 bits.
 TURBOQUANT_INLINE void interleave32(const int8_t * level, int64_t stride, int8_t * tile) {
     const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
     __m256i row[4];

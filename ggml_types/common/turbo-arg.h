@@ -11,16 +11,16 @@
 #include <string>
 #include <utility>
 
-// common's logger writes in a thread of its own and is never destroyed: on a busy machine a program's last lines, its
-// results among them, are lost at exit.
+// common's logger writes in a thread of its own and is never destroyed. Without the flush a program on a busy machine
+// loses its last lines, which may be its results.
 inline void turbo_flush_log_at_exit() {
-#ifndef _WIN32 // where threads are gone by then
+#ifndef _WIN32 // there, other threads have already ended at exit
     static const int registered = std::atexit([]() { common_log_flush(common_log_main()); });
     (void) registered;
 #endif
 }
 
-// common takes a plain function for each option, so the row is a template's argument.
+// common accepts a plain function for each option, so the row is a template argument.
 template <size_t Row> void turbo_take_option(common_params & params, const std::string & value) {
     const turbo_option & option = turbo_option_row(Row);
     turbo_options        options;
@@ -43,7 +43,7 @@ void turbo_add_options(AddOption & add_opt, std::index_sequence<Row...>) {
                         turbo_take_option<Row>).set_env(turbo_option_row(Row).variable)), ...);
 }
 
-// Hook after -ctv.
+// Hook after the option -ctv.
 template <typename AddOption> void turbo_add_options(AddOption && add_opt) {
     turbo_flush_log_at_exit();
     turbo_add_options(add_opt, std::make_index_sequence<TURBO_OPTION_COUNT>());

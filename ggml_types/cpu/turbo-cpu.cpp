@@ -1,11 +1,12 @@
-// turbo-cpu.cpp: which ops ggml's CPU backend has for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache, by the
-// codec's tile engine. Part of ggml-cpu.
+// turbo-cpu.cpp: which ops ggml's CPU backend supports for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache with
+// the codec's tile engine. Part of ggml-cpu.
 //
-// One unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded
-// tile. A prefill has many units, which the threads share. A decode has one run of tokens, and reading the cache is what
-// takes time: there the KV range is cut into chunks, the threads share these, and walk through all heads of a chunk,
-// whose rows lie side by side in the cache, while the next chunk is fetched. With an exact window there are three sources
-// of rows; those that are not blocks are accumulated apart, as V of blocks may be rotated.
+// A unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded tile.
+// A prefill has many units, which are distributed over the threads. A decode has one run of tokens, and most of its time
+// is spent reading the cache. So the KV range is divided into chunks, which are distributed over the threads. A thread
+// works through all heads of a chunk, whose rows lie side by side in the cache, and meanwhile prefetches the next chunk.
+// With an exact window there are three sources of rows. Partial results over exact rows are kept apart from those over
+// blocks, because V of blocks may be in the rotated domain.
 
 #include "cpu/turbo-cpu.h"
 #include "ggml/turbo-ops.h"
@@ -22,7 +23,7 @@
 namespace {
 
 constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
-constexpr int64_t chunk_bytes    = 256 << 10; // of K and V: this chunk and the next fit the L2 cache
+constexpr int64_t chunk_bytes    = 256 << 10; // of K and V, so that this chunk and the next fit into the L2 cache
 constexpr int64_t chunk_rows_max = 512;
 
 int row_type(ggml_type type) {
@@ -67,7 +68,7 @@ size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
-// False if the engine does not cover op: then ggml's generic path computes it.
+// False if the engine does not cover op; ggml's generic path computes it in this case.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     turbo_attention & a = plan.a;
     if (turbo_generic_attention() || !turbo_describe_attention(op, a)) {
@@ -116,7 +117,7 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     return true;
 }
 
-// A unit's place in the tensors.
+// The position of a unit in the tensors.
 struct Unit {
     int64_t stream, head, token, tokens;
 };
@@ -153,7 +154,7 @@ int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit
         const turbo_source & after = plan.sources[next->source].rows;
         const turbo_rows &   t     = i == 0 ? after.k : after.v;
         if (t.row_bytes < a.kv_heads * t.head_bytes) {
-            continue; // another layout: a chunk's heads do not lie side by side
+            continue; // in this layout the heads of a chunk do not lie side by side
         }
         // each head fetches its share
         const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, after.n_kv);
@@ -165,7 +166,7 @@ int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit
     return tq_attention_partial(&kv, &queries, first, last, partial, memory);
 }
 
-// A chunk that no query may see is not worth fetching.
+// Whether a query may attend to one of the rows of a chunk. Other chunks are not read.
 bool visible(const Plan & plan, const Chunk & chunk) {
     const turbo_source & rows = plan.sources[chunk.source].rows;
     const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, rows.n_kv);
@@ -207,7 +208,7 @@ void merge_rows(float * into, const float * from, int64_t rows, int64_t head) {
     }
 }
 
-// The chunks that some query sees; the same for every thread.
+// Lists the visible chunks; the list is the same in every thread.
 int64_t list_chunks(const Plan & plan, Chunk * list) {
     int64_t count = 0;
     for (int32_t stream = 0; stream < plan.a.streams; ++stream) {
@@ -299,7 +300,7 @@ bool turbo_cpu_refuses(const struct ggml_tensor * op) {
             }
             return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
         case turbo_op::other:
-            // Newer than the oldest tree, hence by name; its K goes through vec_dot.
+            // Compared by name, because the oldest proven tree lacks this op, which reads K through vec_dot.
             return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
     }
     return true;

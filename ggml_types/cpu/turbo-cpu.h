@@ -1,5 +1,5 @@
 /*
- * turbo-cpu.h: what the hooks in ggml-cpu see. The functions are in turbo-cpu.cpp, which is part of ggml-cpu.
+ * turbo-cpu.h: the functions and tables that the hooks in ggml-cpu use. turbo-cpu.cpp, a part of ggml-cpu, defines them.
  */
 #ifndef TURBO_CPU_H
 #define TURBO_CPU_H
@@ -12,7 +12,7 @@ extern "C" {
 
 struct ggml_compute_params;
 
-#ifndef __cplusplus /* the table is C */
+#ifndef __cplusplus /* the table is in a C file */
 #define TURBO_CPU_TRAITS_ROW(ID, name, FIRST, family, bits, block, bytes, id) \
     [GGML_TYPE_##ID] = {                             \
         .from_float   = turbo_encode_##name,         \
@@ -25,12 +25,12 @@ struct ggml_compute_params;
 #define TURBO_CPU_TRAITS TURBOQUANT_TYPES(TURBO_CPU_TRAITS_ROW) TURBO_QUERY_TYPES(TURBO_QUERY_CPU_TRAITS_ROW)
 #endif
 
-/* True if op reads or writes a turbo type in a way that ggml's CPU backend cannot compute (it would abort). */
+/* True if op reads or writes a turbo type in a way that ggml's CPU backend does not support (it would abort). */
 bool turbo_cpu_refuses(const struct ggml_tensor * op);
 
-/* GGML_OP_FLASH_ATTN_EXT with a turbo K or V: true if the fused engine computed it. */
+/* Computes GGML_OP_FLASH_ATTN_EXT with a turbo K or V. False if the fused attention does not cover op. */
 bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * op);
-/* Raise *size to the scratch bytes that it needs. */
+/* Increases *size to the bytes of scratch memory that turbo_cpu_compute_forward needs for op. */
 void turbo_cpu_work_size(int n_threads, const struct ggml_tensor * op, size_t * size);
 
 #ifdef __cplusplus

@@ -1,7 +1,7 @@
-# ggml-cuda, in a build that has it: the kernels and their glue.
+# ggml-cuda: the kernels and the glue, in a build with this backend.
 include("${TURBOQUANT_CORE_DIR}/turboquant-cuda.cmake")
 
-# ggml-cuda does not exist yet; this runs at the end of ggml's CMakeLists.txt.
+# The target ggml-cuda does not exist yet; this function runs at the end of ggml's CMakeLists.txt.
 function(turboquant_attach_cuda)
     if (TARGET ggml-cuda)
         turboquant_add_cuda(ggml-cuda)

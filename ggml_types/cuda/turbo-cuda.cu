@@ -1,8 +1,8 @@
-// turbo-cuda.cu: the turbo types in ggml's CUDA backend, by the kernels of cpp/cuda. Part of ggml-cuda.
+// turbo-cuda.cu: the turbo types in ggml's CUDA backend, with the kernels of cpp/cuda. Part of ggml-cuda.
 //
-// Attention takes one of two ways. A few query tokens go to the kernel that reads the blocks as they are. Everything
-// else, prefill above all, decodes K and V to f16 once, in the rotated domain, and calls ggml's own attention on them;
-// queries are rotated before, the output is rotated back after.
+// There are two paths for attention. For a few query tokens, a kernel reads the blocks directly. For everything else,
+// mainly prefill, K and V are decoded to f16 once, in the rotated domain, and ggml's own attention is called on them. The
+// queries are rotated before that, and the output is rotated back after it.
 
 #include "cuda/turbo-cuda.h"
 
@@ -26,7 +26,7 @@ tq::Rows rows_of(const ggml_tensor * t) {
     return { t->data, { (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3] } };
 }
 
-// The rows of a tensor of `row` bytes and t's shape without gaps.
+// The rows of a tensor with rows of `row` bytes and the shape of t, without gaps.
 tq::Rows dense_rows(void * data, const ggml_tensor * t, int64_t row) {
     return { data, { row, row * t->ne[1], row * t->ne[1] * t->ne[2] } };
 }
@@ -40,7 +40,7 @@ tq::Index index_of(const ggml_tensor * t) {
 
 const tq::Index no_index = { nullptr, false, { 1, 1, 1 }, { 0, 0, 0 } };
 
-// A format may have kernels for the CPU alone.
+// Whether all formats of op have CUDA kernels; some may have only CPU kernels.
 bool is_covered(const ggml_tensor * op) {
     bool covered = !turbo_is_type(op->type) || tq::codec_supports(to_tq(op->type));
     for (const ggml_tensor * src : op->src) {
@@ -49,14 +49,14 @@ bool is_covered(const ggml_tensor * op) {
     return covered;
 }
 
-// The decoder stores four values at once.
+// The decoder stores vectors of four values, which must be aligned.
 bool aligned_rows(const ggml_tensor * t) {
     return t->nb[1] % 16 == 0 && t->nb[2] % 16 == 0 && t->nb[3] % 16 == 0 && t->view_offs % 16 == 0;
 }
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-// The kernels store float32 rows, and read rows to float32 or float16.
+// The kernels encode rows of float32, and decode rows to float32 or float16.
 
 bool can_encode(const ggml_tensor * src, const ggml_tensor * dst) {
     return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
@@ -83,7 +83,7 @@ tq::Store store_of(const ggml_tensor * set_rows) {
     return store_of(set_rows->src[0], set_rows, index_of(set_rows->src[1]));
 }
 
-// Then it counts which is written first.
+// If tensors overlap, the order in which they are written matters.
 bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * at_a = static_cast<const char *>(a->data);
     const char * at_b = static_cast<const char *>(b->data);
@@ -97,7 +97,7 @@ bool can_get_rows(const ggml_tensor * op) {
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-// The type as the decode kernel knows it, whose blocks are the largest that divide the head.
+// The type for the decode kernel, which supports only the longest block that divides the head.
 bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
     if (turbo_is_type(type)) {
         if (turbo_type_for_head(turbo_family(type), head) != type) {
@@ -213,7 +213,7 @@ __global__ void join_masks(const half * far, int64_t n_far, const half * exact, 
     }
 }
 
-// K and V of an op as dense f16 tensors, and the op on them.
+// K and V of an op as dense f16 tensors, and the same op on these tensors.
 struct HalfAttention {
     ggml_tensor q, k, v, mask, op;
     bool        shared;   // V is the front of K's rows
@@ -268,7 +268,7 @@ struct HalfAttention {
         t.view_offs = 0;
     }
 
-    // As a cache lies: [head][kv head][row], so that rows that are whole in the cache are decoded as they lie.
+    // The layout is [row][KV head][value], as in a cache, so that contiguous rows of a cache are decoded in order.
     static void to_half(ggml_tensor & t) {
         if (t.type != GGML_TYPE_F16) {
             dense_half(t);
@@ -339,7 +339,7 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
         const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
         if (beside) {
             convert(t->data, (half *) out.data, t->ne[0] * t->ne[2], t->ne[1], 1, t->ne[3], s1, s1, s3, stream);
-        } else { // it writes dense rows in the order of its arguments
+        } else { // convert writes dense rows in the order of its arguments
             convert(t->data, (half *) out.data, t->ne[0], t->ne[2], t->ne[1], t->ne[3], s2, s1, s3, stream);
         }
         return;
@@ -458,7 +458,7 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
     const ggml_tensor * first = graph->nodes[at];
-    // with several streams, what the second stores may not be there yet
+    // with several streams, the source of the second store may not be computed yet
     if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || ctx.curr_stream_no != 0) {
         return 0;
     }

@@ -1,6 +1,6 @@
-# ggml-base: the codec, and the types in terms of it.
+# ggml-base: the codec and the glue.
 
-# ggml-base does not exist yet; this runs at the end of ggml's CMakeLists.txt.
+# The target ggml-base does not exist yet; this function runs at the end of ggml's CMakeLists.txt.
 function(turboquant_attach)
     target_sources(ggml-base PRIVATE
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-types.cpp"
@@ -8,8 +8,8 @@ function(turboquant_attach)
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-ops.cpp"
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-options.cpp"
         $<TARGET_OBJECTS:turboquant_objects>)
-    # PUBLIC: the backends, libllama, common and the tests include the glue's headers. They need no install, as no
-    # installed header of llama.cpp includes them.
+    # PUBLIC, because the backends, libllama, common and the tests include the glue's headers. The headers are not
+    # installed, because no installed header of llama.cpp includes them.
     target_include_directories(ggml-base PUBLIC
         $<BUILD_INTERFACE:${TURBOQUANT_GLUE_DIR}>
         $<BUILD_INTERFACE:${TURBOQUANT_CORE_DIR}/include>)

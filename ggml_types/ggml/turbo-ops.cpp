@@ -8,7 +8,7 @@
 
 namespace {
 
-// Prepared queries are types of ours, too, which no tensor of a graph should have.
+// Includes the types of prepared queries, which no tensor of a graph should have.
 bool is_any_turbo(ggml_type type) {
     switch ((int) type) {
         TURBO_QUERY_TYPES(TURBO_CASE) return true;

@@ -1,5 +1,5 @@
-// turbo-ops.h: which ops of a graph touch the types, and what attention over them is: shapes, masks, ALiBi, sinks,
-// streams, types. Every backend's glue starts from here. C++, exported from ggml-base.
+// turbo-ops.h: which ops of a graph use the types, and a description of attention over them: shapes, masks, ALiBi,
+// sinks, streams, types. The glue of every backend uses it. C++; the functions are exported from ggml-base.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -18,21 +18,21 @@ enum class turbo_op {
     store,     // SET_ROWS into a stored type
     load,      // GET_ROWS from a stored type
     multiply,  // MUL_MAT or MUL_MAT_ID with weights of a stored type
-    attention, // FLASH_ATTN_EXT; turbo_describe_attention tells whether it is one that our kernels are for
+    attention, // FLASH_ATTN_EXT; turbo_describe_attention checks whether turbo kernels may compute it
     other,
 };
 
-// What op is to the types. A backend claims a kind that it has kernels for, within the limits of its kernels.
+// How op uses the types. A backend supports the kinds for which it has kernels, within the limits of its kernels.
 GGML_API turbo_op turbo_op_kind(const ggml_tensor * op);
 
-// The values of a row follow each other.
+// True if the values of a row are contiguous.
 inline bool turbo_whole_rows(const ggml_tensor * t) {
     return t->nb[0] == ggml_type_size(t->type);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-// Rows of an operand: `row` of a head of a stream begins at data + row * row_bytes + head * head_bytes + ...
+// The rows of an operand. A row begins at data + row * row_bytes + head * head_bytes + stream * stream_bytes.
 struct turbo_rows {
     const char * data;
     int64_t      row_bytes, head_bytes, stream_bytes;
@@ -51,7 +51,7 @@ struct turbo_source {
     turbo_rows mask;                   // float16, n_kv values: (token, head, stream), see mask_row
     int64_t    mask_heads, mask_streams;
 
-    // Null without a mask. Heads and streams that have no mask of their own share one.
+    // Null without a mask. Heads and streams without a mask of their own share one.
     const ggml_fp16_t * mask_row(int64_t token, int64_t head, int64_t stream) const {
         return masked ? (const ggml_fp16_t *) mask.at(token, head % mask_heads, stream % mask_streams) : nullptr;
     }
@@ -87,9 +87,9 @@ struct turbo_attention : turbo_source {
     }
 };
 
-// Describes op. False if it is no attention over a turbo type, or none that a kernel of ours could compute: other operands
-// than these, other element types, rows with gaps.
+// Describes op. False if op is not attention over a turbo type, or if it has operands or element types that the
+// description does not cover, or rows with gaps.
 GGML_API bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attention);
 
-// What the mask of a query head is multiplied with (ALiBi); 1 without.
+// The factor of the mask of a query head: its ALiBi slope, or 1 without ALiBi.
 GGML_API float turbo_mask_slope(const turbo_attention & attention, int64_t head);

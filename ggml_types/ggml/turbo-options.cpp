@@ -177,7 +177,7 @@ float turbo_sparse_v(void) {
     return threshold;
 }
 
-// ---- variables that are no options ---------------------------------------------------------------------------------
+// ---- variables that are not options ---------------------------------------------------------------------------------
 
 bool turbo_generic_attention(void) {
     static const bool asked = []() {

@@ -1,4 +1,4 @@
-// turbo-traits.cpp: ggml's traits and type switches in terms of turboquant.h. Part of ggml-base.
+// turbo-traits.cpp: ggml's traits and type switches, implemented with turboquant.h. Part of ggml-base.
 
 #include "ggml/turbo-traits.h"
 

@@ -1,5 +1,5 @@
 /*
- * turbo-traits.h: what ggml's tables and type switches need of the types: encoding, decoding, dot products.
+ * turbo-traits.h: encoding, decoding and dot products of the types, for ggml's tables and type switches.
  *
  * C and C++. The functions are exported from ggml-base.
  */
@@ -28,7 +28,7 @@ TURBOQUANT_TYPES(TURBO_DECLARE)
 TURBO_QUERY_TYPES(TURBO_DECLARE)
 #undef TURBO_DECLARE
 
-#ifndef __cplusplus /* the table is C */
+#ifndef __cplusplus /* the table is in a C file */
 #define TURBO_TRAITS_ROW(ID, name, FIRST, family, bits, block, bytes, id) \
     [GGML_TYPE_##ID] = {                                        \
         .type_name      = #name,                                \
@@ -54,10 +54,10 @@ TURBO_QUERY_TYPES(TURBO_DECLARE)
 
 /* ---- type switches of ggml ------------------------------------------------------------------------------------- */
 
-/* Encode nrows rows of n_per_row values; returns the bytes written. */
+/* Encodes nrows rows of n_per_row values, and returns the number of bytes written. */
 GGML_API size_t turbo_quantize(enum ggml_type type, const float * src, void * dst, int64_t nrows, int64_t n_per_row);
 
-/* False, with a line on stderr, if a block's scale is not finite. nbytes is a multiple of the block. */
+/* False, with a line on stderr, if the scale of a block is not finite. nbytes is a multiple of the block's size. */
 GGML_API bool turbo_validate_row_data(enum ggml_type type, const void * data, size_t nbytes);
 
 #ifdef __cplusplus

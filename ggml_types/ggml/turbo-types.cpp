@@ -1,4 +1,4 @@
-// turbo-types.cpp: the types' ids, names and blocks in terms of turboquant.h. Part of ggml-base.
+// turbo-types.cpp: the types' ids, names and blocks, implemented with turboquant.h. Part of ggml-base.
 
 #include "ggml/turbo-types.h"
 
@@ -31,7 +31,7 @@ ggml_type from_tq(tq_type type) {
     return info ? (ggml_type) info->file_id : GGML_TYPE_COUNT;
 }
 
-// The types that upstream offers for a cache; ours are added to them.
+// llama.cpp's own types for a cache, and the stored types.
 const ggml_type k_cache_types[] = {
     GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
     GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_1, TURBO_TYPE_LIST

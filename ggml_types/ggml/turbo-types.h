@@ -1,7 +1,7 @@
 /*
- * turbo-types.h: which types of ggml are TurboQuant's: ids, lists, names, and which one fits a head.
+ * turbo-types.h: the TurboQuant types of ggml: ids, lists, names, and the type that fits a head.
  *
- * C and C++. The functions are exported from ggml-base, beside which the codec itself (turboquant.h) is linked.
+ * C and C++. The functions are exported from ggml-base, which also contains the codec itself (turboquant.h).
  */
 #ifndef TURBO_TYPES_H
 #define TURBO_TYPES_H
@@ -16,17 +16,18 @@
 extern "C" {
 #endif
 
-/* The stored types are the rows of TURBOQUANT_TYPES; GGML_TYPE_<ID> is the row's id. Further types of ours are of two other
- * kinds. */
+/* The stored types are the rows of TURBOQUANT_TYPES; GGML_TYPE_<ID> is the row's id. There are two other kinds of
+ * types. */
 
-/* X(ID, name, block, id): prepared query rows (rotated int8), the vec_dot_type of the stored types; never stored. */
+/* X(ID, name, block, id): prepared query rows (rotated int8), the vec_dot_type of the stored types. They are never
+ * stored. */
 #define TURBO_QUERY_TYPES(X)            \
     X(TURBO_Q128, turbo_q128, 128, 521) \
     X(TURBO_Q64,  turbo_q64,   64, 522) \
     X(TURBO_Q32,  turbo_q32,   32, 523)
 
-/* X(ID, name, id): what -ctk and -ctv take besides stored types. No tensor has one: it stands in a context's parameters
- * only. "auto" is chosen for each layer when a context is made. */
+/* X(ID, name, id): what -ctk and -ctv accept besides stored types. Only a context's parameters have such a type, never a
+ * tensor. "auto" is replaced by a type for each layer when a context is created. */
 #define TURBO_OPTION_TYPES(X) \
     X(TURBO_AUTO, auto, 524)
 
@@ -36,14 +37,14 @@ extern "C" {
 #define TURBO_CASE(ID, ...) case GGML_TYPE_##ID:
 /* In a switch over enum ggml_type, the stored types. */
 #define TURBO_TYPE_CASES TURBOQUANT_TYPES(TURBO_CASE)
-/* Everything that the enum hook adds, for a switch that names every type. */
+/* All values that the hook type-ids adds to the enum, for a switch that names every type. */
 #define TURBO_ENUM_CASES \
     TURBO_TYPE_CASES TURBO_QUERY_TYPES(TURBO_CASE) TURBO_OPTION_TYPES(TURBO_CASE) case GGML_TYPE_COUNT_UPSTREAM:
 
 /* The stored types as a comma-separated list, for initializers. */
 #define TURBO_TYPE_ITEM(ID, ...) GGML_TYPE_##ID,
 #define TURBO_TYPE_LIST TURBOQUANT_TYPES(TURBO_TYPE_ITEM)
-/* What -ctk and -ctv take besides upstream's types. */
+/* What -ctk and -ctv accept besides llama.cpp's own types. */
 #define TURBO_CACHE_TYPE_LIST TURBO_TYPE_LIST TURBO_OPTION_TYPES(TURBO_TYPE_ITEM)
 
 /* True for the stored types. */
@@ -56,33 +57,34 @@ static inline bool turbo_is_type(enum ggml_type type) {
 
 /* ---- names ----------------------------------------------------------------------------------------------------- */
 
-/* The codec's number of a stored type (tq_type), or -1. */
+/* The codec's tq_type of a stored type, or -1. */
 GGML_API int turbo_to_tq(enum ggml_type type);
 
 /* The stored type of that name, or GGML_TYPE_COUNT. */
 GGML_API enum ggml_type turbo_type_from_name(const char * name);
 
-/* The same with "auto", for programs that have a list of their own of what -ctk and -ctv take. */
+/* Likewise, with "auto" as a further name, for programs with a list of their own for -ctk and -ctv. */
 GGML_API enum ggml_type turbo_option_from_name(const char * name);
 
-/* Any type that a cache can have, upstream's included, or GGML_TYPE_COUNT. */
+/* The type of that name that a cache can have, also one of llama.cpp's own, or GGML_TYPE_COUNT. */
 GGML_API enum ggml_type turbo_cache_type_from_name(const char * name);
 
-/* The types that a cache can have, one by one from index 0; GGML_TYPE_COUNT after the last. */
+/* The types that a cache can have, by an index from 0 on; GGML_TYPE_COUNT after the last type. */
 GGML_API enum ggml_type turbo_cache_type(int index);
 
 /* ---- the cache ------------------------------------------------------------------------------------------------- */
 
-/* Of a stored type, the type of the same family with the longest block. */
+/* The type with the longest block in the family of a stored type. */
 GGML_API enum ggml_type turbo_family(enum ggml_type type);
 
-/* The type to store heads of `head` values in: `type` itself if its block divides the head; otherwise, if it has the
- * longest block of its family, the one with the largest block that does. GGML_TYPE_COUNT if there is none. */
+/* The type in which heads of `head` values are stored: `type` itself if its block divides the head; otherwise, if `type`
+ * has the longest block of its family, the type with the longest block that divides the head. GGML_TYPE_COUNT if there
+ * is none. */
 GGML_API enum ggml_type turbo_type_for_head(enum ggml_type type, int64_t head);
 
 GGML_API double turbo_bits_per_value(enum ggml_type type);
 
-/* Of two types for the same V, the one with more bits per value; `own` if they have as many. */
+/* The type with more bits per value of two types for the same V; `own` if both have equally many. */
 GGML_API enum ggml_type turbo_better_type(enum ggml_type own, enum ggml_type other);
 
 #ifdef __cplusplus

@@ -1,6 +1,6 @@
-# libllama, and our own programs over it.
+# libllama: the glue, and this project's programs that use libllama.
 
-# Its target exists at the end of the topmost CMakeLists.txt.
+# The target llama exists at the end of the top-level CMakeLists.txt.
 function(turboquant_attach_llama folder vendor)
     if (TARGET llama AND NOT TARGET turboquant-capture)
         set(sources)
@@ -14,6 +14,6 @@ function(turboquant_attach_llama folder vendor)
     endif()
 endfunction()
 
-# EVAL: the arguments are needed as they are now.
+# EVAL expands the arguments now, not when the call runs.
 cmake_language(EVAL CODE "cmake_language(DEFER DIRECTORY [[${CMAKE_SOURCE_DIR}]]
     CALL turboquant_attach_llama [[${TURBOQUANT_GLUE_DIR}]] [[${PROJECT_SOURCE_DIR}/../vendor]])")

@@ -5,8 +5,8 @@
 #include "ggml/turbo-options.h"
 #include "llama/turbo-layers.h"
 
-// True if il is among the first or the last n of the model's layers that have a cache. Layers for multi-token
-// prediction, which come after the model's own, do not count.
+// True if il is one of the first or the last n layers with a cache. Layers for multi-token prediction, which follow the
+// model's own layers, do not count.
 static bool is_boundary(const turbo_model & model, uint32_t il, int n) {
     if (n <= 0 || il >= model.own_layers || !model.layers[il].cached) {
         return false;

@@ -68,7 +68,7 @@ bool turbo_check_devices(const turbo_layer_types & chosen, bool flash_attention)
             ops.emplace_back(ggml_mul_mat(ctx, k, q), type_any);
         } else {
             ggml_tensor * v;
-            if (mla) { // V is the front of K's rows
+            if (mla) { // V is the first part of K's rows
                 v = ggml_view_4d(ctx, k, head_v, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
             } else {
                 v = ggml_permute(ctx, ggml_new_tensor_3d(ctx, type_v, head_v, n_kv_h, n_kv), 0, 2, 1, 3);

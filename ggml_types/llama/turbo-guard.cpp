@@ -28,8 +28,8 @@ void turbo_apply_guard(turbo_layer_types & chosen, const std::vector<turbo_layer
             continue;
         }
         chosen.sigma[il] = sigma = noise(chosen.k[il]);
-        // Keys that a bias makes large are nearly the same, and so are their errors in q8_0, which softmax then ignores:
-        // what is predicted for q8_0 counts half.
+        // Keys that a bias makes large are nearly equal, and so are their errors in q8_0, and softmax ignores an equal
+        // error of all keys. So the prediction for q8_0 counts half.
         const auto limit = [&](ggml_type type) { return type == GGML_TYPE_Q8_0 ? 2 * chosen.limit : chosen.limit; };
         for (const ggml_type wanted : { GGML_TYPE_TURBO4, GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
             const ggml_type better = turbo_type_for_head(wanted, model.layers[il].head_k);
@@ -43,7 +43,7 @@ void turbo_apply_guard(turbo_layer_types & chosen, const std::vector<turbo_layer
         }
     }
     for (const auto & [why, layers] : unknown) {
-        if (why == "the weights are not loaded") { // only the memory is being counted
+        if (why == "the weights are not loaded") { // llama.cpp only estimates the memory
             continue;
         }
         turbo_warn("guard: K of %s cannot be predicted (%s) and stays in %s; measure this model with "

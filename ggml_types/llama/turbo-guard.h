@@ -1,4 +1,4 @@
-// turbo-guard.h: the guard, which keeps K of layers whose scores it would blur in a better type. Part of libllama.
+// turbo-guard.h: the guard, which stores K in a better type in layers with noisy scores. Part of libllama.
 #pragma once
 
 #include <vector>
@@ -6,5 +6,5 @@
 struct turbo_layer_power;
 struct turbo_layer_types;
 
-// Keep K of each layer in the next type that holds the predicted noise of its scores below the limit.
+// Gives K of each layer above the limit the next better type with which the predicted noise of its scores is within it.
 void turbo_apply_guard(turbo_layer_types & chosen, const std::vector<turbo_layer_power> & powers);

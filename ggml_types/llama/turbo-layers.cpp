@@ -16,8 +16,8 @@ turbo_layer_types & turbo_chosen_types() {
     return chosen;
 }
 
-// The type for all heads in `heads` (values per head, one per layer with a cache): their largest common block.
-// GGML_TYPE_COUNT, and the layer in *bad, if there is none.
+// The type with the longest block that divides all `heads` (values per head, for each layer with a cache). If there is
+// none, the result is GGML_TYPE_COUNT, and *bad is the index of the layer.
 static ggml_type type_for_heads(ggml_type type, const std::vector<uint32_t> & heads, size_t * bad) {
     ggml_type result = type;
     for (size_t i = 0; i < heads.size(); ++i) {
@@ -130,7 +130,7 @@ void turbo_log_types(const std::vector<turbo_logged_layer> & layers, const llama
     const auto mib = [](const ggml_tensor * tensor, ggml_type type) {
         return ggml_row_size(type, tensor->ne[0]) * tensor->ne[1] * tensor->ne[2] / 1048576.0;
     };
-    // The guard: layers by the type that they got.
+    // The guard: the layers by their new type.
     std::map<ggml_type, std::vector<uint32_t>> promoted;
     std::map<ggml_type, std::string>           sigmas;
     double                                     more = 0;

@@ -1,5 +1,5 @@
-// turbo-layers.h: the types of K and V of each layer: those that were chosen for the context that this thread makes, and the
-// hooks in the cache's constructor, which takes them. Part of libllama.
+// turbo-layers.h: the types of K and V of each layer that are selected for the context that this thread creates, and the
+// hooks in the cache's constructor that use them. Part of libllama.
 #pragma once
 
 #include "llama/turbo-model.h"
@@ -23,25 +23,25 @@ struct turbo_layer_types {
     std::vector<bool>      windowed;                  // the layers that have one
 };
 
-// What was chosen for the context that this thread makes. The cache is made within llama_init_from_model.
+// The types for the context that this thread creates. llama_init_from_model also creates the cache.
 turbo_layer_types & turbo_chosen_types();
 
-// Resolve one of the context's types in place: the largest block that divides the heads of all layers. False, with a line
-// in the log, if there is none.
+// Replaces one of the context's types by the one with the longest block that divides the heads of all layers. False, with
+// a line in the log, if there is none.
 bool turbo_resolve_type(ggml_type & type, const turbo_model & model, bool keys);
 
-// What llama.cpp takes for the type of the whole cache: it decides on rotation (never for turbo types, which rotate for
-// themselves) and on flash attention (always for quantized V).
+// The type that llama.cpp uses as the type of the whole cache. It determines the rotation (turbo types have their own, and
+// get none from llama.cpp) and flash attention (which quantized V requires).
 ggml_type turbo_common_type(const std::vector<ggml_type> & types);
 
-// Bits of a value, on the average of the layers.
+// The mean of the bits per value over all layers.
 double turbo_mean_bits(const std::vector<ggml_type> & types, const turbo_model & model, bool keys);
 
 // ---- hooks ---------------------------------------------------------------------------------------------------------
 
-// Hook in the cache's constructor, after K and V (which may be null) of layer il were made in a context without memory:
-// gives them the types that were chosen. A cache for something else than the model's own attention, as of an indexer, comes
-// with hparams of its own and stays as it is.
+// Hook in the cache's constructor, after K and V (which may be null) of layer il are created in a context without memory:
+// sets their selected types. A cache that is not for the model's own attention, for example that of an indexer, has
+// hparams of its own and stays unchanged.
 void turbo_set_layer_types(ggml_tensor * k, ggml_tensor * v, const llama_model & model, const llama_hparams & hparams,
                            uint32_t il);
 
@@ -53,7 +53,7 @@ struct turbo_logged_layer {
 };
 void turbo_log_types(const std::vector<turbo_logged_layer> & layers, const llama_model & model);
 
-// Hook at the constructor's size line, which knows one type of K and one of V only.
+// Hook after the constructor's log line with the size, which names only one type of K and one of V.
 template <typename Layers> void turbo_log_layer_types(const Layers & layers, const llama_model & model) {
     std::vector<turbo_logged_layer> list;
     for (const auto & layer : layers) {

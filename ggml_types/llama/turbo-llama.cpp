@@ -1,4 +1,4 @@
-// turbo-llama.cpp: the types of each layer's K and V are chosen when a context is made, step by step. Part of libllama.
+// turbo-llama.cpp: the steps that select the types of each layer's K and V when a context is created. Part of libllama.
 
 #include "llama/turbo-llama.h"
 
@@ -19,7 +19,7 @@ static bool fail(const std::string & error) {
     return false;
 }
 
-// What the log tells of a context that is made. `plan`: where the plan in use is from, or null.
+// Logs the selected types. `plan` is the origin of the plan in use, or null.
 static void log_choice(const turbo_layer_types & chosen, const llama_context_params & params, bool guarded,
                        const std::string * plan, const char * sides) {
     if (guarded) {
@@ -65,7 +65,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     chosen.window_type = options.window_type;
     const turbo_model & about = chosen.about;
 
-    // The guard needs them for keys in turbo types, and a plan to be recognized.
+    // The guard needs the powers for keys in turbo types, and a plan for the comparison with the model.
     const bool predict = auto_k || auto_v || (turbo_is_type(params.type_k) && chosen.limit > 0.0f);
     const std::vector<turbo_layer_power> powers =
             predict ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
@@ -80,7 +80,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     params.type_k = auto_k ? GGML_TYPE_TURBO4 : params.type_k;
     params.type_v = auto_v ? GGML_TYPE_TURBO4 : params.type_v;
 
-    // Upstream wants both types of multi-head latent attention to be the same.
+    // llama.cpp requires the same type for K and V of multi-head latent attention.
     const bool same = about.mla && params.type_k == params.type_v;
     if (!plan_k && !turbo_resolve_type(params.type_k, about, true)) {
         return false;

@@ -1,4 +1,4 @@
-// turbo-mask.h: the mask of a decode step, filled at once. Part of libllama.
+// turbo-mask.h: a faster way to fill the mask of a decode step. Part of libllama.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -10,10 +10,10 @@
 #include <cmath>
 #include <vector>
 
-// Hook in set_input_kq_mask, for the one token of a decode step. Upstream asks every cell of the cache, which at long
-// contexts takes longer than attention on a GPU. If the cells in use come first and all belong to the token's sequence,
-// and no position lies after the token's, then these cells are visible and the others are not. False if that is not
-// certain, or if the cache has no turbo type: then upstream goes on.
+// Hook in set_input_kq_mask, for the single token of a decode step. llama.cpp tests every cell of the cache, which at long
+// contexts takes longer than attention on a GPU. If the used cells come first and all belong to the token's sequence, and
+// no position is after that of the token, these cells are visible and the others are not. The result is false if this is
+// not certain, or if the cache has no turbo type; llama.cpp's own code then fills the mask.
 template <typename Layers, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const Layers & layers,
                      const llama_hparams & hparams, bool window, const Cells & v_cells,

@@ -1,5 +1,5 @@
-// turbo-model.h: what the choice of types reads of a model, and llama.cpp's log, without llama.cpp's private headers.
-// Part of libllama.
+// turbo-model.h: the properties of a model that determine the types, and llama.cpp's log, without llama.cpp's private
+// headers. Part of libllama.
 #pragma once
 
 #include "ggml-backend.h"
@@ -12,9 +12,9 @@ struct llama_hparams;
 struct llama_model;
 
 struct turbo_layer {
-    bool               cached;   // it stores keys and values of tokens (and not only a recurrent state, or none of its own)
-    bool               has_kv;   // it has keys of its own
-    bool               window;   // sliding-window attention
+    bool               cached;   // whether it stores keys and values of tokens (and not only a recurrent state)
+    bool               has_kv;   // whether it has keys of its own
+    bool               window;   // whether it has sliding-window attention
     uint32_t           head_k, head_v;   // values of a head
     uint32_t           heads, kv_heads;
     uint32_t           values_k, values_v; // of all heads of a token
@@ -38,7 +38,7 @@ std::vector<uint32_t> turbo_readers(const turbo_model & model, uint32_t il);
 // The layers with a cache.
 std::vector<uint32_t> turbo_cached_layers(const turbo_model & model);
 
-// ---- llama.cpp's log, one line each, after "turboquant: " ----------------------------------------------------------
+// ---- llama.cpp's log: each call writes a line that begins with "turboquant: " ---------------------------------------
 
 #ifdef __GNUC__
 #define TURBO_FORMAT __attribute__((format(printf, 1, 2)))
@@ -53,5 +53,5 @@ void turbo_error(const char * format, ...) TURBO_FORMAT;
 std::string turbo_layer_list(const std::vector<uint32_t> & layers);
 // "0-3, 7"
 std::string turbo_layer_ranges(const std::vector<uint32_t> & layers);
-// Three digits.
+// The value with three digits.
 std::string turbo_number(double value);

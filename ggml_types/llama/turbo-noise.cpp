@@ -1,4 +1,4 @@
-// turbo-noise.cpp: score noise from weights alone. See turbo-noise.h.
+// turbo-noise.cpp: the prediction of score noise from the weights. See turbo-noise.h.
 
 #include "llama/turbo-noise.h"
 
@@ -20,11 +20,11 @@
 
 namespace {
 
-// Random vectors per matrix. A power is known to 1/sqrt(4 * rows) at best and 1/2 where one direction dominates; the
-// noise is its square root.
+// Random vectors per matrix. The relative error of a power is 1/sqrt(4 * rows) at best, and 1/2 if one direction
+// dominates. The noise is the square root of a power.
 constexpr int k_probes = 8;
 
-// Random bits that depend on nothing but `at` (splitmix64), so that a model gives the same powers everywhere.
+// Random bits that depend only on `at` (splitmix64), so that a model has the same powers on every machine.
 uint64_t bits(uint64_t at) {
     uint64_t x = (at + 1) * 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -40,7 +40,7 @@ double uniform(uint64_t at) {
     return (double) (bits(at) >> 11) * 0x1p-53;
 }
 
-// A tensor of values that no backend keeps in a layout of its own: norms, biases, scales.
+// Reads a tensor that no backend stores in a layout of its own: a norm, a bias, a scale.
 std::vector<float> read_vector(const ggml_tensor * tensor) {
     std::vector<float> values(ggml_nelements(tensor));
     if (tensor->type == GGML_TYPE_F32) {
@@ -61,17 +61,17 @@ bool has_data(const ggml_tensor * tensor) {
     return tensor->buffer && ggml_backend_buffer_get_size(tensor->buffer) > 0;
 }
 
-// One matrix and what is to be multiplied with it.
+// One matrix and its multiplicands.
 struct product {
     const ggml_tensor * weight;
-    std::vector<float>  input;  // (n_embd, columns): the random vectors, and the constant part if the norm has a bias
+    std::vector<float>  input;  // (n_embd, columns): the random vectors, and the bias of the norm, if any
     int                 columns;
     ggml_tensor *       x = nullptr;
     ggml_tensor *       y = nullptr;
-    std::vector<float>  output; // (rows, columns); empty if the device cannot compute it
+    std::vector<float>  output; // (rows, columns); empty if the device cannot compute the product
 };
 
-// The device that computes with a weight where it lies.
+// The device that computes with a weight without a copy of it.
 ggml_backend_dev_t device_of(const ggml_tensor * weight) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(weight->buffer);
     ggml_backend_dev_t         dev  = ggml_backend_buft_get_device(buft);
@@ -128,7 +128,7 @@ void compute(ggml_backend_dev_t dev, const std::vector<product *> & products, in
     }
 }
 
-// The tensors of a layer by their names in the file, which change less than llama.cpp's structs.
+// The tensors of a layer by their names in the file, which change less often than llama.cpp's structs.
 struct names {
     const llama_model & model;
     std::string         prefix;
@@ -138,18 +138,18 @@ struct names {
     const ggml_tensor * operator()(const char * name) const { return model.get_tensor((prefix + name).c_str()); }
 };
 
-// How the rows of a layer's matrices make its keys and queries.
+// The rows of a layer's matrices that compute its keys and queries.
 struct layer_work {
     product *           k = nullptr;
     product *           q = nullptr;
-    int64_t             first_k = 0; // row of the first key; the first query's row is 0
+    int64_t             first_k = 0; // row of the first key; the first query has row 0
     int64_t             q_chunk = 0; // rows from one query head to the next
     const ggml_tensor * bias_k = nullptr;
     const ggml_tensor * bias_q = nullptr;
     int64_t             first_bias_k = 0;
 };
 
-// Powers of `rows` rows of a product, from row `first`.
+// The powers of `rows` rows of a product, starting at row `first`.
 std::vector<float> row_powers(const product & one, int64_t first, int64_t rows, const std::vector<float> & bias,
                               int64_t first_bias, float factor) {
     const int64_t      stride = one.weight->ne[1];
@@ -167,7 +167,7 @@ std::vector<float> row_powers(const product & one, int64_t first, int64_t rows, 
     return powers;
 }
 
-// A norm of keys or queries: over each head (weights for one head, or for every head), or over all of them.
+// Applies a norm of keys or queries: over each head (with weights for one head or for every head), or over all heads.
 bool apply_norm(std::vector<float> & powers, uint32_t head, const ggml_tensor * weight, const ggml_tensor * bias) {
     const std::vector<float> w = read_vector(weight);
     const std::vector<float> b = bias ? read_vector(bias) : std::vector<float>();
@@ -190,7 +190,7 @@ bool apply_norm(std::vector<float> & powers, uint32_t head, const ggml_tensor * 
     return true;
 }
 
-// RoPE turns the two channels of a pair into each other: each has the mean power of both.
+// Applies RoPE, which rotates the two channels of a pair: each gets the mean power of both.
 void mix_pairs(std::vector<float> & powers, uint32_t head, uint32_t n_rot, bool adjacent) {
     const uint32_t half = n_rot / 2;
     for (size_t first = 0; first + head <= powers.size(); first += head) {
@@ -206,7 +206,7 @@ float attention_scale(const llama_hparams & hparams, uint32_t head) {
     return hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f / std::sqrt((float) head);
 }
 
-// The mean squared error of a type on N(0,1), measured once: 64 blocks of 128 values.
+// The mean squared error of a type on N(0,1), which is measured once on 64 blocks of 128 values.
 double relative_error(ggml_type type) {
     static std::mutex                  mutex;
     static std::map<ggml_type, double> known;
@@ -293,11 +293,11 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             power.unknown = "W_q has " + std::to_string(w_q->ne[1]) + " rows for " + std::to_string(rows_q) + " values";
             continue;
         }
-        // Falcon 40B norms the input of attention on its own.
+        // Falcon 40B has a separate norm for the input of attention.
         const bool          second = tensor("attn_norm_2.weight") && model.arch_name() == "falcon";
         const ggml_tensor * norm   = tensor(second ? "attn_norm_2.weight" : "attn_norm.weight");
         const ggml_tensor * norm_b = tensor(second ? "attn_norm_2.bias" : "attn_norm.bias");
-        // Without weights the norm is a plain one (OLMo), or keys and queries are normed instead (OLMo 2).
+        // A norm may have no weights (OLMo), or keys and queries may be normalized instead of the input (OLMo 2).
         const std::vector<float> gain     = norm ? read_vector(norm) : std::vector<float>();
         const std::vector<float> constant = norm_b ? read_vector(norm_b) : std::vector<float>();
         if ((norm && (int64_t) gain.size() != w_q->ne[0]) || (!constant.empty() && constant.size() != gain.size())) {
@@ -307,7 +307,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
         todo.q       = multiply(w_q, gain, constant);
         todo.k       = fused ? todo.q : own_k ? multiply(w_k, gain, constant) : nullptr;
         todo.first_k = fused ? rows_q : 0;
-        todo.q_chunk = fused ? head : w_q->ne[1] / hparams.n_head(il); // with a gate: query and gate of a head in turn
+        todo.q_chunk = fused ? head : w_q->ne[1] / hparams.n_head(il); // with a gate, query and gate alternate by head
         todo.bias_q  = tensor("attn_q.bias");
         todo.bias_k  = tensor("attn_k.bias");
         if (const ggml_tensor * bias = tensor("attn_qkv.bias")) {
@@ -340,7 +340,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             continue;
         }
         const names tensor(model, il);
-        const auto  factor = [&](const char * name) { // of weights with one scale for all
+        const auto  factor = [&](const char * name) { // the scale of a matrix, if it has a single one
             const ggml_tensor * scale = tensor(name);
             return scale && ggml_nelements(scale) == 1 ? read_vector(scale)[0] : 1.0f;
         };
@@ -395,20 +395,20 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
 double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_power & reader, ggml_type type,
                          bool rotated) {
     if (!ggml_is_quantized(type)) {
-        return 0.0; // half precision: five orders of magnitude below the types that the guard is for
+        return 0.0; // half precision has noise five orders of magnitude below that of turbo types
     }
     const size_t head     = cache.head;
     const size_t heads_k  = cache.k.size() / head;
     const size_t heads_q  = reader.q.size() / head;
     const bool   spread   = rotated || turbo_is_type(type);
     size_t       block    = ggml_blck_size(type);
-    if (rotated && !turbo_is_type(type)) { // llama.cpp turns as much of a head as a power of two can
+    if (rotated && !turbo_is_type(type)) { // llama.cpp rotates blocks of the largest power of two that divides the head
         for (block = 64; head % (2 * block) == 0;) {
             block *= 2;
         }
     }
     const size_t group    = std::max<size_t>(1, heads_q / std::max<size_t>(1, heads_k));
-    double       sum      = 0.0; // of the heads' standard deviations
+    double       sum      = 0.0; // sum of the heads' standard deviations
     for (size_t h = 0; h < heads_q; ++h) {
         const float * q     = reader.q.data() + h * head;
         const float * k     = cache.k.data() + std::min(h / group, heads_k - 1) * head;
@@ -422,12 +422,12 @@ double turbo_score_noise(const turbo_layer_power & cache, const turbo_layer_powe
                 sum_q += q[i];
                 top_k = std::max(top_k, (double) k[i]);
             }
-            if (spread) { // the rotation spreads a relative error evenly over the block
+            if (spread) { // the rotation distributes a relative error evenly over the block
                 noise += relative_error(type) * sum_k * sum_q / block;
             } else {
-                // Levels are as far apart as the largest value asks for. Its square is 4.4 times the mean for 32 normal
-                // values; where one rotary pair stands out, it is that pair's channel, or the larger of its two
-                // channels, as they turn: 1/2 + 1/pi of their common power.
+                // The distance of levels is proportional to the largest value. The square of this value is 4.4 times
+                // the mean for 32 normal values. If one rotary pair is far larger, it is the power of the pair's channel
+                // in the block, or of the larger of both: on average 1/2 + 1/pi of their total power as they rotate.
                 const double top = cache.adjacent ? 2.0 * (0.5 + M_1_PI) * top_k : top_k;
                 const double step = std::min(sum_k, std::max(4.4 * sum_k / block, top)) / (127.0 * 127.0);
                 noise += step / 12.0 * sum_q;

@@ -1,4 +1,4 @@
-// turbo-plan.cpp: reading plans, telling models apart, and choosing a plan. See turbo-plan.h.
+// turbo-plan.cpp: reads plans, compares them with models, and selects one. See turbo-plan.h.
 
 #include "llama/turbo-plan.h"
 
@@ -25,7 +25,8 @@ namespace {
 
 constexpr int    k_version   = 1;
 constexpr size_t k_max_bytes = 1 << 20;
-// How far two estimates of the same K's power are apart: other quantizations of the weights, other devices.
+// The largest relative difference of two estimates of the same K's power: with other quantizations of the weights, or on
+// other devices.
 constexpr double k_tolerance = 0.05;
 
 bool refuse(std::string & error, const std::string & text) {
@@ -104,7 +105,7 @@ json describe(const llama_model & model, const turbo_model & about, const std::v
              { "head_k", head }, { "k_power", power } };
 }
 
-// The plan in a JSON file. False, with one sentence in `error`, if it cannot be read.
+// Reads the plan in a JSON file. False, with one sentence in `error`, if it cannot be read.
 bool read_plan(const std::string & path, turbo_plan & plan, std::string & error) {
     plan.origin = path;
     FILE * file = fopen(path.c_str(), "rb");
@@ -136,7 +137,7 @@ bool read_plan(const std::string & path, turbo_plan & plan, std::string & error)
     return true;
 }
 
-// The plan in the model's metadata; `found` tells whether there is one.
+// Reads the plan in the model's metadata; `found` is set if there is one.
 bool plan_from_metadata(const llama_model & model, turbo_plan & plan, bool & found, std::string & error) {
     std::string version;
     std::string k;
@@ -158,8 +159,8 @@ bool plan_from_metadata(const llama_model & model, turbo_plan & plan, bool & fou
            types_from_text(v, "turboquant.plan.type_v", plan.v, error);
 }
 
-// Why the plan is not one for this model; empty if it is. Without powers (weights that are not loaded) they are not
-// compared.
+// The reason why the plan does not belong to this model; empty if it does. If the powers are unknown, because the weights
+// are not loaded, they are not compared.
 std::string plan_mismatch(const turbo_plan & plan, const llama_model & model, const turbo_model & about,
                           const std::vector<turbo_layer_power> & powers) {
     const size_t layers = about.layers.size();
@@ -192,7 +193,7 @@ std::string plan_mismatch(const turbo_plan & plan, const llama_model & model, co
     }
     for (size_t il = 0; il < layers; ++il) {
         if (!power[il].is_number() || !ours["k_power"][il].is_number()) {
-            continue; // K that cannot be predicted, or weights that are not loaded
+            continue; // K cannot be predicted, or the weights are not loaded
         }
         const double a = power[il].get<double>();
         const double b = ours["k_power"][il].get<double>();
@@ -206,9 +207,9 @@ std::string plan_mismatch(const turbo_plan & plan, const llama_model & model, co
     return "";
 }
 
-// ---- choosing ------------------------------------------------------------------------------------------------------
+// ---- selection ------------------------------------------------------------------------------------------------------
 
-// Plan files that fitted a model of this process: they need not fit the draft model, too.
+// Plan files that fitted a model of this process. They need not fit the draft model as well.
 std::mutex                                   g_fitted_mutex;
 std::map<std::string, const llama_model *>   g_fitted;
 
@@ -279,7 +280,7 @@ turbo_plan_state turbo_choose_plan(const llama_model & model, const turbo_model 
                                    const std::vector<turbo_layer_power> & powers, turbo_plan & plan) {
     std::string why;
     std::string refused;
-    // The draft model can be the same one once more.
+    // The draft model can be the same model.
     const bool draft = !options.plan_draft.empty() && fitted_another(options.plan, model);
     for (const auto & [option, path] : { std::make_pair("--cache-plan", draft ? std::string() : options.plan),
                                          std::make_pair("--cache-plan-draft", options.plan_draft) }) {
@@ -318,7 +319,7 @@ turbo_plan_state turbo_choose_plan(const llama_model & model, const turbo_model 
 bool turbo_take_plan(const std::vector<ggml_type> & wanted, std::vector<ggml_type> & types, const turbo_model & model,
                      bool keys, const std::string & origin) {
     for (const uint32_t il : turbo_cached_layers(model)) {
-        if (wanted[il] == GGML_TYPE_COUNT) { // V of multi-head latent attention
+        if (wanted[il] == GGML_TYPE_COUNT) { // multi-head latent attention has no V
             continue;
         }
         const uint32_t head = keys ? model.layers[il].head_k : model.layers[il].head_v;

@@ -26,25 +26,26 @@ struct turbo_layer_power;
 struct turbo_model;
 struct turbo_options;
 
-// GGML_TYPE_COUNT stands for "no cache".
+// GGML_TYPE_COUNT stands for a layer without a cache.
 struct turbo_plan {
     std::string            origin; // the file, or the model's metadata
-    std::vector<ggml_type> k;      // of each layer of the model
+    std::vector<ggml_type> k;      // type of each layer of the model
     std::vector<ggml_type> v;
-    std::string            model;  // JSON; empty if the plan does not say which model it is for
+    std::string            model;  // JSON; empty if the plan does not name its model
 };
 
-// "q8_0*2,turbo4,-": names in the order of the layers, runs as NAME*COUNT, '-' for a layer without a cache.
+// For example "q8_0*2,turbo4,-": names in the order of the layers, with NAME*COUNT for equal neighbours and '-' for a
+// layer without a cache.
 std::string turbo_types_to_text(const std::vector<ggml_type> & types);
 
 enum class turbo_plan_state { none, found, refused };
 
-// The plan for a context with a type "auto": the file that the options name for this model or for the draft model, else
-// the one in the model's metadata. What is refused is told in the log.
+// The plan for a context with a type "auto": the file that the options name for this model or for the draft model, or else
+// the plan in the model's metadata. The log gives the reason for a refusal.
 turbo_plan_state turbo_choose_plan(const llama_model & model, const turbo_model & about, const turbo_options & options,
                                    const std::vector<turbo_layer_power> & powers, turbo_plan & plan);
 
-// The types of a plan in the blocks that fit the heads; `origin` names the plan in the log if one does not fit.
+// The types of a plan, with the blocks that fit the heads; the log names `origin` if a type does not fit.
 bool turbo_take_plan(const std::vector<ggml_type> & wanted, std::vector<ggml_type> & types, const turbo_model & model,
                      bool keys, const std::string & origin);
 #endif

@@ -1,10 +1,10 @@
 // turbo-rotation.h: llama.cpp's own rotation of keys, queries and values, layer by layer: the hooks in llama-kv-cache.cpp
 // and llama-graph.cpp.
 //
-// llama.cpp rotates all layers of a quantized cache, or none. The turbo types rotate for themselves, and a second
-// Hadamard transform before theirs would undo it; half precision has no use for one, and a context shift does not turn
-// it back. So in a cache of several types the layers of q8_0 and the like are rotated, as they are in a cache of their
-// own, and the others are not.
+// llama.cpp rotates either all layers of a quantized cache or none. The turbo types have a rotation of their own, and a
+// second Hadamard transform before it would undo it. Half precision needs no rotation, and a context shift would not undo
+// it. So in a cache of several types the layers of q8_0 and similar types are rotated, as in a cache of only such a type,
+// and the other layers are not.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -15,7 +15,7 @@
 
 #include <cstring>
 
-// Architectures whose own code stores keys or computes attention: there, all layers must be treated alike.
+// Architectures whose own code stores keys or computes attention. Either all their layers are rotated or none.
 inline bool turbo_has_own_attention(const char * arch) {
     for (const char * one : { "deepseek32", "deepseek4", "dflash", "dots3note", "glm-dsa", "minimax-m3", "qwen4exp" }) {
         if (strcmp(arch, one) == 0) {
@@ -25,12 +25,12 @@ inline bool turbo_has_own_attention(const char * arch) {
     return false;
 }
 
-// True if a layer can be rotated or not, whatever the others are.
+// True if each layer can be rotated independently of the others.
 inline bool turbo_rotates_by_layer(const llama_model & model) {
     return !model.hparams.is_mla() && !turbo_has_own_attention(model.arch_name().c_str());
 }
 
-// Hook where the cache's constructor decides on rotation: false where a cache with turbo types has no layer to rotate.
+// Hook where the cache's constructor decides on rotation. False if a cache with turbo types has no layer to rotate.
 template <typename Layers> bool turbo_rotates(const Layers & layers, const llama_model & model, bool keys) {
     bool turbo = false;
     bool other = false;
@@ -44,7 +44,8 @@ template <typename Layers> bool turbo_rotates(const Layers & layers, const llama
     return !turbo || (other && turbo_rotates_by_layer(model));
 }
 
-// Hook at the top of build_attn: while it lives, the function sees no rotation for a layer that is stored without one.
+// Hook at the top of build_attn. During the object's lifetime the function has no rotation for a layer that is stored
+// without one.
 class turbo_layer_rotation {
 public:
     template <typename Cache>
@@ -55,7 +56,7 @@ public:
             return;
         }
         if (k && stored_plain(cache.get_k(ctx, il))) {
-            ggml_build_forward_expand(gf, k); // an input that no layer of this graph used would get no memory
+            ggml_build_forward_expand(gf, k); // an input that no layer of this graph uses would get no memory
             k = nullptr;
         }
         if (v && stored_plain(cache.get_v(ctx, il))) {

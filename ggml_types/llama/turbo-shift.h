@@ -1,4 +1,4 @@
-// turbo-shift.h: which context shifts are refused. Part of libllama.
+// turbo-shift.h: refuses some context shifts. Part of libllama.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -8,8 +8,8 @@
 
 #include <atomic>
 
-// Hook in get_can_shift. The shift rotates the first n_rot values of a key in place; they must be whole blocks, and the
-// copy back must be contiguous. With a partial RoPE they are not.
+// Hook in get_can_shift. The shift rotates the first n_rot values of a key in place. These must be whole blocks, and the
+// copy to the cache must be contiguous, which is not so with a partial RoPE.
 template <typename Layers> bool turbo_refuses_shift(const Layers & layers, const llama_hparams & hparams) {
     for (const auto & layer : layers) {
         if (layer.k && turbo_is_type(layer.k->type) && hparams.n_rot(layer.il) != hparams.n_embd_head_k(layer.il)) {

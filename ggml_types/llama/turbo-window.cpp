@@ -87,7 +87,6 @@ void turbo_window::assign(int64_t stream, const std::vector<int64_t> & cells, st
     std::vector<owner> & owners = tags_[stream];
     const size_t         first  = cells.size() > owners.size() ? cells.size() - owners.size() : 0;
     slot.assign(cells.size(), -1);
-    ++clock_;
     std::map<int64_t, size_t> stored;
     for (size_t i = 0; i < cells.size(); ++i) {
         stored[cells[i]] = i;
@@ -100,7 +99,7 @@ void turbo_window::assign(int64_t stream, const std::vector<int64_t> & cells, st
         }
         owners[s] = owner();
         if (found->second >= first) {
-            owners[s]           = { found->first, clock_ };
+            owners[s]           = { found->first, clock_ + found->second };
             slot[found->second] = (int64_t) s;
         }
     }
@@ -115,9 +114,10 @@ void turbo_window::assign(int64_t stream, const std::vector<int64_t> & cells, st
     for (size_t i = first; i < cells.size(); ++i) {
         if (slot[i] < 0) {
             slot[i]               = (int64_t) order[next];
-            owners[order[next++]] = { cells[i], clock_ };
+            owners[order[next++]] = { cells[i], clock_ + i };
         }
     }
+    clock_ += cells.size();
 }
 
 // ---- the graph's inputs --------------------------------------------------------------------------------------------

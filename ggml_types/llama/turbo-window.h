@@ -61,7 +61,7 @@ public:
 private:
     struct owner {
         int64_t  cell    = -1;
-        uint64_t written = 0; // the clock when it was
+        uint64_t written = 0; // the clock when it was, which ticks with every row
     };
 
     std::vector<uint32_t> tagged(uint32_t stream) const;
@@ -71,7 +71,7 @@ private:
     size_t                           n_layers_ = 0; // of the cache
     int64_t                          slots_    = 0;
     int64_t                          cells_    = 0; // of a stream
-    uint64_t                         clock_    = 0;
+    uint64_t                         clock_    = 1;
 };
 
 // Hook before attention is built: while it lives, build_attn_mha's hook adds the slots to the attention op; its end stores

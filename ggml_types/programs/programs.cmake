@@ -1,4 +1,4 @@
-# Programs of our own over libllama; llama.cmake calls this when its target exists.
+# This project's programs that use libllama. llama.cmake calls the function when the target llama exists.
 function(turboquant_add_programs folder)
     foreach (program turboquant-capture turboquant-measure)
         add_executable(${program} "${folder}/${program}.cpp")

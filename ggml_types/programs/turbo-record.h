@@ -1,4 +1,4 @@
-// turbo-record.h: the records that our programs print: lines of JSON on stdout.
+// turbo-record.h: the records that this project's programs print as lines of JSON to stdout.
 #pragma once
 
 #include <cstdio>
@@ -15,7 +15,7 @@ inline std::string quoted(const std::string & text) {
     return out + '"';
 }
 
-// At once: whoever reads the records shows progress.
+// Flushes, because the reader shows progress.
 inline void emit(const std::string & line) {
     std::fwrite(line.data(), 1, line.size(), stdout);
     std::fputc('\n', stdout);

@@ -1,11 +1,12 @@
-// The program turboquant-capture: the queries, keys and values of a model on a text, as attention sees them (after RoPE,
-// biases and norms), and how each came from the model's weights. `turboquant convert` and `turboquant dump-kv` read it.
+// The program turboquant-capture: prints the queries, keys and values of a model on a text, as attention reads them (after
+// RoPE, biases and norms), and how each is computed from the model's weights. `turboquant convert` and `turboquant
+// dump-kv` read its output.
 //
 //   turboquant-capture MODEL TEXT TOKENS CONTEXT THREADS GPU_LAYERS
 //
-// The first TOKENS tokens of the file TEXT are evaluated in pieces of CONTEXT tokens, each with an empty cache of f16; if
-// the model wants a token for the beginning of a text, it takes the place of each piece's first, as in llama-perplexity.
-// stdout is a stream of records: a line of JSON, and if it has "bytes", that many bytes of float32 after it.
+// The first TOKENS tokens of the file TEXT are evaluated in pieces of CONTEXT tokens, each with an empty cache of f16. If
+// the model has a token for the beginning of a text, it replaces the first token of each piece, as in llama-perplexity.
+// stdout is a stream of records. A record is a line of JSON; if it has "bytes", that many bytes of float32 follow.
 //
 //   {"record":"model", "tokens":n, "available":n, "context":n}     once, first; `available` tokens are in the text
 //   {"record":"attention", "use":u, "layer":l, "scale":x, "head_k":n, "head_v":n, "heads":n, "kv_heads":n}   } with the
@@ -13,15 +14,15 @@
 //   {"record":"data", "role":"q", "use":u, "layer":l, "first":t, "ne":[head,heads,tokens], "bytes":n}
 //   {"record":"end"}                                                once, last
 //
-// layer: whose cache holds K and V ("cache_k_l<layer>" of llama.cpp). Layers may share one; `use` counts the attentions
-// of a piece. Roles q and o have both, k and v the layer alone. scale: what attention multiplies q·k by. Role o is the
-// way from the output of an attention to a matrix that multiplies it.
+// "layer" is the layer whose cache holds K and V ("cache_k_l<layer>" of llama.cpp). Layers may share a cache, so "use"
+// counts the attentions of a piece. Roles q and o have both numbers, k and v only the layer. "scale" is the factor of q·k
+// in attention. Role o is the path from the output of an attention to a matrix that multiplies it.
 //
-// A step is {"op", "ne", "nb"} of a tensor and, for what it was made from, {"sne", "snb"}, in ggml's order (fastest first,
-// strides in bytes); the first step is the tensor that "data" has the values of, and a path goes against the flow of the
-// data, from it to the weight (role o: to the attention). Views have "offset", from the start of what they view;
-// RoPE has "dims" and "mode"; an operation with a weight has its name and shape, "weight" and "wne". A path ends with the
-// first operation that this program cannot see through, or a matrix multiplication.
+// A step has "op", "ne" and "nb" of a tensor, and "sne" and "snb" of its source, in ggml's order (fastest dimension first,
+// strides in bytes). The first step is the tensor whose values "data" contains. A path goes against the flow of the data,
+// from this tensor to the weight (role o: to the attention). Views have "offset", relative to the viewed tensor; RoPE has
+// "dims" and "mode"; an operation with a weight has the weight's name and shape, "weight" and "wne". A path ends with a
+// matrix multiplication, or with the first operation that this program cannot follow.
 
 #include "programs/turbo-record.h"
 
@@ -74,7 +75,7 @@ std::string step(const ggml_tensor * t, const ggml_tensor * from) {
         out += ",\"sne\":" + list(from->ne) + ",\"snb\":" + list(from->nb);
     }
     if (is_layout(t->op)) {
-        const size_t base = from->view_src ? from->view_offs : 0;  // both are relative to the same root
+        const size_t base = from->view_src ? from->view_offs : 0;  // both offsets are relative to the same tensor
         out += ",\"offset\":" + std::to_string((int64_t) (t->view_offs - base));
     } else if (t->op == GGML_OP_ROPE) {
         const int32_t * params = (const int32_t *) t->op_params;
@@ -90,7 +91,7 @@ std::string step(const ggml_tensor * t, const ggml_tensor * from) {
     return out + "}";
 }
 
-// From `t` back to the weight that it is a product with, or to what cannot be followed.
+// The path from `t` back to the weight that it is a product with, or to an operation that cannot be followed.
 std::string path_to_weight(const ggml_tensor * t) {
     std::string out;
     for (bool end = false; t && !end;) {
@@ -119,7 +120,7 @@ std::string path_to_weight(const ggml_tensor * t) {
     return out + "]";
 }
 
-// From the input of a matrix multiplication back to the attention that it comes from; "" if it comes from none.
+// The path from the input of a matrix multiplication back to the attention that computes it; "" if there is none.
 std::string path_to_attention(const ggml_tensor * product, const ggml_tensor ** attention) {
     std::string out = "[" + step(product, product->src[1]);
     for (const ggml_tensor * t = product->src[1]; t; t = t->src[0]) {
@@ -139,8 +140,8 @@ std::string path_to_attention(const ggml_tensor * product, const ggml_tensor ** 
 
 struct capture {
     bool    with_paths = true;
-    int64_t first      = 0;  // token of the text that the running batch starts with
-    int     uses       = 0;  // attentions seen in it
+    int64_t first      = 0;  // first token of the current batch in the text
+    int     uses       = 0;  // number of attentions in the batch so far
     std::map<const ggml_tensor *, int> use_of;
     std::vector<uint8_t> raw;
     std::vector<float>   values;
@@ -167,7 +168,7 @@ void emit_path(const char * role, int use, int layer, const std::string & steps)
          std::to_string(layer) + ",\"steps\":" + steps + "}");
 }
 
-// Writes the tensor with its dimensions in the order head, heads, tokens; `order` says where they are in it.
+// Writes the tensor with its dimensions in the order head, heads, tokens; `order` has their positions in the tensor.
 bool emit_data(capture & c, const char * role, int use, int layer, const ggml_tensor * t, const int (&order)[3]) {
     const ggml_type_traits * traits = ggml_get_type_traits(t->type);
     if ((t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) || t->ne[3] != 1) {
@@ -200,7 +201,8 @@ bool emit_data(capture & c, const char * role, int use, int layer, const ggml_te
     return std::fwrite(c.values.data(), sizeof(float), c.values.size(), stdout) == c.values.size();
 }
 
-// llama.cpp calls this for every operation: first whether its result is wanted (`ask`), then with the result.
+// llama.cpp calls this function for every operation: first to ask whether the result is needed (`ask`), then with the
+// result.
 bool on_node(ggml_tensor * t, bool ask, void * user) {
     capture & c = *(capture *) user;
     if (t->op == GGML_OP_FLASH_ATTN_EXT) {
@@ -264,11 +266,11 @@ int main(int argc, char ** argv) {
     }
 
     std::ifstream file(argv[2], std::ios::binary);
-    std::string   text((size_t) 64 * wanted, '\0');  // a token of more bytes on average is not text
+    std::string   text((size_t) 64 * wanted, '\0');  // more bytes per token on average are no text
     file.read(&text[0], (std::streamsize) text.size());
     text.resize((size_t) file.gcount());
     while (file && !text.empty() && ((unsigned char) text.back() & 0xC0) == 0x80) {
-        text.pop_back();  // cut within a character
+        text.pop_back();  // the text was cut within a character
     }
     if (file && !text.empty() && (unsigned char) text.back() >= 0xC0) {
         text.pop_back();
@@ -328,7 +330,7 @@ int main(int argc, char ** argv) {
         }
         state.with_paths = false;
         if (std::ferror(stdout)) {
-            return 1;  // whoever reads the stream has gone
+            return 1;  // the reader of the stream has ended
         }
     }
     emit("{\"record\":\"end\"}");

@@ -1,32 +1,33 @@
-// The program turboquant-measure: what cache types cost a model, as the KL divergence of its predictions from those with
-// its own f16 cache. It loads the model once and measures any number of plans. `turboquant tune` runs it.
+// The program turboquant-measure: measures the loss of a model with other cache types, as the KL divergence of its
+// predictions from those with an f16 cache. It loads the model once and measures any number of plans. `turboquant tune`
+// runs it.
 //
 //   turboquant-measure MODEL TEXT FIRST COUNT CONTEXT THREADS GPU_LAYERS SCRATCH
 //
-// The text is cut into chunks of CONTEXT tokens, and those numbered FIRST to FIRST + COUNT - 1 are evaluated in batches,
-// each with an empty cache. FIRST may be a part of the text, too: 50% begins in its middle. The second half of each chunk
-// is scored, and the numbers are those of llama-perplexity. The predictions with f16 are kept in the file SCRATCH, which
-// must not exist and is deleted at the end: 2 bytes for each scored token and entry of the vocabulary.
+// The text is divided into chunks of CONTEXT tokens, and the chunks FIRST to FIRST + COUNT - 1 are evaluated in batches,
+// each with an empty cache. FIRST may also be a percentage of the text: 50% begins in its middle. The second half of each
+// chunk is scored, and the results are those of llama-perplexity. The predictions with f16 are stored in the file SCRATCH,
+// which must not exist and is deleted at the end. It has 2 bytes for each scored token and entry of the vocabulary.
 //
-// stdin says what to measure, a line each:
+// Each line of stdin names a measurement:
 //
 //   plan PATH        a plan file (docs/tune.md)
 //   types K V        the same types in all layers, without the guard
 //
-// stdout has a line of JSON for each record, in this order:
+// stdout has a line of JSON for each record:
 //
 //   {"record":"model", "model":{...}, "vocabulary":n, "available":n, "first":n, "window":n,
 //    "layers":[{"layer":l,"window":b}, ...]}
-//       "model" is what a plan knows the model by, "available" the chunks of the text, "first" the number of the first
-//       that is evaluated, "window" the model's sliding window in tokens (0: none), "layers" those that have a cache,
-//       with whether the window is theirs
+//       "model" identifies the model in a plan, "available" is the number of chunks of the text, "first" is the number
+//       of the first evaluated chunk, "window" is the model's sliding window in tokens (0: none), and "layers" are the
+//       layers with a cache, each with whether it has the window
 //   {"record":"step", "done":n, "of":n}         after each chunk
-//   {"record":"base", "nll":x}                  once, after the run with f16: the mean of -ln p of the text's tokens
+//   {"record":"base", "nll":x}                  once, after the run with f16: the mean of -ln p of the scored tokens
 //   {"record":"result", "kld":x, "error":x, "same_top":x, "nll":x, "chunks":[...], "types":s}
-//       for each line: mean KLD in nats, its standard error, the share of tokens whose likeliest is the same, the mean
-//       KLD of each chunk, and the types as libllama logs them ("" if it logs none)
-//   {"record":"failure", "why":s}               instead of a result: the line cannot be measured
-//   {"record":"error", "why":s}                 last: nothing can be measured
+//       for each line: mean KLD in nats, its standard error, the share of tokens whose likeliest prediction is the same,
+//       the mean KLD of each chunk, and the types as libllama logs them ("" if it logs none)
+//   {"record":"failure", "why":s}               instead of a result, if the line cannot be measured
+//   {"record":"error", "why":s}                 last, if nothing can be measured
 
 #include "ggml/turbo-options.h"
 #include "llama/turbo-plan.h"
@@ -52,11 +53,11 @@
 
 namespace {
 
-constexpr int k_batch = 512;  // as llama-perplexity computes them
+constexpr int k_batch = 512;  // the batch size of llama-perplexity
 
 // ---- output ------------------------------------------------------------------------------------------------------------
 
-// JSON has no infinities: what is not finite becomes null.
+// JSON has no infinities, so a value that is not finite becomes null.
 std::string number(double x) {
     char text[40];
     std::snprintf(text, sizeof(text), "%.9g", x);
@@ -70,10 +71,10 @@ int fail(const std::string & why) {
 
 // ---- llama.cpp's log ---------------------------------------------------------------------------------------------------
 
-// What the log of a context being made tells, and no function of llama.h does.
+// What only the log of a context's creation contains, and no function of llama.h returns.
 struct context_log {
-    std::string              error;   // the first one: it names the cause
-    std::string              types;   // of each layer, if libllama says so
+    std::string              error;   // the first error, which names the cause
+    std::string              types;   // the types of each layer, if libllama logs them
     bool                     window = false;
     std::vector<std::string> layers;  // records
 };
@@ -120,8 +121,8 @@ template <typename Work> void parallel(int n, int threads, const Work & work) {
     }
 }
 
-// The predictions of a token are kept as llama-perplexity keeps them: log p = low + scale · q, where q has 16 bits and
-// ends 16 nats below the largest. The numbers are then its numbers.
+// The predictions of a token are stored as in llama-perplexity, so that the results are the same: log p = low + scale · q,
+// where q has 16 bits. Values more than 16 nats below the largest are raised to this limit.
 struct prediction {
     float scale;
     float low;
@@ -206,8 +207,8 @@ context_ptr make_context(llama_model * model, const options & given, ggml_type t
     return { llama_init_from_model(model, params), llama_free };
 }
 
-// Evaluates every chunk and calls scored(first, n): n tokens' logits are ready, which count from `first` over all
-// chunks. False, with the reason in `why`, if it ends early.
+// Evaluates every chunk and calls scored(first, n) when the logits of n scored tokens are available; `first` is the index
+// of the first of them over all chunks. False, with the reason in `why`, if an evaluation fails.
 template <typename Scored>
 bool evaluate(llama_context * ctx, const options & given, const text_chunks & text, std::string & why,
               const Scored & scored) {
@@ -225,7 +226,7 @@ bool evaluate(llama_context * ctx, const options & given, const text_chunks & te
                 batch.pos[i - start]       = i;
                 batch.n_seq_id[i - start]  = 1;
                 batch.seq_id[i - start][0] = 0;
-                batch.logits[i - start]    = i >= half;  // the last one's, too, though nothing follows it
+                batch.logits[i - start]    = i >= half;  // also for the last token, although none follows it
             }
             if (llama_decode(ctx, batch) != 0) {
                 why  = g_log.error.empty() ? "llama.cpp could not evaluate the text" : g_log.error;
@@ -243,7 +244,7 @@ bool evaluate(llama_context * ctx, const options & given, const text_chunks & te
     return good;
 }
 
-// The scores of all tokens as a record.
+// The record with the scores of all tokens.
 std::string result(const std::vector<score> & scores, int chunks) {
     const size_t n = scores.size(), per_chunk = n / chunks;
     double       kld = 0, squares = 0, nll = 0, same = 0;
@@ -276,7 +277,7 @@ ggml_type type_of(const std::string & name) {
     return GGML_TYPE_COUNT;
 }
 
-// The file of predictions; deleted with the object.
+// The file of predictions, which is deleted with the object.
 struct scratch_file {
     std::string path;
     FILE *      file = nullptr;
@@ -316,7 +317,7 @@ int main(int argc, char ** argv) {
     std::ifstream file(argv[2], std::ios::binary);
     std::string   content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     if (!content.empty() && content.back() == '\n') {
-        content.pop_back();  // as llama.cpp's programs read a file
+        content.pop_back();  // as llama.cpp's programs do
     }
     const llama_vocab * vocab = llama_model_get_vocab(model.get());
     text_chunks         text;
@@ -405,7 +406,7 @@ int main(int argc, char ** argv) {
         }
         turbo_option_to_env("--cache-plan", kind == "plan" ? rest.c_str() : "off");
         turbo_option_to_env("--cache-guard", "off");
-        ctx.reset();  // before the next one: two caches may not fit
+        ctx.reset();  // before the next context is created: two caches may not fit into memory
         ctx = make_context(model.get(), given, type_k, type_v);
         why = ctx ? "" : g_log.error.empty() ? "llama.cpp could not make a context" : g_log.error;
         std::rewind(scratch.file);

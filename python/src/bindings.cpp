@@ -1,8 +1,8 @@
-// The private module turboquant._core: turboquant.h for NumPy arrays, nothing more.
+// The private module turboquant._core: turboquant.h for NumPy arrays.
 //
-// Shapes, dtypes and names are judged in Python (turboquant/_arrays.py), where an error can name the user's argument.
-// What is checked here is what memory safety needs: every array is as large as the call reads or writes. The GIL is
-// released around every call that works on data.
+// Python code (turboquant/_arrays.py) checks shapes, dtypes and names, because its errors can name the user's argument.
+// This module checks what memory safety requires: every array has the size that a call reads or writes. The GIL is
+// released during every call that processes data.
 
 #include "turboquant.h"
 
@@ -36,7 +36,7 @@ std::string kernel_names() {
         case TQ_ERROR_NULL: throw std::runtime_error(text);
         case TQ_ERROR_KERNELS_UNKNOWN:
         case TQ_ERROR_KERNELS_UNSUPPORTED: {
-            // Only the environment can get here: the names given to select() are reported by select().
+            // Only names from the environment cause this error, because select() reports its own.
             const char * name = std::getenv("TURBOQUANT_KERNELS");
             throw py::value_error("TURBOQUANT_KERNELS=" + std::string(name ? name : "") + ": " + text +
                                   "; kernels of this build: " + kernel_names());
@@ -53,7 +53,7 @@ void require(bool condition, const char * what) {
     if (!condition) throw py::value_error(std::string("turboquant._core: ") + what);
 }
 
-// Rows of a two-dimensional array: contiguous inside, any non-overlapping distance between them.
+// The rows of a two-dimensional array. Each row is contiguous, and rows do not overlap.
 template <typename T> struct rows_of {
     T *       data;
     ptrdiff_t stride; // in elements
@@ -64,7 +64,7 @@ template <typename T, typename A> rows_of<T> rows_in(const A & array, const char
     require(array.ndim() == 2, what);
     const ptrdiff_t item = array.itemsize(), rows = array.shape(0), columns = array.shape(1);
     require(columns <= 1 || array.strides(1) == item, what);
-    // A single row may carry any stride.
+    // The stride of a single row is arbitrary.
     const ptrdiff_t stride = rows > 1 ? array.strides(0) : columns * item;
     require(stride % item == 0 && stride >= columns * item, what);
     return {const_cast<T *>(static_cast<const T *>(array.data())), stride / item, rows, columns};
@@ -87,7 +87,7 @@ size_t row_bytes_of(int type, ptrdiff_t n) {
 constexpr int row_types[] = {TURBOQUANT_ROW_TYPES(TURBOQUANT_ROW)};
 #undef TURBOQUANT_ROW
 
-// Of a row of K or V, which may also have one of ggml's own types.
+// The layout of a row of K or V, which may also have one of ggml's own types.
 size_t cache_row_bytes(int type, ptrdiff_t n) {
     const tq_row_info * info = tq_row_get(type);
     if (!info) raise(TQ_ERROR_TYPE);
@@ -174,7 +174,7 @@ void rotate(int block, const floats & source, floats & target, bool inverse, int
 
 int64_t query_bytes(int block, int64_t n) { return static_cast<int64_t>(tq_query_bytes(block, n)); }
 
-// One prepared row per row of source; the rows of target hold tq_query blocks.
+// Prepares every row of source; the rows of target consist of tq_query blocks.
 void query(int block, const floats & source, bytes & target) {
     const auto src = rows_in<const float>(source, "source rows");
     const auto dst = rows_in<uint8_t>(target, "target rows");
@@ -214,7 +214,8 @@ void dot(int type, const bytes & source, const bytes & queries, floats & target,
     check(status);
 }
 
-// window: null, or (k, v, type_k, type_v). Returns the rows of V that were come to, and those that were left out.
+// window is None or (k, v, type_k, type_v). Returns the numbers of rows of V in all tiles, and of those that were left
+// out.
 py::tuple attention(const floats & q, const bytes & k, const bytes & v, const py::object & mask,
                     const py::object & window, floats & out, int type_k, int type_v, float scale, float soft_cap,
                     float sparse_v, int threads) {
@@ -304,7 +305,7 @@ void kernels_select(const std::string & name) {
 
 } // namespace
 
-// noconvert: an argument of another dtype is an error of the calling Python code, never a silent copy.
+// noconvert: an argument of another dtype raises TypeError and is not copied silently.
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.attr("version") = TURBOQUANT_VERSION;
     m.def("type_table", &type_table);

@@ -9,7 +9,7 @@
     True
 
 The functions run the same C++ core that a patched llama.cpp links. `turboquant.reference` is the same codec in readable
-NumPy, `turboquant.theory` has its ideas one by one, `turboquant.gguf` teaches the gguf package the types.
+NumPy, `turboquant.theory` has its ideas one by one, and `turboquant.gguf` adds the types to the gguf package.
 """
 from . import _core
 from ._attention import attention

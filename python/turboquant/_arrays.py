@@ -1,6 +1,6 @@
-"""Judge the arguments of the public functions, and bring arrays into the shape that the core reads.
+"""Check the arguments of the public functions, and convert arrays to the form that the core reads.
 
-Errors follow one form, "argument: got ..., wanted ...": TypeError for dtypes and Python types, ValueError for shapes
+Messages have the form "argument: got ..., wanted ...": TypeError for dtypes and Python types, ValueError for shapes
 and values.
 """
 from __future__ import annotations
@@ -47,9 +47,9 @@ def finite_of(value: Any, argument: str) -> float:
 
 
 def float_array(x: ArrayLike, argument: str) -> NDArray[np.float32]:
-    """x as float32: x itself if it is float32 in native byte order, else a converted copy."""
+    """x as float32: x itself if it is float32 in native byte order, and a converted copy otherwise."""
     array = np.asarray(x)
-    # ml_dtypes registers bfloat16 with NumPy under this name; going by the name needs no import of ml_dtypes.
+    # ml_dtypes registers bfloat16 with NumPy under this name, so it need not be imported here.
     if array.dtype.name in ("float32", "float16", "bfloat16"):
         return array.astype(np.float32, copy=False)
     raise TypeError(f"{argument}: got an array of {array.dtype}, wanted {FLOATS}; "
@@ -64,7 +64,7 @@ def byte_array(q: ArrayLike, argument: str) -> NDArray[np.uint8]:
 
 
 def last_axis(array: NDArray[Any], multiple: int, argument: str, unit: str) -> int:
-    """The length of the last axis, which has to be a positive multiple of `multiple` ("unit" says of what)."""
+    """The length of the last axis. It must be a positive multiple of `multiple`, which `unit` names in errors."""
     if array.ndim == 0:
         raise ValueError(f"{argument}: got a scalar, wanted an array whose last axis is a multiple of {multiple} "
                          f"({unit})")
@@ -76,9 +76,10 @@ def last_axis(array: NDArray[Any], multiple: int, argument: str, unit: str) -> i
 
 
 def as_rows(array: NDArray[Any]) -> NDArray[Any]:
-    """The array as (rows, last axis), the last axis contiguous and rows apart by a stride of at least their length.
+    """The array as (rows, last axis). The last axis is contiguous, and the stride of rows is at least their length.
 
-    A view wherever strides allow it (slices of rows, padded rows); a copy otherwise (transposed, reversed, repeated).
+    The result is a view where strides allow it (slices of rows, padded rows), and a copy otherwise (transposed,
+    reversed or repeated rows).
     """
     rows = array.reshape(-1, array.shape[-1])
     item, length = rows.itemsize, rows.shape[-1]

@@ -56,37 +56,38 @@ def attention(
         k: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_k values. n_head is a multiple of n_kv_head; head h
             reads KV head ``h // (n_head // n_kv_head)`` (grouped-query attention).
         v: uint8 (..., n_kv_head, n_kv, row_bytes) of rows of head_v values.
-        type_k, type_v: the types of k and v, any pair: turbo types, or "q8_0", "q4_0" (rows in ggml's layout), "f16",
-            "bf16", "f32" (k or v may then be a float16, bfloat16 or float32 array (..., n_kv_head, n_kv, head) instead
-            of its bytes). Rows of these five are multiples of 32 values. Those of f32 are rounded as they are read, to
-            int8 in blocks of 32, as those of q8_0 were when they were written.
+        type_k, type_v: the types of k and v, in any pair: turbo types, or "q8_0", "q4_0" (rows in ggml's layout),
+            "f16", "bf16", "f32" (k or v may then be a float16, bfloat16 or float32 array (..., n_kv_head, n_kv, head)
+            instead of its bytes). Rows of these five are multiples of 32 values. Rows of f32 are rounded to int8 in
+            blocks of 32 when they are read, as rows of q8_0 are when they are written.
         scale: factor of the scores; 1 / sqrt(head_k) if None.
-        mask: added to the scores, float32 or float16, or bool (True: may be attended); broadcast to
-            (..., n_query, n_kv). The same for all heads.
-        causal: query i attends to KV rows 0 ... n_kv - n_query + i (the last query to all of them); together with
-            `mask`, both hold. Needs n_query <= n_kv.
+        mask: float32 or float16 values that are added to the scores, or bool (False: hidden); broadcast to
+            (..., n_query, n_kv). All heads have the same mask.
+        causal: query i attends to KV rows 0 ... n_kv - n_query + i, so the last query attends to all of them. A row
+            that `mask` hides stays hidden. n_query must be at most n_kv.
         soft_cap: if not 0, a score s becomes ``soft_cap * tanh(s / soft_cap)`` before the mask.
-        sparse_v: a row of V whose softmax weight, relative to the largest so far, is at most this for all queries
-            that share it is neither decoded nor added; 0 leaves out only weights of 0. llama.cpp's
-            ``--cache-sparse-v`` is 1e-6 unless told otherwise.
-        window: an exact window, as llama.cpp's ``--cache-window`` keeps one: the newest W rows of K and of V before they
-            were encoded, a pair of float arrays (..., n_kv_head, W, head_k) and (..., n_kv_head, W, head_v), W at most
-            n_kv. They are read in place of the last W rows of k and v, whose bytes are not; `mask` and `causal` hold for
-            them as for these. float32 rows count as "f32" (see type_k), float16 and bfloat16 as they are.
-        return_skip_rate: also return the share of the rows of V that were left out, 0 ... 1: per KV head and tile of
-            queries, masked rows included.
-        threads: threads that share the heads and the queries.
+        sparse_v: a row of V is skipped if its softmax weight, relative to the largest so far, is at most this for all
+            queries that share the row. 0 skips only rows whose weights are all 0. The default of llama.cpp's
+            ``--cache-sparse-v`` is 1e-6.
+        window: an exact window, like that of llama.cpp's ``--cache-window``: the newest W rows of K and V before they
+            were encoded, as a pair of float arrays (..., n_kv_head, W, head_k) and (..., n_kv_head, W, head_v). W is at
+            most n_kv. These rows replace the last W rows of k and v, whose bytes are not read; `mask` and `causal`
+            apply to them in the same way. float32 rows are treated as "f32" (see type_k); float16 and bfloat16 rows are
+            not rounded.
+        return_skip_rate: also return the share of the rows of V that were skipped, 0 ... 1. Rows count once per KV head
+            and tile of queries, masked rows included.
+        threads: number of threads, over which heads and queries are distributed.
 
-    Leading axes (...) are batches; they are the same in q, k and v.
+    Leading axes (...) are batches; they must be the same in q, k and v.
 
     Returns:
         float32 (..., n_head, n_query, head_v). A query row that is masked everywhere gives zeros. With
-        return_skip_rate a tuple of that and a float.
+        return_skip_rate the result is a tuple of this array and a float.
 
     Raises:
-        TypeError, ValueError: naming the argument, the shape or dtype it had and the one it needs.
+        TypeError, ValueError: the text names the argument, its shape or dtype, and what is required.
 
-    The part over the window and that over the other rows have a maximum, a sum and an output each, which are merged.
+    The part over the window and the part over the other rows each have a maximum, a sum and an output, which are merged.
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (arXiv 1805.02867), section 3.
     """
     info_k, info_v = resolve_cache(type_k, "type_k"), resolve_cache(type_v, "type_v")
@@ -126,7 +127,7 @@ def attention(
 
     out = np.zeros((*batch, n_head, n_query, head_v), dtype=np.float32)
     _core.kernels_check()
-    if out.size == 0 or n_kv == 0:  # nothing to attend to: zeros, as for a row that is masked everywhere
+    if out.size == 0 or n_kv == 0:  # zeros, as for a query row that is masked everywhere
         return (out, 0.0) if return_skip_rate else out
     queries, keys, values = np.ascontiguousarray(queries), np.ascontiguousarray(keys), np.ascontiguousarray(values)
     rows = left_out = 0
@@ -139,7 +140,7 @@ def attention(
 
 
 def _cache_rows(array: ArrayLike, info: TypeInfo | CacheType, argument: str) -> NDArray[np.uint8]:
-    """The bytes of K or V; floats of the type's own kind are taken as they are."""
+    """The bytes of K or V; an array of floats of the type is not converted."""
     floats = np.asarray(array)
     if _FLOATS.get(info.name) == floats.dtype.name:
         return np.ascontiguousarray(floats).view(np.uint8)
@@ -176,7 +177,7 @@ def _window(
 
 
 def _mask(mask: ArrayLike | None, causal: bool, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-    """What is added to the scores, contiguous in its last two axes, or None."""
+    """The values that are added to the scores, contiguous in the last two axes, or None."""
     bias: NDArray[np.float32] | None = None
     if mask is not None:
         array = np.asarray(mask)

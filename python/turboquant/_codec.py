@@ -1,4 +1,4 @@
-"""Encode, decode, rotate, dot: the functions of turboquant.h on arrays of any shape."""
+"""Encode, decode, rotate, prepare and dot: the functions of turboquant.h on arrays of any shape."""
 from __future__ import annotations
 
 import warnings
@@ -15,21 +15,22 @@ def quantize(x: ArrayLike, type: str | TypeInfo, *, threads: int = 1) -> NDArray
     """Encode rows of floats.
 
     Args:
-        x: (..., n) of float32, float16 or bfloat16 (ml_dtypes); n is a multiple of the type's block. Any strides; rows
-            that are contiguous inside are read in place, everything else and the 16-bit types are copied first.
+        x: (..., n) of float32, float16 or bfloat16 (ml_dtypes); n is a multiple of the type's block. Strides are
+            arbitrary: contiguous float32 rows are read in place, all other arrays are copied first.
         type: a type's name ("turbo4", "turbo3_64", ...) or its `TypeInfo`.
-        threads: threads that share the rows.
+        threads: number of threads, over which the rows are distributed.
 
     Returns:
         uint8 (..., n // block * block_bytes), C-contiguous. cpp/FORMAT.md specifies the bytes.
 
     Raises:
-        TypeError: x has another dtype (float64 is not narrowed silently); type is no name.
-        ValueError: no such type; the last axis is no multiple of its block; TURBOQUANT_KERNELS cannot be honoured.
+        TypeError: x has another dtype (float64 is not narrowed silently), or type is no name.
+        ValueError: there is no such type, the last axis is no multiple of its block, or TURBOQUANT_KERNELS names
+            kernels that cannot run.
 
     Warns:
-        RuntimeWarning: blocks that hold a NaN or an infinity were stored as zeros, or blocks whose RMS is above fp16's
-            range (65504) were stored with the largest scale there is; the warning has their number.
+        RuntimeWarning: blocks with a NaN or an infinity were stored as zeros, or blocks whose RMS exceeds fp16's range
+            (65504) were stored with the largest finite scale. The text has the number of these blocks.
 
     Source: TurboQuant (arXiv 2504.19874), algorithm 1, with a Walsh-Hadamard rotation and a scale per block.
     """
@@ -54,22 +55,22 @@ def quantize(x: ArrayLike, type: str | TypeInfo, *, threads: int = 1) -> NDArray
 def dequantize(
     q: ArrayLike, type: str | TypeInfo, *, rotated: bool = False, threads: int = 1
 ) -> NDArray[np.float32]:
-    """Decode rows. Any bytes decode; a block whose stored scale is not finite gives values that are not finite.
+    """Decode rows. All bytes can be decoded; a block whose stored scale is not finite gives values that are not finite.
 
     Args:
         q: uint8 (..., row_bytes) as `quantize` returns it; row_bytes is a multiple of the type's block_bytes. Rows that
             are contiguous inside are read in place, whatever the distance between them.
         type: the type's name or its `TypeInfo`.
-        rotated: leave the values in the rotated domain, without the inverse transform: up to rounding,
-            ``rotate(dequantize(q, type), block)``. Dot products with rotated queries can use them as they are.
-        threads: threads that share the rows.
+        rotated: return the values in the rotated domain, without the inverse transform. Up to rounding they are
+            ``rotate(dequantize(q, type), block)``. Dot products with rotated queries can use them directly.
+        threads: number of threads, over which the rows are distributed.
 
     Returns:
-        float32 (..., n). The same floats on every machine and with all kernels.
+        float32 (..., n). The values are the same on every machine and with all kernels.
 
     Raises:
-        TypeError: q is not uint8; type is no name.
-        ValueError: no such type; the last axis is no multiple of its block_bytes.
+        TypeError: q is not uint8, or type is no name.
+        ValueError: there is no such type, or the last axis is no multiple of its block_bytes.
     """
     info = resolve(type)
     threads = threads_of(threads)
@@ -83,15 +84,17 @@ def dequantize(
 
 
 def rotate(x: ArrayLike, block: int = 128, *, threads: int = 1) -> NDArray[np.float32]:
-    """y = S2 . H/sqrt(block) . S1 . x for every block of the last axis: orthonormal, so norms and dot products stay.
+    """y = S2 . H/sqrt(block) . S1 . x for every block of the last axis.
+
+    The map is orthonormal, so it preserves norms and dot products (float32 rounding aside).
 
     Args:
         x: (..., n) of float32, float16 or bfloat16; n is a multiple of the block.
         block: 128, 64 or 32.
-        threads: threads that share the blocks.
+        threads: number of threads, over which the blocks are distributed.
 
     Returns:
-        float32, of the shape of x.
+        float32 array of the shape of x.
 
     Raises:
         TypeError, ValueError: as in `quantize`.
@@ -126,11 +129,11 @@ def prepare(query: ArrayLike, block: int = 128) -> NDArray[np.void]:
 
     Args:
         query: (..., n) of float32, float16 or bfloat16; n is a multiple of the block.
-        block: the block of the type that it will be multiplied with: 128, 64 or 32.
+        block: the block of the type of the encoded rows: 128, 64 or 32.
 
     Returns:
-        structured array (..., n // block) of `query_dtype`. A rotated value is ``scale * q`` up to half a step. A block
-        with a NaN or an infinity has the scale NaN.
+        Structured array (..., n // block) of `query_dtype`. A rotated value is ``scale * q`` with an error of at most
+        half of ``scale``. A block with a NaN or an infinity has the scale NaN.
     """
     block = block_of(block)
     array = float_array(query, "query")
@@ -138,7 +141,7 @@ def prepare(query: ArrayLike, block: int = 128) -> NDArray[np.void]:
     dtype = query_dtype(block)
     out = np.empty((*array.shape[:-1], n // block), dtype=dtype)
     if _core.query_bytes(block, n) != n // block * dtype.itemsize:
-        raise RuntimeError(f"a prepared block of {block} is not laid out as query_dtype says")  # ABI drift
+        raise RuntimeError(f"a prepared block of {block} is not laid out as query_dtype says")  # ABI mismatch
     _core.kernels_check()
     if out.size:
         _core.query(block, as_rows(array), out.view(np.uint8).reshape(-1, n // block * dtype.itemsize))
@@ -146,20 +149,20 @@ def prepare(query: ArrayLike, block: int = 128) -> NDArray[np.void]:
 
 
 def dot(query: ArrayLike, q: ArrayLike, type: str | TypeInfo) -> NDArray[np.float32]:
-    """Dot products of query rows with encoded rows, taken in the rotated domain: no row is decoded.
+    """Dot products of query rows with encoded rows, computed in the rotated domain without decoding.
 
     Args:
-        query: floats (..., n), or the same rows as `prepare` returns them, (..., n // block) structured.
-        q: uint8 (rows..., row_bytes) of n values each.
+        query: floats (..., n), or the result of `prepare` for them, a structured array (..., n // block).
+        q: uint8 (rows..., row_bytes), encoded rows of n values.
         type: the type of q.
 
     Returns:
-        float32 (..., rows...): every query row with every encoded row. The query is rounded to int8, so the result
-        differs from ``query @ dequantize(q, type)``: for random rows by about 0.7 % (root mean square) of what the dot
-        product of two random rows of these norms is, |query| |row| / sqrt(n).
+        float32 (..., rows...): the products of every query row with every encoded row. The query is rounded to int8,
+        so the result differs from ``query @ dequantize(q, type)``. For random rows the root mean square of the
+        difference is about 0.7 % of |query| |row| / sqrt(n), the root mean square of the products of such rows.
 
     Raises:
-        TypeError, ValueError: as in `dequantize`; query and q of different n.
+        TypeError, ValueError: as in `dequantize`, or query and q have different n.
     """
     info = resolve(type)
     rows = byte_array(q, "q")

@@ -12,15 +12,16 @@ class Kernels(NamedTuple):
     """One set of kernels. All give the same bytes and the same floats; only `dot` and `attention` round differently."""
 
     name: str  #: "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon" or "scalar"
-    supported: bool  #: this CPU can run them
-    selected: bool  #: they are in use
+    supported: bool  #: whether this CPU can run them
+    selected: bool  #: whether they are selected
 
 
 def kernels() -> tuple[Kernels, ...]:
     """The kernels of this build, best first.
 
-    At first use the best supported ones are selected, or those that the environment variable TURBOQUANT_KERNELS names.
-    If it names unknown or unsupported ones, none is selected here and every function that needs them raises ValueError.
+    At first use the best supported kernels are selected, or those that the environment variable TURBOQUANT_KERNELS
+    names. If it names unknown or unsupported kernels, no entry is selected, and functions that need kernels raise
+    ValueError.
     """
     selected = _core.kernels_selected()
     return tuple(Kernels(name, supported, name == selected) for name, supported in _core.kernels())
@@ -29,20 +30,21 @@ def kernels() -> tuple[Kernels, ...]:
 def set_kernels(name: str | None) -> None:
     """Select kernels by name for the whole process; None selects the best that the CPU supports.
 
-    ValueError, with the list, if this build has none of that name or the CPU cannot run them.
+    Raises:
+        ValueError: this build has no kernels of that name, or the CPU cannot run them. The text lists all names.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name: got {name!r} ({type(name).__name__}), wanted a str or None")
-    if name == "":  # the C ABI's word for "the best", but here more likely a mistake
+    if name == "":  # The C ABI takes "" for the best kernels; here it is more likely a mistake.
         raise ValueError("name: got '', wanted a kernels' name or None")
     _core.kernels_select(name or "")
 
 
 @contextmanager
 def use_kernels(name: str | None) -> Iterator[None]:
-    """``with use_kernels("scalar"): ...`` selects kernels as `set_kernels` does, and the former ones afterwards.
+    """Select kernels as `set_kernels` does for a ``with`` block, and restore the former selection afterwards.
 
-    The selection is the process's, not the thread's.
+    The selection applies to the process, not to the thread.
     """
     before = _core.kernels_selected()
     set_kernels(name)

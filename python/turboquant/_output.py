@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are whole, and never in the place of another."""
+"""Output files that get their name only when they are complete, and that never replace another file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class OutputError(TurboQuantError):
-    """A file cannot be written. The text says what to do."""
+    """A file could not be written. The text says what to do."""
 
 
 def explain(target: Path, error: OSError) -> OutputError:
-    """What to tell about a failure to write `target`."""
+    """The message for a failure to write `target`."""
     what = error.strerror or str(error)
     if error.errno in _FULL:
         return OutputError(f"{target} cannot be written ({what}): make room, or give a file on another disk")
@@ -29,7 +29,7 @@ def explain(target: Path, error: OSError) -> OutputError:
 
 
 def check_new(target: Path) -> None:
-    """OutputError if `target` exists, or no file can be made in its folder. To be called before the long work."""
+    """Raise OutputError if `target` exists or its folder is not writable. Callers check before they start long work."""
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent}: no such folder; make it first, or give a file in another one")
     if os.path.lexists(target):
@@ -42,10 +42,10 @@ def check_new(target: Path) -> None:
 
 @contextmanager
 def partial_file(target: Path) -> Iterator[Path]:
-    """A new file beside `target`; what is left under its name in the end is deleted.
+    """A new temporary file in the folder of `target`. If it still has its temporary name at the end, it is deleted.
 
     Raises:
-        OutputError: for every OSError within, and if there can be no file.
+        OutputError: the file cannot be created, or the ``with`` block raised OSError.
     """
     partial = None
     try:
@@ -61,15 +61,15 @@ def partial_file(target: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a whole file its name and the usual permissions.
+    """Give a complete file its final name and the usual permissions.
 
     Raises:
-        OutputError: something of that name has come in the meantime.
-        OSError: as on a disk that has failed.
+        OutputError: a file of that name was created in the meantime.
+        OSError: the file system failed.
     """
     partial.chmod(0o666 & ~_umask())
     try:
-        os.link(partial, target)  # unlike a rename this cannot replace anything
+        os.link(partial, target)  # unlike a rename, a link cannot replace an existing file
         partial.unlink()
     except FileExistsError:
         raise OutputError(f"{target} has been made by something else in the meantime: give another name") from None

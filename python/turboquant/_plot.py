@@ -1,4 +1,4 @@
-"""Pictures with matplotlib, in files."""
+"""Plots that matplotlib draws into files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """OutputError if no picture can be drawn there. To be called before the long work."""
+    """Raise OutputError if no picture can be written to `path`. Callers check before they start long work."""
     if path.suffix.lower() not in _SUFFIXES:
         raise OutputError(f"{path} is no picture's name: it must end in {', '.join(_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -28,10 +28,10 @@ def check_plot(path: Path) -> None:
 def figure(
     path: Path, columns: int, title: str, rows: int = 1, size: tuple[float, float] = (5, 4)
 ) -> Iterator[Sequence[Any]]:
-    """The axes of a new figure, row by row; at the end of the ``with`` block it is written to `path`.
+    """The axes of a new figure, row by row. At the end of the ``with`` block the figure is written to `path`.
 
     Raises:
-        OutputError: as `check_plot`; also if the file cannot be written.
+        OutputError: as `check_plot`, or the file cannot be written.
     """
     check_plot(path)
     import matplotlib

@@ -1,4 +1,4 @@
-"""The type table: what a block of each format is made of."""
+"""The type table: the layout of a block of each format."""
 from __future__ import annotations
 
 import difflib
@@ -22,7 +22,7 @@ class TypeInfo:
     bits: int  #: bits of one index: 4, 3 or 2
     block: int  #: values in a block: 128, 64 or 32
     block_bytes: int  #: bytes of an encoded block: 2 for the fp16 scale, then the indices
-    step: float  #: distance of two neighbouring int8 levels, in units of the block's RMS
+    step: float  #: value of one unit of `levels`, relative to the block's RMS
     levels: NDArray[np.int8] = field(repr=False, compare=False)  #: the 2**bits int8 centroids, ascending, read-only
     id: int = field(repr=False)  #: tq_type of the C ABI
     family: str = field(repr=False)  #: name of the type of the same family with the longest block
@@ -34,14 +34,14 @@ class TypeInfo:
         return 8 * self.block_bytes / self.block
 
     def row_bytes(self, n: int) -> int:
-        """Bytes of an encoded row of n values. ValueError if n is not a positive multiple of the block."""
+        """Bytes of an encoded row of n values. Raises ValueError if n is not a positive multiple of the block."""
         n = operator.index(n)
         if n <= 0 or n % self.block:
             raise ValueError(f"n: got {n}, but a row of {self.name} is a positive multiple of its block, {self.block}")
         return n // self.block * self.block_bytes
 
     def row_values(self, row_bytes: int) -> int:
-        """Values in an encoded row of that many bytes: the inverse of `row_bytes`, with the same errors."""
+        """Values in an encoded row of `row_bytes` bytes; the inverse of `row_bytes()`, with the same errors."""
         row_bytes = operator.index(row_bytes)
         if row_bytes <= 0 or row_bytes % self.block_bytes:
             raise ValueError(f"row_bytes: got {row_bytes}, but a row of {self.name} is a positive multiple of its "
@@ -66,7 +66,7 @@ def types() -> tuple[TypeInfo, ...]:
 
 
 def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
-    """The type of that name. `argument` is the caller's name of it, for the error."""
+    """The type of that name. `argument` is the name of the caller's argument, for the error."""
     if isinstance(type, TypeInfo):
         return type
     if not isinstance(type, str):
@@ -81,10 +81,10 @@ def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
 
 @dataclass(frozen=True)
 class CacheType:
-    """A type that K or V may have in `attention` besides the turbo types: one of ggml's own."""
+    """One of ggml's own types that K or V may have in `attention`."""
 
     name: str  #: "f16", "bf16", "q8_0", "q4_0" or "f32"
-    block: int  #: values in a block: 32, and the rows of `attention` are multiples of it even of f16
+    block: int  #: values in a block: 32; rows of `attention` are multiples of it, also for f16
     block_bytes: int  #: bytes of a block
     id: int = field(repr=False)  #: TQ_ROW_... of the C ABI
 
@@ -93,7 +93,7 @@ class CacheType:
         return n // self.block * self.block_bytes
 
     def row_values(self, row_bytes: int) -> int:
-        """Values in a row of that many bytes."""
+        """Values in a row of `row_bytes` bytes."""
         return row_bytes // self.block_bytes * self.block
 
 
@@ -114,8 +114,11 @@ def resolve_cache(type: str | TypeInfo, argument: str) -> TypeInfo | CacheType:
 def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
     """The type of the same family as `type` with the largest block that divides a head of `head` values.
 
-    128, 256, 512 take blocks of 128; 64, 192, 576 blocks of 64; 96 blocks of 32. ValueError if no block divides the
-    head (80, 112).
+    Heads of 128, 256 and 512 values take blocks of 128; heads of 64, 192 and 576 take blocks of 64; heads of 96 take
+    blocks of 32.
+
+    Raises:
+        ValueError: no block divides the head (80, 112).
     """
     info = resolve(type)
     head = operator.index(head)
@@ -128,7 +131,7 @@ def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
 def codebook(type: str | TypeInfo) -> NDArray[np.float32]:
     """The type's centroids, float32 (2**bits,), ascending: the Lloyd-Max levels of N(0,1), rounded to int8 multiples.
 
-    Equal to ``float32(step) * levels`` of `TypeInfo`; ``TypeInfo.levels`` has the integers themselves.
+    They equal ``float32(step) * levels`` of `TypeInfo`, in units of the block's RMS.
     Source: Max, "Quantizing for minimum distortion", 1960, table I; TurboQuant (arXiv 2504.19874), section 3.1.
     """
     info = resolve(type)

@@ -1,7 +1,7 @@
-"""The command ``turboquant``: patch llama.cpp, build it, say where the programs are.
+"""The command ``turboquant``.
 
-Every command is a function with the decorator `command`, which turns the package's own errors into one message and
-exit status 1. Messages and progress go to stderr; stdout has the answer alone, so that it can be used in scripts.
+Every command is a function with the decorator `command`, which converts the package's own errors to one message and
+exit status 1. Messages and progress go to stderr. Only the result goes to stdout, so that scripts can use it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# Heavier modules are imported by the commands that need them: --help must not wait for them.
+# Commands import the heavier modules that they need, so that --help is fast.
 from .errors import TurboQuantError
 from .llama.files import Interrupted
 from .llama.source import DEFAULT_VERSION
 
 __all__ = ["app", "main"]
 
-#: Commands that keep what they have done when they are stopped; the others have nothing to keep.
+#: Commands that continue after an interruption; the others start again.
 _RESUMED = ("build", "compare", "tune")
 
 app = typer.Typer(
     name="turboquant",
-    help="TurboQuant cache types for llama.cpp: patch a llama.cpp tree, or fetch and build one; explore how they work.",
+    help="TurboQuant cache types for llama.cpp: build a llama.cpp with them, measure, convert and tune models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,18 +45,18 @@ def main() -> None:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register `function` as a command (its name, with '-' for '_') whose known errors are told in a sentence."""
+    """Register `function` as a command (with '-' for '_' in its name) that prints the package's errors as a message."""
 
     @functools.wraps(function)
     def wrapped(*args: object, **kwargs: object) -> None:
-        # A plain `kill` must stop the compilers as Ctrl-C does.
+        # SIGTERM must stop the compilers as Ctrl-C does.
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             function(*args, **kwargs)
         except TurboQuantError as error:
             _tell(f"turboquant: {error}")
             raise typer.Exit(1) from None
-        except OSError as error:  # a full disk, a folder without permission: the text names the file
+        except OSError as error:  # such as a full disk or a folder without permission; the text names the file
             _tell(f"turboquant: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
@@ -81,7 +81,7 @@ def _tell(text: str) -> None:
 
 
 def _confirm(question: str) -> bool:
-    # Not through stdout, which scripts read.
+    # The question does not go to stdout, which scripts read.
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -96,11 +96,11 @@ _Tree = Annotated[Path, typer.Argument(metavar="DIR", help="A llama.cpp source t
 @command
 def patch(
     directory: _Tree,
-    check: Annotated[bool, typer.Option("--check", help="Only tell what would be done; write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only report the state of the hooks; write nothing.")] = False,
 ) -> None:
-    """Insert the turbo types into the llama.cpp tree DIR, in place.
+    """Insert the hooks of the turbo types into the llama.cpp tree DIR, in place.
 
-    With --check the exit status is 0 if every hook is in place or would fit, 1 if one does not fit.
+    With --check the exit status is 0 if every hook is inserted or fits, and 1 if a hook does not fit.
     """
     from .llama import patch as hooks
     from .llama.toolchain import jobs
@@ -126,7 +126,7 @@ def patch(
 
 @command
 def unpatch(directory: _Tree) -> None:
-    """Take the turbo types out of the llama.cpp tree DIR again: every file is byte for byte what it was."""
+    """Remove the hooks of the turbo types from the llama.cpp tree DIR. Every file is restored byte for byte."""
     from .llama import patch as hooks
 
     files = hooks.unpatch(directory)
@@ -140,52 +140,53 @@ def unpatch(directory: _Tree) -> None:
 def build(
     source: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A llama.cpp checkout; it is copied, not touched.", show_default=False),
+        typer.Option(metavar="DIR", help="A llama.cpp checkout, which is copied and not changed.", show_default=False),
     ] = None,
     version: Annotated[
         str | None,
         typer.Option(
-            metavar="X", help="The llama-cpp-python release whose llama.cpp to take.", show_default=DEFAULT_VERSION
+            metavar="X", help="The llama-cpp-python release with the llama.cpp to build.", show_default=DEFAULT_VERSION
         ),
     ] = None,
     unproven: Annotated[
         bool,
         typer.Option(
-            "--unproven", help="Fetch a --version whose checksum is not known here; pip runs its build code unchecked."
+            "--unproven", help="Accept a --version without a known checksum; pip runs its build code unchecked."
         ),
     ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Build this CMake target only; repeatable. 'default' stands for the usual programs.",
+            help="Build only this CMake target; repeatable. 'default' stands for the default programs.",
             show_default=False,
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", min=1, help="Compilers at once.", show_default="one per CPU"),
+        typer.Option("--jobs", "-j", min=1, help="Number of parallel compilers.", show_default="one per CPU"),
     ] = None,
     cmake_arg: Annotated[
         list[str] | None,
-        typer.Option(metavar="-DNAME=VALUE", help="A further option for CMake; repeatable.", show_default=False),
+        typer.Option(metavar="-DNAME=VALUE", help="An additional option for CMake; repeatable.", show_default=False),
     ] = None,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, or cuda: NVIDIA GPUs too; needs the CUDA toolkit's nvcc.")
+        str,
+        typer.Option(metavar="NAME", help="cpu, or cuda for CPU and NVIDIA GPUs, which needs the CUDA toolkit's nvcc."),
     ] = "cpu",
     arch: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="For cuda: native (this machine's GPUs), or compute capabilities such as 80,90.",
-            show_default="native if there is a GPU, else all usual ones",
+            help="For cuda: native (the GPUs of this machine), or compute capabilities such as 80,90.",
+            show_default="native if there is a GPU, else llama.cpp's list",
         ),
     ] = None,
 ) -> None:
     """Build llama.cpp with the turbo types, and print the folder with the programs.
 
-    Without --source, llama.cpp comes from the source package of llama-cpp-python, fetched with pip. Everything is
-    kept in the cache folder (TURBOQUANT_CACHE, by default ~/.cache/turboquant); a rerun compiles only what changed.
+    Without --source, llama.cpp comes from the source package of llama-cpp-python, which pip downloads. The build is
+    kept in the cache folder (TURBOQUANT_CACHE, by default ~/.cache/turboquant), and a rerun compiles only what changed.
     """
     from .llama.build import build as run_build
     from .llama.source import UnprovenError
@@ -205,7 +206,7 @@ def build(
 
 @command
 def where() -> None:
-    """Print the folder with the programs of the last build; exit status 1 if there is none."""
+    """Print the folder with the programs of the last build. The exit status is 1 if there is no build."""
     from .llama import build as builds
 
     folder = builds.where()
@@ -217,13 +218,13 @@ def where() -> None:
 @command
 def fetch(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A model; without it they are listed.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Name of a model.", show_default=False)
     ] = None,
 ) -> None:
-    """Fetch a real model and print its path; without NAME, list the models.
+    """Fetch the model NAME and print its path. Without NAME, list the models.
 
-    The model comes from a wheel, through pip, and is kept in the cache folder. Wherever a model is asked for, its name
-    does as well: `turboquant compare -m smollm2` fetches it if need be.
+    pip downloads a wheel with the model, which is kept in the cache folder. The commands compare, convert and dump-kv
+    accept the name in place of a path, and fetch the model if needed: `turboquant compare -m smollm2`.
     """
     from .fetch import fetch as run_fetch
     from .fetch import find_model
@@ -248,29 +249,34 @@ def fetch(
 
 _Bin = Annotated[
     Path | None,
-    typer.Option("--bin", metavar="DIR", help="The programs of a build.", show_default="the last build's"),
+    typer.Option("--bin", metavar="DIR", help="Folder with llama.cpp's programs.", show_default="the last build"),
 ]
-_Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads.", show_default="all CPUs")]
-_NAME = "The name of a known model will do (see `turboquant fetch`)."
-_GpuLayers = Annotated[int, typer.Option("--gpu-layers", "-ngl", min=0, help="Layers to evaluate on a GPU.")]
+_Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="Number of threads.", show_default="all CPUs")
+]
+_NAME = "The name of a known model is accepted as well (see `turboquant fetch`)."
+_GpuLayers = Annotated[int, typer.Option("--gpu-layers", "-ngl", min=0, help="Number of layers that a GPU evaluates.")]
 
 
 @command
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN.gguf", help=f"A model; it is only read. {_NAME}", show_default=False)
+        Path, typer.Argument(metavar="IN.gguf", help=f"A GGUF model, which is only read. {_NAME}", show_default=False)
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The new model.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file of the new model.", show_default=False)],
     text: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="TEXT", help="A text to measure on.", show_default="the bundled one"),
+        typer.Option("--file", "-f", metavar="TEXT", help="The text to measure.", show_default="the bundled text"),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Exact scales only; quantized weights stay.")] = False,
-    pow2: Annotated[bool, typer.Option("--pow2", help="Powers of two only: no weight is rounded.")] = False,
-    values: Annotated[bool, typer.Option("--v/--no-v", help="Balance V, too.")] = True,
-    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens to measure on.")] = 4096,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Use exact scales only; quantized weights stay unchanged.")
+    ] = False,
+    pow2: Annotated[bool, typer.Option("--pow2", help="Use powers of two only, so that no weight is rounded.")] = False,
+    values: Annotated[bool, typer.Option("--v/--no-v", help="Balance V as well.")] = True,
+    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Number of tokens for measurements.")] = 4096,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the table (PNG, SVG, PDF).", show_default=False)
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw the table to FILE (PNG, SVG, PDF).", show_default=False),
     ] = None,
     bin: _Bin = None,
     threads: _Threads = None,
@@ -278,8 +284,8 @@ def convert(
 ) -> None:
     """Balance K against Q and V against the output inside the weights, so that quantized caches lose less.
 
-    The new model computes the same function; that is measured, and without it no file is written. By default scales
-    are exact where the weights are f32 or f16, and powers of two elsewhere.
+    The new model computes the same function. This is checked, and no file is written if the check fails. By default
+    scales are exact where the weights are f32 or f16, and powers of two elsewhere.
     """
     if exact and pow2:
         raise TurboQuantError("give --exact or --pow2, not both")
@@ -312,58 +318,61 @@ def _need(package: str, what: str, extra: str = "convert") -> None:
 @command
 def tune(
     model: Annotated[
-        Path, typer.Option("--model", "-m", metavar="MODEL", help="A GGUF model; it is only read.", show_default=False)
+        Path,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="A GGUF file, which is only read.", show_default=False
+        ),
     ],
     target: Annotated[
         Path, typer.Option("--output", "-o", metavar="PLAN.json", help="The plan to write.", show_default=False)
     ],
     text: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text to measure on.", show_default="the bundled one"),
+        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text to measure.", show_default="the bundled text"),
     ] = None,
     bits: Annotated[
-        float | None, typer.Option("--bits", help="Bits per value, the mean over all of K and V.", show_default=False)
+        float | None, typer.Option("--bits", help="Goal: mean bits per value of K and V.", show_default=False)
     ] = None,
     mib: Annotated[
-        float | None, typer.Option("--mib", help="The size of the whole cache at --ctx tokens.", show_default=False)
+        float | None, typer.Option("--mib", help="Goal: size of the cache for --ctx tokens.", show_default=False)
     ] = None,
     kld: Annotated[
-        float | None, typer.Option("--kld", help="The most that it may cost, in nats; fewest bits win.", show_default=False)
+        float | None, typer.Option("--kld", help="Goal: the fewest bits with at most this KLD.", show_default=False)
     ] = None,
     ctx: Annotated[
         int | None,
-        typer.Option("--ctx", "-c", min=256, help="Tokens of context to plan for.",
-                     show_default="the model's, 32768 at most"),
+        typer.Option("--ctx", "-c", min=256, help="Number of tokens in the planned cache.",
+                     show_default="the model's context, at most 32768"),
     ] = None,
     types: Annotated[
         str | None,
-        typer.Option("--types", metavar="LIST", help="Cache types to choose from, for K and V.",
+        typer.Option("--types", metavar="LIST", help="Cache types to choose from.",
                      show_default="turbo2,turbo3,turbo4,q8_0, and f16 for K"),
     ] = None,
     write_into: Annotated[
         Path | None,
         typer.Option("--write-into", metavar="OUT.gguf", show_default=False,
-                     help="Write a copy of the model with the plan in its metadata, which -ctk auto -ctv auto takes."),
+                     help="Write a copy of the model with the plan in its metadata, which -ctk auto -ctv auto uses."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw bits against KLD (PNG, SVG, PDF).",
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw KLD against bits to FILE (PNG, SVG, PDF).",
                                   show_default=False)
     ] = None,
     chunks: Annotated[
-        int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to measure each layer on.")
+        int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens for the measurement of each layer.")
     ] = 2,
     check_chunks: Annotated[
-        int, typer.Option("--check-chunks", min=1, help="Chunks of 2048 other tokens to check the plan on.")
+        int, typer.Option("--check-chunks", min=1, help="Chunks of 2048 other tokens for the check of the plan.")
     ] = 2,
     bin: _Bin = None,
     threads: _Threads = None,
     gpu_layers: _GpuLayers = 0,
 ) -> None:  # fmt: skip
-    """Find the cache types that each layer of a model needs, for a number of bits, a size or a loss.
+    """Choose the cache types of each layer of a model for a given number of bits, size or loss.
 
-    Every layer's K and V is measured by itself against the model's f16 cache, the bits are spent where they buy most, and
-    the plan is checked on other text. `llama-server --cache-plan PLAN.json` uses it. Results are remembered: an
-    interrupted run goes on where it was.
+    K and V of every layer are measured one by one against the model's f16 cache, bits are spent where they reduce the
+    loss most, and the plan is checked on other text. `llama-server --cache-plan PLAN.json` uses the plan. Results are
+    stored, so the same command continues an interrupted run.
     """
     _need("gguf", "tune")
     from ._plot import check_plot
@@ -394,14 +403,14 @@ def tune(
 @command
 def dump_kv(
     model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help=f"A GGUF model. {_NAME}")],
-    text: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="A text.")],
+    text: Annotated[Path, typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text.")],
     target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The safetensors file to write.")],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of the text.")] = 512,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Number of tokens of the text.")] = 512,
     bin: _Bin = None,
     threads: _Threads = None,
     gpu_layers: _GpuLayers = 0,
 ) -> None:
-    """Write queries, keys and values of every layer, as attention sees them, to a safetensors file."""
+    """Write the queries, keys and values of every layer, as attention reads them, to a safetensors file."""
     from .dump import dump
     from .fetch import resolve_model
     from .llama.progress import Reporter
@@ -426,53 +435,62 @@ def compare(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text.", show_default="the bundled one"),
+        typer.Option("--file", "-f", metavar="TEXT", help="A UTF-8 text.", show_default="the bundled text"),
     ] = None,
     types: Annotated[
         str, typer.Option("--types", metavar="LIST", help="Cache types: TYPE or TYPE_K:TYPE_V, comma-separated.")
     ] = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3",
-    ctx: Annotated[int, typer.Option("--ctx", "-c", min=128, help="Tokens in a chunk; its second half is scored.")] = 2048,
-    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks; more of them, smaller errors.")] = 12,
+    ctx: Annotated[
+        int, typer.Option("--ctx", "-c", min=128, help="Tokens in a chunk, whose second half is scored.")
+    ] = 2048,
+    chunks: Annotated[
+        int, typer.Option("--chunks", min=1, help="Number of chunks; more chunks give smaller errors.")
+    ] = 12,
     decode_chunks: Annotated[
-        int, typer.Option("--decode-chunks", min=1, help="Chunks of 512 tokens to measure token by token as well.")
+        int, typer.Option("--decode-chunks", min=1, help="Chunks of 512 tokens that are also measured token by token.")
     ] = 2,
     depths: Annotated[
-        str, typer.Option("--depths", metavar="LIST", help="Tokens in the cache at which to time; '' times nothing.")
+        str,
+        typer.Option(
+            "--depths", metavar="LIST", help="Tokens in the cache when speed is measured; '' measures no speed."
+        ),
     ] = "0,4096,16384",
     needle_depths: Annotated[
         str | None,
         typer.Option(
-            "--needle-depths", metavar="LIST", help="Tokens of context for retrieval; '' asks nothing.",
+            "--needle-depths", metavar="LIST", help="Tokens of the prompts with needles; '' asks no questions.",
             show_default="a quarter, half and all of the model's context, at most the deepest of --depths",
         ),
     ] = None,
     positions: Annotated[
-        int, typer.Option("--positions", min=1, help="Needles at each depth, evenly over the text.")
+        int, typer.Option("--positions", min=1, help="Number of needles at each depth, evenly distributed.")
     ] = 5,
     needle_template: Annotated[
         str | None,
         typer.Option(
             "--needle-template", metavar="NAME|FILE", show_default="plain; notes for the bundled model",
-            help="The prompt: 'plain' for any model, 'notes' for the bundled ones, or a file with {before}, {name}, "
+            help="The prompt: 'plain' for all models, 'notes' for the bundled model, or a file with {before}, {name}, "
             "{number}, {after}.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Where report.html, .md and .json go.", show_default="compare-MODEL"),
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of report.html, .md and .json.", show_default="compare-MODEL"
+        ),
     ] = None,
     fail_above: Annotated[
         float | None,
         typer.Option("--fail-above", metavar="KLD", min=0, show_default=False,
-                     help="Exit with status 3 if a pair's KLD is above this, or a pair cannot be measured."),
+                     help="Exit with status 3 if the KLD of a pair is higher, or a pair cannot be measured."),
     ] = None,
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", show_default=False,
-                     help="Measure this plan of `turboquant tune`, too. A plan in the model's metadata is measured as auto."),
+                     help="Also measure this plan of `turboquant tune`. A plan in the metadata is measured as auto."),
     ] = None,
     time_again: Annotated[
-        bool, typer.Option("--time-again", help="Measure speeds anew: the machine was busy the last time.")
+        bool, typer.Option("--time-again", help="Do not use stored speeds, for instance because the machine was busy.")
     ] = False,
     window: Annotated[
         str | None,
@@ -483,14 +501,16 @@ def compare(
     threads: _Threads = None,
     gpu_layers: Annotated[
         int | None,
-        typer.Option("--gpu-layers", "-ngl", min=0, help="Layers to evaluate on a GPU.", show_default="llama.cpp's choice"),
+        typer.Option(
+            "--gpu-layers", "-ngl", min=0, help="Layers that a GPU evaluates.", show_default="llama.cpp's choice"
+        ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Measure what cache types do to a model: quality, retrieval, memory and speed, as one page.
+    """Measure the quality, retrieval, memory and speed of a model with different cache types, and write a report.
 
     Each pair of a K and a V type is compared with the model's own f16 cache, in batches and token by token. The report
-    recommends a setting and says why. Results are remembered: an interrupted run goes on where it was, and one with
-    more types measures only those.
+    recommends a setting and gives the reason. Results are stored, so the same command continues an interrupted run, and
+    a run with more types measures only the new ones.
     """
     for package in ("gguf", "jinja2", "plotly"):
         _need(package, "compare", "compare")
@@ -510,7 +530,7 @@ def compare(
 @command
 def analyze(
     file: Annotated[
-        Path, typer.Argument(metavar="KV.safetensors", help="What dump-kv has written.", show_default=False)
+        Path, typer.Argument(metavar="KV.safetensors", help="A file that dump-kv wrote.", show_default=False)
     ],
     types: Annotated[
         str | None,
@@ -520,12 +540,13 @@ def analyze(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (PNG, SVG, PDF).", show_default=False)
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw the results to FILE (PNG, SVG, PDF).", show_default=False),
     ] = None,
 ) -> None:
-    """Tell what cache types do to the K and V that dump-kv has written: per layer, outliers, errors, what to protect.
+    """Analyze the K and V of a dump: outliers and errors of cache types in each layer, and which layers to protect.
 
-    Layers to protect are judged by the first of the types.
+    The layers to protect are those with large errors of the first type.
     """
     from ._plot import check_plot
     from .analyze import report
@@ -553,18 +574,19 @@ def analyze(
 @command
 def explore(
     target: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="The page to write; - writes it to stdout.")
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The file of the page; - stands for stdout.")
     ] = Path("turboquant-explore.html"),
     open_: Annotated[
         bool | None,
-        typer.Option("--open/--no-open", help="Show it in the browser.", show_default="if there is a screen"),
+        typer.Option("--open/--no-open", help="Show the page in the browser.", show_default="if there is a screen"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
 ) -> None:
-    """Write a page to play with the codec in the browser, and show it.
+    """Write an interactive page about the codec, and show it in the browser.
 
-    Outliers and bits, rotation step by step, the bell curve, Lloyd-Max levels, the stored bytes, and why the signs are
-    random. One HTML file, with the codec itself as WebAssembly: it needs no server and no network.
+    The page has experiments on outliers and bits, the rotation step by step, the bell curve, Lloyd-Max levels, the
+    stored bytes, and random signs. It is one HTML file with the codec as WebAssembly, and needs no server and no
+    network.
     """
     from .explore import page, show, write_page
 

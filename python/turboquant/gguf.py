@@ -1,18 +1,18 @@
-"""Teach the `gguf` package the TurboQuant types: ``import turboquant.gguf``.
+"""Add the TurboQuant types to the package `gguf`: ``import turboquant.gguf``.
 
-Importing registers, once per process:
+The import registers, once per process:
 
 - the members TURBO4 = 512, TURBO4_64, TURBO4_32, TURBO3, ... TURBO2_32 = 520 of ``gguf.GGMLQuantizationType``,
 - their (block, bytes) in ``gguf.GGML_QUANT_SIZES``,
 - their conversions in ``gguf.quants``, through the C++ core.
 
-Afterwards GGUFReader reads files with such tensors, ``gguf.quants.quantize`` and ``dequantize`` convert, and GGUFWriter
-writes:
+Afterwards GGUFReader reads files with such tensors, ``gguf.quants.quantize`` and ``dequantize`` convert them, and
+GGUFWriter writes them:
 
     writer.add_tensor("name", turboquant.quantize(x, "turbo4"), raw_dtype=gguf.GGMLQuantizationType.TURBO4)
 
-The ids are those of a llama.cpp that `turboquant build` made. They lie far above upstream's own; a llama.cpp without
-the types refuses such a file.
+The ids are those of a llama.cpp that `turboquant build` made. They are far above the ids of llama.cpp's own types. A
+llama.cpp without the types refuses such a file.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ try:
     import gguf.quants as _quants
 except ModuleNotFoundError as error:
     if error.name != "gguf":
-        raise  # gguf is there, but one of its own dependencies is not: say which
+        raise  # gguf is installed, but one of its dependencies is not: the error names it
     raise ModuleNotFoundError("turboquant.gguf needs the package gguf: pip install 'turboquant[gguf]'",
                               name="gguf") from error
 
@@ -44,9 +44,10 @@ def ggml_type(type: str) -> Any:
 
 
 def register() -> None:
-    """Register the types; importing the module has done it. Calling it again changes nothing.
+    """Register the types. The import of this module calls it; further calls change nothing.
 
-    RuntimeError if gguf already has something else under one of the names or ids.
+    Raises:
+        RuntimeError: gguf already has another type with one of the names or ids.
     """
     for info in types():
         member = _add_member(info)
@@ -59,7 +60,7 @@ def register() -> None:
 
 
 def _add_member(info: TypeInfo) -> Any:
-    """Add a member to the finished enum. Python has no public way to do so: an IntEnum cannot be extended."""
+    """Add a member to an existing enum. Python has no public interface for it, as an IntEnum cannot be extended."""
     enum: Any = _gguf.GGMLQuantizationType
     name, value = info.name.upper(), info.file_id
     by_name, by_value = enum._member_map_.get(name), enum._value2member_map_.get(value)

@@ -1,4 +1,4 @@
-"""Plans: the cache types of K and of V, layer by layer, as files and as metadata of a model; and what they take.
+"""Plans: the cache types of K and V of each layer, as files and as metadata of a model; and the size of such caches.
 
 docs/tune.md describes the format. A plan file is JSON, and libllama reads it with ``--cache-plan FILE``::
 
@@ -42,24 +42,24 @@ FORMAT, VERSION = "turboquant-plan", 1
 #: The metadata keys of a plan inside a model file.
 KEYS = ("turboquant.plan.version", "turboquant.plan.type_k", "turboquant.plan.type_v", "turboquant.plan.model")
 
-_MOST_BYTES = 1 << 20  # of a plan file; libllama's limit, too
+_MOST_BYTES = 1 << 20  # greatest size of a plan file, also in libllama
 _MOST_LAYERS = 4096
 _MAGIC = "a plan is a JSON file with \"format\": \"turboquant-plan\", such as `turboquant tune` writes"
-_UBATCH, _CELLS = 512, 256  # llama.cpp's default, and what it rounds the cells of a sliding window up to
+_UBATCH, _CELLS = 512, 256  # llama.cpp's default batch, and the unit in which it allocates cells of a window
 _RUN = re.compile(r"(-|[a-z][a-z0-9_]*)(?:\*([1-9][0-9]{0,3}))?")
 
 Types = tuple["str | None", ...]
 
 
 class PlanError(TurboQuantError):
-    """A plan cannot be read, written or used. The text names the file and the value, and says what to do."""
+    """A plan could not be read, written or used. The text names the file and the value, and says what to do."""
 
 
 # ---- compact syntax --------------------------------------------------------------------------------------------------
 
 
 def compact(types: Sequence[str | None]) -> str:
-    """``q8_0*2,turbo4,-`` for two layers of q8_0, one of turbo4 and one without a cache."""
+    """The types as text: ``q8_0*2,turbo4,-`` for two layers of q8_0, one of turbo4 and one without a cache."""
     runs: list[tuple[str, int]] = []
     for type in types:
         name = type or "-"
@@ -74,7 +74,7 @@ def expand(text: str, where: str = "the types") -> Types:
     """The inverse of `compact`.
 
     Raises:
-        PlanError: the text is no such list; `where` is how the message calls it.
+        PlanError: the text is no such list; `where` names the text in the message.
     """
     types: list[str | None] = []
     for item in text.split(","):
@@ -91,7 +91,7 @@ def expand(text: str, where: str = "the types") -> Types:
 
 
 def fitting(type: str, head: int) -> str | None:
-    """The type that heads of that many values are stored in: ``turbo4_64`` for turbo4 and 64; None if none fits."""
+    """The type that stores heads of `head` values: ``turbo4_64`` for turbo4 and 64. None if there is none."""
     for name in [info.name for info in types() if info.family == type] or [type]:
         block = block_of(name)
         if block and head % block[0] == 0:
@@ -107,13 +107,13 @@ class Plan:
     """The types of K and of V, one for each layer of a model; None where a layer has no cache of its own.
 
     Raises:
-        PlanError: the lists are empty or of different lengths, or name a type that there is not.
+        PlanError: the lists are empty, have different lengths, or name a type that does not exist.
     """
 
     k: Types
     v: Types
-    model: Mapping[str, Any] | None = None  #: what libllama knows the model by; None fits every model of as many layers
-    about: Mapping[str, Any] = field(default_factory=dict)  #: anything: who made it, and what was measured
+    model: Mapping[str, Any] | None = None  #: the model, as libllama identifies it; None matches every model
+    about: Mapping[str, Any] = field(default_factory=dict)  #: any values, such as the author and the measurements
 
     def __post_init__(self) -> None:
         _check_types(self.k, "k")
@@ -136,7 +136,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Plan:
-        """Read the content of a plan file; `where` is how messages call it. PlanError if it is none."""
+        """Read the content of a plan file; `where` names it in messages. Raises PlanError if it is no plan."""
         try:
             value = json.loads(text, parse_constant=_not_json)
         except (ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ class Plan:
             raise PlanError(f"{where}: {error}") from None
 
     def to_metadata(self) -> dict[str, Any]:
-        """What a model file holds of it; ``about`` stays behind."""
+        """The metadata of a model file with this plan; they do not contain ``about``."""
         values: dict[str, Any] = dict(zip(KEYS, (VERSION, compact(self.k), compact(self.v)), strict=False))
         if self.model is not None:
             values[KEYS[3]] = json.dumps(self.model, separators=(",", ":"), allow_nan=False)
@@ -174,7 +174,7 @@ class Plan:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], where: str) -> Plan | None:
-        """The plan inside a model file; None if it has none. PlanError if it is broken."""
+        """The plan in the metadata of a model file, or None. Raises PlanError if it is damaged."""
         if KEYS[0] not in metadata:
             return None
         if metadata[KEYS[0]] != VERSION:
@@ -205,7 +205,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan file.
 
     Raises:
-        PlanError: it cannot be read or is no plan of this version. The text names the file and says what to do.
+        PlanError: the file cannot be read or is no plan of this version. The text names the file and says what to do.
     """
     try:
         with open(path, "rb") as file:
@@ -222,11 +222,11 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def check_target(path: Path) -> bool:
-    """See that a plan can be written to `path`, before the long work; whether a plan is there, which it would replace.
+    """Check, before long work, that a plan can be written to `path`. Returns whether it would replace a plan.
 
     Raises:
-        PlanError: what is there is no plan.
-        OutputError: no file can be made in its folder.
+        PlanError: the file exists and is no plan.
+        OutputError: the folder is not writable.
     """
     from ._output import check_new
 
@@ -243,14 +243,14 @@ def check_target(path: Path) -> bool:
 
 
 def write_plan(path: Path, plan: Plan) -> bool:
-    """Write a plan file, whole or not at all; whether it replaced another plan.
+    """Write a plan file, completely or not at all. Returns whether it replaced another plan.
 
     Raises:
-        PlanError: something that is no plan is in the way.
+        PlanError: the file exists and is no plan.
         OutputError: the file cannot be written.
     """
     replaces = check_target(path)
-    if not replaces:  # a link, and not a rename: what has come in the meantime must stay
+    if not replaces:  # a link does not replace a file that was created in the meantime, a rename would
         with partial_file(path) as partial:
             partial.write_text(plan.to_json(), encoding="utf-8")
             publish(partial, path)
@@ -262,12 +262,12 @@ def write_plan(path: Path, plan: Plan) -> bool:
     return True
 
 
-# ---- what a cache takes ----------------------------------------------------------------------------------------------
+# ---- the size of a cache ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The cache of one layer. `window`: it holds the model's sliding window only."""
+    """The cache of one layer. `window` says whether it holds only the model's sliding window."""
 
     heads: int
     head_k: int
@@ -278,7 +278,7 @@ class Layer:
         return self.head_k if side == "k" else self.head_v
 
     def bits(self, side: str, type: str) -> float:
-        """Bits that one token's K or V takes. PlanError if the type has no block that fits the heads."""
+        """Bits of K or V of one token. Raises PlanError if no block of the type divides the heads."""
         name = fitting(type, self.head(side))
         bits = bits_per_value(name) if name else None
         if bits is None:
@@ -290,24 +290,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The caches of a model: one entry per layer, None where a layer has none of its own."""
+    """The caches of a model: one entry per layer, None for a layer without its own cache."""
 
     layers: tuple[Layer | None, ...]
-    window: int = 0  #: the sliding window in tokens; 0: there is none
-    context: int = 0  #: what the model was made for
+    window: int = 0  #: the sliding window in tokens, 0 if there is none
+    context: int = 0  #: tokens that the model was trained for
 
     def cached(self) -> Iterator[tuple[int, Layer]]:
-        """The layers that have a cache, with their numbers."""
+        """The layers that have a cache, by their numbers."""
         return ((number, layer) for number, layer in enumerate(self.layers) if layer is not None)
 
     def cells(self, layer: Layer, context: int) -> int:
-        """Tokens that a layer's cache holds at a context of that many tokens, of one sequence."""
+        """Tokens that the cache of a layer holds in a context of `context` tokens, for one sequence."""
         if not (layer.window and self.window):
             return context
         return min(context, -(-(self.window + _UBATCH) // _CELLS) * _CELLS)
 
     def total_bits(self, plan: Plan, context: int, sides: str = "kv") -> float:
-        """All bits of a cache with that plan. PlanError if the plan does not fit the layers."""
+        """Size of a cache with `plan` in bits. Raises PlanError if the plan does not fit the layers."""
         self.check(plan)
         total = 0.0
         for number, layer in self.cached():
@@ -318,7 +318,7 @@ class CacheShape:
         return total
 
     def mib(self, plan: Plan, context: int, sides: str = "kv") -> float:
-        """The size of a cache with that plan in MiB."""
+        """Size of a cache with `plan` in MiB."""
         return self.total_bits(plan, context, sides) / 8 / (1 << 20)
 
     def window_mib(self, plan: Plan, context: int, window: Window) -> float:
@@ -331,17 +331,17 @@ class CacheShape:
         return bits / 8 / (1 << 20) if window.tokens else 0.0
 
     def mean_bits(self, plan: Plan, context: int, sides: str = "kv") -> float:
-        """Bits per stored value, over the whole cache or one of its sides."""
+        """Bits per stored value, over the whole cache, or over K or V."""
         return self.total_bits(plan, context, sides) / self.values(context, sides)
 
     def values(self, context: int, sides: str = "kv") -> int:
-        """Values that a cache stores."""
+        """Number of values that the cache stores."""
         return sum(
             layer.heads * layer.head(side) * self.cells(layer, context) for _, layer in self.cached() for side in sides
         )
 
     def check(self, plan: Plan) -> None:
-        """PlanError if the plan is not one for these layers."""
+        """Raise PlanError if the plan does not fit these layers."""
         if plan.layers != len(self.layers):
             raise PlanError(
                 f"the plan has types for {plan.layers} layers, and the model has {len(self.layers)}: it was made for "
@@ -359,17 +359,17 @@ def read_shape(path: Path) -> CacheShape:
     """The caches of a model file, as its metadata describes them.
 
     Raises:
-        PlanError: the metadata does not describe attention with a cache that plans can set.
-        ModelError: it is no whole GGUF file.
+        PlanError: the metadata do not describe attention with a cache whose types a plan can set.
+        ModelError: the file is no complete GGUF file.
     """
-    from .models.modelfile import ModelFile  # needs gguf, which plans themselves do not
+    from .models.modelfile import ModelFile  # needs gguf, unlike the rest of this module
 
     with ModelFile(path) as model:
         return shape_of(model.metadata, str(path))
 
 
 def shape_of(metadata: Mapping[str, Any], where: str) -> CacheShape:
-    """As `read_shape`, of metadata that has been read."""
+    """As `read_shape`, from metadata that have been read."""
     architecture = str(metadata.get("general.architecture", ""))
 
     def value(key: str, default: Any = None) -> Any:
@@ -431,7 +431,7 @@ def _not_json(name: str) -> NoReturn:
 
 
 def _short(value: Any, most: int = 60) -> str:
-    """A value as messages show it."""
+    """A value, shortened for messages."""
     text = repr(value) if not isinstance(value, float) or math.isfinite(value) else str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 

@@ -1,19 +1,20 @@
-"""TurboQuant in readable NumPy: the oracle that every kernel of the C++ core must match.
+"""TurboQuant in readable NumPy: the reference that every kernel of the C++ core must match.
 
-Written from the formulas, not from the C++: the Walsh-Hadamard transform is a matrix, the codebooks are solved from
-their two conditions, the signs are hashed where they are needed, and everything is float64 until the format says
-otherwise. Slow, and meant to be read from top to bottom:
+This module was written from the formulas, not from the C++ code. The Walsh-Hadamard transform is a matrix product, the
+codebooks are solved from the two Lloyd-Max conditions, the signs are computed by hashing, and all arithmetic is float64
+where the format does not prescribe otherwise. The code is slow. It is ordered for reading from top to bottom:
 
 1. the transform      y = S2 . H/sqrt(n) . S1 . x
 2. the codebook       Lloyd-Max levels of N(0,1), rounded to int8
 3. the bytes          fp16 scale, then indices
-4. decode             what the format fixes: bit-exact
-5. encode             what an encoder may improve: a search for the scale
+4. decode             fixed by the format to the last bit
+5. encode             a search for the scale, which an encoder may improve
 6. dot, attention     in the rotated domain
 
-Decoding is bit-equal to the core. The encoder follows the same rules with a transform in float64 where the core's is in
-float32: a rotated value that lies within that difference of a boundary may get the next index, and a scale that close
-to a tie the next fp16. Hardly a block in a hundred differs, and its error does not; the tests bound both.
+Decoding gives the same bits as the core. The encoder follows the rules of the core, but its transform is in float64 and
+that of the core is in float32. So a rotated value close to a boundary may get the neighbouring index, and a scale close
+to a tie the neighbouring fp16 value. Fewer than one block in a hundred differs, with nearly the same error; the tests
+bound both.
 
 Sources: Zandieh, Daliri, Hadian, Mirrokni, "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate",
 arXiv 2504.19874, algorithm 1 (rotate, then quantize every coordinate with the optimal scalar quantizer); Max,
@@ -43,7 +44,8 @@ Floats = NDArray[np.float64]
 def signs(which: int, n: int = 128) -> Floats:
     """The sign vector S1 or S2: n numbers +1 or -1, the first n bits of SHA-256("turboquant S1") or ("... S2").
 
-    Bit i is bit i % 8 of byte i // 8, and a 1 means that value i is negated. A hash, so that nobody chose them.
+    Bit i is bit i % 8 of byte i // 8, and a 1 means that value i is negated. The signs come from a hash, so that they
+    are verifiably not chosen.
     """
     digest = hashlib.sha256(b"turboquant S%d" % which).digest()
     bits = np.unpackbits(np.frombuffer(digest, dtype=np.uint8), bitorder="little")[:n]
@@ -73,7 +75,7 @@ def _blocks(x: ArrayLike, block: int) -> Floats:
 
 
 def rotate(x: ArrayLike, block: int = 128) -> Floats:
-    """R . x for every block of the last axis. x: (..., n), n a multiple of the block. float64 of the same shape."""
+    """R . x for every block of the last axis of x (..., n), n a multiple of the block: float64 (..., n)."""
     return (_blocks(x, block) @ rotation_matrix(block).T).reshape(np.shape(x))
 
 
@@ -98,12 +100,12 @@ def upper_tail(x: float) -> float:
 def lloyd_max(bits: int) -> tuple[float, ...]:
     """The 2**bits centroids that quantize N(0,1) with the least mean squared error, ascending.
 
-    The optimum satisfies two conditions at once, and alternating them converges to it: a boundary is the midpoint of
-    its two centroids, and a centroid is the mean of the density between its boundaries, which for N(0,1) is
-    (density(low) - density(high)) / P(low < x < high). The mean squared error is 0.1175, 0.0345, 0.0095 for 2, 3, 4
-    bits.
+    The optimum satisfies two conditions, and applying them in turn converges to it: a boundary is the midpoint of its
+    two centroids, and a centroid is the mean of the density between its boundaries, which for N(0,1) is
+    (density(low) - density(high)) / P(low < x < high). The mean squared error is 0.1175, 0.0345 and 0.0095 for 2, 3
+    and 4 bits (Max, 1960, table I).
     """
-    half = 1 << (bits - 1)  # the density is symmetric, so only the positive centroids are solved
+    half = 1 << (bits - 1)  # The density is symmetric, so only the positive centroids are computed.
     centroids = [3.0 * (i + 0.5) / half for i in range(half)]
     moved = 1.0
     while moved > 1e-15:
@@ -116,12 +118,12 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
 
 
 def step(bits: int) -> float:
-    """The distance of neighbouring int8 levels: the outermost centroid is 127 steps."""
+    """The value of one unit of the int8 levels: the outermost centroid is 127 steps."""
     return lloyd_max(bits)[-1] / 127
 
 
 def levels(bits: int) -> NDArray[np.int64]:
-    """The centroids as integers -127 ... 127, so that integer and float arithmetic decode the same: round(c / step)."""
+    """The centroids as integers round(c / step) in -127 ... 127, so that integer and float decoding agree."""
     return np.rint(np.array(lloyd_max(bits)) / step(bits)).astype(np.int64)
 
 
@@ -153,7 +155,7 @@ def pack(index: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Indices (..., n) to bytes (..., n * bits / 8).
 
     4 bits: byte j holds elements j (low nibble) and j + n/2. 2 bits: byte j holds j, j + n/4, j + n/2, j + 3n/4,
-    lowest bits first. 3 bits: the two low bits as for 2 bits, then bit 2 of every index, eight elements to a byte.
+    lowest bits first. 3 bits: the two low bits as for 2 bits, then bit 2 of every index, eight elements per byte.
     """
     def stacked(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
         parts = np.split(values, 8 // width, axis=-1)
@@ -185,7 +187,7 @@ def unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 # ---- 4. decode -------------------------------------------------------------------------------------------------------
 
 def _split(q: ArrayLike, form: Format) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """Bytes (..., row_bytes) to scales (..., blocks) and the integer levels (..., blocks, block)."""
+    """The scales (..., blocks) and the integer levels (..., blocks, block) of encoded rows (..., row_bytes)."""
     array = np.asarray(q, dtype=np.uint8)
     blocks = array.reshape(*array.shape[:-1], array.shape[-1] // form.block_bytes, form.block_bytes)
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
@@ -197,9 +199,9 @@ def dequantize(q: ArrayLike, type: str, *, rotated: bool = False) -> NDArray[np.
 
         x = S1 . H/sqrt(n) . S2 . (d * step * level)
 
-    The sum over the levels is an integer that fits int16, so the only roundings are those of the float32 factor
-    d * (step/sqrt(n)) and of its product with that integer; S1 comes last. With `rotated` the values before the inverse
-    transform are returned instead, d * step * level, rounded in the same two places.
+    The sum over the levels is an integer that fits int16. So only the float32 factor d * (step/sqrt(n)) and its product
+    with that integer are rounded; S1 is applied last. With `rotated` the result is d * step * level, the values before
+    the inverse transform, rounded in the same two places.
     """
     form = FORMATS[type]
     scale, level = _split(q, form)
@@ -209,15 +211,15 @@ def dequantize(q: ArrayLike, type: str, *, rotated: bool = False) -> NDArray[np.
         factor = np.float32(step(form.bits) / math.sqrt(form.block))
         integers = (level * signs(2, form.block).astype(np.int64)) @ hadamard(form.block).astype(np.int64)  # H = H^T
         last = signs(1, form.block).astype(np.float32)  # after the rounding, so that a negated zero is -0.0
-    with np.errstate(invalid="ignore", over="ignore"):  # a stored scale may be anything: inf * 0 is NaN
+    with np.errstate(invalid="ignore", over="ignore"):  # a stored scale may be infinite, and inf * 0 is NaN
         values = (scale.astype(np.float32) * factor)[..., None] * integers.astype(np.float32) * last
     return values.reshape(*np.shape(q)[:-1], -1)
 
 
 # ---- 5. encode -------------------------------------------------------------------------------------------------------
 
-#: The search works on integers, so that every instruction set makes the same choices: one RMS is 2048 units, and a
-#: coarse unit is 64 of them.
+#: The search uses integers, so that all instruction sets make the same choices: the RMS is 2048 units, and a coarse
+#: unit is 64 units.
 RMS_UNIT = 2048
 COARSE_UNIT = 64
 
@@ -226,20 +228,20 @@ SEARCH = tuple(0.76 + 0.06 * i for i in range(8))
 
 
 def _assign(magnitude: NDArray[np.int64], bounds: Floats) -> NDArray[np.int64]:
-    """The place among the positive levels of every magnitude (..., n): how many bounds (..., levels - 1) it exceeds."""
+    """The number of bounds (..., levels - 1) that each magnitude (..., n) exceeds: its index among the levels."""
     return np.asarray((magnitude[..., None] > bounds[..., None, :]).sum(axis=-1))
 
 
 def quantize(x: ArrayLike, type: str) -> NDArray[np.uint8]:
     """Encode rows: (..., n) to uint8 (..., row_bytes). A block with a NaN or an infinity, and a zero block, give zeros.
 
-    1. y = R x, in integers z = round(2048 y / RMS).
-    2. Search the scale: for every factor f, cut |z|, in coarse units, at the codebook's boundaries times f. With levels
-       c, A = <|z|, c> and B = <c, c>, the best scale of that assignment, A/B, leaves the squared error <z, z> - A^2/B;
-       so the best factor has the greatest A^2/B.
-    3. Assign every |z| to its nearest level under the winner's scale A/B, at full precision.
-    4. Norm correction: choose d so that the inner product of the block with its own reconstruction is right,
-       d * step * <y, c> = <y, y>, and not the smaller one that rounding left.
+    1. Rotate, y = R x, and round to integers z = round(2048 y / RMS).
+    2. Search the scale. For every factor f, compare |z|, in coarse units, with the codebook's boundaries times f. With
+       levels c, A = <|z|, c> and B = <c, c>, the best scale of that assignment is A/B, and its squared error is
+       <z, z> - A^2/B. So the best factor has the greatest A^2/B.
+    3. Assign every |z| to its nearest level under the best scale A/B, at full precision.
+    4. Correct the norm: choose d so that the inner product of the block with its reconstruction is that of the block
+       with itself, d * step * <y, c> = <y, y>. Without the correction it would be smaller.
     """
     form = FORMATS[type]
     array = np.asarray(x).astype(np.float64)
@@ -247,7 +249,7 @@ def quantize(x: ArrayLike, type: str) -> NDArray[np.uint8]:
     blocks = _blocks(np.where(finite, array, 0.0), form.block)
     largest = np.abs(blocks).max(axis=-1)
     encoded = finite.reshape(blocks.shape).all(axis=-1) & (largest > 0)
-    unit = np.where(largest > 0, largest, 1.0)  # divided out, so that squares neither overflow nor vanish
+    unit = np.where(largest > 0, largest, 1.0)  # scaled to about 1, so that squares neither overflow nor vanish
 
     y = rotate(blocks / unit[..., None], form.block)
     rms = np.sqrt(np.square(y).mean(axis=-1))
@@ -281,7 +283,7 @@ def quantize(x: ArrayLike, type: str) -> NDArray[np.uint8]:
 def prepare(query: ArrayLike, block: int = 128) -> tuple[Floats, NDArray[np.int64]]:
     """Rotate query rows (..., n) and round every block to int8: scales (..., blocks), integers (..., blocks, block).
 
-    A rotated value is scale * integer up to half a scale; the largest magnitude of a block is 127.
+    A rotated value is scale * integer with an error of at most scale / 2; the largest magnitude of a block is 127.
     """
     y = _blocks(rotate(query, block), block)
     scale = np.abs(y).max(axis=-1) / 127
@@ -291,7 +293,7 @@ def prepare(query: ArrayLike, block: int = 128) -> tuple[Floats, NDArray[np.int6
 def dot(query: ArrayLike, q: ArrayLike, type: str) -> Floats:
     """Dot products of query rows (..., n) with encoded rows (rows..., row_bytes): float64 (..., rows...).
 
-    R is orthonormal, so <query, x> = <R query, R x>: the encoded rows stay rotated, and the sums over int8 are exact.
+    R is orthonormal, so <query, x> = <R query, R x>: no inverse rotation is needed, and the sums over int8 are exact.
     """
     form = FORMATS[type]
     query_scale, query_level = prepare(query, form.block)
@@ -304,8 +306,8 @@ def dot(query: ArrayLike, q: ArrayLike, type: str) -> Floats:
 def decode_rows(rows: ArrayLike, type: str) -> Floats:
     """Rows of K or V (..., row_bytes) as float64 (..., n): turbo types, and ggml's f32, f16, bf16, q8_0, q4_0.
 
-    Layouts of the latter: ggml-common.h. q8_0 is an fp16 scale and 32 int8; q4_0 an fp16 scale and 16 bytes, byte j of
-    which holds values j (low half) and j + 16, each less 8.
+    ggml-common.h defines the layouts of ggml's types. q8_0 is an fp16 scale and 32 int8. q4_0 is an fp16 scale and 16
+    bytes; byte j holds values j (low half) and j + 16, each increased by 8.
     """
     if type in FORMATS:
         return dequantize(rows, type).astype(np.float64)
@@ -329,8 +331,8 @@ def softmax_weights(
 ) -> Floats:
     """softmax(scale * Q K^T + mask), float64 (n_head, n_query, n_kv).
 
-    queries (n_head, n_query, head_k), keys (n_kv_head, n_kv, head_k): plain numbers. mask (n_query, n_kv) is added to
-    the scores. A query row that is masked everywhere gives zeros. Meanings as in `turboquant.attention`.
+    queries (n_head, n_query, head_k) and keys (n_kv_head, n_kv, head_k) are floats. mask (n_query, n_kv) is added to
+    the scores. A query row that is masked everywhere gives zeros. `turboquant.attention` explains the other arguments.
     """
     query_rows, key_rows = np.asarray(queries).astype(np.float64), np.asarray(keys).astype(np.float64)
     # the query heads of a GQA group share a KV head
@@ -350,7 +352,7 @@ def attention_weights(
     q: ArrayLike, k: ArrayLike, *, type_k: str, scale: float | None = None, mask: ArrayLike | None = None,
     soft_cap: float = 0.0,
 ) -> Floats:
-    """`softmax_weights` with decoded K; no rounding of the queries. k (n_kv_head, n_kv, row_bytes)."""
+    """`softmax_weights` of decoded K (n_kv_head, n_kv, row_bytes); queries are not rounded."""
     return softmax_weights(q, decode_rows(k, type_k), scale=scale, mask=mask, soft_cap=soft_cap)
 
 
@@ -358,9 +360,9 @@ def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str, type_v: str, scale: float | None = None,
     mask: ArrayLike | None = None, soft_cap: float = 0.0, window: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Floats:
-    """attention_weights V with decoded V, float64 (n_head, n_query, head_v). v (n_kv_head, n_kv, row_bytes).
+    """Attention over encoded K and V, float64 (n_head, n_query, head_v). v is (n_kv_head, n_kv, row_bytes).
 
-    window: plain numbers (n_kv_head, W, head_k) and (n_kv_head, W, head_v) that stand for the last W rows of k and v.
+    window: floats (n_kv_head, W, head_k) and (n_kv_head, W, head_v) that replace the last W rows of k and v.
     """
     keys, values = decode_rows(k, type_k), decode_rows(v, type_v)
     if window is not None:

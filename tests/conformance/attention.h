@@ -1,5 +1,5 @@
-// The conformance list of attention: what every backend computes, as data. A backend's test runs all cases that the
-// backend covers against the formula (problem.h), and checks that it refuses the others.
+// The conformance list of attention: the cases that every backend must compute, as data. The test of a backend compares
+// the backend with the formula (problem.h) in all cases that it covers, and checks that it refuses the others.
 #ifndef TURBOQUANT_TESTS_ATTENTION_CASES_H
 #define TURBOQUANT_TESTS_ATTENTION_CASES_H
 
@@ -14,46 +14,46 @@
 
 // The bytes of K and V.
 enum class Bytes {
-    encoded,   // of normal values
-    odd,       // the same with scales that no encoder writes: negative ones, zeros, subnormals
-    subnormal, // the same with subnormal scales
-    any        // any indices and levels, -128 too; scales of either sign
+    encoded,   // encoded normal values
+    odd,       // encoded, with scales that no encoder writes: negative ones, zeros, subnormals
+    subnormal, // encoded, with subnormal scales
+    any        // any indices and levels, also -128; scales of either sign
 };
 enum class Mask {
     none,
-    causal,      // the last token sees all rows, the one before all but the last, ..., but for a tenth at random
-    random,      // half of the rows at random, with random biases; the last token sees nothing, and every 64th has no
-                 // row from 64 to 127
+    causal,      // the last token sees all rows, the one before it all but the last, ...; a tenth is hidden at random
+    random,      // tokens see a random half of the rows, with random biases; the last token sees nothing, and every 64th
+                 // token sees none of the rows 64 to 127
     alternating, // requests that share a cache: a token sees the rows of its own parity
-    prefixes,    // token t sees the rows below seen[t % 3]
+    prefixes,    // token t sees the first seen[t % 3] rows
     first        // the first token sees all rows, the others all but the bad one
 };
-enum class Sinks { none, normal, hidden }; // hidden: -infinity
-enum class Bad { nan, infinity };          // all bytes of a row 0xff; or its first value or scale infinite
+enum class Sinks { none, normal, hidden }; // hidden is -infinity
+enum class Bad { nan, infinity };          // all bytes of a row are 0xff; its first value or scale is infinite
 
 struct AttentionCase {
     std::string name;
     int type_k = TQ_TURBO4, type_v = TQ_TURBO4; // tq_type or TQ_ROW_...
     int head_k = 128, head_v = 128, heads = 8, kv_heads = 2, tokens = 1;
-    int streams = 1, kv_streams = 1; // of the queries, and of the cache, which divides them
+    int streams = 1, kv_streams = 1; // of the queries, and of the cache, whose number divides the former
     int64_t rows = 300;              // of K and V
-    bool heads_adjacent = true;      // the rows of all heads of a cache cell follow each other; else those of one head
+    bool heads_adjacent = true;      // whether the rows of all heads of a cell are adjacent, else those of one head
     int pad = 0;                     // bytes between cache rows
     Bytes bytes = Bytes::encoded;
     Mask mask = Mask::causal;
     Sinks sinks = Sinks::none;
     float max_bias = 0, soft_cap = 0, sparse_v = 0;
-    float spread = 1;                      // standard deviation of the scores, if those of K are 1
-    int64_t first = 0, last = INT64_MAX;   // rows before and behind these are hidden, and their bytes are 0xff
+    float spread = 1;                      // standard deviation of the scores if K has standard deviation 1
+    int64_t first = 0, last = INT64_MAX;   // the rows before and after these are hidden, and their bytes are 0xff
     int64_t seen[3] = {0, 0, 0};           // see Mask::prefixes
     int64_t bad_key = -1, bad_value = -1;  // rows that are not finite
     Bad bad = Bad::nan;
-    bool alone = false; // the 64 rows around the bad one are hidden, but for itself
-    bool far = false;   // the first half of the rows has next to no weight
+    bool alone = false; // whether the other 64 rows around the bad row are hidden
+    bool far = false;   // whether the first half of the rows has almost no weight
     Extent extent = Extent::whole;
 
     int group() const { return heads / kv_heads; }
-    // Whether a query that sees nothing bad is computed beside values of V that are not finite.
+    // Whether values of V that are not finite are next to a query that does not see them.
     bool hides_bad_values() const {
         if (bad_value >= 0) return tokens > 1;
         return bad_key < 0 && (first > 0 || last < rows - 1);
@@ -62,7 +62,7 @@ struct AttentionCase {
 
 namespace attention_list {
 
-// The type of a family for a head, as a host resolves it.
+// The type of a family that a host uses for a head.
 inline int for_head(int type, int head) {
     return type < TQ_TYPE_COUNT ? int(tq_type_for_head(tq_type(type), head)) : type;
 }
@@ -119,13 +119,13 @@ public:
 struct Pair {
     int k, v, head_k, head_v;
 };
-// Every row type, and heads of K and V that differ.
+// Every row type, and different heads of K and V.
 constexpr Pair mixed_pairs[] = {
     {TQ_TURBO4, TQ_TURBO3, 128, 128},     {TQ_TURBO3, TQ_TURBO4, 64, 96},     {TQ_TURBO2, TQ_TURBO2, 96, 64},
     {TQ_ROW_Q8_0, TQ_ROW_Q8_0, 128, 128}, {TQ_ROW_Q4_0, TQ_ROW_Q4_0, 96, 96}, {TQ_TURBO3, TQ_ROW_F16, 128, 64},
     {TQ_ROW_F16, TQ_TURBO4, 64, 128},     {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64}};
 
-// A turbo type with each type that GPUs take beside it.
+// A turbo type with each type that GPUs support in a pair with it.
 inline std::vector<Pair> turbo_pairs() {
     std::vector<Pair> pairs;
     const int types[] = {TQ_TURBO4, TQ_TURBO3, TQ_TURBO2, TQ_ROW_Q8_0, TQ_ROW_F16};
@@ -139,14 +139,14 @@ inline std::vector<Pair> turbo_pairs() {
 inline void types_and_heads(List & list) {
     for (const Pair & p : turbo_pairs()) {
         AttentionCase c = with_types(p.k, p.v, p.head_k);
-        list.add("types", c, p.head_k == 128 ? Extent::brief : Extent::usual); // a group of 4
+        list.add("types", c, p.head_k == 128 ? Extent::brief : Extent::usual); // group of 4
         c.heads = 16;
         c.rows = 517;
-        list.add("types", c); // of 8
+        list.add("types", c); // group of 8
         c.kv_heads = 16;
-        list.add("types", c); // of 1
+        list.add("types", c); // group of 1
     }
-    for (const int head : {32, 192, 512, 576}) { // others that llama.cpp's models have
+    for (const int head : {32, 192, 512, 576}) { // further head sizes of llama.cpp's models
         AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO3, head);
         c.rows = 100;
         list.add("heads", c, Extent::usual);
@@ -156,7 +156,7 @@ inline void types_and_heads(List & list) {
     for (const Pair & p : blocks)
         for (const float soft_cap : {0.0f, 2.0f}) {
             AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4, p.head_k, p.head_v);
-            c.type_k = p.k; // shorter blocks than the head asks for
+            c.type_k = p.k; // shorter blocks than the longest that divides the head
             c.type_v = p.v;
             c.heads = 4;
             c.tokens = 3;
@@ -166,7 +166,7 @@ inline void types_and_heads(List & list) {
         }
 }
 
-// Several tiles of rows, several runs of tokens and GQA groups, and a mask of which every part is different.
+// Several tiles of rows, several runs of tokens and GQA groups, and a mask with different values in every part.
 inline void masks(List & list) {
     for (const Pair & p : mixed_pairs)
         for (const int tokens : {3, 150}) {
@@ -180,7 +180,7 @@ inline void masks(List & list) {
         }
 }
 
-// Every query sees a prefix of the rows, as tokens of one batch do, longer or shorter than that before it.
+// Every query sees a prefix of the rows, as in a batch, which is longer or shorter than that of the query before it.
 inline void prefixes(List & list) {
     const int64_t seen[][3] = {{90, 10, 130}, {130, 90, 10}, {10, 130, 90}, {1, 64, 64}, {128, 129, 127}};
     for (const Pair & p : mixed_pairs)
@@ -190,7 +190,7 @@ inline void prefixes(List & list) {
             c.mask = Mask::prefixes;
             for (int i = 0; i < 3; ++i) {
                 c.seen[i] = lengths[i];
-                c.last = i == 0 || lengths[i] > c.last + 1 ? lengths[i] - 1 : c.last; // rows behind all are 0xff
+                c.last = i == 0 || lengths[i] > c.last + 1 ? lengths[i] - 1 : c.last; // later rows are 0xff
             }
             c.heads = 4;
             c.tokens = 3;
@@ -199,7 +199,7 @@ inline void prefixes(List & list) {
         }
 }
 
-// Blocks that are valid and that no encoder writes.
+// Valid blocks that no encoder writes.
 inline void scales(List & list) {
     for (const Pair & p : turbo_pairs()) {
         if (p.head_k != 128 && p.k != p.v) continue;
@@ -216,12 +216,12 @@ inline void scales(List & list) {
     }
 }
 
-// What is not finite in a row reaches every query that sees the row, however rows are cut into parts, and no other.
+// Values of a row that are not finite affect every query that sees the row, and no other, for every division of the rows.
 inline void not_finite(List & list) {
     for (const Pair & p : turbo_pairs()) {
         if (p.head_k != 128 && p.k != p.v) continue;
         const Extent extent = p.head_k == 128 && p.k == TQ_TURBO4 ? Extent::brief : Extent::whole;
-        for (const int64_t rows : {256, 2100}) // few enough for one run of rows; several runs
+        for (const int64_t rows : {256, 2100}) // one part of rows; several parts
             for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
                 AttentionCase base = with_types(p.k, p.v, p.head_k);
                 base.rows = rows;
@@ -235,10 +235,10 @@ inline void not_finite(List & list) {
                 };
                 both(base, rows / 3);
                 AttentionCase c = base;
-                c.far = true; // the weight of the row's part is zero when the parts are merged
+                c.far = true; // the weight of the part with the row is zero in the merge
                 both(c, 5);
                 c = base;
-                c.first = c.last = rows / 2; // nothing else is seen
+                c.first = c.last = rows / 2; // no other row is seen
                 both(c, rows / 2);
                 c = base;
                 c.tokens = 3;
@@ -275,7 +275,7 @@ inline void not_finite(List & list) {
             }
 }
 
-// The pairs that shapes and options run with.
+// The pairs of types for shapes and options.
 inline std::vector<AttentionCase> bases() {
     return {with_types(TQ_TURBO4, TQ_TURBO4), with_types(TQ_TURBO3, TQ_TURBO3), with_types(TQ_ROW_Q8_0, TQ_TURBO3)};
 }
@@ -361,9 +361,9 @@ inline void options(List & list) {
     for (const AttentionCase & base : bases()) {
         AttentionCase c = base;
         c.max_bias = 8;
-        c.heads = 12; // no power of two
+        c.heads = 12; // not a power of two
         list.add("slopes", c, Extent::usual);
-        c.heads = 3; // share one mask
+        c.heads = 3; // the heads share a mask
         c.kv_heads = 1;
         c.rows = 100;
         list.add("slopes", c, Extent::usual);
@@ -377,10 +377,10 @@ inline void options(List & list) {
         c.sinks = Sinks::hidden;
         list.add("sinks", c, Extent::usual);
         c = base;
-        c.spread = 8; // peaked
+        c.spread = 8; // peaked scores
         c.rows = 4000;
         list.add("peaked", c);
-        c.sparse_v = 1e-6f; // leaves out less than rows * 1e-6 of the weight
+        c.sparse_v = 1e-6f; // the weight of the omitted rows is less than rows * 1e-6
         list.add("sparse V", c);
     }
     for (const Pair & p : mixed_pairs)
@@ -391,13 +391,13 @@ inline void options(List & list) {
             c.sinks = sinks;
             c.heads = 3;
             c.kv_heads = 1;
-            c.tokens = 2; // the second sees nothing
+            c.tokens = 2; // the second token sees nothing
             c.rows = 200;
             c.max_bias = 8;
             c.soft_cap = 3;
             list.add("all options", c, Extent::usual);
         }
-    for (const Pair & p : mixed_pairs) { // so far that e^(difference) overflows
+    for (const Pair & p : mixed_pairs) { // so far apart that e^(difference) overflows
         AttentionCase c = with_types(p.k, p.v, p.head_k, p.head_v);
         c.heads = 3;
         c.kv_heads = 1;
@@ -409,7 +409,7 @@ inline void options(List & list) {
 
 } // namespace attention_list
 
-// Every name is there once.
+// Every name occurs once.
 inline std::vector<AttentionCase> attention_cases() {
     using namespace attention_list;
     List list;

@@ -1,5 +1,5 @@
-// The conformance list of the codec: rows that every backend encodes and decodes, of every type, to the bytes and
-// floats of the specification (the scalar kernels), and that it rotates, in every block length.
+// The conformance list of the codec: rows of every type, which every backend must encode and decode to the bytes and
+// floats of the specification (the scalar kernels), and rotations of every block length.
 #ifndef TURBOQUANT_TESTS_CODEC_CASES_H
 #define TURBOQUANT_TESTS_CODEC_CASES_H
 
@@ -12,9 +12,9 @@
 struct CodecCase {
     std::string name;
     int64_t blocks, rows;      // blocks of a row
-    int pad_values, pad_bytes; // between rows of floats, and between encoded ones
-    const Input * input;       // what is encoded, and decoded again; nullptr: random bytes, which are decoded
-    int scale;                 // the stored scale of random bytes; -1: any
+    int pad_values, pad_bytes; // between rows of floats, and between encoded rows
+    const Input * input;       // the values to encode and decode; nullptr for random bytes to decode
+    int scale;                 // the stored scale of random bytes; -1 for any scale
     Extent extent;
 };
 
@@ -58,7 +58,7 @@ private:
 
 } // namespace codec_list
 
-// Every name is there once.
+// Every name occurs once.
 inline std::vector<CodecCase> codec_cases() {
     using namespace codec_list;
     List list;

@@ -1,4 +1,4 @@
-// How much of a list runs. A case says the least extent that has it.
+// The part of a list that runs. Each case has the smallest extent that includes it.
 #ifndef TURBOQUANT_TESTS_EXTENT_H
 #define TURBOQUANT_TESTS_EXTENT_H
 
@@ -7,7 +7,7 @@
 #include <cstring>
 
 enum class Extent {
-    brief, // for tools that make everything a hundred times slower, such as compute-sanitizer
+    brief, // for tools that are a hundred times slower, such as compute-sanitizer
     usual, // for sanitizers and emulators
     whole
 };

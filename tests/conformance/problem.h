@@ -1,5 +1,5 @@
-// A case of attention.h made concrete: the bytes that a backend reads, and the formula in double precision over what
-// they mean. Everything is deterministic.
+// The operands of a case of attention.h: the bytes that a backend reads, and the formula in double precision for their
+// values. Everything is deterministic.
 #ifndef TURBOQUANT_TESTS_PROBLEM_H
 #define TURBOQUANT_TESTS_PROBLEM_H
 
@@ -11,7 +11,7 @@
 #include <memory>
 #include <tuple>
 
-// Rows of one kind, of which problems take theirs: to make each anew would take longer than all the rest.
+// Rows of one kind that problems share, because new rows for each problem would take most of the time.
 struct RowPool {
     static constexpr int count = 1021;
     size_t row_bytes;
@@ -33,7 +33,7 @@ struct RowPool {
     }
 };
 
-// K or V: rows by strides, and their values, [stream][row][KV head] of them.
+// K or V: rows with strides, and their values [stream][row][KV head].
 struct Cache {
     int type;
     int64_t head, row_bytes, row, apart, stream; // strides in bytes: of rows, heads, streams
@@ -67,14 +67,14 @@ struct Cache {
     Cache(const Cache &) = delete;
 
 private:
-    std::deque<std::vector<float>> own; // values that are not the pool's
+    std::deque<std::vector<float>> own; // values that are not in the pool
 };
 
 struct Problem {
     const AttentionCase c;
     Random random;
     Cache k, v;
-    std::vector<float> q;       // [stream][token][head][head_k], as llama.cpp permutes it
+    std::vector<float> q;       // [stream][token][head][head_k], in llama.cpp's order
     std::vector<uint16_t> mask; // binary16 [stream][token][rows], or empty
     std::vector<float> sinks;   // [head], or empty
     const float scale;
@@ -92,7 +92,7 @@ struct Problem {
     int64_t results() const { return int64_t(c.streams) * c.tokens * c.heads; } // query rows
     int kv_stream(int stream) const { return stream / (c.streams / c.kv_streams); }
 
-    // ALiBi: the factor of a head's mask.
+    // The factor of a head's mask (ALiBi).
     float slope(int head) const {
         if (c.max_bias <= 0) return 1;
         int power = 1;
@@ -101,7 +101,8 @@ struct Problem {
         return float(std::pow(2.0, -double(c.max_bias) * exponent));
     }
 
-    // softmax(scores) V of every query row: [stream][token][head][head_v]. `queries` are q as the backend rounds them.
+    // softmax(scores) V of every query row: [stream][token][head][head_v]. `queries`
+    // are the values of q after the backend's rounding.
     std::vector<double> want(const std::vector<float> & queries) const {
         std::vector<double> out(size_t(results() * c.head_v), 0.0), score(static_cast<size_t>(c.rows));
         for (int64_t i = 0; i < results(); ++i) {
@@ -113,7 +114,7 @@ struct Problem {
             for (int64_t r = 0; r < c.rows; ++r) {
                 double & s = score[size_t(r)];
                 const int m = row_mask ? row_mask[r] : 0;
-                s = -INFINITY; // a hidden row's bytes do not matter
+                s = -INFINITY; // the bytes of a hidden row have no effect
                 if (m == 0xfc00) continue;
                 s = double(scale) * dot(query, k.values[size_t(cell + r * c.kv_heads)]);
                 if (c.soft_cap > 0) s = double(c.soft_cap) * std::tanh(s / double(c.soft_cap));
@@ -129,14 +130,14 @@ struct Problem {
                 total += w;
                 for (int j = 0; j < c.head_v; ++j) row[j] += w * double(value[j]);
             }
-            for (int j = 0; j < c.head_v && total != 0; ++j) row[j] /= total; // zeros where nothing is seen
+            for (int j = 0; j < c.head_v && total != 0; ++j) row[j] /= total; // zeros if no row is seen
         }
         return out;
     }
 
 private:
     double dot(const float * a, const float * b) const {
-        double lane[8] = {}; // so that compilers vectorise it
+        double lane[8] = {}; // so that compilers vectorise the loop
         for (int i = 0; i < c.head_k; i += 8)
             for (int l = 0; l < 8; ++l) lane[l] += double(a[i + l]) * double(b[i + l]);
         return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
@@ -163,8 +164,8 @@ private:
     }
 };
 
-// ||got - want|| / ||want|| of what is finite; infinite if not the same is. Where all that is left of a row has weights
-// near float32's smallest, which backends take as 0, nothing is asked of it.
+// ||got - want|| / ||want|| of the finite values; infinite if different values are finite. A row is not compared if all its
+// weights are near float32's smallest values, which backends treat as 0.
 inline double relative_error(const float * got, const double * want, int64_t n) {
     double d = 0, w = 0;
     for (int64_t i = 0; i < n; ++i) {

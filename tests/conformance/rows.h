@@ -1,4 +1,4 @@
-// Rows of every type that K or V may have: bytes for tests, and what they mean, in plain code.
+// Rows of every type that K or V may have: bytes for tests, and their values, in plain code.
 #ifndef TURBOQUANT_TESTS_ROWS_H
 #define TURBOQUANT_TESTS_ROWS_H
 
@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-// A binary16, round to nearest even.
+// Converts to binary16, and rounds to nearest even.
 inline uint16_t binary16_of(float x) {
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     const double a = std::fabs(double(x));
@@ -70,17 +70,17 @@ inline void decode_row(int type, const uint8_t * bytes, float * values, int64_t 
     }
 }
 
-// A row's scales become scale(); a row of floats has none.
+// Sets the scales of a row to scale(); a row of floats has none.
 template <typename Scale> void replace_scales(int type, uint8_t * bytes, int64_t n, const Scale & scale) {
     if (!has_scale(type)) return;
     const tq_row_info & info = *tq_row_get(type);
     for (int64_t i = 0; i < n; i += info.block, bytes += info.block_bytes) put_half(bytes, scale());
 }
 
-// A scale near one as the type needs it for values near one: levels of q8_0 go up to 127.
+// The scale that gives values near one, from a scale `h` near one: levels of q8_0 are up to 127.
 inline int fitting_scale(int type, int h) { return type == TQ_ROW_Q8_0 && (h & 0x7c00) ? h - (6 << 10) : h; }
 
-// Any bytes that are finite and of ordinary size.
+// Random bytes whose values are finite and of ordinary size.
 inline void any_row(Random & r, int type, uint8_t * bytes, int64_t n) {
     const auto half_near_one = [&] { return (r.below(2) << 15) + 0x3800 + r.below(0x0800); }; // +-0.5 ... 2
     const int64_t size = int64_t(row_bytes(type, n));

@@ -1,5 +1,5 @@
-// Attention with one table of kernels, named on the command line: the conformance list, and what only this engine's
-// interface has. Exits with 77 (skipped) where this CPU or this build cannot run them.
+// Tests attention with one table of kernels, which the command line names: the conformance list, and the parts of the
+// interface that only this engine has. The exit status is 77 (skipped) if this CPU or this build cannot run the kernels.
 #include "buffer.h"
 #include "check.h"
 #include "problem.h"
@@ -13,7 +13,7 @@ namespace {
 // round the weights of tiles where none is above 1/128 of the sum to 8 bits, else to 16.
 constexpr double attention_bound = 0.01;
 
-// Queries as the engine rounds them for a K of int8 levels: to int8, for turbo types after the rotation.
+// Rounds queries as the engine does for a K of int8 levels: to int8, for turbo types after the rotation.
 std::vector<float> rounded_queries(const Problem & p) {
     const int type = p.k.type, block = tq_row_get(type)->block;
     if (!has_scale(type)) return p.q;
@@ -38,11 +38,11 @@ std::vector<float> rounded_queries(const Problem & p) {
     return out;
 }
 
-// A host's calls: for each KV head the query rows of some tokens, over ranges of KV rows.
+// Makes the calls of a host: for each KV head the query rows of some tokens, over ranges of KV rows.
 class Host {
 public:
     const char * size_kernels = nullptr; // selected when the size of the scratch memory is asked for
-    int64_t left_out = 0;                // rows of V, so far
+    int64_t left_out = 0;                // number of rows of V so far
 
     explicit Host(const Problem & problem) : p(problem), stride(problem.c.head_v + 2) {}
 
@@ -50,7 +50,7 @@ public:
     std::vector<float> partial(int64_t first, int64_t last) {
         const AttentionCase & c = p.c;
         std::vector<float> result(size_t(p.results() * stride));
-        const int most = std::max(1, 96 / c.group()); // tokens of a call
+        const int most = std::max(1, 96 / c.group()); // tokens per call
         for (int s = 0; s < c.streams; ++s)
             for (int h = 0; h < c.kv_heads; ++h)
                 for (int t = 0; t < c.tokens; t += most)
@@ -65,9 +65,9 @@ public:
                                 out.data() + i * p.c.head_v);
         return out;
     }
-    // The same from two ranges, merged in either order, with an empty one between them.
+    // The same result from two ranges, merged in either order, with an empty range between them.
     std::vector<float> split(int64_t middle, bool backwards) {
-        std::vector<float> merged(size_t(p.results() * stride), 0.0f); // nothing: what a host merges into
+        std::vector<float> merged(size_t(p.results() * stride), 0.0f); // an empty result, into which a host merges
         for (int64_t i = 0; i < p.results(); ++i) merged[size_t(i * stride + p.c.head_v)] = -INFINITY;
         const auto a = partial(0, middle), b = partial(middle, p.c.rows), none = partial(middle, middle);
         for (const auto * part : {backwards ? &b : &a, &none, backwards ? &a : &b})
@@ -113,7 +113,7 @@ private:
     }
 };
 
-// By tq_attention, which takes dense tensors, neither ALiBi nor sinks.
+// Calls tq_attention, which supports dense tensors, and neither ALiBi nor sinks.
 std::vector<float> by_one_call(const Problem & p) {
     const AttentionCase & c = p.c;
     const int query_rows = c.heads * c.tokens;
@@ -161,7 +161,7 @@ void check_rows(const Problem & p, const std::vector<float> & got, const std::ve
     CHECK(true);
 }
 
-// In one range, in two, and by one call.
+// Computes the case in one range, in two ranges, and with one call of tq_attention.
 void conforms(const AttentionCase & c) {
     check::Case case_(c.name);
     use("scalar");
@@ -170,7 +170,7 @@ void conforms(const AttentionCase & c) {
     use(kernels_under_test);
     Host host(p);
     check_rows(p, host.finished(host.partial(0, c.rows)), want);
-    const bool few = c.rows <= 200; // then at many places, else at one
+    const bool few = c.rows <= 200; // few rows are divided at many places, others at one
     int64_t number = 0;
     for (const int64_t middle : {1, 16, 64, 70, 100, 128, 199})
         for (const bool backwards : {false, true}) {
@@ -183,7 +183,7 @@ void conforms(const AttentionCase & c) {
     check_rows(p, by_one_call(p), want);
 }
 
-// Which rows of V are left out does not depend on what is not finite.
+// Values that are not finite do not affect which rows of V are left out.
 void counts_as_if_finite(const AttentionCase & c) {
     if (c.bad_value < 0) return;
     check::Case case_(c.name);
@@ -196,7 +196,7 @@ void counts_as_if_finite(const AttentionCase & c) {
     CHECK_EQ(host.left_out, other_host.left_out);
 }
 
-// Rows behind the last one that any query of a tile sees are not decoded: they count neither as read nor as left out.
+// Rows after the last one that any query of a tile sees are not decoded. They count neither as read nor as left out.
 void rows_behind_all_prefixes(const AttentionCase & c) {
     const Problem p(c);
     Host whole(p), seen(p);

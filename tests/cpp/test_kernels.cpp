@@ -1,5 +1,6 @@
-// One table of kernels, named on the command line, against the scalar ones, over the conformance list: the same bytes,
-// the same floats, no access outside the buffers. Exits with 77 (skipped) where this CPU or this build cannot run them.
+// Compares one table of kernels, which the command line names, with the scalar kernels in the cases of the conformance
+// list: the bytes and floats must be equal, with no access outside the buffers. The exit status is 77 (skipped) if this CPU
+// or this build cannot run the kernels.
 #include "buffer.h"
 #include "check.h"
 #include "codec.h"
@@ -44,7 +45,7 @@ template <typename T> std::unique_ptr<Buffer<T>> placed_copy(Random & r, const B
     return to;
 }
 
-// Encoded rows and rows of floats, by strides.
+// Encoded rows and rows of floats, with strides.
 struct Rows {
     tq_type type;
     int64_t n, rows, stride;
@@ -58,7 +59,7 @@ struct Rows {
     size_t bytes() const { return size_t(rows - 1) * byte_stride + tq_row_bytes(type, n); }
 };
 
-// Fresh buffers hold one pattern, so gaps between rows are compared, too.
+// New buffers have the same pattern, so that the gaps between rows are compared as well.
 void encode_matches(Random & r, const Rows & a, const Buffer<float> & x, Buffer<uint8_t> & want) {
     tq_encode_report want_report, got_report;
     use("scalar");
@@ -128,7 +129,7 @@ void dot_matches(Random & r, const Rows & a, const Buffer<uint8_t> & encoded, co
     const int block = tq_type_get(a.type)->block;
     const size_t block_bytes = size_t(tq_type_get(a.type)->block_bytes), query_block = tq_query_bytes(block, block);
     std::vector<float> want(size_t(a.rows), 0.0f), got(size_t(a.rows), 0.0f);
-    std::vector<double> magnitude(size_t(a.rows), 0.0); // of a row's blocks
+    std::vector<double> magnitude(size_t(a.rows), 0.0); // of the blocks of each row
     use("scalar");
     CHECK_EQ(tq_dot(a.type, encoded.data(), a.byte_stride, query.data(), want.data(), a.rows, a.n), TQ_OK);
     for (size_t row = 0; row < magnitude.size(); ++row)
@@ -166,7 +167,7 @@ void fill_query(Random & r, uint8_t * bytes, int64_t blocks, int block) {
     }
 }
 
-// What was encoded is decoded again, and multiplied with its own first row.
+// The encoded rows are decoded again, and multiplied by the first row.
 void encoded_rows_match(Random & r, const Rows & a, const CodecCase & c) {
     const int block = tq_type_get(a.type)->block;
     std::vector<float> dense(size_t(a.n * a.rows));

@@ -1,5 +1,5 @@
-// Memory whose first read calls a function in the thread that reads, before it goes on: what happens in the middle of a
-// call, at the same place every time. POSIX only.
+// Memory whose first read calls a function in the reading thread before the thread continues. So a test can act in the
+// middle of a call, always at the same place. POSIX only.
 #ifndef TURBOQUANT_TESTS_TRIPWIRE_H
 #define TURBOQUANT_TESTS_TRIPWIRE_H
 
@@ -15,8 +15,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// A copy of some bytes, one page of which is a tripwire: the first that begins at least `from` bytes behind their start.
-// One at a time. `then` runs in a signal handler, on behalf of the code that reads.
+// A copy of some bytes, one page of which is a tripwire: the first page that begins at least `from` bytes after their
+// start. Only one such copy may exist at a time. `then` runs in a signal handler of the reading thread.
 class Tripwire {
 public:
     Tripwire(const std::vector<uint8_t> & bytes, size_t from, std::function<void()> then)
@@ -31,7 +31,7 @@ public:
         handler.sa_sigaction = handle;
         handler.sa_flags = SA_SIGINFO;
         sigaction(SIGSEGV, &handler, &before[0]);
-        sigaction(SIGBUS, &handler, &before[1]); // macOS raises this one
+        sigaction(SIGBUS, &handler, &before[1]); // macOS raises this signal
         if (mprotect(wire, page, PROT_NONE) != 0) std::abort();
     }
     ~Tripwire() {

@@ -1,4 +1,4 @@
-// One table of kernels, named on the command line, and the extent of a conformance list.
+// Arguments of a test: the name of a table of kernels, and the extent of a conformance list.
 #ifndef TURBOQUANT_TESTS_UNDER_TEST_H
 #define TURBOQUANT_TESTS_UNDER_TEST_H
 
@@ -15,8 +15,8 @@ inline void use(const char * name) {
     }
 }
 
-// The whole of a test's main: selects the kernels and calls run(extent). Exits with 77 (skipped) where this CPU or this
-// build cannot run them.
+// The main function of a test: selects the kernels and calls run(extent). The exit status is 77 (skipped) if this CPU or
+// this build cannot run the kernels.
 template <typename Run> int test_kernels(int argc, char ** argv, const Run & run) {
     if (argc != 3) {
         std::fprintf(stderr, "usage: %s KERNELS brief|usual|whole\n", argv[0]);

@@ -1,4 +1,4 @@
-// The CUDA attention: the conformance list, and what it refuses.
+// Tests the CUDA attention: the conformance list, and the cases that it refuses.
 #include "check.h"
 #include "device.h"
 #include "problem.h"
@@ -11,10 +11,10 @@ using namespace turboquant::cuda;
 
 namespace {
 
-// Rounding: queries and weights are integers of 15 bits, f16 queries and weights have 11; sums are of float32.
+// Rounding errors: queries and weights are integers of 15 bits; with f16 they have 11 bits. Sums are float32.
 constexpr double integers = 2e-4, halves = 2e-3;
 
-// What turboquant_cuda.h promises.
+// The cases that turboquant_cuda.h lists as supported.
 bool covers(const AttentionCase & c) {
     const auto turbo = [&](int type) {
         return type < TQ_TYPE_COUNT && tq_type_get(tq_type(type))->block == std::min(c.head_k, 128);
@@ -25,7 +25,7 @@ bool covers(const AttentionCase & c) {
            c.group() * c.tokens <= 32;
 }
 
-// Tensor cores multiply hidden values of f16 by zero, and infinities and NaN with them.
+// Tensor cores multiply hidden values of f16 by zero, so hidden infinities and NaN have an effect.
 bool exempt(const AttentionCase & c) { return c.type_v == TQ_ROW_F16 && c.hides_bad_values(); }
 
 // A window's rows on the device.

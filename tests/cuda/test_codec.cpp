@@ -1,4 +1,4 @@
-// The CUDA codec against the CPU's: the conformance list, and what only its interface has.
+// Compares the CUDA codec with that of the CPU: the conformance list, and the parts of the interface that only CUDA has.
 #include "check.h"
 #include "codec.h"
 #include "device.h"
@@ -22,7 +22,7 @@ Rows dense(void * data, int64_t row, int64_t ne1 = 1, int64_t ne2 = 1) {
 
 tq_type type_at(int i) { return tq_type(i); }
 
-// To the floats of tq_decode and tq_decode_rotated, and to binary16.
+// Rows are decoded to the floats of tq_decode and tq_decode_rotated, and to binary16.
 void decodes(tq_type type, const std::vector<uint8_t> & encoded, size_t pitch, int64_t n, int64_t rows) {
     std::vector<float> want(size_t(n * rows)), want_rotated(want.size());
     CHECK_EQ(tq_decode(type, encoded.data(), pitch, want.data(), n, rows, n, 1), TQ_OK);
@@ -47,7 +47,7 @@ void decodes(tq_type type, const std::vector<uint8_t> & encoded, size_t pitch, i
     }
 }
 
-// Encoded rows are read by half words.
+// The kernels read encoded rows in half words.
 bool covers(const CodecCase & c) { return c.pad_bytes % 2 == 0; }
 
 void encodes(tq_type type, const CodecCase & c) {

@@ -1,9 +1,9 @@
-"""The llama.cpp builds that the tests need, made once and cached. `python3 tests/llama/builds.py [NAME ...]` makes
-them beforehand, with progress on the terminal.
+"""The llama.cpp builds that the tests need, which are made once and cached. `python3 tests/llama/builds.py [NAME ...]`
+makes them before the tests, with progress on the terminal.
 
-- patched: the default llama.cpp through `turboquant build`, with the test programs that the package leaves out
-- stock: the library of the same llama.cpp without our hooks, with the same options
-- oldest: the library of the oldest llama.cpp that the hooks are proven with, patched
+- patched: the default llama.cpp, built by `turboquant build`, with the test programs that the package does not build
+- stock: the library of the same llama.cpp without the hooks, with the same options
+- oldest: the library of the oldest llama.cpp that the hooks are tested with, patched
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from turboquant.llama.paths import cache_dir, native_dir  # noqa: E402
 from turboquant.llama.progress import Reporter  # noqa: E402
 from turboquant.llama.toolchain import compiler, cpu, find_tools, jobs  # noqa: E402
 
-#: The releases of llama-cpp-python whose llama.cpp the hooks are proven with, oldest first.
+#: The releases of llama-cpp-python with whose llama.cpp the hooks are tested, oldest first.
 VERSIONS = tuple(sources.PROVEN)
 TARGETS = ("default", "llama-batched-bench", "test-quantize-fns", "test-backend-ops")
 
 
 def source(version: str) -> Path:
-    """The pristine llama.cpp of that release; read-only."""
+    """The unpatched llama.cpp of a release, read-only."""
     tools = find_tools(Reporter())
     return sources.fetch(version, Reporter(), tools.path()).root
 
@@ -52,13 +52,13 @@ def patched() -> Build:
 
 @functools.cache
 def stock() -> Build:
-    """Libraries of the default release without our hooks."""
+    """The libraries of the default release without the hooks."""
     return _with_probe(_library(sources.DEFAULT_VERSION, hooks=False), source(sources.DEFAULT_VERSION))
 
 
 @functools.cache
 def oldest() -> Path:
-    """Folder with the libraries of the oldest release, patched."""
+    """The folder with the libraries of the oldest release, patched."""
     return _library(VERSIONS[0], hooks=True)
 
 
@@ -74,7 +74,7 @@ def _folder() -> Path:
 
 
 def _library(version: str, hooks: bool) -> Path:
-    """Build ggml and libllama alone; what is built already and still fits is used again."""
+    """Build only ggml and libllama; an existing build with the same inputs is reused."""
     native = native_dir()
     reporter = Reporter()
     tools = find_tools(reporter)
@@ -101,7 +101,7 @@ def _library(version: str, hooks: bool) -> Path:
         shutil.copytree(tree, stage)
         if hooks:
             engine.patch(stage)
-        sync(stage, list(list_files(stage)), work / "llama.cpp")  # touches only what changed
+        sync(stage, list(list_files(stage)), work / "llama.cpp")  # writes only changed files
         remove_tree(stage)
         arguments = ["-G", "Ninja", "-S", work / "llama.cpp", "-B", work / "build", *options]
         arguments += [f"-DCMAKE_MAKE_PROGRAM={tools.ninja}", "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_BUILD_TESTS=OFF"]

@@ -1,8 +1,9 @@
 """Builds for the end-to-end tests, made once and cached.
 
-Three trees are compiled: the default llama.cpp with the hooks (all programs), the same one without them (its library
-only, to compare stock types with), and the oldest supported one with the hooks (its library only: does it compile?).
-To test a build that exists already, set TURBOQUANT_TEST_BIN to its bin folder and TURBOQUANT_TEST_SOURCE to its tree.
+Three trees are compiled: the default llama.cpp with the hooks (all programs), the same llama.cpp without hooks (only
+the library, for comparisons of stock types), and the oldest supported llama.cpp with the hooks (only the library, to
+check that it compiles). To test an existing build, set TURBOQUANT_TEST_BIN to its bin folder and TURBOQUANT_TEST_SOURCE
+to its tree.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def build() -> Build:
 
 @pytest.fixture(scope="session")
 def stock() -> Build:
-    """The same llama.cpp without our hooks: libraries only, no programs."""
+    """The libraries of the same llama.cpp without the hooks."""
     return builds.stock()
 
 
@@ -40,7 +41,7 @@ def prose_model() -> Path:
 
 @pytest.fixture(scope="session")
 def heldout() -> str:
-    """English prose that the bundled model never saw."""
+    """English prose that the bundled model was not trained on."""
     return (ROOT / "models" / "heldout.txt").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-// turbo_fill_mask against the rule, asked cell by cell, on random caches. Compiled against a patched llama.cpp.
+// Compares turbo_fill_mask with the rule for each cell, on random caches. Compiled against a patched llama.cpp.
 #include "llama/turbo-mask.h"
 
 #include "llama-kv-cells.h"
@@ -59,7 +59,7 @@ int main() {
             continue;
         }
         ++filled;
-        wrong += round % 5 == 0; // no turbo type: upstream's business
+        wrong += round % 5 == 0; // no turbo type: llama.cpp's own mask
         for (uint32_t i = 0; i < n_kv; ++i) {
             const bool  visible = !cells.is_empty(i) && cells.seq_has(i, seq) && cells.pos_get(i) <= pos;
             const float want    = visible ? 0.0f : -INFINITY;

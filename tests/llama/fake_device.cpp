@@ -1,8 +1,8 @@
-// fake_device: a "GPU" that is the CPU under another name, except that it does not support one op on the turbo types.
+// fake_device: the CPU as a "GPU" that does not support one operation on the turbo types.
 //
 //   fake_device MODEL OP TYPE_K TYPE_V FLASH_ATTENTION OFFLOAD_KQV REGISTRY
 //
-// OP is an op's name (SET_ROWS, ...) or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is what the backend calls itself.
+// OP is an op's name (SET_ROWS, ...) or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is the name of the backend.
 // Loads MODEL onto the device, makes a context, decodes eight tokens. Prints "refused" (status 2) or "decoded".
 
 #include "ggml-backend-impl.h"

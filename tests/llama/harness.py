@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a build of llama.cpp, its programs, and the probe (probe.cpp) as a Python object."""
+"""Helpers of the end-to-end tests: a build of llama.cpp, its programs, and the probe (probe.cpp) as a Python object."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODEL = ROOT / "models" / "prose-8m-q8_0.gguf"
 
-#: The types that a user names, and every explicit block size.
+#: The types without a block size in their names, and all types.
 TURBO = tuple(info.name for info in turboquant.types() if info.family == info.name)
 TURBO_ALL = tuple(info.name for info in turboquant.types())
-#: Threads that wait in a barrier sleep instead of spinning: on a busy machine spinning makes small models crawl.
+#: Threads that wait in a barrier sleep instead of spinning, which makes small models very slow on a busy machine.
 QUIET = {"OMP_WAIT_POLICY": "passive"}
 
 
 class ProbeError(Exception):
-    """The probe refused a command. `log` is what llama.cpp printed since the probe started."""
+    """The probe refused a command. `log` is the output of llama.cpp since the start of the probe."""
 
     def __init__(self, message: str, log: str) -> None:
         super().__init__(f"{message}\n{log[-2000:]}")
@@ -55,7 +55,7 @@ class Build:
     def run(
         self, name: str, *args: object, env: dict[str, str] | None = None, timeout: float = 300, check: bool = True
     ) -> Result:
-        """Run a program to its end. With `check`, a non-zero status is an AssertionError that shows the output."""
+        """Run a program to its end. With `check`, a non-zero status raises AssertionError with the output."""
         command = [str(self.program(name)), *map(str, args)]
         environment = {**os.environ, **QUIET, **(env or {})}
         done = subprocess.run(
@@ -82,7 +82,7 @@ class Result:
 
     @property
     def crashed(self) -> bool:
-        """Ended by a signal (abort, segmentation fault)."""
+        """Whether a signal ended the program (abort, segmentation fault)."""
         return self.status < 0
 
     def describe(self) -> str:
@@ -94,7 +94,7 @@ class Probe:
 
     def __init__(self, build: Build, model: Path, scratch: Path, env: dict[str, str] | None = None) -> None:
         self._out = scratch / f"probe-{os.getpid()}-{id(self)}.logits"
-        self._log_path = self._out.with_suffix(".log")  # a file, so that it is complete when a reply is there
+        self._log_path = self._out.with_suffix(".log")  # a file, so that it is complete when a reply arrives
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(build.probe)],
@@ -124,7 +124,7 @@ class Probe:
 
     @property
     def log(self) -> str:
-        """What llama.cpp has printed so far."""
+        """The output of llama.cpp so far."""
         return self._log_path.read_text(errors="replace")
 
     def command(self, line: str, timeout: float = 300) -> str:
@@ -168,13 +168,13 @@ class Probe:
         self.command(f"add {seq} {pos} {' '.join(map(str, tokens))}")
 
     def run(self) -> np.ndarray:
-        """Decode what was added. Returns its logits, float32 of shape (tokens, vocabulary)."""
+        """Decode the queued tokens. Returns their logits, float32 (tokens, vocabulary)."""
         self._out.unlink(missing_ok=True)
         n_vocab = int(self.command(f"run {self._out}"))
         return np.fromfile(self._out, np.float32).reshape(-1, n_vocab)
 
     def logits(self, tokens: Sequence[int], pos: int = 0, seq: int = 0, step: int | None = None) -> np.ndarray:
-        """Decode the tokens in batches of `step` (None = all at once) and return all their logits."""
+        """Decode tokens in batches of `step` (None = all at once); returns all logits, (tokens, vocabulary)."""
         step = step or len(tokens)
         parts = []
         for start in range(0, len(tokens), step):
@@ -183,7 +183,7 @@ class Probe:
         return np.concatenate(parts)
 
     def greedy(self, last: np.ndarray, n: int, pos: int, seq: int = 0) -> tuple[list[int], np.ndarray]:
-        """`n` greedy tokens after the logits `last`; returns them and the logits that followed each."""
+        """Generate `n` greedy tokens after the logits `last`. Returns the tokens and the logits after each of them."""
         tokens: list[int] = []
         rows = []
         for i in range(n):
@@ -225,7 +225,7 @@ def random_tokens(n: int, seed: int = 0) -> list[int]:
 
 
 def compile_probe(bin_dir: Path, source: Path, target: Path) -> Path:
-    """Compile probe.cpp against a build; does nothing when `target` is newer than its inputs."""
+    """Compile probe.cpp against a build, unless `target` is newer than its inputs."""
     inputs = [HERE / "probe.cpp", bin_dir / "libllama.so"]
     if target.is_file() and all(target.stat().st_mtime >= path.stat().st_mtime for path in inputs):
         return target
@@ -242,7 +242,7 @@ def compile_probe(bin_dir: Path, source: Path, target: Path) -> Path:
 
 
 def run_beside_glue(build: Build, source: str, folder: Path) -> None:
-    """Compile a test of the glue's headers against a build, and run it: it prints what is wrong."""
+    """Compile a test of the glue's headers against a build and run it; its output lists the failures."""
     program = folder / Path(source).stem
     glue = build.source.parent / "native"
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", str(HERE / source)]

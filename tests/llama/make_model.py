@@ -1,8 +1,8 @@
 """Tiny language models with random weights, as GGUF files, for the tests.
 
-Every model is deterministic: the same arguments give the same bytes. The weights are scaled so that attention matters:
-its scores have a standard deviation near 1.5 and its output is as large as the residual stream, so a broken cache
-changes the logits far beyond the bounds that the tests set.
+Every model is deterministic: the same arguments give the same bytes. The weights are scaled so that attention has a
+large effect: its scores have a standard deviation near 1.5, and its output is as large as the residual stream. So a
+broken cache changes the logits far beyond the bounds of the tests.
 
 The vocabulary is byte-level BPE without a useful merge: 256 byte tokens, one merged token and an end-of-text token.
 """
@@ -23,7 +23,7 @@ EOS = 257
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tests vary. `heads` and `kv_heads` count per attention layer; `head` is the size of one head."""
+    """The parameters of a model. `heads` and `kv_heads` are per attention layer; `head` is the size of a head."""
 
     arch: str = "llama"
     head: int = 128
@@ -32,10 +32,10 @@ class Shape:
     layers: int = 3
     width: int = 64
     ff: int = 96
-    rope: int | None = None  # rotated dimensions; None = the whole head
+    rope: int | None = None  # rotated dimensions of a head; None = all
     context: int = 4096
     window: int = 0  # sliding window in tokens (gemma2, gpt-oss)
-    bias: float = 0.0  # of one rotary pair of K in layer 1, which no query sees (qwen2)
+    bias: float = 0.0  # bias of one rotary pair of K in layer 1, which no query reads (qwen2)
     seed: int = 1
 
 
@@ -47,7 +47,7 @@ def byte_tokens() -> list[str]:
 
 
 class Builder:
-    """One GGUF file in the making: metadata of the architecture, then random tensors."""
+    """A GGUF file while it is written: metadata of the architecture, then random tensors."""
 
     def __init__(self, path: Path, shape: Shape) -> None:
         self.path, self.shape = path, shape
@@ -55,7 +55,7 @@ class Builder:
         self.temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         self.w = gguf.GGUFWriter(self.temporary, shape.arch)
         w, s = self.w, shape
-        w.add_name(f"random-{s.head}")  # llama.cpp has rules for some names (phi3)
+        w.add_name(f"random-{s.head}")  # llama.cpp has special rules for some names (phi3)
         w.add_context_length(s.context)
         w.add_embedding_length(s.width)
         w.add_block_count(s.layers)
@@ -254,7 +254,7 @@ def _qwen2vl(b: Builder) -> None:
 
 
 def _qwen2(b: Builder) -> None:
-    """Biases of Q, K and V. That of K in layer 1 stands out, as in Qwen 2.5; scores do not see it, but its noise.
+    """Biases of Q, K and V. The bias of K in layer 1 is large, as in Qwen 2.5; it changes scores only by its noise.
 
     Width must be heads * head.
     """
@@ -320,7 +320,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def write_model(path: Path, shape: Shape) -> Path:
-    """Write the model of that shape to `path` (atomically) and return the path."""
+    """Write the model with the given shape to `path` atomically, and return the path."""
     path = Path(path)
     if shape.arch == "deepseek2":
         builder = Builder(path, replace(shape, kv_heads=1))

@@ -1,4 +1,4 @@
-// turbo_op_kind and turbo_describe_attention on tensors without memory. Compiled against a patched llama.cpp.
+// Tests turbo_op_kind and turbo_describe_attention with tensors without memory. Compiled against a patched llama.cpp.
 #include "ggml/turbo-ops.h"
 
 #include "ggml-cpp.h"
@@ -46,7 +46,7 @@ int main() {
     ggml_tensor * v    = ggml_permute(ctx, tensor(f16, 64, 3, 64, 4), 0, 2, 1, 3);
     ggml_tensor * mask = tensor(f16, 64, 5, 1, 2);
     ggml_tensor * op   = ggml_flash_attn_ext(ctx, q, k, v, mask, 0.5f, 8.0f, 30.0f);
-    k->ne[3] = v->ne[3] = 2; // ggml's function wants as many caches as streams; the glue does not
+    k->ne[3] = v->ne[3] = 2; // ggml's function requires as many caches as streams, but the glue does not
     is(op, turbo_op::attention, "attention");
     turbo_attention a;
     expect(turbo_describe_attention(op, a), "attention is described");
@@ -60,7 +60,7 @@ int main() {
     expect(a.k.at(7, 2, 1) == base + 7 * 3 * 66 + 2 * 66 + 64 * 3 * 66, "a row of K");
     expect((const char *) a.mask_row(3, 5, 3) == base + 3 * 128 + 5 * 128, "a row of the mask");
     expect((const char *) a.result(2, 4, 1) == base + 4 * ((1 * 5 + 2) * 6 + 4) * 64, "a row of the output");
-    // of 6 heads, 4 have 2^-2, 2^-4, ...; the others lie between them
+    // of 6 heads, 4 have the slopes 2^-2, 2^-4, ...; those of the others are between them
     const float slopes[6] = { 0.25f, 0.0625f, 0.015625f, 0.00390625f, 0.5f, 0.125f };
     for (int head = 0; head < 6; ++head) {
         expect(turbo_mask_slope(a, head) == slopes[head], "ALiBi");

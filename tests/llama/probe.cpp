@@ -1,16 +1,17 @@
 // A small interpreter over llama.h for the tests: commands on stdin, one reply line each on stdout ("ok ..." or
-// "error ..."), llama.cpp's log on stderr. It gives what the programs do not: the logits of every token, at any split of
-// the tokens into batches, for any number of sequences, with state files and cache shifts in between.
+// "error ..."), llama.cpp's log on stderr. Unlike the programs, it gives the logits of every token, for every
+// division into batches, for several sequences, and with state files and cache shifts.
 //
 //   model PATH                        load a model
 //   context key=value ...             new context (ctk ctv n_ctx n_batch n_ubatch n_seq unified offload swa_full threads fa)
 //   tokenize FILE                     -> ok token token ...
 //   add SEQ POS token token ...       queue tokens
 //   run FILE                          decode the queue; append the logits of every queued token to FILE, float32
+//   abort N                           the next run ends before its Nth node
 //   canshift                          -> ok 0|1
 //   save FILE | load FILE             the state of the whole context
 //   saveseq FILE SEQ | loadseq FILE SEQ
-//   rm SEQ P0 P1 | shift SEQ P0 P1 D | cp SRC DST P0 P1
+//   rm SEQ P0 P1 | keep SEQ | shift SEQ P0 P1 D | div SEQ P0 P1 D | cp SRC DST P0 P1 | clear DATA
 
 #include "ggml.h"
 #include "llama.h"
@@ -37,6 +38,7 @@ struct item {
 llama_model *     model = nullptr;
 llama_context *   ctx   = nullptr;
 std::vector<item> queue;
+int               nodes_left = -1; // before the abort that was asked for; -1: none was
 
 void reply(const std::string & line) {
     std::cout << line << std::endl;
@@ -84,6 +86,7 @@ void new_context(std::istringstream & in) {
     }
     queue.clear();
     llama_context_params params = llama_context_default_params();
+    params.abort_callback  = [](void *) { return nodes_left >= 0 && nodes_left-- == 0; };
     params.n_ctx           = number("n_ctx", 512);
     params.n_batch         = number("n_batch", 512);
     params.n_ubatch        = number("n_ubatch", 512);
@@ -143,6 +146,7 @@ void run(std::istringstream & in) {
     const size_t n = queue.size();
     queue.clear();
     const int status = llama_decode(ctx, batch);
+    nodes_left = -1;
     llama_batch_free(batch);
     if (status != 0) {
         return error("llama_decode gave " + std::to_string(status));
@@ -177,6 +181,8 @@ void execute(const std::string & line) {
         add(in);
     } else if (command == "run") {
         run(in);
+    } else if (command == "abort" && in >> nodes_left) {
+        ok();
     } else if (command == "canshift") {
         ok(llama_memory_can_shift(memory) ? "1" : "0");
     } else if (command == "save" && in >> path) {
@@ -195,6 +201,15 @@ void execute(const std::string & line) {
         llama_state_seq_load_file(ctx, path.c_str(), a, &none, 1, &count) ? ok() : error("not restored");
     } else if (command == "rm" && in >> a >> b >> c) {
         llama_memory_seq_rm(memory, a, b, c) ? ok() : error("not removed");
+    } else if (command == "keep" && in >> a) {
+        llama_memory_seq_keep(memory, a);
+        ok();
+    } else if (command == "div" && in >> a >> b >> c >> d) {
+        llama_memory_seq_div(memory, a, b, c, d);
+        ok();
+    } else if (command == "clear" && in >> a) {
+        llama_memory_clear(memory, a != 0);
+        ok();
     } else if (command == "shift" && in >> a >> b >> c >> d) {
         llama_memory_seq_add(memory, a, b, c, d);
         ok();

@@ -1,4 +1,4 @@
-"""tools/bench_attention.py runs against the build and prints what it promises. No figure is asserted."""
+"""tools/bench_attention.py runs against the build and prints its tables. No speed is asserted."""
 
 from __future__ import annotations
 

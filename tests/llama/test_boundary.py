@@ -62,7 +62,7 @@ def test_bad_values_are_refused(build, prose_model, value: str, way: str) -> Non
 
 
 def test_quality_lies_between(probe, prose_model, heldout) -> None:
-    """Turbo2's V with f16 edges is nearer to f16 than without."""
+    """turbo2 for V is closer to f16 if the boundary layers are f16."""
     from harness import kld
 
     errors = []
@@ -77,7 +77,7 @@ def test_quality_lies_between(probe, prose_model, heldout) -> None:
 
 
 def test_hybrid_counts_attention_layers(build, tiny) -> None:
-    """Eight layers, attention on 1, 3, 5 and 7: `1` means layers 1 and 7, half of the V cache."""
+    """With attention in layers 1, 3, 5 and 7 of eight, N = 1 selects layers 1 and 7, half of the V cache."""
     row = {"q8_0": 136, "turbo2": 34}
     result = generate(build, tiny("hybrid"), "-ctv", "turbo2", "--cache-boundary-v", "1", "-v", n=4)
     expected = CELLS * (2 * row["q8_0"] + 2 * row["turbo2"]) / 2**20

@@ -1,4 +1,4 @@
-"""The programs' command lines: help, benchmarks, draft model, kernels."""
+"""Command lines of the programs: help, benchmarks, draft model, kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_bench_refuses_unknown(build, prose_model) -> None:
 
 @pytest.mark.parametrize(("ctk", "ctv"), [("turbo4", "turbo3"), ("q8_0", "turbo2_64")])
 def test_batched_bench_accepts(build, prose_model, ctk: str, ctv: str) -> None:
-    """Two further rows after those that are looked for: llama.cpp's logger does not flush at exit, f16 or not."""
+    """Two further rows follow the checked ones, because llama.cpp's logger does not flush at exit."""
     result = build.run("llama-batched-bench", "-m", prose_model, "-ctk", ctk, "-ctv", ctv, "-fa", "on", "-c", 512,
                        "-npp", 16, "-ntg", 4, "-npl", "1,2,2,2")
     assert re.findall(r"^\|\s+16 \|\s+4 \|\s+(\d+) \|", result.text, re.MULTILINE)[:2] == ["1", "2"], result.text
@@ -59,7 +59,7 @@ def test_batched_bench_accepts(build, prose_model, ctk: str, ctv: str) -> None:
 
 @pytest.mark.parametrize("draft", [("turbo4", "turbo3"), ("f16", "turbo2")])
 def test_draft_model(build, prose_model, tmp_path, draft: tuple[str, str]) -> None:
-    """The model drafts for itself; the draft's cache has its own types, and the text is that without a draft."""
+    """The model is its own draft model. The draft's cache has separate types, and the text is that without a draft."""
     texts = []
     extra = ("-md", prose_model, "-ctkd", draft[0], "-ctvd", draft[1], "--spec-draft-n-max", 4)
     for args in ((), extra):
@@ -79,7 +79,7 @@ def test_unknown_kernels_fail_loudly(build, prose_model, heldout, tmp_path, prog
     args = {
         "llama-completion": ["-p", PROMPT, "-n", 4, "-no-cnv"],
         "llama-perplexity": ["-f", text, "-c", 128, "--chunks", 1],
-        "llama-bench": ["-p", 8, "-n", 0, "-r", 1, "-v"],  # without -v it drops all that the library says
+        "llama-bench": ["-p", 8, "-n", 0, "-r", 1, "-v"],  # without -v it suppresses the log of the library
     }[program]
     types = ("-ctk", "turbo4", "-ctv", "turbo4", "-fa", 1 if program == "llama-bench" else "on")
     result = build.run(program, "-m", prose_model, *types, *args, env=env, check=False)
@@ -89,7 +89,7 @@ def test_unknown_kernels_fail_loudly(build, prose_model, heldout, tmp_path, prog
 
 @pytest.mark.parametrize("pair", [("turbo4", "turbo3"), ("q8_0", "turbo4_64")], ids="/".join)
 def test_every_kernel_writes_the_same_text(probe, prose_model, heldout, pair: tuple[str, str]) -> None:
-    """Text that is no near tie: rounding differs between kernels, and free text would part sooner or later."""
+    """The text has no near ties, because kernels round differently and other texts would diverge."""
     import turboquant
 
     names = [kernels.name for kernels in turboquant.kernels() if kernels.supported]
@@ -109,7 +109,7 @@ def test_every_kernel_writes_the_same_text(probe, prose_model, heldout, pair: tu
 
 @pytest.mark.parametrize("name", TURBO)
 def test_no_flash_attention(probe, prose_model, heldout, name: str) -> None:
-    """Quantized V needs flash attention, and llama.cpp says so; quantized K alone is as good without it."""
+    """Quantized V requires flash attention, which llama.cpp reports; quantized K alone works without it."""
     p = probe(prose_model)
     with pytest.raises(ProbeError, match="no context") as refusal:
         p.context("f16", name, fa=0)
@@ -127,5 +127,5 @@ def test_no_flash_attention(probe, prose_model, heldout, name: str) -> None:
 def test_cache_in_host_memory(build, prose_model) -> None:
     types = ("-ctk", "turbo4", "-ctv", "turbo3")
     texts = [generate(build, prose_model, *types, *more).out.rstrip() for more in ((), ("-nkvo",))]
-    # llama-completion sometimes ends before it has printed its last token
+    # llama-completion sometimes exits before it prints its last token
     assert texts[0][:100] == texts[1][:100] and min(map(len, texts)) >= 100

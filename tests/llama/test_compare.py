@@ -10,7 +10,7 @@ from make_model import Shape, write_model
 from turboquant import cli
 from typer.testing import CliRunner, Result
 
-#: In ctx and chunks as small as they are here the standard error of turbo3's KLD is about 0.004.
+#: With these small values of ctx and chunks the standard error of turbo3's KLD is about 0.004.
 OPTIONS = ("-c", 256, "--chunks", 2, "--depths", "0,256", "--needle-depths", "1024", "--positions", 1)
 
 
@@ -52,7 +52,7 @@ def test_bundled_model(place, cache):
     assert all(speed["prefill"] > 0 and speed["decode"] > 0 for row in data["pairs"] for speed in row["speed"])
     assert data["machine"]["cpu"] and data["machine"]["backends"]
 
-    # Token by token is what it says: llama-perplexity evaluates batches of one. The log is that of the last run.
+    # Token by token means batches of one token. The log is that of the last run.
     log = (cache / "evaluate" / "logs" / "perplexity-turbo3.log").read_text(encoding="utf-8")
     assert "computing over 2 chunks, n_ctx=256, batch_size=1, n_seq=1" in log
 

@@ -1,4 +1,4 @@
-"""`turboquant convert`, `dump-kv` and `analyze` with a real llama.cpp, as a user runs them."""
+"""The commands convert, dump-kv and analyze with a real llama.cpp."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def tool(build: Build) -> Callable[..., Result]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory, heldout: str) -> Path:
-    """Enough for two chunks of 256 tokens of the bundled model."""
+    """A text with at least two chunks of 256 tokens of the bundled model."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(heldout[:3500], encoding="utf-8")
     return path
 
 
 def scale_row(tensors: dict, name: str, row: int, factor: float) -> None:
-    """A row of a Q8_0 matrix, through the fp16 scales of its blocks."""
+    """Scale a row of a Q8_0 matrix through the fp16 scales of its blocks."""
     tensors[name].data[row].reshape(-1, 34)[:, :2].view("<f2")[:] *= np.float16(factor)
 
 
 def plant(model: Path, path: Path) -> Path:
-    """A copy of the bundled model with three pairs of channels in each head of K 16 times too large, of Q too small."""
+    """A copy of the bundled model; three channel pairs of each head are 16 times larger in K, and smaller in Q."""
     shutil.copyfile(model, path)
     reader = gguf.GGUFReader(path, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -79,7 +79,7 @@ def outliers(tmp_path_factory: pytest.TempPathFactory, prose_model: Path) -> Pat
 
 
 def klds(build: Build, model: Path, text: Path, measured: dict[Path, tuple[str, str]]) -> list[float]:
-    """KLDs of models with caches from `model` with an f16 cache."""
+    """The KLDs of models with their caches from `model` with an f16 cache."""
     with checker(model, text, 256, 2, build.bin, None, Reporter()) as check:
         return [check.kld(path, *pair, what="a test") for path, pair in measured.items()]
 
@@ -121,7 +121,7 @@ def test_an_outlier_model_is_repaired(
 
 
 def test_weights_that_are_no_numbers(tool, prose_model: Path, text: Path, tmp_path: Path) -> None:
-    """After the last keys and values, so that only the predictions have any of it."""
+    """The NaN weights are after the last keys and values, so that they affect only the predictions."""
     broken = tmp_path / "broken.gguf"
     shutil.copyfile(prose_model, broken)
     reader = gguf.GGUFReader(broken, "r+")
@@ -135,7 +135,7 @@ def test_weights_that_are_no_numbers(tool, prose_model: Path, text: Path, tmp_pa
 
 
 def test_mixed_quantization(build: Build, outliers: Path, text: Path, tmp_path: Path) -> None:
-    """Q4_K_M: rows of Q4_K and Q6_K through their blocks' scales; the output's columns cannot be scaled."""
+    """In Q4_K_M rows of Q4_K and Q6_K are scaled through the scales of blocks; columns of the output cannot be."""
     model, fixed = tmp_path / "q4_k_m.gguf", tmp_path / "fixed.gguf"
     build.run("llama-quantize", "--allow-requantize", outliers, model, "Q4_K_M", 2)
     done = convert(model, fixed, text, mode="pow2", tokens=512, bin=build.bin)
@@ -144,7 +144,7 @@ def test_mixed_quantization(build: Build, outliers: Path, text: Path, tmp_path: 
         "attn_output.weight is Q4_K, whose columns cannot be scaled on their own"
     }
     before, after = klds(build, model, text, {model: TURBO4, fixed: TURBO4})
-    assert after <= before / 3  # measured: 3.5 times, on a short text; V's outliers stay
+    assert after <= before / 3  # measured: 3.5 times on a short text, as V's outliers stay
 
 
 def uneven(model: Path, path: Path) -> Path:
@@ -183,7 +183,7 @@ def test_kinds_of_models(build: Build, tiny, heldout: str, tmp_path: Path, shape
 
 
 def test_exact_scales_that_cost_too_much_are_given_up(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
-    """Norms are f32 in a quantized model, too; but where K is rounded otherwise, activations are rounded otherwise."""
+    """Norms of a quantized model are f32, but another rounding of K also changes the rounding of activations."""
     model, text = tmp_path / "in.gguf", tmp_path / "text.txt"
     build.run("llama-quantize", uneven(tiny("hybrid"), tmp_path / "f32.gguf"), model, "Q8_0", 2)
     text.write_text(heldout[:1500], encoding="utf-8")
@@ -197,7 +197,7 @@ def test_exact_scales_that_cost_too_much_are_given_up(build: Build, tiny, heldou
 
 
 def test_other_ropes_are_named(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
-    """M-RoPE: K is left alone, V is balanced."""
+    """With M-RoPE, K stays unchanged and V is balanced."""
     model, text = uneven(tiny("mrope"), tmp_path / "in.gguf"), tmp_path / "text.txt"
     text.write_text(heldout[:1500], encoding="utf-8")
     done = convert(model, tmp_path / "out.gguf", text, tokens=512, bin=build.bin)
@@ -217,7 +217,7 @@ def test_latent_attention_is_left_alone(build: Build, tiny, heldout: str, tmp_pa
 
 
 def test_the_floor_is_what_rounding_does(build: Build, tiny, prose_model: Path, text: Path) -> None:
-    """Quantized weights amplify it: 0.0006 and 0.0034 were seen. Float weights do not."""
+    """Quantized weights amplify rounding differences (measured: 0.0006 and 0.0034); float weights do not."""
     for model, low, high in ((prose_model, EXACT, 0.02), (tiny("mha"), -EXACT, EXACT)):
         with checker(model, text, 256, 2, build.bin, None, Reporter()) as check:
             assert low < check.floor(model) < high
@@ -227,7 +227,7 @@ def test_the_floor_is_what_rounding_does(build: Build, tiny, prose_model: Path, 
 def test_a_model_that_differs_is_not_written(
     build: Build, outliers: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If scaling changes the function, whatever the reason, the check sees it: here every second K row is forgotten."""
+    """The check detects a scaling that changes the function: here every second row of K is not scaled."""
     from turboquant.models import modelfile
 
     def forgetful(rows: np.ndarray, kind: str, factors: np.ndarray) -> np.ndarray:
@@ -244,12 +244,12 @@ def test_a_model_that_differs_is_not_written(
 
 
 def limit_files() -> None:
-    """As a full disk: no file may be larger than 6 MiB. Python ignores the signal that tells."""
+    """Simulate a full disk by a limit of 6 MiB for files. Python ignores SIGXFSZ."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (6 << 20, 6 << 20))
 
 
 def unwritable(tmp_path: Path) -> Path:
-    """A folder in which this user, root perhaps, cannot make a file."""
+    """A folder in which this user, even root, cannot create a file."""
     if os.geteuid() == 0:
         return Path("/proc/self/fdinfo")
     folder = tmp_path / "read-only"
@@ -259,7 +259,7 @@ def unwritable(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def broken(outliers: Path, heldout: str, tmp_path: Path) -> dict[str, Path]:
-    """Things that are no model or no text."""
+    """Files that are no model or no text."""
     folder = tmp_path / "in"
     folder.mkdir()
     paths = {name: folder / name for name in ("truncated.gguf", "no.gguf", "empty.txt", "short.txt")}
@@ -297,7 +297,7 @@ def test_one_sentence_that_says_what_to_do(
     else:
         done = tool("dump-kv", "-m", model, "-f", words, "-o", target, "--tokens", 512)
     assert done.exit_code == 1
-    told = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]  # what it was doing
+    told = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]  # the step that was interrupted
     assert len(told) == 1 and told[0].startswith("turboquant: "), done.stderr
     with pytest.raises(AssertionError, match=message):
         assert not told[0]
@@ -321,7 +321,7 @@ def test_a_full_disk(build: Build, outliers: Path, heldout: str, tmp_path: Path)
 
 
 def test_ctrl_c_leaves_nothing(build: Build, outliers: Path, text: Path, tmp_path: Path) -> None:
-    """Interrupted while the converted file is checked: it is there, under another name, and then it is not."""
+    """An interruption during the check removes the temporary file."""
     command = [sys.executable, "-m", "turboquant.cli", "convert", outliers, tmp_path / "out.gguf", "-f", text]
     process = subprocess.Popen(
         [*map(str, command), "--bin", str(build.bin)], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -331,7 +331,7 @@ def test_ctrl_c_leaves_nothing(build: Build, outliers: Path, text: Path, tmp_pat
         if line.startswith("predicting with the converted model"):
             break
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=60) == 130 and "interrupted" in said and "Traceback" not in said
@@ -342,7 +342,7 @@ def test_ctrl_c_leaves_nothing(build: Build, outliers: Path, text: Path, tmp_pat
 
 
 def test_dump_is_what_attention_sees(tool, tiny, tmp_path: Path) -> None:
-    """K and V of a random model's first layer, computed from its weights here: embedding, norm, matrix, RoPE."""
+    """K and V of the first layer of a random model equal those computed here from embedding, norm, matrix and RoPE."""
     model, target, text = tiny("gqa"), tmp_path / "kv.safetensors", tmp_path / "text.txt"
     text.write_bytes(bytes(range(97, 123)) * 4)
     done = tool("dump-kv", "-m", model, "-f", text, "-o", target, "--tokens", 40)
@@ -364,7 +364,7 @@ def test_dump_is_what_attention_sees(tool, tiny, tmp_path: Path) -> None:
 
 
 def test_every_piece_begins_as_a_text(build: Build, tiny, heldout: str, tmp_path: Path) -> None:
-    """With a token for the beginning, where the model wants one: the first keys of all pieces are then the same."""
+    """If the model has a BOS token, every piece starts with it, so the first keys of all pieces are the same."""
     model, text = tmp_path / "bos.gguf", tmp_path / "text.txt"
     shutil.copyfile(tiny("gqa"), model)
     reader = gguf.GGUFReader(model, "r+")

@@ -1,4 +1,4 @@
-"""A device that holds the cache but lacks an op on the types: refused with a sentence, not aborted in the scheduler."""
+"""A device that holds the cache but lacks an operation on the types is refused with a message, and does not abort."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One-layer models: keys and values do not depend on attention there, so nothing amplifies a rounding error.
+"""One-layer models, in which keys and values do not depend on attention, so rounding errors are not amplified.
 
-What differs by 1e-2 in a deep model (see test_paths.py) differs by 1e-8 here, and the whole model is few enough lines
-of NumPy that its logits can be computed from the formulas: with the keys and values that the Python package quantizes.
+Differences of 1e-2 in a deep model (see test_paths.py) are 1e-8 here. The whole model takes few lines of NumPy, so its
+logits can be computed from the formulas, with keys and values that the Python package quantizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ turboquant = pytest.importorskip("turboquant")
 
 #: KLD between two ways of summing the same numbers (measured: 2e-13 between kernels, 2e-8 between the paths).
 ROUNDING = 1e-6
-#: KLD of the fused attention to ggml's generic one; some kernels round softmax weights to 8 bits (measured: up to 5e-6).
+#: KLD between fused and generic attention; some kernels round softmax weights to 8 bits (measured: up to 5e-6).
 FUSED = 2e-5
 #: KLD to the oracle, whose queries are not rounded to int8 (measured: 5e-5 to 8e-5, and 2e-9 with K in f16).
 ORACLE = 1.5e-4
@@ -35,7 +35,7 @@ def shape(head: int) -> Shape:
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
 @pytest.mark.parametrize("head", HEADS)
 def test_kernels_and_paths(build, tmp_path: Path, head: int, pair: tuple[str, str]) -> None:
-    """Every kernel; the whole text as one batch, in pieces, token by token; one thread and three."""
+    """All kernels agree, for the text in one batch, in pieces, and token by token, with one thread and with three."""
     model = write_model(tmp_path / "model.gguf", shape(head))
     expected = None
     for name in NAMES:
@@ -71,7 +71,7 @@ def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.n
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
     def rope(x: np.ndarray) -> np.ndarray:
-        """Pairs (0, 1), (2, 3), ... of a head turn by position * 10000^(-2i/head)."""
+        """RoPE: pair i, channels 2i and 2i + 1, is rotated by position * 10000^(-2i/head)."""
         angle = np.arange(len(tokens))[:, None] * 10000.0 ** (-np.arange(0, s.head, 2) / s.head)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
         even, odd = x[..., 0::2], x[..., 1::2]

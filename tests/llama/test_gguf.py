@@ -1,4 +1,4 @@
-"""Weights stored as turbo types in a GGUF file: they load, multiply and look up as their dequantized copies do."""
+"""Weights of turbo types in a GGUF file give the same results as their dequantized copies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from harness import TURBO_ALL, Probe, kld, random_tokens
 from make_model import Shape, write_model
 
-#: KLD between turbo weights and the same weights in float32: only the activations' rounding to int8.
+#: KLD between turbo weights and the same weights in float32, due to the rounding of activations to int8.
 WEIGHTS = 1e-3
 
 TOKENS = random_tokens(120, seed=6)

@@ -1,10 +1,10 @@
-"""Two GPUs do what one does, in every split mode. Needs two NVIDIA GPUs and a build for CUDA.
+"""Two GPUs give the results of one in every split mode. The tests need two NVIDIA GPUs and a build for CUDA.
 
 - layer: each GPU has whole layers and their cache.
-- row: the weights' rows are split, the cache is whole. llama.cpp dropped it for CUDA in June 2026 (its pull request
-  24216): of the proven releases, those up to 0.3.33 have it.
-- tensor: weights and KV heads are split. The GPUs exchange partial sums in bf16, which changes the logits of every type
-  of cache a little and can turn a text; what the cache costs must not change.
+- row: the rows of weights are split, and the cache is not. llama.cpp removed it for CUDA in June 2026 (pull request
+  24216); of the tested releases those up to 0.3.33 have it.
+- tensor: weights and KV heads are split. The GPUs exchange partial sums in bf16, which slightly changes the logits of
+  every type of cache and can change a text; the loss of the cache must not change.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def row_split(cuda_build, prose_model) -> None:
 
 def same_text(build: Build, model: Path, pair: tuple[str, str], split: str) -> None:
     one, two = (write(build, model, pair, mode).out.rstrip()[:100] for mode in ("none", split))
-    assert len(one) == 100  # it sometimes ends before it has printed its last token
+    assert len(one) == 100  # it sometimes exits before it prints its last token
     assert two == one
 
 
@@ -78,7 +78,7 @@ def test_row_split_writes_the_same_text(cuda_build, row_split, prose_model, pair
 
 @pytest.fixture(scope="module")
 def logits(cuda_build, prose_model, heldout: str, tmp_path_factory) -> tuple[Path, Path]:
-    """Prose, and the logits that one GPU computes on it with an f16 cache."""
+    """A prose text, and its logits on one GPU with an f16 cache."""
     text = tmp_path_factory.mktemp("gpus") / "text"
     text.write_text(heldout, encoding="utf-8")
     base = text.with_name("base")

@@ -1,4 +1,4 @@
-"""The guard: the noise that it predicts is that of the weights, and it promotes K where that is above the limit."""
+"""The guard predicts the noise that follows from the weights, and promotes K where the noise exceeds the limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noises(log: str) -> list[float]:
 
 
 def types(log: str) -> tuple[list[str], list[str]]:
-    """The types of K and V of each layer that the last context got."""
+    """The types of K and V of each layer in the last context."""
     found = re.findall(r"turboquant: cache types: K (\S+); V (\S+)", log)
     assert found, log[-2000:]
 
@@ -74,7 +74,7 @@ class Weights:
 @pytest.mark.parametrize("name", ["turbo4", "turbo3", "turbo2"])
 @pytest.mark.parametrize("model", ["gqa", "mqa", "head64", "fused", "partial", "biased", "qknorm"])
 def test_prediction_is_that_of_the_weights(probe, tiny, model: str, name: str) -> None:
-    """Eight random vectors stand for the whole matrix: with 64 inputs they are within 12 percent."""
+    """The estimate with eight random vectors is within 12 percent of the exact value for 64 inputs."""
     p = probe(tiny(model), LLAMA_ARG_CACHE_GUARD="1e6")
     p.context(name, "f16")
     weights = Weights(tiny(model))
@@ -83,7 +83,7 @@ def test_prediction_is_that_of_the_weights(probe, tiny, model: str, name: str) -
 
 
 def test_prediction_of_quantized_weights(build, probe, tiny, tmp_path) -> None:
-    """Of weights in layouts that cannot be read back (the CPU repacks Q4_0), and in k-quants."""
+    """The prediction works for weights in layouts that cannot be read back (the CPU repacks Q4_0), and for k-quants."""
     f32 = tiny("wide")
     p = probe(f32, LLAMA_ARG_CACHE_GUARD="1e6")
     p.context("turbo4", "f16")
@@ -116,7 +116,7 @@ def test_promotes_the_layer_that_needs_it(probe, tiny) -> None:
 
 
 def test_better_type_is_the_next_that_suffices(probe, tiny) -> None:
-    """turbo2 goes to turbo4 where that is enough, and past q8_0 where that is not."""
+    """turbo2 is promoted to turbo4 if that is enough, and beyond q8_0 if q8_0 is not enough."""
     p = probe(tiny("biased"), LLAMA_ARG_CACHE_GUARD="0.4")
     p.context("turbo2", "turbo4")
     noise = noises(p.log)
@@ -168,7 +168,7 @@ def test_bad_limits_are_refused(build, prose_model, value: str, way: str) -> Non
 
 
 def test_one_token_path_agrees(probe, tiny) -> None:
-    """Layers of q8_0 and of turbo4 in one cache, token by token and as a batch."""
+    """A cache with layers of q8_0 and of turbo4 gives the same results token by token and in a batch."""
     p = probe(tiny("biased"))
     p.context("turbo4", "turbo4")
     batched = p.logits(TOKENS)
@@ -178,7 +178,7 @@ def test_one_token_path_agrees(probe, tiny) -> None:
 
 @pytest.mark.parametrize("unified", [0, 1])
 def test_sequences_of_a_mixed_cache(probe, tiny, tmp_path, unified: int) -> None:
-    """Two sequences together give what each gives alone; a state restores; other types refuse it."""
+    """Two sequences together give the results of each alone; a state restores, and other types refuse it."""
     p = probe(tiny("biased"))
     texts = [random_tokens(60, seed=1), random_tokens(60, seed=2)]
     alone = []

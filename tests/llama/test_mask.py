@@ -1,4 +1,4 @@
-"""The mask of a decode step, which a hook fills at once where that is certainly right."""
+"""The mask of a decode step, which a hook fills without examining each cell if the contents are certain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the glue of every backend starts from: which ops touch the types, and what attention over them is."""
+"""The descriptions that the glue of every backend uses: which ops use the types, and attention over them."""
 
 from __future__ import annotations
 

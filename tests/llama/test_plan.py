@@ -63,17 +63,17 @@ def test_every_layer_gets_its_types(probe, tiny, tmp_path) -> None:
 
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_sides_on_their_own(probe, tiny, tmp_path, side: str) -> None:
-    """A side that is not auto has the type that was asked for."""
+    """K or V has its requested type if that is not auto."""
     plan = write(tmp_path / "plan.json", MIXED_K, MIXED_V)
     p = probe(tiny("deep"), LLAMA_ARG_CACHE_PLAN=str(plan))
     p.context(*(("auto", "turbo3") if side == "k" else ("turbo3", "auto")))
     assert types(p.log) == ((MIXED_K, ["turbo3"] * 6) if side == "k" else (["turbo3"] * 6, MIXED_V))
-    p.context("q8_0", "f16")  # no side is auto
+    p.context("q8_0", "f16")  # neither K nor V is auto
     assert (kv_sizes(p.log)[-1]["type_k"], kv_sizes(p.log)[-1]["type_v"]) == ("q8_0", "f16")
 
 
 def first_record(state: bytes, type: str, row: int) -> bytes:
-    """What a state file holds of the first layer and side with that type and row size, for all of TOKENS."""
+    """The bytes in a state file of the first layer and side with the given type and row size, for all of TOKENS."""
     ids = {"f16": 1, "q8_0": 8, "turbo4": 512, "turbo2": 518}
     head = struct.pack("<iQ", ids[type], row)
     start = state.index(head) + len(head)
@@ -83,7 +83,7 @@ def first_record(state: bytes, type: str, row: int) -> bytes:
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("type", ["q8_0", "turbo4", "f16"])
 def test_a_layer_is_stored_as_in_a_cache_of_its_type(probe, tiny, tmp_path, type: str, side: str) -> None:
-    """To the bit, and so rotated by llama.cpp where its type is, and only there, whatever the other layers have."""
+    """Stored bytes equal those of a uniform cache, so llama.cpp rotates a layer if its own type is rotated."""
     others = [one for one in ("q8_0", "turbo4", "f16") if one != type]
     records = []
     for own in ([type] * 6, [type, *others, *others, type]):
@@ -100,7 +100,7 @@ def test_a_layer_is_stored_as_in_a_cache_of_its_type(probe, tiny, tmp_path, type
 @pytest.mark.parametrize("pair", [("q8_0", "f16"), ("q8_0", "turbo4"), ("q4_0", "turbo3"), ("f16", "turbo4")])
 @pytest.mark.parametrize("model", ["deep", "iswa", "hybrid", "head64"])
 def test_mixed_layers_lose_no_more_than_uniform_ones(probe, tiny, tmp_path, model: str, pair: tuple[str, str]) -> None:
-    """Queries and outputs are rotated where keys and values are."""
+    """Queries and outputs are rotated in the layers in which keys and values are rotated."""
     p = probe(tiny(model))
     p.context()
     base = p.logits(TOKENS)
@@ -108,7 +108,7 @@ def test_mixed_layers_lose_no_more_than_uniform_ones(probe, tiny, tmp_path, mode
     for type in pair:
         p.context(type, type)
         uniform.append(kld(base, p.logits(TOKENS)))
-    p.context("turbo4", "turbo4")  # tells which layers have a cache
+    p.context("turbo4", "turbo4")  # logs which layers have a cache
     k = [None if one == "-" else pair[number // 2 % 2] for number, one in enumerate(types(p.log)[0])]
     v = [None if one == "-" else pair[(number // 2 + 1) % 2] for number, one in enumerate(types(p.log)[1])]
     q = probe(tiny(model), LLAMA_ARG_CACHE_PLAN=str(write(tmp_path / "plan.json", k, v)))
@@ -117,7 +117,7 @@ def test_mixed_layers_lose_no_more_than_uniform_ones(probe, tiny, tmp_path, mode
 
 
 def test_uniform_plan_is_the_plain_cache(probe, tiny, tmp_path) -> None:
-    """To the bit: a plan of one type is what -ctk and -ctv of that type are with the guard off."""
+    """A plan with one type gives the same bits as -ctk and -ctv of that type with the guard off."""
     for k, v in (("turbo4", "turbo3"), ("q8_0", "turbo2"), ("q8_0", "q4_0")):
         plan = write(tmp_path / "plan.json", [k] * 6, [v] * 6)
         p = probe(tiny("deep"), LLAMA_ARG_CACHE_PLAN=str(plan), LLAMA_ARG_CACHE_GUARD="off")
@@ -144,7 +144,7 @@ def test_hybrid_and_sliding_window(probe, tiny, tmp_path) -> None:
     p = probe(tiny("iswa"), LLAMA_ARG_CACHE_PLAN=str(plan))
     p.context("auto", "auto")
     p.logits(TOKENS)
-    full, window = kv_sizes(p.log)[-2:]  # odd layers attend to everything, even ones to a window
+    full, window = kv_sizes(p.log)[-2:]  # odd layers have full attention, even layers a sliding window
     assert full["k"] == pytest.approx(512 * 2 * (136 + 256) / 2**20, abs=0.006)
     assert window["k"] / (2 * (66 + 50)) == pytest.approx(window["v"] / (2 * (66 + 66)), rel=0.1)
 
@@ -155,7 +155,7 @@ def test_boundary_v_on_top(probe, tiny, tmp_path) -> None:
     p.context("auto", "auto")
     assert types(p.log)[1] == ["q8_0"] + ["turbo2"] * 4 + ["f16"]
     assert re.findall(r"boundary V: .*", p.log) == [
-        "boundary V: 1 of 6 layers keep V in q8_0 (8.5 bits per value) instead of turbo2: 0"  # the plan's f16 is better
+        "boundary V: 1 of 6 layers keep V in q8_0 (8.5 bits per value) instead of turbo2: 0"  # f16 has more bits
     ]
 
 
@@ -188,7 +188,7 @@ def test_context_shift_of_a_mixed_cache(build, prose_model, tmp_path) -> None:
 
 
 def test_model_is_checked(probe, tiny, tmp_path, build, prose_model) -> None:
-    """A plan with a fingerprint fits its model, in other quantizations, too, and no other."""
+    """A plan with a fingerprint fits its model, also in other quantizations, and no other model."""
     def refused(model: Path, plan: Path) -> str:
         p = probe(model, LLAMA_ARG_CACHE_PLAN=str(plan))
         with pytest.raises(ProbeError, match="no context") as error:
@@ -296,7 +296,7 @@ class TestMetadata:
         ],
     )
     def test_broken_one_is_ignored_with_a_warning(self, probe, prose_model, tmp_path, broken, said: str) -> None:
-        """It came with the model: the guard takes over. A file that the user named would be refused."""
+        """A damaged plan in the metadata is ignored and the guard is used; a damaged plan file would be refused."""
         p = probe(with_metadata(prose_model, tmp_path / "m.gguf", {**self.PLAN, **broken}))
         p.context("auto", "auto")
         assert types(p.log) == (["turbo4"] * 6, ["turbo4"] * 6)
@@ -318,7 +318,7 @@ def test_bench_takes_it(build, prose_model, tmp_path) -> None:
 
 
 def test_draft_has_its_own(build, prose_model, tmp_path) -> None:
-    """The model drafts for itself: its first context takes the plan, its second the draft's plan or types."""
+    """The model is its own draft model: the first context uses the plan, the second the draft's plan or types."""
     main = write(tmp_path / "main.json", MIXED_K, MIXED_V)
     draft = write(tmp_path / "draft.json", ["turbo4"] * 6, ["q8_0"] * 6)
     args = ("-c", 512, "-np", 1, "-v", "-md", prose_model, "--spec-draft-n-max", 4, "--cache-plan", main)

@@ -1,4 +1,4 @@
-"""What the types cost on the bundled model: divergence from an f16 cache, and whether it still finds a number."""
+"""Quality of the types on the bundled model: divergence from an f16 cache, and retrieval of a number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import Probe, kld, perplexity_report, same_top
 
-#: Bounds of the KLD, 1.15 times what was measured (test_divergence).
+#: Bounds of the KLD: 1.15 times the measured values (test_divergence).
 KLD = {
     ("turbo4", "turbo4"): 0.015,
     ("turbo4_64", "turbo4_64"): 0.012,
@@ -24,8 +24,9 @@ KLD = {
     ("f16", "turbo2"): 0.0572,
     ("q4_0", "turbo4"): 0.0153,
 }
-#: How much less likely than its own the f16 model may find greedy text of another cache, in nats per token. Measured: up
-#: to 0.35, and another text on another CPU; text of a broken cache is several nats less likely.
+#: Greatest difference between the likelihoods of the greedy texts of an f16 cache and another cache under the f16
+#: cache, in nats per token. Measured: up to 0.35; texts differ between CPUs. Text of a broken cache is several nats
+#: less likely.
 GREEDY = 0.75
 
 CHUNK, CHUNKS = 1024, 2
@@ -60,7 +61,7 @@ def test_divergence(prose, pair: tuple[str, str]) -> None:
 
 
 def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
-    """The program itself, as a user runs it, batched and one token at a time."""
+    """llama-perplexity itself, in batches and one token at a time."""
     text = tmp_path / "text"
     text.write_text(heldout[:12000], encoding="utf-8")
     common = ["-m", prose_model, "-f", text, "-c", 256, "--chunks", 2, "-fa", "on"]
@@ -84,7 +85,7 @@ FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", 
 
 @pytest.mark.parametrize("pair", FINDERS, ids="/".join)
 def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str, str]) -> None:
-    """A number hidden 6,000 characters earlier; the model was trained to answer."""
+    """The model answers with a number hidden 6,000 characters earlier, as it was trained to."""
     hay = heldout[20000:27000]
     prompt = f"{hay[:800]}\n\nNote: The secret number of Harriet is {SECRET}.\n\n{hay[800:6800]}"
     prompt += "\n\nQuestion: What is the secret number of Harriet?\nAnswer: The secret number of Harriet is"
@@ -99,7 +100,7 @@ def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str
 
 @pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3")], ids="/".join)
 def test_greedy_text(prose, pair: tuple[str, str]) -> None:
-    """Greedy text is repeatable, and the f16 model finds it as likely as its own."""
+    """Greedy text is repeatable, and with an f16 cache it is as likely as the greedy text of that cache."""
     probe, chunks, _ = prose
     prompt = chunks[0][:200]
 

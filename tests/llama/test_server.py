@@ -45,7 +45,7 @@ def test_slot_save_and_restore(serve, ctk: str, ctv: str) -> None:
     assert restored_then["timings"]["cache_n"] == live["timings"]["cache_n"] > 0, "the restored slot was not used"
     assert restored_then["tokens"] == live["tokens"]
 
-    # A server with another type refuses the file, says so, and goes on.
+    # A server with another type refuses the file with a message, and continues.
     other = serve("turbo3", "turbo3", "-c", 1024, "-np", 1)
     status, reply = other.request("POST", "/slots/0?action=restore", {"filename": "slot"})
     assert status == 400 and "error" in reply, reply

@@ -1,4 +1,4 @@
-"""Head sizes, head groupings, sliding windows, sinks, MLA, hybrids: on tiny random models, both paths of each."""
+"""Head sizes, GQA, sliding windows, sinks, MLA and hybrids, on tiny random models and on both paths."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ RESOLVED = {64: "_64", 96: "_32", 128: "", 192: "_64", 256: "", 512: ""}
 
 #: KLD on the random models. The largest measured over all shapes is 0.052, 0.214 and 0.728 (q4_0: 0.050).
 BOUND = {"turbo4": 0.065, "turbo3": 0.26, "turbo2": 0.88}
-#: A sequence among others in a batch: its rows lie elsewhere in the cache, so sums are ordered otherwise and weights
-#: rounded with others. Measured: up to 1.1e-4, a hundredth of the least error of a type.
+#: KLD of a sequence in a batch with others from the sequence alone: its rows have other positions in the cache, so the
+#: order of sums and the rounding of weights differ. Measured: up to 1.1e-4, a hundredth of the least error of a type.
 SAME = 4e-4
 
 TOKENS = random_tokens(160)
@@ -60,7 +60,7 @@ def test_head_size_without_a_block_is_refused(probe, tiny, head: int, ctk: str, 
 
 @pytest.mark.parametrize("explicit", ["turbo4", "turbo3_64", "turbo2_32"])
 def test_explicit_block_that_does_not_divide_the_head(probe, tiny, explicit: str) -> None:
-    """An explicit block size is taken as it is: 96 = 3 * 32, so only _32 runs; the plain name resolves."""
+    """An explicit block size is not changed: as 96 = 3 * 32, only _32 works; the plain name is resolved to it."""
     p = probe(tiny("head96"))
     if explicit.endswith("_64"):
         with pytest.raises(ProbeError, match="no context"):
@@ -106,7 +106,7 @@ def test_sliding_window_with_full_size_cache(probe, tiny) -> None:
 
 @pytest.mark.parametrize("model", ["gqa", "hybrid", "iswa"])
 def test_cache_in_host_memory(probe, tiny, model: str) -> None:
-    """-nkvo: the same result, as the CPU computes it either way."""
+    """-nkvo gives the same result, because the CPU computes it in both cases."""
     p = probe(tiny(model))
     p.context("turbo4", "turbo3")
     default = p.logits(TOKENS)
@@ -127,7 +127,7 @@ def test_thread_count_does_not_matter(probe, tiny, threads: int) -> None:
 @pytest.mark.parametrize(("ctk", "ctv"), [("turbo4", "turbo4"), ("q8_0", "turbo3"), ("turbo2", "f16")])
 @pytest.mark.parametrize("model", ["gqa", "iswa"])
 def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified: int) -> None:
-    """Two sequences decoded together in one batch give what each gives alone."""
+    """Two sequences decoded in one batch give the results of each alone."""
     p = probe(tiny(model))
     texts = [random_tokens(96, seed=1), random_tokens(80, seed=2)]
     alone = []
@@ -149,7 +149,7 @@ def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified
 
 
 def test_sequence_behind_another(probe, tiny) -> None:
-    """A sequence whose cells lie behind another's sees none of the first cells of a shared cache."""
+    """A sequence whose cells come after another's sees none of the first cells of a shared cache."""
     p = probe(tiny("gqa"))
     text = random_tokens(40, seed=2)
     p.context("turbo4", "turbo3")

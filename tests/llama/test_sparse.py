@@ -1,4 +1,4 @@
-"""--cache-sparse-v X: rows of V with next to no weight are not read, and nothing comes of it."""
+"""--cache-sparse-v X: rows of V with very small weights are not read, and this does not change the quality."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_flag_is_accepted(build, prose_model) -> None:
 
 
 def test_default_changes_nothing_that_matters(probe, prose_model, heldout) -> None:
-    """On (the default, 1e-6) against off: far below the type's own error. A threshold of a half is not."""
+    """The default (1e-6) differs from 0 by far less than the type's own error; a threshold of 0.5 does not."""
     logits = {}
     for value in ("0", "", "0.5"):
         p = probe(prose_model, LLAMA_ARG_CACHE_SPARSE_V=value)

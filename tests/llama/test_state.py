@@ -10,9 +10,9 @@ from harness import TURBO_ALL, ProbeError, kld, random_tokens
 
 TOKENS = random_tokens(120, seed=3)
 NEXT = random_tokens(24, seed=4)
-#: Re-encoding adds at most as much noise again as encoding made (measured: 0.9 to 1.9 times in all).
+#: Encoding again adds at most as much noise as the first encoding (measured: 0.9 to 1.9 times in total).
 SHIFT = 2.5
-#: A sequence among others in a batch: exactly the same with turbo types, but float sums may be ordered otherwise.
+#: A sequence in a batch with others gives the same with turbo types, except for the order of float sums.
 SAME = 1e-4
 PAIRS = [(name, name) for name in TURBO_ALL] + [("turbo4", "f16"), ("q8_0", "turbo3"), ("turbo2", "q4_0")]
 
@@ -78,7 +78,7 @@ DROPPED = 40
 
 
 def after_drop(p, name: str, moves: tuple[int, int] | None) -> np.ndarray:
-    """Logits of NEXT after the first DROPPED of TOKENS were removed and the tokens in `moves` moved to the front."""
+    """Logits of NEXT after the first DROPPED of TOKENS are removed and the tokens in `moves` are moved to the front."""
     p.context(name, name)
     p.logits(TOKENS)
     p.command(f"rm 0 0 {DROPPED}")
@@ -99,14 +99,14 @@ def test_context_shift(probe, tiny, model: str, name: str) -> None:
     stay, move = (kld(base, after_drop(p, name, moves)) for moves in (None, everything))
     assert p.command("canshift") == "1"
     assert 0 < move <= SHIFT * stay
-    if name == "turbo4":  # a shift of half of the tokens is what a wrong shift would be like
+    if name == "turbo4":  # a shift of half of the tokens represents a wrong shift
         wrong = kld(base, after_drop(p, "f16", (DROPPED, 2 * DROPPED)))
         assert wrong > 1.2 * move, "the test cannot tell a wrong shift from a right one"
 
 
 @pytest.mark.parametrize("k", [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"]])
 def test_context_shift_of_mixed_layers(probe, tiny, tmp_path, k: list[str]) -> None:
-    """Each layer is turned back before the shift if llama.cpp has rotated it, and only then."""
+    """Before a shift, a layer is rotated back exactly if llama.cpp rotated it."""
     (tmp_path / "plan.json").write_text(
         json.dumps({"format": "turboquant-plan", "version": 1, "k": k, "v": ["turbo4"] * 3})
     )

@@ -41,7 +41,7 @@ def test_shifted_cache_is_bit_identical(build, stock, tiny, tmp_path, name: str)
 
 
 def test_unpatched_build_has_no_turbo_types(stock, tiny, tmp_path) -> None:
-    """What makes the comparison one: the other build is really without our hooks."""
+    """The other build really has no hooks."""
     from harness import ProbeError
 
     with Probe(stock, tiny("gqa"), tmp_path) as probe:

@@ -1,4 +1,4 @@
-"""The hooks on every llama.cpp they are proven with; the oldest compiles (the newest is what all other tests run)."""
+"""The hooks on every tested llama.cpp. The oldest one compiles; all other tests run the newest one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_hooks_apply_and_come_out(version: str, tmp_path: Path) -> None:
     once = {name: (tree / name).read_bytes() for name in changed}
     engine.patch(tree)
     assert {name: (tree / name).read_bytes() for name in changed} == once, "a second patch changed something"
-    for name, content in once.items():  # pure insertions: upstream's lines are all there, in order
+    for name, content in once.items():  # only insertions: all lines of the original are present in order
         rest = iter(content.decode(errors="surrogateescape"))
         kept = (original / name).read_text(errors="surrogateescape")
         assert all(c in rest for c in kept), name
@@ -49,7 +49,7 @@ def test_hooks_apply_and_come_out(version: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", builds.VERSIONS)
 def test_architectures_that_rotate_in_code_of_their_own_are_known(version: str) -> None:
-    """Their layers are all rotated, or none: the hooks in build_attn do not see what they store."""
+    """In these architectures all layers are rotated or none, because they do not store keys through build_attn."""
     header = (builds.native_dir() / "ggml_types" / "llama" / "turbo-rotation.h").read_text()
     known = set(re.findall(r'"([\w-]+)"', header.split("turbo_has_own_attention", 1)[1].split("}", 1)[0]))
     names = dict(re.findall(r'(LLM_ARCH_\w+),\s*"([^"]+)"', (builds.source(version) / "src/llama-arch.cpp").read_text()))
@@ -59,7 +59,7 @@ def test_architectures_that_rotate_in_code_of_their_own_are_known(version: str) 
 
 
 def test_oldest_tree_compiles() -> None:
-    """ggml and libllama of the oldest tree, with the hooks and our sources."""
+    """ggml and libllama of the oldest tree compile with the hooks."""
     libraries = builds.oldest()
     names = {path.name for path in libraries.iterdir()}
     assert {"libllama.so", "libggml-base.so", "libggml-cpu.so"} <= names

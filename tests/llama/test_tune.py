@@ -1,4 +1,4 @@
-"""`turboquant tune` with a real llama.cpp: what it measures is what llama-perplexity says of the plan that it writes."""
+"""`turboquant tune` with a real llama.cpp: its measurements agree with llama-perplexity for the plan that it writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turboquant import cli
 from turboquant.plan import read_plan, read_shape
 from typer.testing import CliRunner
 
-#: Few tokens, so that it is fast: 13 runs of 512 to tune, 6 of 2048 to check.
+#: Few tokens, so that the test is fast: 13 runs of 512 for tuning, and 6 of 2048 for the check.
 QUICK = ("--chunks", 1, "--check-chunks", 1)
 BITS = 4.6
 
@@ -44,7 +44,7 @@ def command(build: Build, model: Path, *more: object) -> list[str]:
 
 
 def kld(build: Build, model: Path, folder: Path, *arguments: object) -> float:
-    """What llama-perplexity says of a cache on the text's first chunk, without an exact window, as tune measures."""
+    """The KLD of a cache on the first chunk of the text by llama-perplexity, without an exact window as in tune."""
     common = ("-m", model, "-c", 2048, "--chunks", 1, "-fa", "on", "--kl-divergence-base", folder / "base")
     if not (folder / "base").exists():
         build.run("llama-perplexity", *common, "-f", folder / "text.txt")
@@ -77,7 +77,7 @@ def test_the_copy_takes_its_plan(probe, place: Path) -> None:
 
 
 def test_the_estimate_orders_layers_as_a_direct_measurement_does(build: Build, prose_model: Path, place: Path) -> None:
-    """K of each layer costs most in turbo4 where it was found to cost most in turbo3."""
+    """The order of the layers by the cost of K is the same in turbo4 as in turbo3."""
     from turboquant.measure.programs import Programs
     from turboquant.measure.results import Results
     from turboquant.tune.meter import Meter, Span
@@ -98,7 +98,7 @@ def test_the_estimate_orders_layers_as_a_direct_measurement_does(build: Build, p
     order = [sorted(range(6), key=klds.__getitem__) for klds in found.values()]
     assert order[0][-1] == order[1][-1] and order[0][0] == order[1][0]
     distance = sum(abs(order[0].index(layer) - order[1].index(layer)) for layer in range(6))
-    assert distance <= 4  # 18 for the reverse order
+    assert distance <= 4  # it is 18 for the reverse order
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -119,7 +119,7 @@ def test_interrupted_and_again(build: Build, prose_model: Path, place: Path, tmp
     before = {path.name: path.stat().st_mtime_ns for path in stored.glob("*.json")}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # What the program says of the model at each start may be stored again, but no measurement was made again.
+    # The description of the model may be stored again, but no measurement was repeated.
     anew = [stored / name for name, time_ns in before.items() if (stored / name).stat().st_mtime_ns != time_ns]
     assert not [path for path in anew if "kld" in json.loads(path.read_text())["value"]]
     again, first = json.loads((tmp_path / "plan.json").read_text()), json.loads((place / "plan.json").read_text())

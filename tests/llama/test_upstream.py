@@ -1,4 +1,4 @@
-"""llama.cpp's own tests of quantized types, with ours among them; and the hooks on every tree they are proven with."""
+"""llama.cpp's own tests of quantized types, applied to the turbo types; and the hooks on every tested tree."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_quantize_fns(build) -> None:
 
 
 _ANY = "turbo[234](_64|_32)?"
-#: Operations that a cache of our types goes through, and which of llama.cpp's cases of them to run. Of the three
-#: thousand cases of attention a tenth: one type of each block size and each number of bits, short and long batches.
+#: The operations on a cache of the types, and the test cases of llama.cpp that run. Of three thousand cases of
+#: attention a tenth runs: one type of each block size and of each number of bits, with short and long batches.
 OPERATIONS = {
     "FLASH_ATTN_EXT": "kv=512,nb=(1|75),.*type_K=turbo(4|3_64|2_32),",
     "SET_ROWS": f"type={_ANY}\\b|type_dst={_ANY}\\b",

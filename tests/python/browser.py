@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages: Debian's, driven by selenium. Tests are skipped where there is none."""
+"""A headless Chromium for the tests of pages, driven by selenium. Tests are skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Browser:
         self.driver.get(page.as_uri())
 
     def media(self, **features: str) -> None:
-        """Set media features by their names, with _ for -; all others get their defaults."""
+        """Set media features by their names, with _ for -. Other features get their defaults."""
         named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
 
@@ -40,7 +40,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def run(self, script: str, *arguments: object) -> Any:
-        """What the body of an async function returns; `arguments` are its arguments."""
+        """Run the body of an async function with `arguments`, and return its result."""
         program = f"""const done = [...arguments].pop(), given = [...arguments].slice(0, -1);
             (async function () {{ {script} }})(...given).then((value) => done({{ value }}), (e) => done({{ e: `${{e}}` }}));"""
         answer = self.driver.execute_async_script(program, *arguments)
@@ -48,7 +48,7 @@ class Browser:
         return answer.get("value")
 
     def wait(self, condition: str) -> None:
-        """Until a JavaScript expression is true; fails after a minute."""
+        """Wait until a JavaScript expression is true; fail after a minute."""
         self.run(f"while (!({condition})) await new Promise((next) => setTimeout(next, 10));")
 
     def console(self) -> list[str]:
@@ -56,7 +56,7 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def screenshot(self, height: int | None = None) -> bytes:
-        """The page from its top, whole or so many pixels of it, as PNG."""
+        """The page, or its upper part with the given height in pixels, as PNG."""
         width, whole = self.run("return [innerWidth, document.documentElement.scrollHeight];")
         clip = {"x": 0, "y": 0, "width": width, "height": height or whole, "scale": 1}
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})

@@ -19,11 +19,11 @@ def selected(name):
 
 @pytest.fixture(params=KERNELS)
 def kernels(request):
-    """Every set of kernels of this build in turn, selected; those that the CPU cannot run are skipped, visibly."""
+    """Selects each set of kernels of this build in turn; sets that the CPU cannot run are reported as skipped."""
     yield from selected(request.param)
 
 
 @pytest.fixture(params=[name for name in KERNELS if name != "scalar"])
 def other_kernels(request):
-    """Every set but the scalar one, for comparisons with that."""
+    """As above without the scalar set, for comparisons with it."""
     yield from selected(request.param)

@@ -1,4 +1,4 @@
-"""A llama.cpp in twenty lines, sources of ours to go with it, and a source package around it: for fast tests.
+"""A llama.cpp of twenty lines, matching sources of this project, and a source package with them, for fast tests.
 
 The programs print ``<512, from the inserted hook> <ANSWER, from our "codec"> <WORD, from a file of the tree>``.
 """
@@ -58,7 +58,7 @@ FILES = {
     "tools/CMakeLists.txt": "",
     "scripts/tool.sh": "#!/bin/sh\n",
 }
-EXTRA = {  # what no build needs
+EXTRA = {  # files that no build needs
     "models/big.gguf": "weights",
     "docs/manual.md": "text",
     "media/logo.svg": "<svg/>",
@@ -81,7 +81,7 @@ def make_tree(root: Path) -> Path:
 
 
 def make_native(root: Path, answer: int = 41) -> Path:
-    """Our own sources."""
+    """The sources of this project."""
     files = {"ggml_types/ggml/hooks.toml": HOOK, "ggml_types/inject.cmake": INJECT}
     return write(root, {**files, "cpp/include/answer.h": f"#define ANSWER {answer}\n"})
 
@@ -106,7 +106,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def make_sdist(folder: Path, version: str, members: dict[str, str] | None = None) -> Path:
     """A source package of llama-cpp-python that pip can "download" from `folder` without a network.
 
-    `members` are put in as they are named, after the usual ones.
+    `members` are added unchanged, after the usual members.
     """
     top = f"llama_cpp_python-{version}"
     files = {

@@ -1,9 +1,10 @@
-"""A stand-in for turboquant-measure: a model of some layers whose K and V cost what the file costs.json says.
+"""A stand-in for turboquant-measure, which simulates a model with the costs of K and V in the file costs.json.
 
-A plan's KLD is the floor and, for each layer and side, its cost times the relative error of the type, which saturates
-at 2 nats; in the text of the check (chunk 0) everything costs half as much again. Every plan is noted in runs.txt. Files
-beside the program change what it does: "stop" makes it wait in the run of that number until it is killed, "refuse" makes
-it refuse plans with that type, "windows" gets what the environment says of the exact window, "other" makes it report other types than asked for, "short" is the number of chunks.
+The KLD of a plan is the noise floor plus, for each layer and side, the cost times the relative error of the type,
+limited to 2 nats. For the text of the check (chunk 0) it is 1.5 times as high. Every plan is appended to runs.txt.
+Files in the folder of the program change its behaviour: with "stop" it waits in the run with that number until it is
+killed, with "refuse" it refuses plans with that type, with "windows" it appends the environment variable of the exact
+window to that file, with "other" it reports other types, and "short" is the number of chunks.
 """
 
 from __future__ import annotations

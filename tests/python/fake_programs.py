@@ -1,11 +1,12 @@
-"""Stand-ins for llama.cpp's programs, for `turboquant compare`: small scripts that print what the real ones print.
+"""Stand-ins for llama.cpp's programs in tests of `turboquant compare`: scripts with the output format of the programs.
 
-`perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, `bench` is
-slower with depth. Each notes in runs.txt what it was asked for. Files beside the programs change what they do: the pair
-named in "broken" has a wrong one-token path, the one in "nan" has no finite predictions, llama-completion and
-llama-bench fail for the one in "unasked", with "window" the build has the exact window, of 256 tokens unless told
-otherwise, which makes a KLD a tenth in batches and a fifth token by token; with "damaged" the model predicts NaN, with "types" the log tells
-these types of the layers, and "slow" makes llama-perplexity wait, token by token, until it is killed.
+`perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, and `bench` is
+slower at greater depths. Each appends its arguments to runs.txt, and `perplexity` the sizes of its batches to
+batches.txt. Files in the folder of the programs change their behaviour: the pair named in "broken" has a wrong
+one-token path, the pair in "nan" has no finite predictions, and llama-completion and llama-bench fail for the pair in
+"unasked". With "window" the build has an exact window, of 256 tokens by default, which divides a KLD by 10 in batches
+and by 5 token by token. With "damaged" the model predicts NaN, with "types" the log has these types of the layers, and
+with "slow" llama-perplexity waits, token by token, until it is killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""turboquant.attention against the oracle's attention over the decoded K and V."""
+"""turboquant.attention compared with the reference attention over the decoded K and V."""
 import math
 
 import gguf
@@ -18,7 +18,7 @@ def inputs(type_k, type_v, *, heads=4, kv_heads=2, n_query=3, n_kv=37, head_k=12
 
 
 def grid_queries(q, block):
-    """The nearest queries that are int8 after rotation: rounding them changes nothing, so results are near-exact."""
+    """The nearest queries that are int8 after rotation. Rounding does not change them, so results are nearly exact."""
     integers = np.clip(np.rint(reference.rotate(q, block) * 40), -126, 126).reshape(-1, block)
     integers[:, 0] = 127
     return reference.unrotate(integers / 64, block).reshape(q.shape).astype(np.float32)
@@ -30,10 +30,10 @@ def assert_close(actual, expected, relative):
 
 
 def near(n_kv):
-    """Relative error that the selected kernels may have where rounding the query changes nothing.
+    """Bound of the relative error of the selected kernels if rounding does not change the query.
 
-    Those with dot products of 8 bits round the softmax weights to 16 bits or, where none is above 1/128 of their sum, to
-    8 (cpp/src/generic/values.h).
+    Kernels with dot products of 8 bits round softmax weights to 16 bits, or to 8 bits if none is above 1/128 of their
+    sum (cpp/src/generic/values.h).
     """
     selected = next(k.name for k in turboquant.kernels() if k.selected)
     if selected not in ("avx512vbmi", "avx512vnni", "avxvnni"):
@@ -65,7 +65,7 @@ def test_sizes(kernels, head_k, head_v, n_query, n_kv):
 
 
 def cache_rows(x, type):
-    """Rows of x (..., head) in any type that attention takes; ggml's own by the gguf package."""
+    """Rows of x (..., head) encoded in a type of attention; the gguf package encodes ggml's types."""
     if type in ("f16", "f32"):
         return x.astype({"f16": np.float16, "f32": np.float32}[type])
     if type == "bf16":
@@ -89,7 +89,7 @@ def test_reference_decodes_ggml_types(type):
                                             ("turbo4", "f32"), ("f32", "turbo3")])
 @pytest.mark.parametrize("head_k, head_v, n_query, n_kv", [(128, 128, 1, 300), (256, 128, 9, 65), (128, 256, 33, 100)])
 def test_ggml_types(kernels, type_k, type_v, head_k, head_v, n_query, n_kv):
-    """0.01: queries are rounded to int8 against K of 4 and 8 bits, as llama.cpp rounds them; f32 is rounded, too."""
+    """The bound is 0.01, because queries are rounded to int8 for K of 4 and 8 bits, as in llama.cpp, and f32 is too."""
     rng = np.random.default_rng(1)
     q = rng.standard_normal((6, n_query, head_k)).astype(np.float32)
     k, v = rng.standard_normal((2, n_kv, head_k)), rng.standard_normal((2, n_kv, head_v))
@@ -111,7 +111,7 @@ def test_small_heads_of_ggml_types(kernels):
 
 @pytest.mark.parametrize("type_v", ["turbo4", "turbo3", "q8_0", "f16"])
 def test_sparse_v_leaves_out_what_does_not_count(kernels, type_v):
-    """Scores of standard deviation 8: most weights are below 1e-6 of the largest."""
+    """With scores of standard deviation 8 most weights are below 1e-6 of the largest."""
     rng = np.random.default_rng(3)
     q = (8 * rng.standard_normal((4, 1, 128))).astype(np.float32)
     k, v = (rng.standard_normal((4, 4096, 128)).astype(np.float32) for _ in range(2))
@@ -125,12 +125,12 @@ def test_sparse_v_leaves_out_what_does_not_count(kernels, type_v):
     assert np.linalg.norm(coarse - everything) > 1e-3 * np.linalg.norm(everything)
     weights = reference.attention_weights(q, k, type_k="turbo4")
     relative = weights / weights.max(axis=-1, keepdims=True)
-    # The largest weight so far is at most the largest of all, so fewer rows are left out than by that.
+    # The largest weight so far is at most the largest of all, so fewer rows are left out than with the latter.
     assert most <= (relative <= 0.5).mean() and some <= (relative <= 1e-6).mean()
 
 
 def test_many_small_weights_are_not_lost(kernels):
-    """64 rows to a peak, the others 500 times below it: 11% of the sum, and each less than half an 8-bit step."""
+    """One row of 64 is a peak, the others are 500 times smaller: 11% of the sum, each below half an 8-bit step."""
     n_kv = 16384
     scores = np.where(np.arange(n_kv) % 64 == 0, 0.0, -np.log(500)).astype(np.float32)
     direction = reference.unrotate(np.ones(128), 128).astype(np.float32)  # its block has one level, exactly
@@ -196,7 +196,7 @@ def test_masks(qkv, kernels):
 
 
 def test_masked_rows_do_not_matter(qkv):
-    """Not even if they hold NaN."""
+    """Masked rows have no effect, not even if they contain NaN."""
     q, k, v = qkv
     allowed = np.arange(40) < 30
     expected = turboquant.attention(q, k[:, :30], v[:, :30], **OPTIONS)

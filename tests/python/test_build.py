@@ -1,4 +1,4 @@
-"""Building: a tiny llama.cpp, really patched, configured with CMake and compiled with ninja."""
+"""Builds: a tiny llama.cpp is patched, configured with CMake and compiled with ninja."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if not all(shutil.which(tool) for tool in ("cmake", "ninja", "c++", "cc")):
 
 @pytest.fixture
 def native(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Our own sources, tiny; and a cache of our own."""
+    """Tiny sources of this project, and a separate cache."""
     root = make_native(tmp_path / "native")
     monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CCACHE_DISABLE", "1")
@@ -75,19 +75,19 @@ def test_everything_once_then_only_what_changed(native, tree, build, said):
     bin = build(tree)
     assert answer(bin) == answer(bin, "llama-bench") == "512 41 one"
     assert not (bin / "llama-extra").exists()
-    assert contents(tree) == {**FILES, **EXTRA}  # the user's tree is as it was
+    assert contents(tree) == {**FILES, **EXTRA}  # the user's tree is unchanged
     assert builds.where() == bin
     assert "no llama-cli, llama-server" in said.getvalue()  # default programs that this tree lacks
     assert not builds.is_outdated(bin)
 
-    # Nothing new: neither CMake nor ninja runs.
+    # Without changes neither CMake nor ninja runs.
     (bin.parent.parent / "build.log").unlink()
     said.truncate(0)
     assert build(tree) == bin
     assert not (bin.parent.parent / "build.log").exists()
     assert said.getvalue() == ""
 
-    # The codec changes: the same folder, and only what depends on it.
+    # The codec changes: the folder is the same, and only what depends on the codec is compiled.
     write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
     assert builds.is_outdated(bin)
     assert build(tree) == bin
@@ -100,7 +100,7 @@ def test_everything_once_then_only_what_changed(native, tree, build, said):
     assert answer(bin) == "512 42 two"
     assert "arg.cpp.o" in log(bin) and "ggml-cpu.c.o" not in log(bin)
 
-    # A program is deleted by hand: it comes back.
+    # A deleted program is built again.
     (bin / "llama-bench").unlink()
     assert build(tree) == bin
     assert answer(bin, "llama-bench") == "512 42 two"
@@ -113,7 +113,7 @@ def test_targets(native, tree, build):
     build(tree, targets=["default", "test-things"])  # tests are configured only now
     there = ["llama-bench", "llama-completion", "llama-extra", "test-things"]
     assert sorted(path.name for path in bin.iterdir()) == there
-    # Other sources, fewer targets: no program stays behind that was built from the old ones.
+    # With other sources and fewer targets, no program of the old sources remains.
     write(native, {"cpp/include/answer.h": "#define ANSWER 42\n"})
     build(tree, targets=["llama-bench"])
     assert [path.name for path in bin.iterdir()] == ["llama-bench"]
@@ -244,7 +244,7 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    try:  # a zombie that nobody has waited for is not alive
+    try:  # a zombie process is not alive
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return True
@@ -365,7 +365,7 @@ def test_moved_cache_is_built_again(native, tree, build, monkeypatch):
     ],
 )  # fmt: skip
 def test_compilers_that_break_amx_build_without_it(monkeypatch, cpu, version, broken):
-    """llama.cpp crashed at its first product where such a GCC had built it for a CPU with AMX."""
+    """llama.cpp, built by such a GCC for a CPU with AMX, crashes at its first product."""
     monkeypatch.setattr(toolchain, "_cpu_flags", lambda: set(cpu.split()))
     monkeypatch.setenv("CXXFLAGS", "-O2")
     options = builds.base_options(["/usr/bin/cc: " + version, "/usr/bin/c++: " + version])
@@ -419,7 +419,7 @@ def fake_program(path: Path, output: str) -> None:
 
 
 def fake_wheel(folder: Path, name: str, version: str) -> str:
-    """Write a wheel, and return the line that pins it."""
+    """Write a wheel, and return its line with the pinned hash."""
     info = f"{name}-{version}.dist-info"
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
@@ -460,13 +460,13 @@ def test_cmake_and_ninja_come_from_pypi_if_the_machine_has_none(machine, monkeyp
     assert tools.ninja == (own / "ninja/data/bin/ninja" if machine == "has nothing" else path / "ninja")
     assert tools.path().split(os.pathsep)[0] == str(tools.cmake.parent)
     assert ("Ninja" in said.getvalue()) == (machine == "has nothing")
-    shutil.rmtree(wheels)  # the second time nothing is fetched
+    shutil.rmtree(wheels)  # the second call fetches nothing
     assert toolchain.find_tools(reporter) == tools
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the fake programs are shell scripts")
 def test_replaced_wheels_are_not_installed(monkeypatch, tmp_path, said):
-    """The same names and versions, other bytes: those that are pinned are the real ones."""
+    """Wheels with the same names and versions and other bytes are refused, because hashes are pinned."""
     pytest.importorskip("pip")
     pinned = dict(re.findall(r"^(\w+)==(\S+)", toolchain._PINNED.read_text(), re.MULTILINE))
     assert pinned.keys() == {"cmake", "ninja"}

@@ -1,4 +1,4 @@
-"""The commands, as a user calls them; llama.cpp is a tiny one."""
+"""The commands, run with a tiny llama.cpp."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_patch_check_unpatch(native, tree):
 def test_the_cmake_lines_that_patch_prints_work(native, tree):
     lines = [line.strip() for line in turbo("patch", tree).stdout.splitlines() if line.startswith("  cmake ")]
     assert len(lines) == 2
-    for line in lines:  # as they are, through a shell: the path has a space in it
+    for line in lines:  # run unchanged by a shell; the path contains a space
         subprocess.run(line, shell=True, check=True, capture_output=True)
     done = subprocess.run([tree / "build/bin/llama-bench"], check=True, capture_output=True, text=True)
     assert done.stdout == "512 41 one\n"

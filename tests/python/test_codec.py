@@ -1,6 +1,6 @@
-"""The codec functions: every set of kernels against the scalar ones, shapes, dtypes, threads, errors, warnings.
+"""The codec functions: comparison of all kernels with the scalar ones, shapes, dtypes, threads, errors, warnings.
 
-What the scalar kernels themselves are held against is in test_reference.py.
+test_reference.py compares the scalar kernels with the reference.
 """
 import os
 import subprocess
@@ -19,7 +19,7 @@ ROWS = [1, 2, 3, 127, 128, 129]
 
 
 def awkward(block, blocks_per_row, seed=0):
-    """Rows that a kernel may get wrong where it gets ordinary ones right. All finite."""
+    """Finite rows that are difficult for kernels."""
     rng = np.random.default_rng(seed)
     n = block * blocks_per_row
     normal = rng.standard_normal((4, n))
@@ -37,14 +37,14 @@ def awkward(block, blocks_per_row, seed=0):
 
 
 def quiet_quantize(x, type, **options):
-    """Without the warnings, where a test is about the bytes of blocks that give one."""
+    """quantize without warnings, for tests of the bytes of blocks that cause a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return turboquant.quantize(x, type, **options)
 
 
 def assert_same_floats(actual, expected):
-    """The same bits; any NaN equals any NaN."""
+    """Compare bits; any NaN equals any NaN."""
     nan = np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(actual), nan)
     np.testing.assert_array_equal(np.where(nan, 0, actual).view(np.uint32), np.where(nan, 0, expected).view(np.uint32))
@@ -118,7 +118,7 @@ def test_kernels_treat_non_finite_blocks_like_scalar(other_kernels, type_name):
 
 
 def test_kernels_decode_any_bytes_like_scalar(other_kernels, type_name):
-    """Random indices under scales of every kind: zeros, subnormals, infinities, NaN and all exponents."""
+    """Random indices with scales of every kind: zeros, subnormals, infinities, NaN and all exponents."""
     info = next(t for t in turboquant.types() if t.name == type_name)
     scales = np.r_[0:65536:13, 0:8, 0x3FC:0x404, 0x7BFC:0x7C04, 0x8000:0x8004, 0xFBFC:0xFC04, 0xFFFF].astype("<u2")
     q = np.random.default_rng(4).integers(0, 256, (len(scales), info.block_bytes), dtype=np.uint8)
@@ -206,7 +206,7 @@ def test_environment_forces_kernels(kernels):
 
 
 def unrunnable():
-    """Names that TURBOQUANT_KERNELS may hold but this machine cannot honour."""
+    """Names in TURBOQUANT_KERNELS of kernels that do not exist or that this machine cannot run."""
     runnable = {k.name for k in turboquant.kernels() if k.supported}
     names = ("avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "neon_dotprod", "neon")
     return [name for name in names if name not in runnable]
@@ -327,7 +327,7 @@ def test_calls_from_several_python_threads():
 
 
 def test_gil_is_released():
-    """While one thread is in the middle of a call, another one runs Python code."""
+    """Another thread runs Python code during a call."""
     x = np.random.default_rng(14).standard_normal((4096, 1024)).astype(np.float32)
     ends = []
 
@@ -426,7 +426,7 @@ def test_refused(call, error, message):
 
 
 def test_core_checks_what_memory_safety_needs():
-    """The private module is called with what the package would never pass."""
+    """The private module checks arguments that the package never passes."""
     from turboquant import _core
 
     good, small = np.zeros((2, 66), dtype=np.uint8), np.zeros((2, 65), dtype=np.uint8)

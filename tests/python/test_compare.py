@@ -1,6 +1,6 @@
-"""turboquant compare: what it measures and remembers, what it says of it, and the page in a real browser.
+"""turboquant compare: measurements, stored results, verdicts, and the page in a real browser.
 
-The programs are stood in for by scripts here; tests/llama/test_compare.py runs the real ones.
+Scripts replace the programs here; tests/llama/test_compare.py runs the real ones.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_cache_at_a_context():
     one = parse_caches(SIZE)
     assert one.at(4096).mib == 9.76 and one.at(2048) == one.total()
     assert Caches.from_dict(json.loads(json.dumps(one.as_dict()))) == one
-    # A window of 1000 tokens and a batch of 512 need 1536 cells; what has no window grows on. Two streams: two caches.
+    # A window of 1000 tokens and a batch of 512 need 1536 cells; other layers have more. Two streams have two caches.
     windowed = parse_caches(f"print_info: n_swa = 1000\n{SIZE}{SIZE.replace('1/1 seqs', '2/2 seqs')}")
     assert windowed.at(8192).k_mib == pytest.approx(1.69 * 4 + 1.69 * 1536 / 4096, abs=0.01)
     assert windowed.at(1024).k_mib == pytest.approx(1.69 / 2 + 1.69 / 4, abs=0.01)
@@ -233,7 +233,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The workshop's copy with an empty cache: tests change it."""
+    """A copy of the workshop with an empty cache, which tests may change."""
     monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
     for name in ("bin", "model.gguf", "text.txt"):
         (tmp_path / name).symlink_to(workshop / name)
@@ -254,7 +254,7 @@ def report(folder: str = "out") -> dict:
 
 
 def runs() -> list[str]:
-    """What was run since the last call."""
+    """The runs since the last call."""
     file = Path("bin/runs.txt")
     lines = file.read_text().splitlines() if file.exists() else []
     file.unlink(missing_ok=True)
@@ -263,7 +263,7 @@ def runs() -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a report of all TYPES, of one that the build lacks, and of one that this model cannot have."""
+    """A folder with a report on all TYPES, a type that the build lacks, and a type that this model cannot have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TURBOQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.chdir(workshop)
@@ -302,7 +302,7 @@ NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(N
 
 
 def unfold(kind: object) -> tuple[type, str]:
-    """What a field has of a type of its own, and how its path goes on: list[Band] is Band and "[]"."""
+    """The class of a field, and the suffix of its path: for list[Band], Band and "[]"."""
     if get_origin(kind) in (list, collections.abc.Sequence):
         (kind,), mark = get_args(kind), "[]"
     else:
@@ -335,7 +335,7 @@ def test_schema_is_documented():
 
 
 def typed(value: object, kind: object = Comparison) -> Any:
-    """What was read from JSON, as the type that wrote it. An AssertionError, KeyError or TypeError if it is none."""
+    """Convert JSON values to the classes of a report. Raises AssertionError, KeyError or TypeError if they differ."""
     inner, mark = unfold(kind)
     if mark:
         assert isinstance(value, list)
@@ -352,7 +352,7 @@ def typed(value: object, kind: object = Comparison) -> Any:
 
 @needs_posix
 def test_report_has_the_schema(finished):
-    """Every field has its type, no field is missing and none is more, and they stand in the order of the classes."""
+    """Every field has its type, no field is missing or additional, and the order is that of the classes."""
     text = (finished / "report.json").read_text(encoding="utf-8")
     assert typed(json.loads(text)).to_json() == text
     for path in (["bands", 0, "name"], ["pairs", 1, "needles", 0, "depth"], ["machine", "threads"]):
@@ -504,7 +504,7 @@ def test_windows_that_a_build_or_the_option_has_not(place):
     "limit, code, words", [(0.02, 0, ""), (0.0134, 3, "q4_0 has a KLD of 0.013500, above 0.0134"), (0.0, 3, "q4_0 has")]
 )
 def test_fail_above(place, limit, code, words):
-    """Either path counts: q4_0 has 0.0132 in batches and 0.0135 token by token."""
+    """Both paths are checked: q4_0 has 0.0132 in batches and 0.0135 token by token."""
     done = run("--types", "q4_0", "--fail-above", limit, "--depths", "", "--needle-depths", "")
     assert done.exit_code == code
     assert words in done.stderr and Path("out/report.html").is_file()
@@ -527,7 +527,7 @@ def test_what_cannot_be_measured(place):
 
 @needs_posix
 def test_what_cannot_be_asked_or_timed(place):
-    """Such cells have their reasons; the rest of the row, and the other pairs, have their numbers."""
+    """Cells that could not be measured have reasons; the rest of the row and the other pairs have numbers."""
     (place / "bin" / "unasked").write_text("turbo4")
     assert run("--types", "turbo4,q8_0").exit_code == 0
     rows = {row["label"]: row for row in report()["pairs"]}
@@ -553,7 +553,7 @@ def test_needles_of_any_text(place, text):
 
 @needs_posix
 def test_interrupted(place):
-    """Killed within the token-by-token run: what was measured before is kept, and the same command goes on."""
+    """After a kill in the token-by-token run earlier results are kept, and the same command continues."""
     slow, sleeping = place / "bin" / "slow", place / "bin" / "sleeping"
     slow.touch()
     options = ["--bin", "bin", "-m", "model.gguf", "-f", "text.txt", "--types", "q8_0", "--chunks", "4", "-t", "1"]
@@ -584,7 +584,7 @@ def test_interrupted(place):
 @needs_posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_without_a_folder_of_its_own(place, number):
-    """However it ended: no folder is left that the same command would avoid."""
+    """After every end, the same command can use its folder again."""
     slow, sleeping = place / "bin" / "slow", place / "bin" / "sleeping"
     slow.touch()
     options = ["--bin", "bin", "-m", "model.gguf", "-f", "text.txt", "--types", "q8_0", "--chunks", "4", "-t", "1"]
@@ -641,7 +641,7 @@ def test_interrupted_without_a_folder_of_its_own(place, number):
     ],
 )
 def test_mistakes(place, options, words):
-    """Each is one sentence, at once: no program runs, and nothing is written."""
+    """Each error is one sentence at the start: no program runs, and no file is written."""
     whole = Path("model.gguf").read_bytes()
     Path("half.gguf").write_bytes(whole[: len(whole) // 2])
     Path("start.gguf").write_bytes(whole[:100])
@@ -667,7 +667,7 @@ def test_read_only_folder(place):
 
 @needs_posix
 def test_text_shorter_than_it_looks(place):
-    """Enough bytes, too few tokens: llama-perplexity tells."""
+    """llama-perplexity reports a text with enough bytes but too few tokens."""
     program = place / "bin" / "llama-perplexity"
     program.write_text(program.read_text().replace("over {value('--chunks')} chunks", "over 3 chunks"))
     done = run()
@@ -686,7 +686,7 @@ def test_full_disk_for_predictions(place, monkeypatch):
 
 @needs_posix
 def test_full_disk_for_the_report(place):
-    """The system refuses to make files larger than 1 MiB: the page does not fit, and the old report stays."""
+    """With a limit of 1 MiB for files the page does not fit, and the old report stays."""
     assert run("--types", "q8_0").exit_code == 0
     before = Path("out/report.html").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -724,7 +724,7 @@ def test_page_escapes(finished):
 
 @needs_posix
 def test_markdown_escapes(finished):
-    """Names come from files of others, and none of them ends a code span, a cell or a line, or begins HTML or a link."""
+    """Names are untrusted, and none of them ends a code span, a cell or a line, or begins HTML or a link."""
     data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
     evil = "<img src=x>`<b>`` [x](javascript:0)\n# &lt;|"
     data["model"]["path"] = data["text"]["path"] = f"/models/{evil}"

@@ -56,12 +56,12 @@ def test_best_scales_reach_the_bound_of_cauchy_and_schwarz() -> None:
     k, q = (m.reshape(2, -1, 2).sum(axis=2) for m in (p.cached, p.reader))
     assert noise(p, scale) == pytest.approx((np.sqrt(k * q).sum(axis=1) ** 2 / 32).sum())
     assert noise(p, scale) < 0.8 * noise(p, np.ones(64))
-    for block in (slice(0, 32), slice(32, 64)):  # no f16 that did not overflow may overflow now
+    for block in (slice(0, 32), slice(32, 64)):  # f16 values that did not overflow must not overflow now
         assert (p.cached * scale**2)[block].sum() <= p.cached[block].sum() * (1 + 1e-9)
 
 
 def test_scales_that_blocks_share_are_a_minimum() -> None:
-    """One norm's weight for two heads: no closed form, so small changes must not help."""
+    """One norm's weight for two heads has no closed form, so the test checks that small changes are not better."""
     p = problem(pairs=False)
     p = Problem(p.cached, p.reader, p.block, np.tile(np.arange(32), 2))
     scale = solve(p)
@@ -89,7 +89,7 @@ def test_powers_of_two() -> None:
 
 
 def test_powers_stay_near_one() -> None:
-    """All multiples of a scale by a power of two leave the same noise; K and Q are stored in fp16."""
+    """Multiples of a scale by powers of two have the same noise, so the one nearest to 1 is taken (fp16)."""
     p, free = problem(), np.full(64, 100)
     scale = solve_powers(p, -free, free)
     assert np.abs(np.log2(scale / solve(p))).max() <= 1
@@ -181,7 +181,7 @@ def test_permuted_queries_and_a_norm_that_all_heads_share() -> None:
 
 
 def test_fused_projection() -> None:
-    """V is the last third of the rows: 2 query heads, 1 KV head of 4; rows of 16."""
+    """V is the last part of the rows of a fused matrix: 2 query heads, 1 KV head of 4; rows of 16."""
     fused = source([16, 5])
     steps = [
         tensor("VIEW", [4, 5], [4, 64, 320, 320], offset=0, **source([4, 1, 5], [4, 16, 64, 320])),
@@ -233,7 +233,7 @@ def test_columns_of_the_output() -> None:
 
 
 def encoded(type: str, count: int = 6, seed: int = 0) -> np.ndarray:
-    """Random blocks with ordinary fp16 scales: two or more to a row, (count, bytes)."""
+    """Random blocks with ordinary fp16 scales, at least two per row, (count, bytes)."""
     layout = weights.block(type)
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (count, 512 // layout.values, layout.bytes), np.uint8)
@@ -452,7 +452,7 @@ def test_a_layer_is_balanced(tmp_path: Path) -> None:
 
 
 def test_exact_scales_beyond_fp16_become_powers_of_two(tmp_path: Path) -> None:
-    """The largest of these weights is 60000: what can be written is planned, and what was planned is written."""
+    """With a weight of 60000, only scales are planned that can be written."""
     large = {"types": {"k": "F16"}, "sizes": {"k": 15000}}
     found = planned(tmp_path, from_matrix("v"), **large)
     assert (found["K"].exact, found["K"].refused, found["V"].exact, found["mode"]) == (False, "", True, "mixed")
@@ -490,7 +490,7 @@ def test_biases_have_limits_too(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_keys_that_are_values_too_stay(tmp_path: Path, values: bool, normalised: bool) -> None:
-    """V comes from K's matrix: scaling its rows for K would scale V, asked for or not."""
+    """V depends on the matrix of K, so scaling its rows for K would also scale V."""
     steps = [tensor("RMS_NORM", [HEAD, 5])] * normalised + from_matrix("k")
     found = planned(tmp_path, steps, values=values)
     assert found["K"].refused == "k has another use, too" and not found["scalings"]
@@ -596,7 +596,7 @@ def test_a_cache_without_predictions_is_not_recommended(converting: Callable[...
 
 @needs_posix
 def test_a_model_that_predicts_nothing(converting: Callable[..., Any], tmp_path: Path) -> None:
-    """NaN weights after the last keys and values: the measurement sees none of them, the original's predictions do."""
+    """NaN weights after the last keys and values do not affect the measurement, but the original's predictions."""
     (tmp_path / "bin" / "damaged").touch()
     said = converting()
     what = f"{tmp_path / 'in.gguf'}: its predictions of {tmp_path / 'text.txt'} are not finite"
@@ -609,7 +609,7 @@ def test_a_model_that_predicts_nothing(converting: Callable[..., Any], tmp_path:
 def test_the_file_has_a_plan_of_what_is_recommended(
     converting: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
-    """With the types that the guard gave; an older plan in the model does not stay."""
+    """The plan has the types that the guard chose, and replaces an older plan in the model."""
     write_model(model, Shape(layers=3))
     with ModelFile(model) as source:
         old = tmp_path / "old.gguf"

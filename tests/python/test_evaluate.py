@@ -1,6 +1,6 @@
 """turboquant.evaluate: parsers on lines that llama.cpp printed, prompts, the table, and the cache of results.
 
-The programs are stood in for by small scripts here; tests/llama runs the real ones.
+Small scripts replace the programs here; tests/llama runs the real ones.
 """
 
 import errno
@@ -167,7 +167,7 @@ def test_needles():
         before, after = one.prompt.split(f"\n\nNote: The secret number of {one.name} is {one.number}.\n\n")
         hay, question = after.split("\n\nQuestion: ")
         assert question == f"{one.question}\nAnswer: The secret number of {one.name} is"
-        # The answer stands in the note and nowhere else, at the distance that was asked for (in whole paragraphs).
+        # Only the note contains the answer, at the requested distance (in whole paragraphs).
         assert one.prompt.count(one.number) == 1
         assert one.distance == len(hay) and 6000 <= len(hay) < 6600
         assert hay in text and before in text
@@ -188,7 +188,7 @@ TEXTS = {
 @pytest.mark.parametrize("unit", [4, 1])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_needles_fit(text, unit):
-    """With a tokenizer of four bytes a token, and with one of bytes."""
+    """The prompt fits with four bytes per token, and with one byte per token."""
 
     def count(prompt: str) -> int:
         return len(prompt.encode()) // unit
@@ -316,7 +316,7 @@ def test_file_hash(tmp_path):
 
 
 def test_file_hash_is_remembered(tmp_path, monkeypatch):
-    """Not by what a copy or a tool can restore: path, size and time."""
+    """The stored hash is not used if only path, size and time are the same, which tools can restore."""
     file, results = tmp_path / "file", Results(tmp_path / "results")
     later = time.time_ns() + 10**10
     monkeypatch.setattr("turboquant.measure.results.time.time_ns", lambda: later)
@@ -358,7 +358,7 @@ def test_scratch_folders_in_use_stay(tmp_path):
 
 
 def test_scratch_folders_that_were_left_behind_go(tmp_path):
-    """A run that is killed leaves its folder; the system gives its lock up."""
+    """A killed run leaves its folder, and the system releases its lock."""
     code = "import os, sys; from pathlib import Path; from turboquant.measure.scratch import scratch_folder\n"
     code += "with scratch_folder(Path(sys.argv[1])) as folder: (folder / 'f16.kld').touch(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
@@ -369,7 +369,7 @@ def test_scratch_folders_that_were_left_behind_go(tmp_path):
 
 
 def test_scratch_folders_of_other_machines_stay(tmp_path, monkeypatch):
-    """Where a cache is shared, neither their processes nor, on every file system, their locks are seen from here."""
+    """In a shared cache, the processes and perhaps the locks of other machines are not visible."""
     monkeypatch.setattr("platform.node", lambda: "other-machine")
     with scratch_folder(tmp_path) as theirs:
         monkeypatch.setattr("platform.node", lambda: "other")
@@ -380,7 +380,7 @@ def test_scratch_folders_of_other_machines_stay(tmp_path, monkeypatch):
 
 
 def test_scratch_folders_without_locks(tmp_path, monkeypatch):
-    """A file system may have none: then nothing of others is deleted, and one's own still is."""
+    """On a file system without locks, only the own folder is deleted."""
 
     def refuse(descriptor):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -477,7 +477,7 @@ def fake(tmp_path):
 
 
 def measured(root, types="q8_0,q4_0/q8_0", **changes):
-    """Measure and return the rows and what was run for them."""
+    """Measure, and return the rows and the runs."""
     runs = root / "bin" / "runs.txt"
     options = Options(root / "model.gguf", root / "text.txt", parse_pairs(types), chunks=4, needles=2)
     programs, results = Programs(root / "bin", root / "logs", threads=1), Results(root / "results")
@@ -552,7 +552,7 @@ def test_damaged_results_are_measured_again(fake, damage):
 
 @needs_posix
 def test_truncated_output_is_run_again(fake):
-    """llama.cpp can lose the end of its output at exit: half a number must not pass for an answer."""
+    """llama.cpp can lose the end of its output at exit; a part of a number is no answer."""
     (fake / "bin" / "busy").touch()
     rows, runs = measured(fake, "q8_0")
     assert [one.found for one in rows] == [2, 2]
@@ -563,7 +563,7 @@ def test_truncated_output_is_run_again(fake):
 @pytest.mark.parametrize("unit", [4, 1])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_needles_of_any_text_are_asked(fake, text, unit):
-    """No blank line, no break at all, other line ends, three bytes in a character: every prompt fits."""
+    """Prompts fit for texts without blank lines or breaks, with other line ends, or with three bytes per character."""
     (fake / "text.txt").write_bytes(text.encode())
     if unit == 1:
         (fake / "bin" / "bytes").touch()
@@ -574,7 +574,7 @@ def test_needles_of_any_text_are_asked(fake, text, unit):
 
 @needs_posix
 def test_one_failure_is_a_row(fake):
-    """Whatever fails besides the f16 cache leaves the others' results in the table."""
+    """If a pair other than f16 fails, the table has the results of the others."""
     (fake / "bin" / "breaks").write_text("q4_0")
     (fake / "bin" / "fails").write_text("q8_0")
     rows, _ = measured(fake, "q4_0,q8_0,f16/q8_0")
@@ -593,7 +593,7 @@ def test_one_failure_is_a_row(fake):
 
 @needs_posix
 def test_text_too_short_for_needles(fake):
-    """Everything else is in the table, and below it is the reason."""
+    """All other results are in the table, and the reason is below it."""
     (fake / "text.txt").write_text("A word. " * 500)
     done = subprocess.run(
         command_line(fake, "--types", "q4_0", "--demo", "q4_0", "--markdown", fake / "table.md"),
@@ -702,7 +702,7 @@ def test_end_of_text_is_not_shown(printed, shown, size):
 @needs_posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(fake, number):
-    """Interrupted within the second of three runs: the program is ended, the predictions are removed, f16 is kept."""
+    """An interruption of the second of three runs ends the program and removes the predictions; f16 is kept."""
     slow, sleeping = fake / "bin" / "slow", fake / "bin" / "sleeping"
     slow.touch()
     # The child must not inherit an ignored SIGINT, as it would from a shell's background job.

@@ -114,7 +114,7 @@ def check_wasm(root: Path, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what codec.wasm is made from."""
+    """A copy of the sources of codec.wasm."""
     for name in ("cpp/src", "cpp/include", "tools/wasm", "python/turboquant/explore"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(MAKE_WASM, tmp_path / "tools")
@@ -187,7 +187,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def browser(shared_browser: Browser, page: Path) -> Iterator[Browser]:
-    """The page, freshly loaded; afterwards nothing may stand in its console."""
+    """The page, newly loaded; afterwards its console must be empty."""
     shared_browser.open(page)
     settle(shared_browser)
     shared_browser.console()
@@ -570,7 +570,7 @@ def test_keyboard(browser):
     settle(browser)
     assert browser.run("return explore.state.bits;") == 3
     assert "At 3 bits" in result(browser, "grid")
-    # What changed is said when the control has come to rest, and nothing before.
+    # The change is announced when the control no longer moves, and not before.
     browser.wait("document.querySelector('#announcement').textContent")
     assert browser.run("return document.querySelector('#announcement').textContent;") == result(browser, "grid")
     browser.run("document.querySelector('#plain-rotate').focus();")

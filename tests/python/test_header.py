@@ -1,4 +1,4 @@
-"""The head of a GGUF file: read as the gguf package reads it, and what is refused, at once, in a sentence."""
+"""The header of a GGUF file: it is read as by the gguf package, and damaged files are refused with a message."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def file(
     *metadata: bytes, infos: tuple[bytes, ...] = (EMBEDDING,), size: int = 4096, counts: tuple[int, int] | None = None,
     version: int = 3,
 ) -> bytes:  # fmt: skip
-    """A file of `size` bytes with a little language model in it, and these metadata and tensors."""
+    """A file of `size` bytes with a small language model, and the given metadata and tensors."""
     known = {**LLAMA, **{key: b"" for key in LLAMA if any(key.encode() in one for one in metadata)}}
     parts = [*filter(None, known.values()), *metadata]
     tensors, fields = counts or (len(infos), len(parts))

@@ -1,4 +1,4 @@
-"""The package's layers: whatever imports, at its top or in a function, imports from below; and its errors."""
+"""The package's layers: modules import only from lower layers, also in functions; and the package's errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import turboquant
 
 PACKAGE = Path(turboquant.__file__).parent
 
-#: Units of the package (its modules and packages), lowest first. A unit imports from the lines above its own alone.
+#: Units of the package (its modules and packages), lowest first. A unit imports only from the lines above its own.
 LAYERS = (
     ("_core", "errors", "known_models", "reference"),
     ("_arrays", "_kernels", "_types", "llama", "theory"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("analyze",),
     ("cli",),
 )
-#: The package itself, `turboquant`, offers the codec: whoever needs its version or its functions stands above them.
+#: The package itself, `turboquant`, exports the codec. Units that need its version or functions are above these.
 FACADE = ("_core", "_attention", "_codec", "_kernels", "_types")
 
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
@@ -63,7 +63,7 @@ def unit(path: Path, package: Path = PACKAGE) -> str:
 
 
 def upward(package: Path = PACKAGE) -> list[str]:
-    """Every import that is not from below, as "file:line imports name"."""
+    """Every import that is not from a lower layer, as "file:line imports name"."""
     found = []
     for path in sorted(package.rglob("*.py")):
         here = unit(path, package)
@@ -80,7 +80,7 @@ def upward(package: Path = PACKAGE) -> list[str]:
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
-    """The nodes of a circle in a graph; empty if there is none."""
+    """The nodes of a cycle in a graph; empty if there is none."""
     done: set[str] = set()
 
     def follow(node: str, way: list[str]) -> list[str]:
@@ -142,12 +142,12 @@ def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d"]
 
 
-#: Exceptions that never leave their package: what catches them tells the user in a `TurboQuantError`.
+#: Exceptions that never leave their package, because they are caught and converted to a `TurboQuantError`.
 INNER = {"convert.paths.Refusal", "llama.source._CorruptError", "models.header.HeaderError"}
 
 
 def test_every_error_is_a_turboquant_error():
-    """The command line tells those in a sentence, and shows a traceback of any other."""
+    """The command line prints these errors as a message, and a traceback for all others."""
     roots = set()
     for path in PACKAGE.rglob("*.py"):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

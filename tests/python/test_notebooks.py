@@ -1,7 +1,7 @@
-"""The notebooks run, and the numbers that their text is about are right.
+"""The notebooks run, and the numbers in their text are right.
 
-What is expected comes from theory or from the definition, with its origin beside it; what is only measured (real K and
-V, one text) has bounds that say what the text claims.
+Expected values come from theory or from a definition, with their origin in a comment. Values that are only measured
+(real K and V, one text) have bounds that express the statement of the text.
 """
 import importlib.util
 import json
@@ -155,7 +155,7 @@ def test_every_notebook_is_tested():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_notebook(path):
-    """It is what its source says, was run from top to bottom, has pictures, and is small enough for a forge."""
+    """It has the cells of its source, was run from top to bottom, has pictures, and is small enough for display."""
     assert tool.check(path.with_suffix(".py")) == ""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -172,7 +172,7 @@ def test_stored_notebook(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch, tmp_path):
-    """Executed as it is stored, in a kernel of this Python; then its variables are compared."""
+    """Run the stored notebook in a kernel of this Python, then compare its variables."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)

@@ -1,4 +1,4 @@
-"""The patch engine on small trees made here, and the real hooks on every llama.cpp they are proven with."""
+"""The patch engine on small trees, and the real hooks on every llama.cpp that they are tested with."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_an_interruption_leaves_all_as_it_was(tree, hooks, monkeypatch):
 
 @pytest.mark.parametrize("action", ["patch", "unpatch"])
 def test_a_killed_run_never_leaves_what_looks_patched(tree, hooks, monkeypatch, action):
-    """The ids in ggml.h come last, and go first: what stopped in between does not compile, and can be gone on with."""
+    """ggml.h with the ids is patched last and unpatched first, so a partly patched tree does not compile."""
     original = snapshot(tree)
     if action == "unpatch":
         engine.patch(tree, hooks)
@@ -317,7 +317,7 @@ def test_unpatch_restores_what_older_versions_wrote_through_links(tree, hooks, m
 
 
 def test_links_to_other_trees_are_left_alone(tree, hooks, tmp_path):
-    """An example of the user's in another tree, which is patched and stays so."""
+    """A user's example in another tree, which is patched and stays patched."""
     other = tmp_path / "other"
     shutil.copytree(tree, other)
     engine.patch(other, hooks)
@@ -454,7 +454,7 @@ GGML = ROOT / "ggml_types"
 
 
 def ggml_tree(root: Path) -> Path:
-    """As much of a llama.cpp as has the ids and the version."""
+    """The part of a llama.cpp tree that has the ids and the version."""
     write(root, "ggml/include/ggml.h", b"enum ggml_type {\n        GGML_TYPE_COUNT   = 43,\n};\n")
     write(root, "ggml/src/ggml.c", b'#include "ggml.h"\n\nint untouched;\n')
     write(root, "ggml/CMakeLists.txt", b"cmake_minimum_required(VERSION 3.19)\nproject(ggml LANGUAGES NONE)\n")
@@ -468,7 +468,7 @@ def versioned(glue: Path) -> list[engine.Hook]:
 
 
 def configured(tree: Path, script: Path) -> str:
-    """What CMake says of a project(ggml) that includes `script`; empty if it is content."""
+    """The error message of CMake for a project(ggml) that includes `script`; empty if there is none."""
     cmake = find_tools(Reporter()).cmake
     command = [str(cmake), "-S", str(tree / "ggml"), "-B", str(tree / "build"), f"-DCMAKE_PROJECT_ggml_INCLUDE={script}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -489,7 +489,7 @@ def test_a_tree_of_the_same_hooks_is_configured(tmp_path):
 
 @pytest.mark.parametrize("part", ["ggml", "cpu", "cuda", "llama", "common", "tests"])
 def test_a_tree_of_other_hooks_is_refused(tmp_path, part):
-    """As after an upgrade of this package, without a `turboquant patch` of the tree."""
+    """The hooks change after an upgrade of this package, if the tree is not patched again."""
     glue = copied_glue(tmp_path)
     tree = ggml_tree(tmp_path / "llama.cpp")
     engine.patch(tree, versioned(GGML))

@@ -1,4 +1,4 @@
-"""turboquant.plan: the compact syntax, files, metadata, hostile input, and what a cache takes."""
+"""turboquant.plan: the compact syntax, files, metadata, hostile input, and the size of a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/quickstart.py: what it makes, what it leaves alone, and that an interruption at any point is repaired."""
+"""tools/quickstart.py: what it creates, what it does not change, and that it recovers from all interruptions."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ def quickstart():
 
 @pytest.fixture
 def machine(quickstart, monkeypatch, tmp_path):
-    """The script with commands that only leave traces: `machine.ran` lists them, `machine.fail_at` interrupts one."""
+    """The script with commands that are only recorded: `machine.ran` lists them, `machine.fail_at` interrupts one."""
 
     class Machine:
         ran: list[str] = []
@@ -46,7 +46,7 @@ def machine(quickstart, monkeypatch, tmp_path):
                 self.python.write_text("works")
 
         def make(self):
-            """Make the environment; return what was run for it."""
+            """Make the environment; return the commands that ran."""
             self.ran = []
             try:
                 assert quickstart.make_environment(self.venv) == self.python
@@ -77,7 +77,7 @@ def test_environment(machine):
 
 
 def test_environment_broken(machine):
-    """A Python that does not run any more, as after an upgrade of the system's."""
+    """A Python that does not run any more, as after an upgrade of the system."""
     machine.make()
     machine.python.write_text("broken")
     (machine.venv / "leftover").touch()
@@ -162,7 +162,7 @@ def test_failing_command(quickstart, tmp_path, capsys):
 
 @needs_posix
 def test_interruption_ends_what_was_started(tmp_path):
-    """The compilers that pip started must not go on compiling."""
+    """Compilers that pip started must be ended."""
     started = tmp_path / "started"
     code = f"""
 import importlib.util, subprocess, sys
@@ -200,7 +200,7 @@ def run(*arguments, **options):
 def test_help():
     done = run("--help")
     assert done.returncode == 0
-    for word in ("what it does", "examples", "where things are kept", "--chunks", "--source"):
+    for word in ("what it does", "examples", "\nfolders\n", "--chunks", "--source"):
         assert word in done.stdout
 
 
@@ -240,7 +240,7 @@ def test_story_question_and_table(quickstart, fake):  # noqa: F811
 
 @needs_posix
 def test_chat(fake):  # noqa: F811
-    """A model with a chat template answers; its end is not taken for a part of the answer."""
+    """A model with a chat template answers; the end marker is no part of the answer."""
     (fake / "bin" / "chat").touch()
     arguments = command_line(fake, "--types", "q8_0")[3:]
     for remembered in (False, True):
@@ -269,7 +269,7 @@ def test_bundled_model_suggests_a_chat_model(quickstart, fake):  # noqa: F811
 
 @needs_posix
 def test_model_by_name(quickstart, tmp_path, monkeypatch):
-    """It is fetched before anything is built."""
+    """The model is fetched before the build."""
     python, model = tmp_path / "python", tmp_path / "model.gguf"
     model.touch()
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "told"}\necho {model}\nexit $STATUS\n')
@@ -290,7 +290,7 @@ def test_model_by_name(quickstart, tmp_path, monkeypatch):
 
 @needs_posix
 def test_build(quickstart, tmp_path, capfd, monkeypatch):
-    """`turboquant build` prints the folder last; what it says on the way is for the terminal."""
+    """`turboquant build` prints the folder in its last line; other lines are shown on the terminal."""
     python, told = tmp_path / "python", tmp_path / "told"
     python.write_text(f'#!/bin/sh\necho "$@" > {told}\necho compiling >&2\necho hello\necho {tmp_path}\nexit $STATUS\n')
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The oracle against theory, and the core's scalar kernels against the oracle."""
+"""The NumPy reference compared with theory, and the scalar kernels of the core compared with the reference."""
 import doctest
 import hashlib
 import math
@@ -52,7 +52,7 @@ def test_codebooks_reach_the_theoretical_error(bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codebooks_satisfy_both_conditions(bits):
-    """Against the definition, by numerical integration: no formula of the solver is used."""
+    """Compared with the definition by numerical integration, without formulas of the solver."""
     centroids = np.array(reference.lloyd_max(bits))
     x = np.linspace(-9, 9, 2_000_001)
     weight = np.exp(-x * x / 2)
@@ -183,7 +183,7 @@ def test_decode_is_the_formula(type_name):
 @pytest.mark.parametrize("draw", [lambda rng, shape: rng.standard_normal(shape).astype(np.float32), heavy_tailed],
                          ids=["normal", "heavy-tailed"])
 def test_encode_is_as_good_as_the_oracle(type_name, draw):
-    """The bytes differ where float32 decides a near-tie otherwise than float64; the error does not."""
+    """Bytes differ where float32 and float64 decide a near-tie differently; the error is the same."""
     block = reference.FORMATS[type_name].block
     for rows in ROWS:
         x = draw(np.random.default_rng(rows), (rows, 2 * block))
@@ -196,7 +196,7 @@ def test_encode_is_as_good_as_the_oracle(type_name, draw):
 
 
 def grid_rows(type_name, seed):
-    """Encoded rows that leave an encoder no choice: indices as often as N(0,1) has them, shuffled, and fp16 scales."""
+    """Rows with a unique encoding: indices with the frequencies of N(0,1), shuffled, and fp16 scales."""
     form = reference.FORMATS[type_name]
     rng = np.random.default_rng(seed)
     centroids = np.array(reference.lloyd_max(form.bits))
@@ -235,7 +235,7 @@ def test_special_blocks(type_name, name):
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-39, 1e-20, 1e-9, 1e30, 3e38])
 def test_extreme_magnitudes(type_name, magnitude):
-    """What fp16 cannot scale saturates or is zero: the same blocks, and the same indices as for ordinary input."""
+    """Scales outside fp16 saturate or give zero for the same blocks, with the same indices as for ordinary input."""
     x = np.full(128, magnitude, dtype=np.float32)
     x[1::3] *= -1
     if magnitude < 1:
@@ -278,7 +278,7 @@ def test_prepare(block):
 
 
 def test_dot(type_name):
-    """Against the oracle's dot to float rounding, and against the decoded rows to the rounding of the query."""
+    """Equal to the reference up to float rounding, and to decoded rows up to the rounding of the query."""
     block = reference.FORMATS[type_name].block
     rng = np.random.default_rng(8)
     for rows in ROWS:
@@ -294,7 +294,7 @@ def test_dot(type_name):
 
 
 def test_dot_is_exact_on_grid_queries(type_name):
-    """Queries whose rotation is integers times a power of two: nothing is rounded but the last float sums."""
+    """Queries whose rotation is integers times a power of two, so that only the last float sums are rounded."""
     block = reference.FORMATS[type_name].block
     rng = np.random.default_rng(9)
     integers = rng.integers(-126, 127, (5, 2, block))

@@ -1,4 +1,4 @@
-"""llama.cpp's sources, fetched from a folder of fake source packages; no network."""
+"""The sources of llama.cpp, fetched from a folder of fake source packages without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERSION = "9.9.9"
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that packages are fetched from, by something faster than pip; with a cache of our own."""
+    """The folder of packages, a fast replacement of pip, and a separate cache."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("TURBOQUANT_CACHE", str(tmp_path / "cache"))
@@ -92,7 +92,7 @@ def test_with_pip_itself(pip_index, reporter, said, monkeypatch):
 
 
 def test_nothing_of_a_replaced_package_is_run(pip_index, reporter, said, tmp_path, monkeypatch):
-    """Its build backend would leave a trace; pip compares the checksum before it comes to that."""
+    """pip compares the checksum before the build backend, which would leave a trace, runs."""
     trace = tmp_path / "trace"
     known(make_sdist(pip_index, VERSION), monkeypatch)
     leave = f"import pathlib; pathlib.Path({str(trace)!r}).touch()\n"
@@ -114,7 +114,7 @@ def test_unproven_releases_need_a_word(index, reporter, monkeypatch):
         source.fetch(VERSION, reporter)
     monkeypatch.setattr(source, "_pip_download", real)
     tree = source.fetch(VERSION, reporter, unproven=True)
-    assert source.fetch(VERSION, reporter) == tree  # it is here already
+    assert source.fetch(VERSION, reporter) == tree  # it is already cached
 
 
 @pytest.mark.parametrize(("terminal", "answer", "code"), [(False, "", 1), (True, "n\n", 1), (True, "\n", 1), (True, "y\n", 0)])
@@ -259,12 +259,12 @@ def test_local_tree(tmp_path):
 
 
 def test_links_to_folders_are_part_of_a_local_tree(tmp_path):
-    """A ggml of its own, or one shared by several trees: it is copied, and its changes count."""
+    """A ggml folder that is a link, as when several trees share it, is copied, and its changes are noticed."""
     root = make_tree(tmp_path / "llama")
     plain = source.local(root)
     shutil.move(root / "ggml", tmp_path / "ggml")
     (root / "ggml").symlink_to(tmp_path / "ggml", target_is_directory=True)
-    (root / "src/back").symlink_to(root, target_is_directory=True)  # leads to where it is
+    (root / "src/back").symlink_to(root, target_is_directory=True)  # a link to its own folder
     (root / "src/nowhere").symlink_to(tmp_path / "gone")
     tree = source.local(root)
     assert tree.digest == plain.digest and list(tree.files()) == list(plain.files())

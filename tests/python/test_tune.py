@@ -1,6 +1,6 @@
-"""turboquant tune without llama.cpp: how it spends bits, what it measures, refuses, remembers and writes.
+"""turboquant tune without llama.cpp: allocation of bits, measurements, errors, stored results and files.
 
-The program that measures is stood in for by a script here; tests/llama/test_tune.py runs the real one.
+A script replaces the program that measures; tests/llama/test_tune.py runs the real one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from turboquant.tune.allocate import Choice, allocate, allocate_for_loss, hull, 
 from turboquant.tune.losses import LINEAR, estimate, finer, relative_error
 from typer.testing import CliRunner, Result
 
-#: K costs more than V, layer 2 most; layer 4 is nearly free.
+#: K costs more than V, layer 2 costs most, and layer 4 costs almost nothing.
 LAYERS = [{"k": 0.4, "v": 0.04}, {"k": 0.3, "v": 0.05}, {"k": 2.5, "v": 0.1}, {"k": 0.2, "v": 0.02}, {"k": 0.01, "v": 0.01}]
 
 
@@ -36,14 +36,14 @@ LAYERS = [{"k": 0.4, "v": 0.04}, {"k": 0.3, "v": 0.05}, {"k": 2.5, "v": 0.1}, {"
 
 
 def choices(rng: random.Random, count: int) -> list[Choice]:
-    """Costs as of cache types, losses that mostly fall with them."""
+    """Random choices with the costs of cache types, and losses that mostly decrease with the cost."""
     costs = rng.sample([2.125, 3.125, 4.125, 4.5, 8.5, 16.0], count)
     scale = rng.lognormvariate(0, 2)
     return [Choice(str(cost), cost, scale * 4**-cost * rng.uniform(0.5, 1.5)) for cost in costs]
 
 
 def brute_force(items: list[list[Choice]], budget: float) -> float:
-    """The least loss that fits."""
+    """The least loss within the budget."""
     fitting = (pick for pick in itertools.product(*items) if sum(one.cost for one in pick) <= budget + 1e-9)
     return min(sum(one.loss for one in pick) for pick in fitting)
 
@@ -60,7 +60,7 @@ def test_hull():
 
 
 def test_against_brute_force():
-    """Never over budget; optimal in most small cases, and never far from it."""
+    """The result is within the budget, optimal in most small cases, and always close to the optimum."""
     rng, equal, cases = random.Random(1), 0, 300
     for _ in range(cases):
         items = [choices(rng, rng.randint(1, 4)) for _ in range(rng.randint(1, 5))]
@@ -73,7 +73,7 @@ def test_against_brute_force():
 
 
 def test_optimal_at_the_corners():
-    """Where a budget is spent to the bit along the hulls, no other choice is better: the theorem of Lagrange."""
+    """If a budget is spent exactly along the hulls, no other choice is better (Lagrange multipliers)."""
     rng = random.Random(2)
     for _ in range(50):
         items = [choices(rng, 4) for _ in range(4)]
@@ -120,8 +120,8 @@ def test_budgets_at_the_ends():
 
 
 def test_relative_errors():
-    """turbo types: the distortion of Lloyd-Max levels for N(0,1), less what the search for the scale wins, or more by
-    what keeping inner products costs.
+    """turbo types: the distortion of Lloyd-Max levels for N(0,1), less the gain of the scale search, plus the cost of
+    preserving inner products.
     """
     for type, error in (("turbo4", 0.0095), ("turbo3", 0.0345), ("turbo2", 0.1175)):
         assert 0.75 * error < relative_error(type) < 1.15 * error
@@ -380,7 +380,7 @@ def test_saturated_and_destroyed_layers(place):
 
 
 def test_layers_without_a_cache_and_with_a_window(place):
-    """What the program says of windows and of layers counts, as the metadata does not tell everything."""
+    """The program's description of windows and layers is used, because metadata are incomplete."""
     write_model(place / "model.gguf", Shape(arch="gemma2", layers=4, window=32))
     layers = [{**LAYERS[0], "window": True}, LAYERS[1], None, LAYERS[3]]
     write_measure(place / "bin", layers, swa=32)

@@ -1,8 +1,8 @@
-// The codec for the page of `turboquant explore`: the scalar kernels themselves, without the parts for attention,
-// exported to JavaScript. tools/make_wasm.py compiles it.
-#include "scalar.cpp" // into this file, so that the linker drops what is not exported
+// The codec for the page of `turboquant explore`: the scalar kernels without attention, exported to JavaScript.
+// tools/make_wasm.py compiles this file.
+#include "scalar.cpp" // included, so that the linker drops what is not exported
 
-// Names of our own are in a namespace of their own: scalar.cpp may come to use any.
+// This namespace prevents conflicts with names in scalar.cpp.
 namespace page {
 namespace {
 
@@ -24,7 +24,7 @@ alignas(16) uint8_t encoded[most_bytes()];
 uint8_t index_of[128];
 tq_encode_report ignored;
 
-// Calls function with the Format of the type; false if there is no such type.
+// Calls `function` with the Format of the type. Returns false if there is no such type.
 template <typename Function> bool with_format(int type, const Function & function) {
     switch (type) {
 #define TURBOQUANT_CASE(ID, ...) \
@@ -37,7 +37,7 @@ template <typename Function> bool with_format(int type, const Function & functio
 
 template <int N> struct Constant { static constexpr int value = N; };
 
-// Calls function with the block length as a Constant; false if there is no such length.
+// Calls `function` with the block length as a Constant. Returns false if there is no such length.
 template <typename Function> bool with_block(int block, const Function & function) {
     switch (block) {
 #define TURBOQUANT_CASE(N) \
@@ -52,7 +52,7 @@ template <typename Function> bool with_block(int block, const Function & functio
 
 #define EXPORT(NAME) extern "C" __attribute__((export_name(#NAME)))
 
-// Where JavaScript finds the buffers: floats in, floats out, encoded blocks, the indices of one block, and the signs.
+// The addresses of the buffers for JavaScript: floats in, floats out, encoded blocks, indices of one block, signs.
 EXPORT(capacity) int exported_capacity() { return capacity; }
 EXPORT(values) float * exported_values() { return input; }
 EXPORT(results) float * exported_results() { return output; }
@@ -76,7 +76,8 @@ EXPORT_FACT(float, step, step)
 EXPORT_FACT(int, levels, levels)
 EXPORT_FACT(const int8_t *, centroids, centroids)
 
-// Blocks that follow each other: values -> bytes, bytes -> results, values -> results. False: no such type or length.
+// Functions on contiguous blocks: values -> bytes, bytes -> results, values -> results. They return false if there is
+// no such type or length.
 EXPORT(encode) bool exported_encode(int type, int blocks) {
     return with_format(type, [&](auto f) { tq::encode<decltype(f)>(input, encoded, blocks, &ignored); });
 }

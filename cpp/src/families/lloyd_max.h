@@ -1,6 +1,6 @@
-// The family turbo4, turbo3, turbo2: each rotated value becomes the index of its nearest Lloyd-Max centroid. Here are
-// the codebooks and the layout of the indices (FORMAT.md, "Layout"), in plain code; the encoder's search and assignment
-// are in scalar.cpp and generic/codec.h. Included by format.h.
+// The family turbo4, turbo3, turbo2: each rotated value is stored as the index of its nearest Lloyd-Max centroid. This
+// file has the codebooks and the layout of the indices (FORMAT.md, "Layout") in plain code. The encoder's search and
+// assignment are in scalar.cpp and generic/codec.h. format.h includes this file.
 #ifndef TURBOQUANT_FAMILIES_LLOYD_MAX_H
 #define TURBOQUANT_FAMILIES_LLOYD_MAX_H
 
@@ -12,7 +12,7 @@
 namespace turboquant {
 namespace {
 
-// One row per index width, of the tables of codebooks.h.
+// The constants of each index width, from codebooks.h:
 //   centroids          ascending, padded to 16 with zeros
 //   magnitudes         the positive half, padded likewise
 //   midpoints          of neighbouring magnitudes
@@ -39,7 +39,7 @@ template <int Bits> struct LloydMax : Codebook<Bits> {
     static constexpr int half_levels = 1 << (Bits - 1); // magnitudes
     static constexpr int levels = 2 * half_levels;
 
-    // The indices of n elements to the bytes after the scale.
+    // Writes the indices of n elements to the bytes after the scale.
     template <int N> static void pack(const uint8_t * index, uint8_t * q) {
         std::memset(q, 0, N * Bits / 8);
         for (int i = 0; i < N; ++i) {

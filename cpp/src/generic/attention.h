@@ -1,9 +1,10 @@
-// The attention kernels that every vector ISA takes, written once; codec.h comes first. An ISA file also defines
+// The attention kernels that all vector ISAs share. codec.h must be included before. An ISA file also defines
 //
 //   fma(a, b, c)              a * b + c, rounded once
-//   load_half                 `lanes` fp16 as floats
-//   accumulated_rows          query rows that accumulate takes at a time, first; and
-//   accumulated_registers<Rows>           registers of each that fit beside V and the weights
+//   load_half                 loads `lanes` fp16 values as floats
+//   accumulated_rows          greatest number of query rows that accumulate processes together
+//   accumulated_registers<Rows>
+//                             registers of sums per query row that fit into the register file with V and the weights
 #ifndef TURBOQUANT_GENERIC_ATTENTION_H
 #define TURBOQUANT_GENERIC_ATTENTION_H
 
@@ -14,7 +15,7 @@ template <typename F> TURBOQUANT_INLINE void block_levels(F format, const uint8_
     store_levels<F::block>(level, expand(format, q));
 }
 
-// Rows x lanes * Registers outputs stay in registers while all rows of V pass by.
+// Rows x (lanes * Registers) outputs stay in registers during the loop over all rows of V.
 template <int Rows, int Registers>
 void accumulate_block(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
                       float * sum, int64_t stride) {
@@ -33,7 +34,7 @@ void accumulate_block(const float * v, int count, int64_t head, const float * we
         for (int c = 0; c < Registers; ++c) store(sum + m * stride + lanes * c, a[m][c]);
 }
 
-// As many query rows as remain, Rows at a time; then fewer at a time.
+// Processes Rows query rows at a time, and the remaining ones in smaller groups.
 template <int Rows>
 void accumulate_rows(const float * v, int count, int64_t head, const float * weights, const SoftmaxState * state,
                      int rows, float * sum, int64_t stride) {

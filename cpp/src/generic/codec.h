@@ -1,35 +1,38 @@
-// The codec's vector kernels, written once: scalar.cpp's functions in its order, over the vocabulary below, which an ISA
-// file defines before it includes this. Like that file, this has internal linkage and is compiled with the ISA's flags.
+// The vector kernels of the codec, written once: the functions of scalar.cpp in the same order, over the primitives
+// below, which an ISA file defines before it includes this file. Everything here has internal linkage and is compiled
+// with the flags of the ISA.
 //
-//   lanes                     floats in a register, which holds as many ints, twice as many words, four times the bytes
+//   lanes                     floats in a register, which has as many ints, twice as many words, four times as many
+// bytes
 //   floats, ints, words, bytes, Steps
 //                             registers of float, int32, int16, int8; one int32 for each step of the search
-//   load, load_bytes, store   at any address
-//   all, all_words, zero_ints the same in every lane
-//   mul, add, sub             of floats, each rounded; add and sub of words, too
+//   load, load_bytes, store   loads and stores without alignment
+//   all, all_words, zero_ints the same value in every lane
+//   mul, add, sub             arithmetic of floats, rounded after each operation; add and sub also of words
 //   flip_signs(x, bits)       x with its signs changed where the sign bits at `bits` are set
 //   butterflies<R>            the Hadamard stages inside each of R registers of floats or words
-//   reduce_add                the sum of ints; of floats, where halves are added to halves
-//   max_magnitude(m, x)       ints: the greater of m and the bits of |x|; largest_lane: the greatest as uint32
-//   store_rounded             byte_registers of floats, times a factor, rounded to int8; adds them to a sum
+//   reduce_add                the sum of ints; the sum of floats, computed as in sum_of_squares of scalar.cpp
+//   max_magnitude(m, x)       the greater of m and the bits of |x|, as ints; largest_lane: the greatest lane as uint32
+//   store_rounded             stores byte_registers of floats, times a factor, rounded to int8; adds them to a sum
 //   round_words(a, b, unit)   two registers of floats times unit, rounded to words
 //   abs_words, xor_words, add_greater(m, x, t), select_negative(z, flags)
-//                             |x|; a ^ b; m + 1 where x > t; the flags where z < 0
+//                             |x|; a ^ b; m + 1 in lanes with x > t; the flags in lanes with z < 0
 //   multiply_add_words, multiply_add_bytes
-//                             ints plus products; those of bytes are of 0 ... 127
-//   store_coarse              word_registers of magnitudes in coarse units, at most 127, in any order; load_coarse
-//   store_low_bytes           word_registers of words as bytes
-//   centroids_under<Family>   the centroids of coarse magnitudes under a step of the search
-//   look_up<Family>           the centroid for each count of thresholds
-//   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the step that explains most
+//                             ints plus products; bytes are in 0 ... 127
+//   store_coarse, load_coarse word_registers of magnitudes in coarse units, limited to 127, in any order
+//   store_low_bytes           stores word_registers of words as bytes
+//   centroids_under<Family>   the centroids of coarse magnitudes in a step of the search
+//   look_up<Family>           the centroid for each number of exceeded thresholds
+//   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the scale of the best step
 //   Levels                    the int8 levels of a block
-//   pack, expand              overloads for LloydMax's index layout; other families are packed by their own plain code
-//   transform_levels          S2 and the Hadamard transform of levels, in words
-//   floats_of<Half>           half a register of words
+//   pack, expand              overloads for LloydMax's index layout; other families use their own plain code
+//   transform_levels          applies S2 and the Hadamard transform to levels, in words
+//   floats_of<Half>           half a register of words as floats
 //   store_scaled, store_levels
-//                             levels times a scale as floats; levels as they are
+//                             stores levels times a scale as floats; stores levels
 //   load_query, level_offset, offset_levels, multiply_add_levels
-//                             a prepared query; ints plus levels times queries, of levels to which an offset was added
+//                             loads a prepared query; adds level_offset to levels; ints plus offset levels times
+// queries
 #ifndef TURBOQUANT_GENERIC_CODEC_H
 #define TURBOQUANT_GENERIC_CODEC_H
 
@@ -38,7 +41,7 @@ namespace {
 
 TURBOQUANT_INLINE floats flip(floats x, const uint32_t * bits, int r) { return flip_signs(x, bits + lanes * r); }
 
-// The stages between registers; templates, so that the compiler unrolls them all and keeps y in registers.
+// The stages between registers, as templates, so that the compiler unrolls all of them and keeps y in registers.
 template <int R, int H = 1, typename Register> TURBOQUANT_INLINE void across_registers(Register * y) {
     if constexpr (H < R) {
         for (int i = 0; i < R / 2; ++i) {
@@ -56,7 +59,7 @@ template <int N> TURBOQUANT_INLINE void hadamard(floats * y) {
     across_registers<N / lanes>(y);
 }
 
-// In words of 16 bits. Exact, so the order of the stages is free.
+// In words of 16 bits. The arithmetic is exact, so the order of the stages is free.
 template <int N> TURBOQUANT_INLINE void hadamard(words * w) {
     across_registers<N / (2 * lanes)>(w);
     butterflies<N / (2 * lanes)>(w);
@@ -112,7 +115,7 @@ template <int N> void unrotate(const float * src, float * dst, int64_t blocks) {
     transform_blocks<N>(src, dst, blocks, sign_tables.bits2, sign_tables.bits1);
 }
 
-// Rounds y * inverse to int8; returns the sum.
+// Stores y * inverse rounded to int8, and returns the sum.
 template <int N> TURBOQUANT_INLINE int32_t round_to_bytes(const floats * y, float inverse, int8_t * q) {
     const floats factor = all(inverse);
     ints sum = zero_ints();
@@ -156,13 +159,13 @@ template <int N> struct Encoding : EncodingBase {
     words z[registers], magnitude[registers];
 };
 
-// Blocks whose coarse magnitudes fill a register of bytes.
+// Number of blocks whose coarse magnitudes fill a register of bytes.
 template <int N> constexpr int searched_together = 4 * lanes > N ? 4 * lanes / N : 1;
 
 template <int N> void transform(const float * x, Encoding<N> & work, int8_t * coarse) {
     work.largest = largest_bits<N>(x);
     if (!work.codable()) {
-        std::memset(coarse, 0, N); // a neighbour is searched with it
+        std::memset(coarse, 0, N); // the search reads it together with a neighbour
         return;
     }
     work.k = scale_exponent(work.largest);
@@ -219,7 +222,7 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
         m[r] = all_words(0);
         for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], thresholds[t]);
         a = multiply_add_words(a, work.magnitude[r], look_up<typename F::family>(m[r]));
-        // M - 1 - m is M + m with all its bits flipped
+        // M - 1 - m is M + m with all bits inverted
         m[r] = xor_words(add(m[r], all_words(M)), select_negative(work.z[r], all_words(2 * M - 1)));
     }
     const uint16_t d = block_scale<F>(work, reduce_add(a), &report->saturated);
@@ -235,7 +238,7 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
 
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     constexpr int N = F::block;
-    for (int64_t first = 0; first < blocks; first += encode_group) { // step by step, so that their latencies overlap
+    for (int64_t first = 0; first < blocks; first += encode_group) { // groups, so that latencies overlap
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         alignas(64) int8_t coarse[encode_group * N];

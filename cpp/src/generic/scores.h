@@ -1,8 +1,10 @@
-// Scores where a register of K holds four channels of one KV row in each lane, so that dot products of four bytes leave
-// nothing to add across lanes. After codec.h; an ISA file also defines
+// Scores for registers of K that have four channels of one KV row in each lane, so that dot products of four bytes need
+// no sums across lanes. codec.h must be included before. An ISA file also defines
 //
-//   transpose                 16 bytes of `lanes` rows, `stride` apart, to four columns of dwords, 4 * tile_rows apart
-//   scored_registers          registers of KV rows that stand beside 4 query rows' sums
+//   transpose                 writes 16 bytes of `lanes` rows, at a distance of `stride`, as four columns of dwords, at
+// a
+//                             distance of 4 * tile_rows
+//   scored_registers          registers of KV rows that fit into the register file with the sums of 4 query rows
 //   all_ints, to_floats, all_four(p), load_tile, fma
 #ifndef TURBOQUANT_GENERIC_SCORES_H
 #define TURBOQUANT_GENERIC_SCORES_H
@@ -10,13 +12,13 @@
 namespace turboquant {
 namespace {
 
-// tile: [head / 4][tile_rows] dwords; levels have level_offset added.
+// tile is [head / 4][tile_rows] dwords, to whose bytes level_offset is added.
 void keys(const int8_t * level, int64_t head, int8_t * tile) {
     for (int r = 0; r < tile_rows; r += lanes)
         for (int64_t c = 0; c < head; c += 16) transpose(level + r * head + c, head, tile + c * tile_rows + 4 * r);
 }
 
-// s[m] (+)= the products of Rows queries with scored_registers of K over one block.
+// Writes the products of Rows queries with scored_registers of K over one block to s, or adds them to s.
 template <int N, int Rows>
 void scores_block(const int8_t * tile, const float * scale, const typename QueryBlock<N>::type * q, int64_t q_stride,
                   bool add, float * s) {

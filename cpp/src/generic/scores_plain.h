@@ -1,4 +1,4 @@
-// Scores from levels as they come: a plain loop over the channels of one KV row.
+// Scores from levels in the order of the cache, by a plain loop over the channels of a KV row.
 #ifndef TURBOQUANT_GENERIC_SCORES_PLAIN_H
 #define TURBOQUANT_GENERIC_SCORES_PLAIN_H
 

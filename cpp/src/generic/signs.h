@@ -1,4 +1,4 @@
-// The sign vectors as operands: float sign bits, and +-1 for int8 levels.
+// The sign vectors as operands: sign bits of floats, and +1 or -1 for int8 levels.
 #ifndef TURBOQUANT_GENERIC_SIGNS_H
 #define TURBOQUANT_GENERIC_SIGNS_H
 

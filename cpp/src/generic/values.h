@@ -1,11 +1,13 @@
-// V as int8 levels, where a lane holds one channel of four KV rows, for a dot product of four unsigned and four signed
-// bytes. After scores.h; an ISA file also defines
+// Accumulation of V as int8 levels. A lane has one channel of four KV rows, for a dot product of four unsigned and four
+// signed bytes. scores.h must be included before. An ISA file also defines
 //
-//   interleave                4 * lanes channels of four rows, `stride` apart, to dwords; interleave32 does 32 channels
-//   leveled_registers<Rows>   registers of sums of each of Rows query rows
-//   first(x, n)               x with zeros from the nth lane on; max, reduce_max; max_bits(m, x), of x >= 0
-//   split_bytes               four registers of ints below 2^16 to their upper and lower bytes
-//   to_ints                   floats rounded to the nearest
+//   interleave                writes 4 * lanes channels of four rows, at a distance of `stride`, as dwords;
+// interleave32
+//                             writes 32 channels
+//   leveled_registers<Rows>   registers of sums per query row, if Rows rows are processed together
+//   first(x, n)               x with zeros from lane n on; max, reduce_max; max_bits(m, x) for x >= 0
+//   split_bytes               stores the upper and the lower bytes of four registers of ints below 2^16
+//   to_ints                   floats rounded to the nearest int
 //   multiply_add_weights      ints plus weights times levels; shift_byte: ints times 256
 #ifndef TURBOQUANT_GENERIC_VALUES_H
 #define TURBOQUANT_GENERIC_VALUES_H
@@ -13,11 +15,12 @@
 namespace turboquant {
 namespace {
 
-// Weights are rounded to 8 bits in tiles where none is above this share of the sum so far, else to 16.
+// Weights of a query row are rounded to 8 bits in tiles where none exceeds this share of the sum so far, else to 16
+// bits.
 constexpr float coarse_share = 1.0f / 128;
 
-// What is added before rounding to 8 bits, in units, so that many small weights are not all lost: the van der Corput
-// sequence over the tile's rows, between -0.5 and 0.5.
+// The dither that is added before rounding to 8 bits, in units of the rounding, so that many small weights are not all
+// rounded to 0: the van der Corput sequence over the rows of a tile, between -0.5 and 0.5.
 struct Dither {
     alignas(64) float row[tile_rows];
     constexpr Dither() : row() {
@@ -31,7 +34,7 @@ struct Dither {
 static_assert(tile_rows == 64, "six bits");
 constexpr Dither dither;
 
-// tile: [count / 4][head] dwords.
+// tile is [count / 4][head] dwords.
 void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
     for (int r = 0; r < count; r += 4, level += 4 * head, tile += 4 * head) {
         int64_t c = 0;
@@ -41,14 +44,14 @@ void values(const int8_t * level, int count, int64_t head, int8_t * tile) {
     }
 }
 
-// Whether the tile's weights need 16 bits (see coarse_share); a NaN does, which made the sum NaN.
+// Whether the weights of a tile need 16 bits (see coarse_share). A NaN makes the sum NaN, and then they do.
 bool needs_16_bits(const float * weights, int count, const SoftmaxState & state) {
     floats largest = all(0.0f);
     for (int r = 0; r < count; r += lanes) largest = max(largest, first(load(weights + r), count - r));
     return !(reduce_max(largest) <= coarse_share * state.sum);
 }
 
-// A query row's weights times V's scales, as multiples of `unit`: of 8 bits, or the upper and lower bytes of 16.
+// Weights of a query row times V's scales, as multiples of `unit` of 8 bits, or of 16 bits in upper and lower bytes.
 struct Weights {
     alignas(64) uint8_t high[tile_rows], low[tile_rows];
     float unit;
@@ -58,14 +61,14 @@ void round_weights(const float * weights, const float * scale, int count, bool f
     constexpr int registers = tile_rows / lanes;
     const float limit = fine ? 65535.0f : 255.0f;
     floats w[registers];
-    ints largest = zero_ints(); // of bits: NaN is above all
+    ints largest = zero_ints(); // of the bits, by which NaN is the largest
     for (int r = 0; r < registers; ++r) {
         w[r] = first(mul(load(weights + lanes * r), load(scale + lanes * r)), count - lanes * r);
         largest = max_bits(largest, w[r]);
     }
     const float top = bits_float(largest_lane(largest));
     const bool usable = top > 0 && top < INFINITY;
-    out.unit = usable ? top / limit : top; // not finite: the sums must show it
+    out.unit = usable ? top / limit : top; // if not finite, the sums become not finite
     const floats inverse = all(usable ? limit / top : 0.0f);
     for (int r = 0; r < registers; r += 4) {
         ints x[4];
@@ -77,7 +80,7 @@ void round_weights(const float * weights, const float * scale, int count, bool f
     }
 }
 
-// The upper bytes' products with V, shifted, and those of the lower bytes.
+// Sums of the products of the upper bytes with V, shifted, and of the lower bytes with V.
 template <int Rows, int Registers>
 void accumulate_levels_block(const int8_t * tile, int count, int64_t head, const Weights * weights, bool fine,
                              const SoftmaxState * state, float * sum, int64_t stride) {
@@ -114,7 +117,7 @@ void accumulate_levels_rows(const int8_t * tile, const float * scale, int block,
                             const float * weights, const SoftmaxState * state, float * sum, int64_t stride) {
     constexpr int registers = leveled_registers<Rows>, width = registers * lanes;
     Weights rounded[Rows];
-    bool fine[Rows], any_fine = false; // each row for itself, so that it does not matter which rows go together
+    bool fine[Rows], any_fine = false; // each row decides for itself, so that the other rows of the group do not matter
     for (int m = 0; m < Rows; ++m) {
         fine[m] = needs_16_bits(weights + m * tile_rows, count, state[m]);
         any_fine = any_fine || fine[m];

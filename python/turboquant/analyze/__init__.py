@@ -1,5 +1,5 @@
-"""What quantization does to the queries, keys and values of a model: `turboquant analyze`.
+"""`turboquant analyze`: the effect of quantization on the queries, keys and values of a model.
 
-`measure` reads a file of `turboquant dump-kv` layer by layer, `report` tells and draws. docs/convert.md explains the
-figures.
+`measure` reads a file of `turboquant dump-kv` layer by layer, and `report` prints and draws the results.
+docs/convert.md explains the figures.
 """

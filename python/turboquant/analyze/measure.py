@@ -1,7 +1,7 @@
-"""Measure how K and V of every layer are distributed, and what each cache type does to them and to attention.
+"""Measure the distributions of K and V of every layer, and the errors of each cache type in K, V and attention.
 
-All errors are those of the real codec on the real values. Attention is that of the file's own queries, causal, without
-what a model may add to it (sliding windows, sinks, soft caps), and of at most `QUERIES` queries, evenly spread.
+All errors are those of the real codec on the real values. Attention is computed for at most `QUERIES` queries of the
+file, evenly spread. It is causal, without sliding windows, sinks and soft caps that a model may have.
 """
 
 from __future__ import annotations
@@ -28,44 +28,47 @@ __all__ = ["STOCK", "TYPES", "Analysis", "AnalyzeError", "Effect", "Half", "Laye
 Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
 
-#: What is measured unless told otherwise.
+#: The cache types that are measured by default.
 TYPES = ("turbo4", "turbo3", "turbo2", "q8_0", "q4_0")
-#: llama.cpp's own types that can be measured; it rotates heads that 64 divides, and so they are here.
+#: llama.cpp's own types that can be measured. llama.cpp rotates heads whose size is a multiple of 64, and so does
+#: this module.
 STOCK = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 QUERIES = 128
-#: A layer is to be protected if its error is this many times the median layer's.
+#: A layer is to be protected if its error exceeds that of the median layer by this factor.
 PROTECT = 2.0
 
 
 class AnalyzeError(TurboQuantError):
-    """The file or the types cannot be used. The text says what to do."""
+    """The file or a type cannot be used. The text says what to do."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a cache type does to K or V of one layer."""
+    """The errors that a cache type causes in K or V of one layer."""
 
-    mse: float  #: squared error relative to the squares of the values
-    harm: float  #: K: KL divergence of attention's weights, in nats per query; V: squared error of attention's output,
-    #: relative to its squares
-    score: float | None = None  #: K: standard deviation of the error of a score (scale * q.k), common shifts left out
+    mse: float  #: squared error divided by the sum of the squared values
+    #: K: KL divergence of attention's weights, in nats per query; V: squared error of attention's output, divided by
+    #: the squared output
+    harm: float
+    #: K: standard deviation of the error of a score (scale * q.k), without a shift common to all scores of a query
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class Half:
     """K or V of one layer. "Rotated" is None where no block divides the head."""
 
-    outlier: float  #: RMS of the largest channel over that of the median channel, in the worst block
+    outlier: float  #: RMS of the largest channel divided by that of the median channel, in the worst block
     outlier_rotated: float | None
-    kurtosis: float  #: mean of x^4 over that of x^2 squared, per block; 3n / (n + 2) for normal values, n at most
+    kurtosis: float  #: mean of x^4 over the squared mean of x^2, per block: 3n / (n + 2) for normal values, at most n
     kurtosis_rotated: float | None
     fit: float | None  #: Kolmogorov-Smirnov distance of rotated blocks of length 1 from N(0, 1/n), 0 ... 1
-    effects: dict[str, Effect | None]  #: by type; None where the type cannot store such heads
+    effects: dict[str, Effect | None]  #: effects by type; None if the type cannot store such heads
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's cache."""
+    """The cache of one layer."""
 
     layer: int
     head_k: int
@@ -74,34 +77,34 @@ class Layer:
     kv_heads: int
     k: Half
     v: Half
-    balance: float  #: what share of K's noise in the scores is left if channels are balanced freely (see `convert`)
+    balance: float  #: share of K's noise in the scores that is left if channels are balanced one by one (see `convert`)
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A whole file."""
+    """The analysis of a file."""
 
     model: str
     text: str
     tokens: int
-    queries: int  #: whose attention was measured
+    queries: int  #: number of queries for which attention was measured
     types: tuple[str, ...]
     layers: list[Layer]
 
     def harms(self, half: str, type: str) -> dict[int, float]:
-        """The harm of a type to K ("k") or V ("v"), by layer; without those that it cannot store."""
+        """The error of attention due to a type of K ("k") or V ("v"), by layer, without layers that it cannot store."""
         effects = {layer.layer: getattr(layer, half).effects[type] for layer in self.layers}
         return {layer: effect.harm for layer, effect in effects.items() if effect}
 
     def protect(self, half: str, type: str) -> list[int]:
-        """The layers whose K ("k") or V ("v") suffers more than `PROTECT` times what the median layer's does."""
+        """The layers whose error, for K ("k") or V ("v"), is more than `PROTECT` times that of the median layer."""
         harms = self.harms(half, type)
         median = float(np.median(list(harms.values()))) if harms else 0.0
         return [layer for layer, harm in harms.items() if harm > PROTECT * median]
 
 
 def check_types(types: Sequence[str]) -> None:
-    """AnalyzeError if one of the types is unknown."""
+    """Raise AnalyzeError if one of the types is unknown."""
     for type in types:
         if type in STOCK:
             continue
@@ -114,10 +117,10 @@ def check_types(types: Sequence[str]) -> None:
 def analyze(
     path: Path, types: Sequence[str] = TYPES, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Analysis:
-    """Measure a file of `turboquant dump-kv`, one layer in memory at a time.
+    """Measure a file of `turboquant dump-kv`, with one layer in memory at a time.
 
     Raises:
-        AnalyzeError, DumpError: it is no such file, or a type is unknown.
+        AnalyzeError, DumpError: the file is no dump, or a type is unknown.
     """
     check_types(types)
     with _opened(path) as file:
@@ -135,7 +138,7 @@ def analyze(
         layers = []
         for done, number in enumerate(numbers):
             progress(done, len(numbers))
-            if f"v.{number}" in names:  # else V is a part of K, which only whole rows of one type can store
+            if f"v.{number}" in names:  # otherwise V is a part of K, and K and V must have the same type
                 if f"q.{number}" not in names:
                     raise AnalyzeError(f"{path} has no q.{number}: make it again with `turboquant dump-kv`")
                 queries = [(_read(file, path, name), scales[name]) for name in _queries(names, number)]
@@ -210,12 +213,12 @@ def _half(x: Array, effects: dict[str, Effect | None]) -> Half:
 
 
 def _block(head: int) -> int | None:
-    """The block that turbo types have in a head of that size."""
+    """The block length of turbo types for heads of `head` values."""
     return next((n for n in (128, 64, 32) if head % n == 0), None)
 
 
 def _shape(x: Array, n: int) -> tuple[float, float]:
-    """Outlier ratio and kurtosis, see `Half`."""
+    """Outlier ratio and kurtosis; see `Half`."""
     squares = np.square(x.reshape(len(x), -1, n), dtype=np.float64)
     channels = np.sqrt(squares.mean(axis=0))
     ratio = channels.max(axis=1) / np.maximum(np.median(channels, axis=1), 1e-30)
@@ -236,9 +239,10 @@ def _fit(y: Array, n: int) -> float:
 
 
 def stored(x: Array, type: str, rotation: int) -> Array | None:
-    """x (tokens, KV heads, head) as it comes out of a cache of that type; None if the type cannot store such heads.
+    """x (tokens, KV heads, head) after encoding and decoding; None if the type cannot store such heads.
 
-    `rotation`: for llama.cpp's own types, the largest power of two that it rotates by, if the head is a multiple.
+    For llama.cpp's own types `rotation` is the upper limit of the blocks that are rotated, as llama.cpp does if the
+    head is a multiple of 64.
     """
     head = x.shape[2]
     if type not in STOCK:
@@ -264,12 +268,12 @@ def stored(x: Array, type: str, rotation: int) -> Array | None:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Some queries of the heads that read one KV head."""
+    """Evenly spread queries of the heads that read one KV head."""
 
     kv_head: int
     q: Floats  #: (heads, queries, head), times the scale of the scores
     weights: Floats  #: (heads, queries, tokens), softmax of the scores
-    seen: NDArray[np.bool_]  #: (queries, tokens): what a query attends to
+    seen: NDArray[np.bool_]  #: (queries, tokens), whether a query attends to a token
 
 
 def _attentions(queries: Sequence[tuple[Array, float]], k: Array) -> Iterator[_Attention]:
@@ -294,7 +298,7 @@ def _effect_k(k: Array, k_hat: Array, reading: Sequence[_Attention]) -> Effect:
         centred = np.where(one.seen, error - mean[..., None], 0)
         square += float(np.square(centred).sum())
         count += one.seen.sum() * len(error)
-        # KL(p || p̂) = log Σ p exp(e) - Σ p e, for scores that are off by e
+        # KL(p || p̂) = log Σ p exp(e) - Σ p e for scores with the error e
         shift = centred.max(axis=-1, keepdims=True)
         partition = np.log((one.weights * np.exp(centred - shift)).sum(axis=-1)) + shift[..., 0]
         divergence += float((partition - (one.weights * centred).sum(axis=-1)).sum())
@@ -316,7 +320,7 @@ def _relative(difference: Floats, x: Array) -> float:
 
 
 def _balanced(cached: Floats, reader: Floats) -> float:
-    """See `Layer.balance`; second moments, (KV heads, head)."""
+    """See `Layer.balance`. Arguments are second moments, (KV heads, head)."""
     head = cached.shape[1]
     place = np.arange(cached.size)
     problem = Problem(cached.ravel(), reader.ravel(), place // (_block(head) or head), place)

@@ -1,4 +1,4 @@
-"""An analysis as tables, as JSON and as a picture."""
+"""An analysis as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .measure import PROTECT, Analysis
 
 __all__ = ["plot", "show", "to_json", "verdict"]
 
-#: A layer of which `convert` leaves less than this share of the noise is worth mentioning.
+#: Layers are listed if `convert` leaves less than this share of their noise.
 WORTH = 0.7
 
 
 def to_json(found: Analysis) -> str:
-    """All figures: the fields of `Analysis`, and which layers to protect, by "k" or "v" and type."""
+    """All figures as JSON: the fields of `Analysis`, and the layers to protect, by "k" or "v" and type."""
     protect = {half: {type: found.protect(half, type) for type in found.types} for half in "kv"}
     return json.dumps({"format": "turboquant-analysis 1", **asdict(found), "protect": protect}, indent=1)
 
@@ -49,7 +49,7 @@ def show(found: Analysis, console: Console) -> None:
 
 
 def verdict(found: Analysis) -> list[str]:
-    """In words: which layers to protect, and what can be done, judged by the first type."""
+    """The layers to protect and the remedies in sentences, judged by the first type."""
     type = found.types[0]
     k, v = found.protect("k", type), found.protect("v", type)
     lines = [f"Layers to protect, by {type}:", f"  K: {_list(k)}", f"  V: {_list(v)}"]
@@ -74,7 +74,7 @@ def verdict(found: Analysis) -> list[str]:
 
 
 def plot(found: Analysis, path: Path) -> None:
-    """Draw outliers, normality and the errors of all types, over the layers. OutputError if that cannot be written."""
+    """Draw outliers, normality and errors of all types by layer. Raises OutputError if the file cannot be written."""
     numbers = [layer.layer for layer in found.layers]
     with figure(path, 3, f"{found.model}, {found.tokens} tokens of {found.text}", rows=2) as axes:
         for row, half in enumerate("kv"):

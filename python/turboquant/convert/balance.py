@@ -1,9 +1,9 @@
-"""The scales that make the quantization noise of a cache as small as it can be without touching the cache.
+"""The scales of weights that minimize the quantization noise of a cache.
 
-A block of n channels is rotated before it is quantized, so its noise is the same in every channel: proportional to A
-= Σ s² E|k|². It is read through the query, as B = Σ E|q|² / s². Scaling k by s and q by 1/s leaves q·k as it is, and
-A·B is least, by Cauchy-Schwarz, at s⁴ = E|q|² / E|k|². For V the same holds with the second moments of V and, for q,
-the squared length of the columns of the output matrix.
+A block of n channels is rotated before it is quantized, so its noise is the same in every channel and proportional to
+A = Σ s² E|k|². Scores read the noise through the query, with the factor B = Σ E|q|² / s². Scaling k by s and q by 1/s
+does not change q·k, and by the Cauchy-Schwarz inequality A·B is least at s⁴ = E|q|² / E|k|². For V the same holds with
+the second moments of V, and with the squared lengths of the columns of the output matrix in place of E|q|².
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Problem", "groups", "noise", "solve", "solve_powers"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_FLOOR = 1e-10  # of a block's largest moment: a channel that never moves must not be scaled to infinity
+_FLOOR = 1e-10  # share of a block's largest moment; a lower limit, so that a constant zero channel has a finite scale
 _STEPS = 40
 
 
@@ -27,10 +27,10 @@ _STEPS = 40
 class Problem:
     """Channels to balance; all arrays are (channels,)."""
 
-    cached: Floats  #: second moments of what is cached, E|k|² or E|v|²
-    reader: Floats  #: of what reads it: E|q|², summed over the heads that do, or squared lengths of columns
-    block: Ints  #: which block of the cache a channel is in, from 0
-    group: Ints  #: channels with the same number have the same scale, from 0
+    cached: Floats  #: second moments of the cached channels, E|k|² or E|v|²
+    reader: Floats  #: E|q|², summed over the heads that read it, or squared lengths of the output's columns
+    block: Ints  #: number of the channel's block, from 0
+    group: Ints  #: number of the channel's group, from 0; channels of a group have the same scale
 
     def floored(self) -> tuple[Floats, Floats]:
         """`cached` and `reader` without zeros."""
@@ -50,23 +50,24 @@ def groups(channels: int, pairs: list[tuple[Ints, Ints]]) -> Ints:
             low = np.minimum(label[a], label[b])
             np.minimum.at(label, a, low)
             np.minimum.at(label, b, low)
-        label = label[label]  # halves the length of chains
+        label = label[label]  # path halving
         if np.array_equal(label, before):
             return np.asarray(np.unique(label, return_inverse=True)[1], np.int64)
 
 
 def noise(problem: Problem, scale: Floats) -> float:
-    """Σ over the blocks of A·B / n: the noise in the scores (or the output), per unit of the type's own error."""
+    """Σ over the blocks of A·B / n: the noise in the scores (or the output) per unit of the type's relative error."""
     a = _sum(problem.block, problem.cached * scale**2)
     b = _sum(problem.block, problem.reader / scale**2)
     return float((a * b / np.bincount(problem.block)).sum())
 
 
 def solve(problem: Problem) -> Floats:
-    """The best scales, (channels,), for real numbers. Blocks keep their energy or lose some.
+    """The best scales as real numbers, (channels,). The energy of a block does not increase.
 
-    Where groups lie within blocks this is s⁴ = Σ reader / Σ cached over the group. A group that several blocks share
-    (one norm's weight for all heads) weighs each by its A and B, which depend on the scales: a few rounds settle them.
+    If every group is inside one block, s⁴ = Σ reader / Σ cached over the group. In a group that several blocks share
+    (one norm's weight for all heads), each block is weighted by its A and B. These depend on the scales, so the
+    computation is repeated a few times.
     """
     cached, reader = problem.floored()
     scale = np.ones_like(cached)
@@ -84,9 +85,9 @@ def solve(problem: Problem) -> Floats:
 def solve_powers(problem: Problem, low: Ints, high: Ints) -> Floats:
     """The best scales among the powers of two from 2**low to 2**high; `low` and `high` are (channels,).
 
-    Only ratios matter within a block, so the exact scales may all be moved by a common factor before they are rounded:
-    the factor that leaves the least noise is taken, and of several the one nearest to 1, as K and Q must stay within
-    the range of fp16. 1 everywhere if nothing is better than that.
+    Only ratios matter within a block, so the exact scales may be multiplied by a common factor before they are rounded.
+    The factor with the least noise is taken; of several such factors the one nearest to 1, because K and Q must stay in
+    the range of fp16. All scales are 1 if no others have less noise.
     """
     exact = np.log2(solve(problem))
     low = _per(problem.group, low, np.maximum)[problem.group]
@@ -106,7 +107,7 @@ def _sum(labels: Ints, values: Floats) -> Floats:
 
 
 def _per(labels: Ints, values: NDArray[Any], reduce: np.ufunc) -> NDArray[Any]:
-    """`reduce` of the values with each label."""
+    """The result of `reduce` for the values of each label."""
     result = values[np.unique(labels, return_index=True)[1]].copy()
     reduce.at(result, labels, values)
     return result

@@ -1,4 +1,4 @@
-"""What a conversion did to the model, measured with llama-perplexity: KLD from the original's own f16 cache."""
+"""The effect of a conversion, measured with llama-perplexity: the KLD from the original model with an f16 cache."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ _MEASURE = "turboquant-measure"
 
 
 class CheckError(TurboQuantError):
-    """llama-perplexity could not be run. The text has what it said."""
+    """llama-perplexity failed. The text has its error message."""
 
 
 def shape(text: Path, available: int) -> tuple[int, int]:
-    """The context and the number of chunks for a text of that many tokens.
+    """The context and the number of chunks for a text of `tokens` tokens.
 
-    CheckError if the text is too short to be of use.
+    Raises:
+        CheckError: the text is too short.
     """
     for context in (512, 256, 128):
         if available >= 2 * context:
@@ -44,7 +45,7 @@ def shape(text: Path, available: int) -> tuple[int, int]:
 
 
 class _Unfused(CachePair):
-    """The types of a cache that is read without flash attention; of two options the last one counts."""
+    """A cache without flash attention. The option `-fa off` follows `-fa on`, and the last one is effective."""
 
     @property
     def arguments(self) -> list[str]:
@@ -52,26 +53,29 @@ class _Unfused(CachePair):
 
 
 class Checker:
-    """KLDs from the predictions of one model with an f16 cache, on the first tokens of a text."""
+    """Measures KLDs from the predictions of one model with an f16 cache, on the first tokens of a text."""
 
     def __init__(self, programs: Programs, base: Path, context: int, chunks: int, reporter: Reporter) -> None:
         self._programs, self._base, self._context, self._chunks = programs, base, context, chunks
         self._reporter = reporter
 
     def kld(self, model: Path, k: str = "f16", v: str = "f16", *, what: str) -> float:
-        """The KLD of `model` with that cache from the original, in nats per token. CheckError if it does not run.
+        """The KLD of `model` with the cache `pair` from the original, in nats per token.
 
-        Infinite where a prediction is not finite, so that every limit is exceeded. `what` is told the user.
+        It is infinite if a prediction is not finite. `what` describes the run in the progress display.
+
+        Raises:
+            CheckError: the run failed.
         """
         return self._kld(model, CachePair(k, v), what)[0]
 
     def kld_and_types(self, model: Path, k: str, v: str, *, what: str) -> tuple[float, tuple[str, str]]:
-        """As `kld`, and the types that the layers' K and V got, in a plan's compact syntax ("": all as asked for)."""
+        """As `kld`; also returns the types of K and V by layer in compact syntax ("" if all are as requested)."""
         kld, caches = self._kld(model, CachePair(k, v), what)
         return kld, (caches.types_k, caches.types_v)
 
     def identity(self, model: Path, text: Path) -> dict[str, Any]:
-        """What a plan knows `model` by. CheckError if the program does not say."""
+        """The description of `model` in a plan. Raises CheckError if the program does not print it."""
         with tempfile.TemporaryDirectory(dir=self._base.parent) as scratch:
             command = [str(self._programs.path(_MEASURE)), str(model), str(text), "0", "1", "128"]
             command += [str(self._programs.threads), "0", str(Path(scratch) / "f16.kld")]
@@ -83,9 +87,10 @@ class Checker:
         return found
 
     def floor(self, model: Path) -> float:
-        """The KLD of the original, `model`, from itself if nothing but rounding differs: without flash attention.
+        """The KLD between the original `model` with and without flash attention, which differ only by rounding.
 
-        Where weights are quantized, activations are, too, and any change, however small, moves some of them by a step.
+        With quantized weights activations are quantized as well, and every change, however small, changes the rounding
+        of some activations.
         """
         found, _ = self._kld(model, _Unfused("f16", "f16"), "the original, rounded otherwise")
         if not math.isfinite(found):
@@ -115,7 +120,7 @@ def checker(
     threads: int | None,
     reporter: Reporter,
 ) -> Iterator[Checker]:
-    """Predict with `model`, for comparison with others; the predictions are deleted in the end."""
+    """Store the predictions of `model` for comparisons; they are deleted at the end."""
     folder = cache_dir() / "convert"
     folder.mkdir(parents=True, exist_ok=True)
     try:

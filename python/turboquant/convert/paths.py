@@ -1,10 +1,10 @@
-"""Follow the channels of q, k, v and of attention's output to the elements of the weights that they come from.
+"""Follow the channels of q, k, v and of attention's output to the elements of the weights that determine them.
 
-A model file says nothing about how its weights are used; llama.cpp's graph does. So the graph is followed backwards
-from the tensor that attention reads, one operation at a time, through everything that keeps channels apart: views and
-copies, RoPE (which mixes the two channels of a pair), factors, biases. The way ends at the first weight that scales
-each channel: the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; what is
-not known is refused.
+A model file does not say how its weights are used, but llama.cpp's graph does. The graph is followed backwards from the
+tensor that attention reads, one operation at a time, through all operations that keep channels separate: views and
+copies, RoPE (which mixes the two channels of a pair), factors, biases. The path ends at the first weight that scales
+each channel: the rows of a matrix, or the elements of a norm's weight. No list of architectures is needed; unknown
+operations are refused.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["Leaf", "Refusal", "Trace", "trace", "trace_output"]
 
 Ints = NDArray[np.int64]
 
-#: RoPE's modes in ggml.h; only the first two pair channels in a way that every position shares.
+#: RoPE's modes in ggml.h. Only in the first two the pairs of channels are the same at all positions.
 _ROPE = {0: "normal", 2: "neox", 8: "M-RoPE", 24: "vision RoPE", 40: "interleaved M-RoPE"}
 _LAYOUT = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"}
 _COPY = {"CONT", "CPY", "DUP"}
 
 
 class Refusal(Exception):
-    """These channels cannot be scaled through the weights; the text says what is in the way."""
+    """The channels cannot be scaled through the weights. The text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A weight, and which of its rows, columns or elements belongs to each channel."""
+    """A weight, and for each channel the index of its row, column or element."""
 
     tensor: str
     axis: str  #: "rows", "columns" or "elements"
@@ -42,20 +42,21 @@ class Leaf:
 
 @dataclass
 class Trace:
-    """Everything that must be scaled with the channels, and which channels must have the same scale."""
+    """All weights that must be scaled with the channels, and the channels that must have the same scale."""
 
     leaves: list[Leaf] = field(default_factory=list)
-    pairs: list[tuple[Ints, Ints]] = field(default_factory=list)  #: channels with one scale for both
+    pairs: list[tuple[Ints, Ints]] = field(default_factory=list)  #: pairs of channels that must have the same scale
 
 
 def trace(steps: Sequence[dict[str, Any]], coordinates: Ints) -> Trace:
     """Follow `steps` (of a `Route`) to the weights.
 
     Args:
-        coordinates: (channels, 4), where each channel of one token is in the first step's tensor, in ggml's order.
+        coordinates: (channels, 4), the position of each channel of one token in the first step's tensor, in ggml's
+            order.
 
     Raises:
-        Refusal: an operation is in the way that does not commute with scaling channels.
+        Refusal: an operation does not commute with scaling channels.
     """
     at, found = coordinates, Trace()
     for step in steps:
@@ -89,10 +90,11 @@ def trace_output(steps: Sequence[dict[str, Any]], heads: int, head: int) -> Leaf
     """The columns of the output matrix that multiply each channel of attention's output.
 
     Returns:
-        A leaf with index (heads * head,). The steps go backwards, so the columns' places are followed and inverted.
+        A leaf with index (heads * head,). The steps lead backwards, so the positions of the columns are followed and
+        then inverted.
 
     Raises:
-        Refusal: the matrix takes other columns, too.
+        Refusal: the matrix has further columns.
     """
     product, *rest = steps
     columns = int(product["wne"][0])
@@ -110,7 +112,7 @@ def trace_output(steps: Sequence[dict[str, Any]], heads: int, head: int) -> Leaf
 
 
 def _rope_pairs(step: dict[str, Any], at: Ints) -> list[tuple[Ints, Ints]]:
-    """The pairs of channels that RoPE mixes; channels outside of its dimensions are in none."""
+    """The pairs of channels that RoPE mixes. Channels outside its dimensions are in no pair."""
     mode, dims = step["mode"], step["dims"]
     if mode not in (0, 2):
         raise Refusal(f"it is rotated by {_ROPE.get(mode, f'RoPE of mode {mode}')}, and only normal and neox are known")
@@ -131,7 +133,7 @@ def _rope_pairs(step: dict[str, Any], at: Ints) -> list[tuple[Ints, Ints]]:
 
 
 def _through_layout(step: dict[str, Any], at: Ints) -> Ints:
-    """Coordinates in a view or copy -> coordinates in what it was made from."""
+    """Convert coordinates in a view or copy to coordinates in its source."""
     if step["op"] in _COPY:
         return _unflat(_flat(at, step["ne"]), step["sne"])
     address = step["offset"] + at @ np.array(step["nb"], np.int64)

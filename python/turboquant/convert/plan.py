@@ -1,4 +1,4 @@
-"""Measure a model on a text, and plan how its weights are to be scaled."""
+"""Measure a model on a text, and plan the scales of its weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ __all__ = ["Balanced", "Measurement", "Plan", "make_plan", "measure", "ranges"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_EXACT = ("F32", "F16")  # a factor that is no power of two costs them next to nothing
+_EXACT = ("F32", "F16")  # a factor that is no power of two costs these types almost no precision
 
 
 @dataclass
 class Measurement:
-    """Second moments per channel, and where the channels come from."""
+    """Second moments per channel, and the routes of the channels to the weights."""
 
     tokens: int
     available: int
     attentions: list[Attention] = field(default_factory=list)
-    routes: dict[tuple[str, int], list[Route]] = field(default_factory=dict)  #: by role, and use (q, o) or layer (k, v)
+    #: by role, and number of the attention operation (q, o) or layer (k, v)
+    routes: dict[tuple[str, int], list[Route]] = field(default_factory=dict)
     moments: dict[tuple[str, int], Floats] = field(default_factory=dict)  #: (channels,), by the same
 
     def layers(self) -> list[int]:
@@ -51,7 +52,7 @@ def measure(
     gpu_layers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurement:
-    """Run `model` on the first `tokens` tokens of `text`, in pieces of `context`, and sum the squares of q, k and v.
+    """Run `model` on the first `tokens` tokens of `text`, `context` at a time, and sum the squares of q, k and v.
 
     Raises:
         CaptureError: the model or the text cannot be used.
@@ -84,16 +85,16 @@ def _key(item: Route | Data) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Balanced:
-    """What is done to K (with Q) or V (with the output) of one layer. Noise is per unit of a type's own error."""
+    """The scaling of K (with Q) or V (with the output) of one layer. Noise is per unit of the type's relative error."""
 
     layer: int
     what: str  #: "K" or "V"
     exact: bool = True
-    before: float = 0.0  #: K: variance of a score's error; V: of the output's, relative to the output's own
+    before: float = 0.0  #: variance of a score's error (K), or of the output's error relative to the output (V)
     after: float = 0.0
     largest: float = 1.0  #: the largest and the smallest scale
     smallest: float = 1.0
-    refused: str = ""  #: why it is left alone
+    refused: str = ""  #: why it stays unchanged, else empty
 
     @property
     def ratio(self) -> float:
@@ -102,7 +103,7 @@ class Balanced:
 
 @dataclass
 class Plan:
-    """The scalings of all tensors, and what they are expected to bring."""
+    """The scalings of all tensors, and their predicted effects."""
 
     scalings: dict[str, list[Scaling]] = field(default_factory=dict)
     parts: list[Balanced] = field(default_factory=list)
@@ -116,20 +117,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Side:
-    """One tensor's part in a balance: the cached side is multiplied by the scale, the reading side by its inverse."""
+    """One trace of a balance: cached channels are multiplied by the scale, reading channels by its inverse."""
 
     trace: Trace
-    channel: Ints  #: which cached channel each of the trace's belongs to
+    channel: Ints  #: for each channel of the trace the number of its cached channel
     reads: bool
 
 
 def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool = True) -> Plan:
-    """Balance every layer of `measured` that can be.
+    """Plan the balance of every layer of `measured` that allows it.
 
     Args:
-        mode: "auto": exact where the weights are f32 or f16 and stay within their range, powers of two elsewhere;
-            "exact" or "pow2": everywhere.
-        values: balance V, too.
+        mode: "auto" takes exact scales where the weights are f32 or f16 and stay in their range, and powers of two
+            elsewhere; "exact" and "pow2" take exact scales or powers of two everywhere.
+        values: whether to balance V as well.
     """
     plan = Plan()
     sides: dict[tuple[int, str], list[_Side] | Refusal] = {}
@@ -156,7 +157,7 @@ def make_plan(model: ModelFile, measured: Measurement, mode: str, values: bool =
 
 
 def ranges(layers: list[int]) -> str:
-    """layers 0-3, 7"""
+    """Layer numbers as text, such as "layers 0-3, 7"."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and parts[-1][-1] == layer - 1:
@@ -186,7 +187,7 @@ def _rows(count: int) -> Ints:
 
 
 def _reading(attention: Attention, head: int) -> Ints:
-    """For every channel of every query head, the channel of K or V that it meets."""
+    """For every channel of every query head the number of the channel of K or V that it is multiplied with."""
     heads = np.arange(attention.heads) // (attention.heads // attention.kv_heads)
     return (heads[:, None] * head + np.arange(head)).ravel()
 
@@ -213,7 +214,7 @@ def _sides_v(measured: Measurement, layer: int) -> list[_Side]:
 
 
 def _shared(sides: dict[tuple[int, str], list[_Side] | Refusal]) -> set[str]:
-    """Tensors of which some element would be scaled twice."""
+    """The tensors with an element that would be scaled twice."""
     taken: dict[str, list[Leaf]] = {}
     for found in sides.values():
         for side in [] if isinstance(found, Refusal) else found:
@@ -229,7 +230,7 @@ def _shared(sides: dict[tuple[int, str], list[_Side] | Refusal]) -> set[str]:
 
 
 def _opaque(measured: Measurement) -> set[str]:
-    """Weights that V comes from in a way that cannot be followed: where K comes from them, too, K must stay."""
+    """Weights that determine V on a path that cannot be followed. If they also determine K, K must stay unchanged."""
     result = set()
     for (role, _), routes in measured.routes.items():
         for route in routes if role == "v" else ():
@@ -272,7 +273,7 @@ def _balance(
             exact = False
     if not exact:
         scale = balance.solve_powers(problem, *_limits(model, sides, len(cached)))
-        if outside := _outside(model, sides, scale):  # within the limits only a weight that is outside already
+        if outside := _outside(model, sides, scale):  # a weight that is already outside the limits
             raise Refusal(f"{outside} has weights that are not finite")
     after = balance.noise(problem, scale)
     if after < before:
@@ -287,7 +288,7 @@ def _balance(
 
 
 def _constraints(model: ModelFile, sides: list[_Side], mode: str) -> tuple[bool, list[tuple[Ints, Ints]]]:
-    """Whether any factor will do, and which cached channels must have the same scale."""
+    """Whether all factors are possible, and the pairs of cached channels that must have the same scale."""
     exact = mode != "pow2"
     pairs: list[tuple[Ints, Ints]] = []
     for side in sides:
@@ -313,7 +314,7 @@ def _constraints(model: ModelFile, sides: list[_Side], mode: str) -> tuple[bool,
 
 
 def _limits(model: ModelFile, sides: list[_Side], channels: int) -> tuple[Ints, Ints]:
-    """The lowest and the highest exponent that each cached channel's weights allow."""
+    """The lowest and the highest exponent that the weights of each cached channel allow."""
     low, high = np.full(channels, -100), np.full(channels, 100)
     for side in sides:
         for leaf in side.trace.leaves:
@@ -331,7 +332,7 @@ def _limits(model: ModelFile, sides: list[_Side], channels: int) -> tuple[Ints, 
 
 
 def _outside(model: ModelFile, sides: list[_Side], scale: Floats) -> str:
-    """A tensor of floats that the scale takes out of its type's range; empty if there is none."""
+    """The name of a tensor of floats with values that would leave the range of their type; empty if there is none."""
     for side in sides:
         factors = (1 / scale if side.reads else scale)[side.channel]
         for leaf in side.trace.leaves:
@@ -345,7 +346,7 @@ def _outside(model: ModelFile, sides: list[_Side], scale: Floats) -> str:
 
 
 def _pieces(model: ModelFile, leaf: Leaf) -> Iterator[tuple[NDArray[np.uint8], str, str]]:
-    """A leaf's tensor, some rows at a time, with its type and the axis to look along; elements are columns of one row."""
+    """The tensor of a leaf, several rows at a time, with its type and axis. Elements are columns of one row."""
     tensor = model.tensors[leaf.tensor]
     for _, rows in model.pieces(tensor):
         if leaf.axis == "elements":
@@ -355,7 +356,7 @@ def _pieces(model: ModelFile, leaf: Leaf) -> Iterator[tuple[NDArray[np.uint8], s
 
 
 def _columns(model: ModelFile, leaf: Leaf) -> Floats:
-    """The squared length of the columns of a leaf, in the order of its channels."""
+    """The squared lengths of the columns of a leaf, in the order of its channels."""
     tensor = model.tensors.get(leaf.tensor)
     if tensor is None:
         raise Refusal(f"{leaf.tensor!r} is not a tensor of the file")

@@ -1,4 +1,4 @@
-"""What a conversion did, as a table and as a plot."""
+"""The result of a conversion as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SCALES = {"exact": "exact scales", "pow2": "powers of two", "mixed": "exact sca
 
 
 def unit_error(type: str = _TYPE) -> float:
-    """The relative squared error of a type on normally distributed values, which a rotation makes of any."""
+    """The relative squared error of a type on normal values; rotated blocks are nearly normal."""
     x = np.random.default_rng(0).standard_normal((512, 128), dtype=np.float32)
     return float(np.square(dequantize(quantize(x, type), type) - x).mean() / np.square(x).mean())
 
 
 def show(done: Converted, console: Console) -> None:
-    """Print the predicted noise of every layer before and after, and the check."""
+    """Print the predicted noise of every layer before and after the conversion, and the result of the check."""
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     error = unit_error()
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"Predicted error with a {_TYPE} cache")
@@ -69,10 +69,10 @@ def show(done: Converted, console: Console) -> None:
 
 
 def plot(done: Converted, path: Path, title: str) -> None:
-    """Draw the table's predicted errors per layer before and after; the file's suffix says in which format.
+    """Draw the predicted errors per layer before and after. The suffix of the file selects the format.
 
     Raises:
-        OutputError: the file cannot be written, or its suffix is that of no picture.
+        OutputError: the file cannot be written, or its suffix is that of no picture format.
     """
     error = unit_error()
     with figure(path, 2, f"{title}: predicted error with a {_TYPE} cache") as axes:

@@ -1,4 +1,4 @@
-"""`turboquant convert`: measure, plan, write, check, and only then give the file its name."""
+"""`turboquant convert`: measure, plan, write and check a model. The file gets its name after the check succeeded."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .plan import Balanced, Plan, make_plan, measure, ranges
 
 __all__ = ["MARK", "ConvertError", "Converted", "convert", "reasons"]
 
-#: The metadata key that a converted model is known by.
+#: The metadata key that identifies a converted model.
 MARK = "turboquant.convert.version"
-#: A conversion without rounding may differ by this much, in nats: what storing the predictions in 16 bits costs.
+#: Greatest KLD of a conversion without rounding in nats per token, because predictions are stored in 16 bits.
 EXACT = 1e-5
-#: Cache types from few bits to many; the first under GOOD is recommended.
+#: Cache types in ascending order of bits; the first with a KLD of at most GOOD is recommended.
 CANDIDATES = (
     ("turbo4", "turbo2"), ("turbo3", "turbo3"), ("turbo4", "turbo3"), ("turbo4", "turbo4"), ("q8_0", "turbo3"),
     ("q8_0", "turbo4"), ("q8_0", "q8_0"),
 )  # fmt: skip
 GOOD = 0.02
 _CONTEXT = 512
-_WIDTH = 10  # of a cache type's name
-_TYPES, _MODEL = 12, 64  # bytes that a layer takes at most in the types of a plan, and in its description of the model
+_WIDTH = 10  # greatest length of a cache type's name
+_TYPES, _MODEL = 12, 64  # greatest bytes per layer in the types of a plan, and in its model
 _NOTE = "K is balanced against Q, and V against the output, inside the weights"
 _ADVICE = {
     "auto": "with --no-v only K is balanced",
@@ -47,22 +47,22 @@ _ADVICE = {
 
 
 class ConvertError(TurboQuantError):
-    """The model was not converted, and no file was written. The text says why."""
+    """The model was not converted, and no file was written. The text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was done."""
+    """The result of a conversion."""
 
     parts: list[Balanced]
     mode: str  #: "exact", "pow2" or "mixed"
-    kld: float  #: of the converted model from the original, both with an f16 cache
-    limit: float  #: that it had to keep to
-    tokens: int  #: that were measured
-    recommended: tuple[str, str]  #: cache types for K and V: the fewest bits with a KLD of at most GOOD
-    layers: tuple[Types, Types] | None  #: the plan in the file: K and V of each layer; None if it cannot have one
-    window: Window  #: the exact window that llama.cpp adds; the check is without one
-    window_mib: float | None  #: its size with those types; None if it is not known
+    kld: float  #: KLD of the converted model from the original, both with an f16 cache, in nats per token
+    limit: float  #: limit of that KLD
+    tokens: int  #: number of measured tokens
+    recommended: tuple[str, str]  #: recommended types of K and V: those with the fewest bits and a KLD of at most GOOD
+    layers: tuple[Types, Types] | None  #: the plan in the file: types of K and V by layer; None if there is no plan
+    window: Window  #: the exact window that llama.cpp adds; the check runs without it
+    window_mib: float | None  #: size of the window with those types, in MiB; None if it is unknown
 
 
 def convert(
@@ -78,17 +78,18 @@ def convert(
     gpu_layers: int = 0,
     reporter: Reporter | None = None,
 ) -> Converted:
-    """Write to `target` the model `source` with balanced K and Q, and V and output.
+    """Write the model `source` with balanced K and Q, and V and output, to the file `target`.
 
     Args:
-        text: what to measure and to check on (default: the bundled text).
-        mode: "auto", "exact" or "pow2", see `plan.make_plan`. "auto" falls back to powers of two if exact scales cost
-            more than the check allows.
-        values: balance V, too.
-        tokens: how much of the text to measure on.
+        text: the text for measuring and for the check (default: the bundled text).
+        mode: "auto", "exact" or "pow2"; see `plan.make_plan`. "auto" takes powers of two if exact scales fail the
+            check.
+        values: whether to balance V as well.
+        tokens: number of tokens of the text for measuring.
 
     Raises:
-        ConvertError, ModelError, CaptureError, CheckError, OutputError: the text says why; nothing is left behind.
+        ConvertError, ModelError, CaptureError, CheckError, OutputError: the text gives the reason. No file is left
+            behind.
     """
     reporter = reporter or Reporter()
     text = text or bundled_text()
@@ -136,7 +137,7 @@ def convert(
                 )
             recommended, layers = _recommend(partial, check, _shape(model))
             known = _with_types(metadata, *recommended)
-            if layers:  # what -ctk auto -ctv auto take: the recommended types, with the guard's
+            if layers:  # for -ctk auto -ctv auto: the recommended types, with those that the guard chose
                 known |= CachePlan(*layers, check.identity(partial, text)).to_metadata()
             replace_metadata(partial, metadata, known)
             size, window_mib = _shape(model), None
@@ -151,9 +152,9 @@ def convert(
 def _write(
     model: ModelFile, partial: Path, plan: Plan, about: dict[str, Any], check: Checker, reporter: Reporter
 ) -> tuple[float, float, dict[str, Any]]:
-    """Write the file under a temporary name and measure it: its KLD, what that may be, and the metadata that it has."""
+    """Write the file under a temporary name and measure it. Returns its KLD, the limit of the KLD, and its metadata."""
     metadata = {**about, "turboquant.convert.mode": plan.mode, **_summary(plan)}
-    metadata = _with_types(metadata, " " * _WIDTH, " " * _WIDTH)  # known last: room for them
+    metadata = _with_types(metadata, " " * _WIDTH, " " * _WIDTH)  # placeholders for values that are known last
     if shape := _shape(model):
         count = len(shape.layers)
         metadata |= dict(zip(KEYS, (VERSION, *[" " * _TYPES * count] * 2, " " * (_MODEL * (4 + count))), strict=True))
@@ -161,7 +162,7 @@ def _write(
         model.write(partial, plan.scalings, metadata, track.update)
     kld, limit = check.kld(partial, what="the converted model"), EXACT
     if kld > limit and plan.mode == "pow2":
-        # The weights are the same but for powers of two; what is left is how rounding in fp16 falls out.
+        # The weights differ only by powers of two, so the KLD comes from rounding alone.
         limit = max(limit, check.floor(model.path))
     return kld, limit, metadata
 
@@ -171,7 +172,7 @@ def _with_types(metadata: dict[str, Any], k: str, v: str) -> dict[str, Any]:
 
 
 def _shape(model: ModelFile) -> CacheShape | None:
-    """The caches of the model; None if plans cannot be made for it."""
+    """The caches of the model; None if the model cannot have a plan."""
     try:
         return shape_of(model.metadata, str(model.path))
     except PlanError:
@@ -181,11 +182,11 @@ def _shape(model: ModelFile) -> CacheShape | None:
 def _recommend(
     model: Path, check: Checker, shape: CacheShape | None
 ) -> tuple[tuple[str, str], tuple[Types, Types] | None]:
-    """The pair of cache types with the fewest bits that is good, or f16; and the types that each layer gets with it."""
+    """The pair of cache types with the fewest bits and a KLD of at most GOOD, or f16; and its types of each layer."""
     for k, v in CANDIDATES:
         try:
             kld, types = check.kld_and_types(model, k, v, what=f"a cache of {k}/{v}")
-        except CheckError:  # heads that no block divides, or other types that this model cannot have
+        except CheckError:  # no block divides the heads, or the model does not allow this type
             continue
         if kld <= GOOD:
             return (k, v), _by_layer(shape, (k, v), types)
@@ -212,7 +213,7 @@ def _refuse(model: ModelFile) -> None:
 
 
 def reasons(parts: list[Balanced]) -> str:
-    """Why parts are left alone, one line for each reason."""
+    """Why parts stay unchanged, one line for each reason."""
     found: dict[str, list[int]] = {}
     for part in parts:
         if part.refused:
@@ -222,7 +223,7 @@ def reasons(parts: list[Balanced]) -> str:
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
-    """What the file says about its scales, by layer."""
+    """The metadata about the scales, by layer."""
     found: dict[str, Any] = {}
     for what in "KV":
         parts = [part for part in plan.parts if part.what == what and not part.refused]
@@ -240,7 +241,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
 def _version() -> str:
     try:
         return package_version("turboquant")
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # the package runs from a checkout
         return "unknown"
 
 

@@ -1,11 +1,11 @@
-"""What a KV-cache type costs in quality and gives in memory, measured with llama.cpp's own programs.
+"""The quality that a KV-cache type costs and the memory that it saves, measured with llama.cpp's own programs.
 
-`turboquant.measure` takes the measurements. `rows` makes the quickstart's table of them, which `report` draws, and
-`demo` writes some text; `compare` makes a whole report, which `page` draws. From a shell::
+`turboquant.measure` takes the measurements. `rows` arranges them in the quickstart's table, which `report` prints, and
+`demo` generates text. `compare` makes a complete report, which `page` renders. The command of the table is::
 
     python -m turboquant.evaluate --bin "$(turboquant where)" --model model.gguf --text text.txt
 
-Nothing here needs the compiled core: the programs of any llama.cpp build do, with the types that they know.
+This package does not need the compiled core. It works with every llama.cpp build and the types of that build.
 """
 
 from ..measure.needle import Needle, make_needles

@@ -35,29 +35,28 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A GGUF model, or the name of a known one (`turboquant fetch`). Default: the bundled "
+            help="A GGUF model, or the name of a known model (see `turboquant fetch`). Default: the bundled "
             "prose-8m-q8_0.gguf."
         ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text. Default: the bundled heldout.txt.")] = None,
     types: Annotated[str, typer.Option(help="Cache types: TYPE or TYPE_K/TYPE_V, comma-separated.")] = TYPES,
-    ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk; the second half is scored.")] = 2048,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks; more of them, smaller error bars.")] = 6,
-    needles: Annotated[int, typer.Option(min=0, max=30, help="Retrieval questions per cache type.")] = 4,
+    ctx: Annotated[int, typer.Option(min=128, help="Tokens in a chunk, whose second half is scored.")] = 2048,
+    chunks: Annotated[int, typer.Option(min=1, help="Number of chunks; more chunks give smaller errors.")] = 6,
+    needles: Annotated[int, typer.Option(min=0, max=30, help="Number of retrieval questions per cache type.")] = 4,
     distance: Annotated[int, typer.Option(min=1, help="Characters between a hidden number and the question.")] = 6000,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: all CPUs.")] = None,
-    demo: Annotated[str, typer.Option(help="First write something and ask one question with this cache.")] = "",
-    headline: Annotated[str, typer.Option(hidden=True, help="Printed between the two.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads. Default: all CPUs.")] = None,
+    demo: Annotated[str, typer.Option(help="First generate text and ask one question with this cache.")] = "",
+    headline: Annotated[str, typer.Option(hidden=True, help="Text before the table, after the output of --demo.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this file as Markdown.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
 ) -> None:
-    """Measure what each cache type costs (perplexity, KL divergence from the f16 cache, retrieval) and saves (MiB).
+    """Measure the loss (perplexity, KL divergence from the f16 cache, retrieval) and the size (MiB) of cache types.
 
-    Results are remembered in the cache folder; what was measured once with the same build, model, text and options is
-    shown at once.
+    Results are stored in the cache folder. A measurement with the same build, model, text and options is not repeated.
     """
     console = plain_console()
-    # As Ctrl-C does, so that the running program is ended and the scratch folder removed.
+    # SIGTERM is treated as Ctrl-C, so that the running program is ended and the scratch folder removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         pairs = parse_pairs(types)
@@ -79,7 +78,7 @@ def evaluate(
             try:
                 measurer = Measurer(model_path, text_path, programs, results, folder)
                 show_demo(console, CachePair.parse(demo), options, measurer)
-            except ProgramError as error:  # the table is measured all the same
+            except ProgramError as error:  # the table is measured nevertheless
                 console.print(f"\nThis could not be shown: {error.reason}.\n", markup=False, highlight=False)
         if headline:
             console.print(headline, markup=False, highlight=False)
@@ -99,7 +98,7 @@ def evaluate(
 
 
 class _Display:
-    """A bar for each measurement, one after the other."""
+    """A progress bar for each measurement, one after the other."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -131,7 +130,7 @@ def _file(path: Path) -> Path:
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C ends it with one sentence and exit code 130."""
+    """Run the command line. Ctrl-C ends it with a message and exit status 130."""
     try:
         code = app(standalone_mode=False)
     except typer.Abort:

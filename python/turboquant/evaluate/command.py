@@ -49,7 +49,7 @@ def run(
     threads: int | None,
     gpu_layers: int | None,
 ) -> list[str]:
-    """Compare as the options of the command say; return why the KLD is above `fail_above`, if it is.
+    """Run the command with its options. Returns a line for each pair that exceeds a KLD of `fail_above`.
 
     Raises:
         TurboQuantError: the text says what to do.
@@ -100,7 +100,7 @@ def run(
 
 
 def _with_plans(pairs: list[CachePair], in_model: bool, plan: Path | None) -> list[CachePair]:
-    """The pairs, and the plans that there are: that in the model's metadata, and that of a file."""
+    """The pairs, preceded by the plan of the file `plan`, and the plan in the model's metadata, if they exist."""
     auto = CachePair("auto", "auto")
     if in_model and auto not in pairs:
         pairs = [auto, *pairs]
@@ -140,7 +140,7 @@ def _template(name: str) -> str:
 
 
 def _check(folder: Path) -> None:
-    """See that the report can be written to the folder, without writing over what is not ours. It is not made yet."""
+    """Check that the report can be written to the folder without replacing other files. The folder is not created."""
     taken = [name for name in _FILES if (folder / name).exists()]
     if taken and (read_json(folder / _FILES[0]) or {}).get("format") != FORMAT:
         raise CompareError(
@@ -150,7 +150,7 @@ def _check(folder: Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """CompareError if a folder cannot be made or written to."""
+    """Raise CompareError if the folder cannot be created or written to."""
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         tempfile.TemporaryFile(prefix=".writable-", dir=above).close()
@@ -159,7 +159,7 @@ def _probe(folder: Path) -> None:
 
 
 def _make(folder: Path | None, name: str, command: Sequence[str]) -> Path:
-    """Make the folder that was asked for; else one that is new or empty, or holds what the same command wrote."""
+    """Create the folder `folder`, or else one that is new, empty, or has the report of the same command."""
     for number in itertools.count(1):
         one = folder or Path(name if number == 1 else f"{name}-{number}")
         try:

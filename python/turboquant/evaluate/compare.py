@@ -1,6 +1,6 @@
-"""Compare cache types on a user's own model: quality on two paths, retrieval, memory and speed, as one report.
+"""Compare cache types on a model: quality on two paths, retrieval, memory and speed, in one report.
 
-`comparison` has the report's fields, and `page` draws it.
+`comparison` has the fields of the report, and `page` renders it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .comparison import Comparison, Measured, Pair
 
 __all__ = ["CompareError", "CompareOptions", "Model", "above", "check", "compare", "read_model"]
 
-_LEAST_TOKENS = 100  # llama-perplexity gives no statistics of fewer scored tokens
-_DECODE_COST = 8  # a token alone takes about so many times as long as one in a batch; only progress depends on it
+_LEAST_TOKENS = 100  # llama-perplexity computes no statistics for fewer scored tokens
+_DECODE_COST = 8  # approximate time of a single token relative to a token in a batch; only progress depends on it
 
 Update = Callable[[str, float, float], None]
-"""Called with what is being measured, the work done and the work in all (in tokens of a batch, roughly)."""
+"""A callback with the name of the measurement, the work done, and all work, both in about tokens of a batch."""
 
 
 class CompareError(TurboQuantError):
@@ -41,12 +41,12 @@ class CompareError(TurboQuantError):
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What to compare.
+    """The options of a comparison.
 
     Quality is measured on ``chunks`` pieces of ``ctx`` tokens, and token by token on ``decode_chunks`` pieces of
-    ``decode_ctx`` tokens. ``depths`` are for the speed, ``needle_depths`` for retrieval (empty: neither is measured),
-    with ``positions`` needles at each depth. All are counted in tokens. With ``time_again`` stored speeds are not used.
-    ``window`` is the exact window of all pairs that may have one; None is what llama.cpp does by itself.
+    ``decode_ctx`` tokens. ``depths`` are those of the speed and ``needle_depths`` those of retrieval, in tokens;
+    what has no depths is not measured. There are ``positions`` needles at each depth. With ``time_again`` stored speeds
+    are not used. ``window`` is the exact window of all pairs that may have one; None is llama.cpp's default.
     """
 
     model: Path
@@ -66,13 +66,13 @@ class CompareOptions:
 
     @property
     def all_pairs(self) -> list[CachePair]:
-        """The f16 cache first: it is what the others are compared with."""
+        """The pairs with the f16 cache first, because the others are compared with it."""
         return list(dict.fromkeys([BASELINE, *(pair.with_window(self.window) for pair in self.pairs)]))
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the model's file says of it."""
+    """The description of the model in its file."""
 
     name: str
     architecture: str
@@ -80,17 +80,17 @@ class Model:
     vocabulary: int
     layers: int
     bytes: int
-    plan: bool = False  #: whether its metadata has a plan of cache types, which `-ctk auto -ctv auto` takes
+    plan: bool = False  #: whether its metadata have a plan of cache types, which `-ctk auto -ctv auto` uses
 
 
 # ---- before anything is run ------------------------------------------------------------------------------------------
 
 
 def read_model(path: Path) -> Model:
-    """Read a model's metadata, and see that the file is whole.
+    """Read a model's metadata, and check that the file is complete.
 
     Raises:
-        CompareError: it is not there, no GGUF model, or truncated. The text says what to do.
+        CompareError: the file does not exist, is no GGUF model, or is truncated. The text says what to do.
     """
     from ..models.modelfile import ModelFile
 
@@ -122,10 +122,10 @@ def read_model(path: Path) -> Model:
 
 
 def check(options: CompareOptions, model: Model, scratch: Path) -> None:
-    """Say at once what would fail after minutes.
+    """Check the options first, because otherwise errors would occur after minutes.
 
     Raises:
-        CompareError: an option, the text or the disk does not allow it. The text says what to do.
+        CompareError: an option is invalid, or the text or the disk space is too small. The text says what to do.
     """
     if not options.text.is_file():
         raise CompareError(f"{options.text}: no such file; give a UTF-8 text with -f")
@@ -139,7 +139,7 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
                 f"{chunks} chunks of {ctx} tokens have fewer than {_LEAST_TOKENS} scored ones; give a larger --ctx or "
                 "--chunks"
             )
-    # A byte can be a token, a token has some bytes: what is shorter than that in bytes is too short for certain.
+    # A token has at least one byte, so a text with fewer bytes than required tokens is too short.
     least = max(2, options.chunks) * options.ctx
     if options.text.stat().st_size < least:
         raise CompareError(
@@ -156,7 +156,7 @@ def check(options: CompareOptions, model: Model, scratch: Path) -> None:
 
 
 def needle_depths(options: CompareOptions, model: Model) -> list[int]:
-    """As given, or a quarter, half and all of the context, which counts up to the deepest of the speed's depths."""
+    """The given depths, or a quarter, half and all of the context, limited to the deepest of the speed's depths."""
     if options.needle_depths is not None:
         return list(options.needle_depths)
     deepest = min(model.context, max([*options.depths, 4096]))
@@ -168,7 +168,7 @@ def needle_depths(options: CompareOptions, model: Model) -> list[int]:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One needle, or why there is none."""
+    """One needle, or the reason why there is none."""
 
     depth: int
     position: float
@@ -177,7 +177,7 @@ class _Cell:
 
 
 class _Work:
-    """Adds the measurements up for the progress bar. Each has a label of its own; what is stored is not in it."""
+    """Sums the measurements for the progress bar, by label. Stored results are not counted."""
 
     def __init__(self, update: Update | None) -> None:
         self._update = update
@@ -201,7 +201,7 @@ class _Work:
             self._update(label, self._done + part, sum(self._costs.values()))
 
     def end(self) -> None:
-        """What runs now is over, finished or failed."""
+        """Count the running measurement as done, whether it finished or failed."""
         self._done += self._costs.get(self._current, 0.0)
         self._current = ""
 
@@ -214,14 +214,14 @@ def compare(
     scratch: Path,
     update: Update | None = None,
 ) -> Comparison:
-    """Measure every pair and return the report; what is stored is not run again.
+    """Measure every pair and return the report. Stored results are not measured again.
 
     Args:
         results, scratch: see `Measurer`.
         update: see `Update`.
 
     Raises:
-        CompareError, ProgramError: the f16 cache, with which all are compared, could not be measured.
+        CompareError, ProgramError: the f16 cache, with which all pairs are compared, could not be measured.
         OSError: a file cannot be read or written.
     """
     work = _Work(update)
@@ -329,7 +329,7 @@ def compare(
 
 
 def above(report: Comparison, limit: float) -> list[str]:
-    """Why a report is not within a KLD of `limit` on either path: one line for each pair that is not."""
+    """One line for each pair whose KLD exceeds `limit` on one of the paths, or that could not be measured."""
     lines = []
     for row in report.pairs:
         if not isinstance(row, Measured):
@@ -342,7 +342,7 @@ def above(report: Comparison, limit: float) -> list[str]:
 def _plan(
     work: _Work, measurer: Measurer, options: CompareOptions, cells: list[_Cell], main: list[Run], path: list[Run]
 ) -> None:
-    """Enter what is not stored yet."""
+    """Count the measurements that are not stored."""
     for runs in (main, [run for run in path if run not in main]):
         missing = [run for run in runs if measurer.stored_quality(run) is None]
         for run in missing:
@@ -369,7 +369,7 @@ def _cells(measurer: Measurer, options: CompareOptions, model: Model, depths: li
     cells: list[_Cell] = []
     for depth in depths:
         for place in range(options.positions):
-            position = (place + 0.5) / options.positions  # never the very start or end, which are easy or odd places
+            position = (place + 0.5) / options.positions  # not at the very start or end
             try:
                 if depth > model.context:
                     raise ValueError(f"beyond the model's context of {model.context} tokens")
@@ -418,13 +418,13 @@ def _divergence(quality: Quality) -> Divergence:
 
 
 def _not_finite(found: list[Quality]) -> list[str]:
-    """The reasons of those whose numbers are none."""
+    """The reasons of results without finite numbers."""
     return [quality.failure for quality in found if quality.failure]
 
 
 def _memory(pair: CachePair, quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
     size, (bits_k, bits_v) = quality.caches.total(), quality.bits(f16)
-    # From f16's size, where the log's rounding weighs least.
+    # From the size of f16, where the rounding of the log matters least.
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
     window = quality.caches.at(model.context, pair.window.tokens if pair.window else None)
@@ -451,9 +451,9 @@ def _quality(
     noise: verdict.Noise,
     scale: list[verdict.Band],
 ) -> dict[str, Any]:
-    """`same`: what the two paths find of the same tokens without a window."""
+    """The results of a pair. `same` has those of the two paths on the same tokens, without a window."""
     paths = verdict.agreement(_divergence(same[0]), _divergence(same[1]), noise)
-    if pair == BASELINE:  # its own difference is the noise, so the yardstick is the band of small losses
+    if pair == BASELINE:  # the difference of f16 is the noise itself, so it is judged by the band of small losses
         paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
     return {
         "quality": _divergence(batched),

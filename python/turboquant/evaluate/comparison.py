@@ -1,6 +1,6 @@
-"""What a comparison has found: the fields of report.json, in its order, with their meanings.
+"""The result of a comparison: the fields of report.json, in the order of that file, with their meanings.
 
-docs/compare.md has the same fields as a table; a test holds the two together.
+docs/compare.md has the same fields as a table; a test compares the two.
 """
 
 from __future__ import annotations
@@ -36,130 +36,132 @@ FORMAT, VERSION = "turboquant-compare", 2
 
 @dataclass(frozen=True)
 class Model:
-    path: Annotated[str, "as given"]
-    sha256: Annotated[str, "of the file"]
-    name: Annotated[str, "as the file has it"]
-    architecture: Annotated[str, "as the file has it"]
-    context: Annotated[int, "tokens that it was trained for"]
-    vocabulary: Annotated[int, "tokens"]
-    layers: Annotated[int, ""]
-    bytes: Annotated[int, "of the file"]
-    plan: Annotated[bool, "whether its metadata has a plan, which the pair auto takes"]
-    type: Annotated[str | None, "as llama-bench has it; null if no speed was measured"]
-    parameters: Annotated[int | None, "likewise"]
+    path: Annotated[str, "path of the model, as given"]
+    sha256: Annotated[str, "SHA-256 of the file"]
+    name: Annotated[str, "name in the metadata"]
+    architecture: Annotated[str, "architecture in the metadata"]
+    context: Annotated[int, "context length that the model was trained for, in tokens"]
+    vocabulary: Annotated[int, "number of tokens in the vocabulary"]
+    layers: Annotated[int, "number of layers"]
+    bytes: Annotated[int, "size of the file"]
+    plan: Annotated[bool, "whether the metadata has a plan, which the pair auto uses"]
+    type: Annotated[str | None, "type of the weights, as llama-bench prints it; null if no speed was measured"]
+    parameters: Annotated[int | None, "number of parameters; null if no speed was measured"]
 
 
 @dataclass(frozen=True)
 class Text:
-    path: Annotated[str, "as given"]
-    sha256: Annotated[str, "of the file"]
-    bytes: Annotated[int, "of the file"]
+    path: Annotated[str, "path of the text, as given"]
+    sha256: Annotated[str, "SHA-256 of the file"]
+    bytes: Annotated[int, "size of the file"]
 
 
 @dataclass(frozen=True)
 class Build:
     bin: Annotated[str, "folder of the programs"]
-    sha256: Annotated[str, "of the programs, their libraries, and the environment variables that they read"]
-    commit: Annotated[str | None, "of llama.cpp; null if no speed was measured"]
-    number: Annotated[int | None, "likewise"]
+    sha256: Annotated[str, "SHA-256 of the programs, their libraries, and the environment variables that they read"]
+    commit: Annotated[str | None, "commit of llama.cpp; null if no speed was measured"]
+    number: Annotated[int | None, "build number of llama.cpp; null if no speed was measured"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    cpu: Annotated[str, ""]
-    gpu: Annotated[str | None, ""]
-    backends: Annotated[str | None, "of llama.cpp"]
-    system: Annotated[str, ""]
-    threads: Annotated[int, ""]
-    gpu_layers: Annotated[int | None, "null: llama.cpp's choice"]
+    cpu: Annotated[str, "name of the CPU"]
+    gpu: Annotated[str | None, "name of the GPU; null if there is none or no speed was measured"]
+    backends: Annotated[str | None, "backends of llama.cpp; null if no speed was measured"]
+    system: Annotated[str, "name of the operating system"]
+    threads: Annotated[int, "threads of llama.cpp"]
+    gpu_layers: Annotated[int | None, "layers evaluated on a GPU; null if llama.cpp chose"]
 
 
 @dataclass(frozen=True)
 class Settings:
     ctx: Annotated[int, "tokens in a chunk, of which the second half is scored"]
-    chunks: Annotated[int, ""]
-    decode_ctx: Annotated[int, "the same for the comparison of the paths"]
-    decode_chunks: Annotated[int, ""]
-    depths: Annotated[list[int], "of the speeds"]
+    chunks: Annotated[int, "number of chunks"]
+    decode_ctx: Annotated[int, "tokens in a chunk of the comparison of the paths"]
+    decode_chunks: Annotated[int, "number of chunks of the comparison of the paths"]
+    depths: Annotated[list[int], "tokens in the cache when speeds are measured"]
     prompt: Annotated[int, "tokens of a timed batch"]
     generated: Annotated[int, "tokens timed one by one"]
-    repetitions: Annotated[int, "of both"]
-    needle_depths: Annotated[list[int], ""]
+    repetitions: Annotated[int, "repetitions of both timings"]
+    needle_depths: Annotated[list[int], "tokens of the prompts with needles"]
     positions: Annotated[int, "needles at each depth"]
-    template: Annotated[str, "the needles' prompt"]
-    window: Annotated[str | None, "the exact window that was asked for, 256:q8_0 or 0; null: llama.cpp's default"]
+    template: Annotated[str, "the prompt with a needle"]
+    window: Annotated[
+        str | None, "the exact window that was requested, such as 256:q8_0, or 0; null: llama.cpp's default"
+    ]
 
 
 @dataclass(frozen=True)
 class Noise:
-    same: Annotated[float, "f16's KLD from itself, in batches twice"]
-    decode: Annotated[float, "f16's KLD from itself, token by token"]
-    decode_error: Annotated[float, ""]
-    floor: Annotated[float, "what says nothing of a cache"]
+    same: Annotated[float, "KLD between two batched runs with an f16 cache"]
+    decode: Annotated[float, "KLD of the token-by-token run from the batched run, both with an f16 cache"]
+    decode_error: Annotated[float, "standard error of `noise.decode`"]
+    floor: Annotated[float, "the noise floor: a KLD below it is not caused by the cache type"]
 
 
 @dataclass(frozen=True)
 class Band:
     name: Annotated[str, "none, small, moderate, large, severe"]
     up_to: Annotated[float | None, "the highest KLD of the band; null for the last one"]
-    meaning: Annotated[str, ""]
+    meaning: Annotated[str, "the loss in words"]
 
 
 @dataclass(frozen=True)
 class Paths:
-    batched: Annotated[float, "KLD in batches of the tokens that are measured token by token, without a window"]
+    batched: Annotated[float, "KLD in batches, on the tokens of the token-by-token run, without a window"]
     decode: Annotated[float, "KLD token by token, without a window"]
-    difference: Annotated[float, "the latter less the former"]
-    allowed: Annotated[float, "what it may be"]
-    agree: Annotated[bool, ""]
+    difference: Annotated[float, "KLD token by token minus KLD in batches"]
+    allowed: Annotated[float, "greatest magnitude of the difference at which the paths agree"]
+    agree: Annotated[bool, "whether the paths agree"]
 
 
 @dataclass(frozen=True)
 class Needle:
-    depth: Annotated[int, "tokens that the prompt fills nearly"]
-    position: Annotated[float, "0 at the start of the text, 1 at its end"]
+    depth: Annotated[int, "upper limit of the prompt's tokens, which the prompt nearly fills"]
+    position: Annotated[float, "position of the needle: 0 at the start of the text, 1 at its end"]
     expected: Annotated[str | None, "the number; null if it was not asked for"]
-    answer: Annotated[str | None, ""]
-    found: Annotated[bool | None, ""]
-    reason: Annotated[str | None, "why it was not asked for"]
+    answer: Annotated[str | None, "what the model answered; null if it was not asked"]
+    found: Annotated[bool | None, "whether the answer is the number; null if the model was not asked"]
+    reason: Annotated[str | None, "why the model was not asked"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    depth: Annotated[int, ""]
-    prefill: Annotated[float | None, "tokens per second"]
-    prefill_error: Annotated[float | None, ""]
-    decode: Annotated[float | None, "tokens per second"]
-    decode_error: Annotated[float | None, ""]
-    reason: Annotated[str | None, "why it was not measured"]
+    depth: Annotated[int, "tokens in the cache before the timed ones"]
+    prefill: Annotated[float | None, "tokens per second in a batch"]
+    prefill_error: Annotated[float | None, "standard deviation of `prefill` over the repetitions"]
+    decode: Annotated[float | None, "tokens per second one by one"]
+    decode_error: Annotated[float | None, "standard deviation of `decode` over the repetitions"]
+    reason: Annotated[str | None, "why the speed was not measured"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of cache types; one that could not be measured has these fields alone."""
+    """A pair of cache types; a pair that could not be measured has only these fields."""
 
-    k: Annotated[str, "type of K, as asked for"]
-    v: Annotated[str, "type of V"]
-    plan: Annotated[str | None, "the plan file that names the types of each layer; k and v are auto then"]
-    label: Annotated[str, "K/V, or one name for both; f16 is always the first"]
-    failure: Annotated[str | None, "why it could not be measured"]
+    k: Annotated[str, "type of K, as requested"]
+    v: Annotated[str, "type of V, as requested"]
+    plan: Annotated[str | None, "the plan file that names the types of each layer (k and v are then auto), or null"]
+    label: Annotated[str, "K/V, or one name for both; the first pair is always f16"]
+    failure: Annotated[str | None, "why the pair could not be measured; null if it was"]
 
 
 @dataclass(frozen=True)
 class Measured(Pair):
     """A pair that was measured."""
 
-    type_k: Annotated[str, "what the cache really has: turbo4_64 for heads of 64, or turbo4+q8_0 where layers differ"]
-    type_v: Annotated[str, ""]
+    type_k: Annotated[str, "type of K in the cache: turbo4_64 for heads of 64, or turbo4+q8_0 where layers differ"]
+    type_v: Annotated[str, "type of V in the cache"]
     bits_k: Annotated[float, "bits per value of K, mean over the layers"]
-    bits_v: Annotated[float, "the same of V"]
-    bits: Annotated[float, "of K and V together, without the window"]
-    k_mib: Annotated[float, "size of K with the model's whole context"]
-    v_mib: Annotated[float, "the same of V"]
-    window_tokens: Annotated[int, "the newest tokens that the exact window keeps; 0: there is none"]
-    window_type: Annotated[str | None, "what it keeps them in"]
-    window_mib: Annotated[float, "its size with the model's whole context"]
-    mib: Annotated[float, "of K, V and the window together"]
+    bits_v: Annotated[float, "bits per value of V, mean over the layers"]
+    bits: Annotated[float, "bits per value of K and V together, without the exact window"]
+    k_mib: Annotated[float, "size of K for the model's whole context, in MiB"]
+    v_mib: Annotated[float, "size of V for the model's whole context, in MiB"]
+    window_tokens: Annotated[int, "number of the newest tokens in the exact window; 0 if there is none"]
+    window_type: Annotated[str | None, "type of the exact window; null if there is none"]
+    window_mib: Annotated[float, "size of the exact window for the model's whole context, in MiB"]
+    mib: Annotated[float, "size of K, V and the exact window together, in MiB"]
     quality: Annotated[Divergence, ""]
     decode: Annotated[Divergence, ""]
     paths: Annotated[Paths, ""]
@@ -180,9 +182,9 @@ class Measured(Pair):
 
 @dataclass(frozen=True)
 class Recommendation:
-    pair: Annotated[str | None, "the label; null if none is good enough"]
-    arguments: Annotated[str, "options of llama.cpp's programs"]
-    reason: Annotated[str, ""]
+    pair: Annotated[str | None, "label of the recommended pair; null if no pair is good enough"]
+    arguments: Annotated[str, "options of llama.cpp's programs for this pair"]
+    reason: Annotated[str, "the reason, in a sentence"]
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Comparison:
     """All of report.json."""
 
     format: Annotated[str, '"turboquant-compare"']
-    version: Annotated[int, "of this description"]
+    version: Annotated[int, "version of this format"]
     created: Annotated[str, "date and time, ISO 8601"]
     turboquant: Annotated[str, "version of this package"]
     command: Annotated[list[str], "the command line"]
@@ -211,7 +213,7 @@ class Comparison:
 
     @property
     def failed(self) -> list[Pair]:
-        """The pairs that were not, each with its `failure`."""
+        """The pairs that could not be measured, each with its `failure`."""
         return [row for row in self.pairs if not isinstance(row, Measured)]
 
     def to_json(self) -> str:

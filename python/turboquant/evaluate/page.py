@@ -1,4 +1,4 @@
-"""The report of a comparison for people: in the terminal, as Markdown, as one HTML page that loads nothing."""
+"""The report of a comparison: in the terminal, as Markdown, and as an HTML page without external resources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LINES = ("#8a8f98", "#3b7dd8", "#e0742c", "#2f9e74", "#b357c6", "#d43d3d", "#17
 
 
 def alarms(report: Comparison) -> list[str]:
-    """Pairs whose paths disagree: what must not be overlooked."""
+    """Warnings about pairs whose paths disagree."""
     lines = []
     for row in report.measured:
         paths = row.paths
@@ -41,12 +41,12 @@ def alarms(report: Comparison) -> list[str]:
 
 
 def failures(report: Comparison) -> list[str]:
-    """Pairs that did not run, with the reasons."""
+    """The pairs that could not be measured, with the reasons."""
     return [f"{row.label} could not be measured: {row.failure}." for row in report.failed]
 
 
 def verdict(report: Comparison) -> list[str]:
-    """What the numbers say, in sentences; the first is the recommendation."""
+    """The results in sentences; the first is the recommendation."""
     advice, rows, f16 = report.recommendation, report.measured, report.measured[0]
     lead = f"For this model: {advice.arguments}, because " if advice.pair else "Recommended: f16, because "
     lines = [lead + advice.reason + "."]
@@ -117,7 +117,7 @@ def _rate(value: float | None) -> str:
 
 
 def _kld(value: float) -> str:
-    value = max(value, 0.0)  # f16's own may be -0.0000001: the predictions are stored rounded
+    value = max(value, 0.0)  # that of f16 may be -0.0000001, because predictions are stored rounded
     return f"{value:.6f}" if value < 0.001 else f"{value:.5f}"
 
 
@@ -131,7 +131,7 @@ def _pm(value: float, error: float, digits: int) -> str:
 
 
 def quality_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows as text; a pair that was not measured has its reason in place of the numbers."""
+    """Headings and rows as text. A pair that could not be measured has the reason in place of the numbers."""
     heads = ["cache K/V", "bits/value", "window", f"KV MiB at {report.model.context:,}", "perplexity", "ln ratio", "KLD",
              "median KLD", "99.9% KLD", "RMS Δp %", "same top token %", "KLD token by token", "needles",
              "loss"]  # fmt: skip
@@ -154,7 +154,7 @@ def quality_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def speed_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Tokens per second of prefill and decode: headings and rows as text."""
+    """Headings and rows of prefill and decode in tokens per second, as text."""
     depths = report.settings.depths
     heads = ["cache K/V", *(f"prefill at {depth:,}" for depth in depths), *(f"decode at {depth:,}" for depth in depths)]
     rows = [
@@ -211,7 +211,7 @@ def _markdown_table(heads: list[str], rows: list[list[str]], shown: Callable[[st
 
 
 def _grid(report: Comparison) -> str:
-    """Found or not, a row for each pair and a column for each depth, the positions side by side."""
+    """The needles that were found: a row for each pair, a column for each depth, and all positions in a cell."""
     rows = [row for row in report.measured if row.needles]
     if not rows:
         return ""
@@ -266,7 +266,7 @@ def _speed_method(report: Comparison) -> str:
 
 
 def _facts(report: Comparison) -> list[tuple[str, str]]:
-    """Name and value of everything that identifies the measurement."""
+    """Names and values that identify the measurement."""
     model, build, machine = report.model, report.build, report.machine
     number = f"{build.number} ({build.commit}), " if build.number is not None else ""
     facts = [
@@ -287,7 +287,7 @@ def _facts(report: Comparison) -> list[tuple[str, str]]:
 
 
 def to_html(report: Comparison) -> str:
-    """One page with everything in it: tables, charts and the library that draws them."""
+    """The page, which includes tables, charts and the library that draws them."""
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
@@ -315,7 +315,7 @@ def to_html(report: Comparison) -> str:
 
 
 def _charts(report: Comparison) -> list[dict[str, Any]]:
-    """What to draw: an id, a title, a caption, traces and a layout for plotly, without the colours of a theme."""
+    """A chart: an id, a title, a caption, and traces and layout for plotly, without the colours of a theme."""
     rows = report.measured
     charts = [_scatter(report, rows), _bars(report, rows)]
     if any(cell.found is not None for row in rows for cell in row.needles):
@@ -326,7 +326,7 @@ def _charts(report: Comparison) -> list[dict[str, Any]]:
 
 
 def _edges(report: Comparison, axis: str) -> list[dict[str, Any]]:
-    """A dotted line where each verdict ends."""
+    """A dotted line at the upper end of each band."""
     other = "x" if axis == "y" else "y"
     return [
         {

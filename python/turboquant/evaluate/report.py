@@ -31,7 +31,7 @@ _NARROW = ("cache K/V", "bits/\nvalue", "KV MiB", "perplexity", "KLD", "same top
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of `COLUMNS`; what does not apply or was not measured is a dash."""
+    """A row as text, in the order of `COLUMNS`; a dash stands for a missing value."""
     kld = "–" if row.kld is None else f"{row.kld:.5f} ± {row.kld_error:.5f}"
     top = "–" if row.same_top is None else f"{row.same_top:.2f} ± {row.same_top_error:.2f} %"
     found = f"{row.found}/{row.asked}" if row.asked else "–"
@@ -40,7 +40,7 @@ def cells(row: Row) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """Why rows or cells have no numbers, and what the sizes count, in sentences."""
+    """The reasons why rows or cells have no numbers, and what the sizes include, in sentences."""
     lines = [f"{row.label} could not be measured: {row.failure}." for row in rows if row.failure]
     without: dict[str, list[str]] = {}
     for row in rows:
@@ -79,7 +79,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def show(console: Console, rows: list[Row], options: Options, threads: int, took: str) -> None:
-    """Print the table, what it is of, and what is to be said of it; `took` is the time or why it took none."""
+    """Print the table with its description and notes; `took` is the time of the measurement, or why it took none."""
     title = f"{options.model.name}, {options.text.name}: {options.chunks} x {options.ctx} tokens"
     title += f", {threads} threads ({took})"
     caption = f"± standard error. Perplexity's own, ± {rows[0].ppl_error:.1f}, is that of the text and common to all."
@@ -97,7 +97,7 @@ def show(console: Console, rows: list[Row], options: Options, threads: int, took
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """The rows as a Markdown table, and what is to be said of it, ending with a newline."""
+    """The rows as a Markdown table with notes, ending with a newline."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     lines += [line for note in notes(rows) for line in ("", escape(note))]
@@ -105,13 +105,13 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as Markdown that shows it: no HTML, link, code or cell of a table begins or ends in it."""
+    """Text escaped for Markdown, so that no HTML, link, code or table cell begins or ends in it."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(re.sub(r"([\\|`\[\]])", r"\\\1", text).splitlines())
 
 
 def code(text: str) -> str:
-    """Text as a code span of Markdown, whatever is in it."""
+    """Any text as a code span of Markdown."""
     text = " ".join(text.splitlines())
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     space = " " if "`" in (text[:1], text[-1:]) else ""
@@ -119,6 +119,6 @@ def code(text: str) -> str:
 
 
 def to_json(rows: list[Row], **about: object) -> str:
-    """Every measured number, and whatever `about` says of the run, as indented JSON ending with a newline."""
+    """All measured numbers and the description `about` of the run, as indented JSON ending with a newline."""
     listed = [{**asdict(row), "bits": row.bits, "mib": row.mib, "found": row.found} for row in rows]
     return json.dumps({**about, "rows": listed}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""The rows of the quickstart's table: what each cache type costs and saves, on one model and text."""
+"""The rows of the quickstart's table: loss and size of each cache type, for one model and text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Options", "Row", "measure"]
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of the table.
 
-    The perplexity is that of the text's first ``chunks`` pieces of ``ctx`` tokens (the second half of each is scored).
-    ``needles`` questions are asked, each about a number ``distance`` characters earlier, with the prompt ``template``;
-    0 asks none.
+    Perplexity is measured on the first ``chunks`` pieces of ``ctx`` tokens of the text (the second half of each is
+    scored). ``needles`` questions are asked, each about a number ``distance`` characters earlier, with the prompt
+    ``template``; 0 asks no questions.
     """
 
     model: Path
@@ -36,10 +36,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. KLD and same top token are relative to the f16 cache and None for it.
+    """One row of the table. KLD and same top token are relative to the f16 cache, and None for the f16 cache itself.
 
-    A pair that could not be measured has the reason as its `failure`, and no numbers. A question that could not be
-    asked has None for its answer, and `needle_failure` says why.
+    A pair that could not be measured has the reason in `failure`, and no numbers. A question that could not be asked
+    has the answer None, and the reason is in `needle_failure`.
     """
 
     k: str
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Mean of K and V, without the exact window."""
+        """Bits per value, the mean of K and V, without the exact window."""
         return None if self.bits_k is None or self.bits_v is None else (self.bits_k + self.bits_v) / 2
 
     @property
@@ -91,17 +91,17 @@ class Row:
 def measure(
     options: Options, programs: Programs, results: Results, scratch: str | Path, progress: Progress | None = None
 ) -> list[Row]:
-    """Measure every pair, the f16 cache first (it is the base of the others); what is stored is not run again.
+    """Measure every pair, the f16 cache first, because it is the base of the others. Stored results are not repeated.
 
     Args:
-        options: what to measure.
-        programs: the build to measure with.
+        options: the options of the table.
+        programs: the programs of the build.
         results, scratch, progress: see `Measurer`.
 
-    What fails is a row or a cell with its reason, and the others are measured all the same.
+    A measurement that fails becomes a row or a cell with the reason; the others are measured nevertheless.
 
     Raises:
-        ProgramError: a program is missing or knows no such type, or the f16 cache could not be measured.
+        ProgramError: a program is missing or does not support a type, or the f16 cache could not be measured.
         OSError: the model or the text cannot be read.
     """
     measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
@@ -130,7 +130,7 @@ def measure(
 
 
 def _needles(measurer: Measurer, options: Options) -> tuple[list[needle.Needle], str | None]:
-    """The questions, or why there are none."""
+    """The questions, or the reason why there are none."""
     if not options.needles:
         return [], None
     text = options.text.read_text(encoding="utf-8", errors="replace")
@@ -148,7 +148,7 @@ def _needles(measurer: Measurer, options: Options) -> tuple[list[needle.Needle],
 def _answers(
     measurer: Measurer, pair: CachePair, needles: list[needle.Needle], ctx: int
 ) -> tuple[list[str | None], str | None]:
-    """The answers, and why one could not be got."""
+    """The answers, and the reason if an answer is missing."""
     answers: list[str | None] = []
     step = reason = None
     for done, one in enumerate(needles, 1):

@@ -1,4 +1,4 @@
-"""What the numbers mean: the noise floor, the bands of a verdict, whether the two paths agree, what to recommend."""
+"""The meaning of the numbers: noise floor, bands of the verdict, agreement of the paths, recommendation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..measure.perplexity import Divergence
 
 __all__ = ["Agreement", "Band", "Candidate", "Noise", "agreement", "band", "bands", "recommend"]
 
-#: Nats above the noise at which each band ends, with its name. A KLD of x costs about x in ln(perplexity).
+#: The end of each band in nats above the noise, its name and its meaning. A KLD of x costs about x in ln(perplexity).
 _STEPS = (
-    (0.0, "none", "not to be told from rounding"),
+    (0.0, "none", "not distinguishable from rounding"),
     (0.01, "small", "at most 1 % of perplexity"),
     (0.05, "moderate", "at most 5 % of perplexity"),
     (0.2, "large", "at most 20 % of perplexity"),
@@ -23,10 +23,10 @@ _SIGMAS = 3.0
 
 @dataclass(frozen=True)
 class Noise:
-    """What f16 differs from itself: mean KLDs in nats per token.
+    """How far runs with an f16 cache differ from the batched f16 run: mean KLDs in nats per token.
 
-    ``same`` is a second batched run (what storing the predictions rounds away), ``decode`` the run token by token:
-    the same cache and the same arithmetic in another order.
+    ``same`` is that of a second batched run, which differs because stored predictions are rounded. ``decode`` is that
+    of the token-by-token run, which computes the same sums in another order.
     """
 
     same: float
@@ -35,7 +35,7 @@ class Noise:
 
     @property
     def floor(self) -> float:
-        """Below this a difference says nothing about a cache: three standard errors above the larger of the two."""
+        """A KLD below this is not caused by the cache type: the greater of ``same`` and ``decode`` plus 3 errors."""
         return max(self.same, self.decode + _SIGMAS * self.decode_error, 1e-6)
 
 
@@ -49,7 +49,7 @@ class Band:
 
 
 def bands(noise: Noise) -> list[Band]:
-    """The bands, best first: what lies within twice the noise is no loss, the others are steps above the noise."""
+    """The bands, best first. Up to twice the noise floor there is no loss; the other bands end at steps above that."""
     none = 2 * noise.floor
     return [Band(name, none + step, meaning) for step, name, meaning in _STEPS]
 
@@ -61,7 +61,7 @@ def band(kld: float, scale: Sequence[Band]) -> Band:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The KLDs of the same tokens on the batched and on the one-token path, and what they may differ by."""
+    """The KLDs of the same tokens on the batched and on the one-token path, and the greatest allowed difference."""
 
     batched: float
     decode: float
@@ -73,14 +73,14 @@ class Agreement:
 
 
 def agreement(batched: Divergence, decode: Divergence, noise: Noise) -> Agreement:
-    """Compare the paths: three standard errors of both, and the noise that f16 has between its own."""
+    """Compare the paths. They may differ by three standard errors of the difference plus twice the noise floor."""
     errors = math.hypot(batched.kld_error, decode.kld_error)
     return Agreement(batched.kld, decode.kld, _SIGMAS * errors + 2 * noise.floor)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What `recommend` needs to know of a pair."""
+    """What `recommend` needs to know about a pair: its label, size, loss, needles, and whether its paths agree."""
 
     label: str
     bits: float
@@ -92,10 +92,10 @@ class Candidate:
 
 
 def recommend(candidates: Sequence[Candidate], f16: Candidate, scale: Sequence[Band]) -> tuple[Candidate | None, str]:
-    """The smallest cache whose loss is none or small, whose paths agree, and which finds what f16 finds.
+    """The smallest cache whose loss is none or small, whose paths agree, and which finds as many needles as f16.
 
     Returns:
-        The choice and the reason in plain English; no choice if no pair qualifies.
+        The choice and the reason in plain English. The choice is None if no pair qualifies.
     """
     small = scale[1]
 

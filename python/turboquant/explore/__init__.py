@@ -1,7 +1,8 @@
 """The page of ``turboquant explore``: experiments with the codec in one HTML file that needs no server and no network.
 
-`page.html` is its frame, `style.css` its looks; `codec.js` wraps the codec (`codec.wasm`, which ``tools/make_wasm.py``
-compiles from ``cpp/src/scalar.cpp``), `math.js` and `chart.js` are what `experiments.js` needs; `page.js` has the controls.
+`page.html` is the frame and `style.css` the style. `codec.js` wraps the codec (`codec.wasm`, which
+``tools/make_wasm.py`` compiles from ``cpp/src/scalar.cpp``). `experiments.js` uses `math.js` and `chart.js`, and
+`page.js` has the controls.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _part(name: str) -> str:
-    """What stands for ``{{name}}`` in page.html: a file of this folder, WebAssembly as base64, or the version."""
+    """The replacement of ``{{name}}`` in page.html: a file of this folder, WebAssembly as base64, or the version."""
     if name == "version":
         return html.escape(metadata.version("turboquant"))
     data = (_FOLDER / name).read_bytes()
@@ -36,10 +37,10 @@ def page() -> str:
 
 
 def write_page(target: Path, *, force: bool = False) -> None:
-    """Write the page to the file `target`, whole or not at all.
+    """Write the page to the file `target`, completely or not at all.
 
     Raises:
-        FileExistsError: `target` holds something else than this very page, and `force` is not given.
+        FileExistsError: `target` exists with other contents, and `force` is false.
         OSError: `target` cannot be written.
     """
     data = page().encode()
@@ -73,9 +74,10 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def show(target: Path, *, wanted: bool = False) -> bool:
-    """Open `target` in the user's browser: always if `wanted`, else only if a person with a screen is there to see it.
+    """Open `target` in the user's browser if `wanted`, or if the session is interactive and has a screen.
 
-    Returns False if that was tried and failed.
+    Returns:
+        False if the browser could not be started, else True.
     """
     screen = sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
     if not wanted and not (screen and sys.stdout.isatty()):

@@ -4,7 +4,7 @@ const waiting = new Map(); // timers of what is drawn with a delay
 let frame = 0;
 const pending = new Set();
 
-// Draws experiments with the next frame; the bell curve, which takes longest, when the controls have come to rest.
+// Draws experiments with the next frame; the bell curve, which takes longest, when the controls no longer move.
 function redraw(...names) {
   const main = document.querySelector('main');
   const rest = () => main.setAttribute('aria-busy', pending.size > 0 || waiting.has('bell'));
@@ -29,7 +29,7 @@ function later(name, milliseconds, action) {
   }, milliseconds));
 }
 
-// Screen readers hear the result of the experiment whose controls were used, once they have come to rest.
+// Screen readers hear the result of the experiment whose controls were used, once these no longer move.
 function announce(name) {
   later('announcement', 700, () => {
     const result = element(name).querySelector('.result');

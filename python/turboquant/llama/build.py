@@ -3,16 +3,17 @@
 A build lives in a folder of the cache::
 
     builds/llama.cpp-0.3.36-1a2b3c4d5e/
-        build.json   what the folder is for: marks it as ours
+        build.json   what the folder is for; it identifies the folder as one of this program
         llama.cpp/   the patched copy of the sources
-        native/      copy of the codec and of the glue that are compiled into it
+        native/      copy of the codec and of ggml_types that are compiled into llama.cpp
         build/       CMake's folder; the programs are in build/bin
-        build.log    what CMake and the compiler printed last time
-        done.json    written last: what was built, and from what
+        build.log    the output of the last run of CMake and the compiler
+        done.json    written last: what was built, and from which sources
 
-The folder's name holds a hash of what would make its object files useless: another source, compiler, CPU or set of
-CMake options. Contents are not in it. When they change, the changed files alone are copied, and ninja compiles what
-depends on them. ``done.json`` holds the hash of everything, so that a rerun with nothing new returns at once.
+The folder's name contains a hash of what would make its object files useless if it changed: the source, compiler, CPU
+and CMake options. The hash does not include the contents of files. When they change, only the changed files are copied,
+and ninja compiles what depends on them. ``done.json`` has the hash of everything, so a rerun without changes returns at
+once.
 """
 
 from __future__ import annotations
@@ -53,17 +54,17 @@ DEFAULT_TARGETS = (
     "turboquant-capture",
     "turboquant-measure",
 )
-BACKENDS = ("cpu", "cuda")  # "cuda": the CPU's too
+BACKENDS = ("cpu", "cuda")  # "cuda" includes the CPU
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
-    # The server's web page would be downloaded, or built with npm.
+    # CMake would download the server's web page, or build it with npm.
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )
 _NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-_LAYOUT = 1  # raised when a change here makes existing build folders unusable
-_KEEP = 3  # build folders
+_LAYOUT = 1  # increased when a change of this module makes existing build folders unusable
+_KEEP = 3  # build folders that are kept
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 _SUFFIX = ".exe" if os.name == "nt" else ""
 
@@ -77,11 +78,11 @@ class _Plan:
     """What to build, where, and what it depends on."""
 
     source: sources.Source
-    targets: tuple[str, ...]  # asked for
-    options: tuple[str, ...]  # for CMake, part of the folder's name
+    targets: tuple[str, ...]  # requested targets
+    options: tuple[str, ...]  # options for CMake, part of the folder's name
     folder: Path
-    inputs: dict[str, object]  # what the folder's name is a hash of
-    fingerprint: str  # of the contents too
+    inputs: dict[str, object]  # the input of the hash in the folder's name
+    fingerprint: str  # hash that includes the contents
     native: Path
     native_files: tuple[str, ...]
     native_digest: str
@@ -102,26 +103,26 @@ def build(
     arch: str | None = None,
     unproven: bool = False,
 ) -> Path:
-    """Build llama.cpp with the turbo types, as far as that is not done yet.
+    """Build llama.cpp with the turbo types; what is already built is not built again.
 
     Args:
-        source: a llama.cpp checkout, which is copied and not touched. Default: the one inside llama-cpp-python.
-        version: which release of llama-cpp-python (default: `source.DEFAULT_VERSION`).
-        targets: CMake targets to build instead of `DEFAULT_TARGETS`; "default" among them stands for those.
-        jobs: compilers at once (default: one per CPU, fewer if memory is short).
+        source: a llama.cpp checkout, which is copied and not changed (default: the one inside llama-cpp-python).
+        version: the release of llama-cpp-python (default: `source.DEFAULT_VERSION`).
+        targets: CMake targets to build instead of `DEFAULT_TARGETS`; "default" stands for all of those.
+        jobs: number of parallel compilers (default: one per CPU, fewer if memory is short).
         cmake_args: further options, "-DNAME=VALUE" or "NAME=VALUE".
-        reporter: where messages and progress go (default: stderr).
+        reporter: receives messages and progress (default: one that writes to stderr).
         backend: one of `BACKENDS`.
         arch: for "cuda", the GPUs to compile for: "native" or compute capabilities, as in "80,90" (default: llama.cpp's
             choice, which is native where a GPU is found).
-        unproven: fetch releases that the hooks are not proven with, too; see `source.fetch`.
+        unproven: also fetch releases that the hooks are not tested with; see `source.fetch`.
 
     Returns:
         The folder with the programs.
 
     Raises:
         BuildError, SourceError, ToolError, PatchError: the text says what to do.
-        KeyboardInterrupt: ninja has been stopped; a rerun goes on from there.
+        KeyboardInterrupt: ninja was stopped; a rerun continues.
     """
     reporter = reporter or Reporter()
     if source is not None and version is not None:
@@ -160,7 +161,7 @@ def build(
         reporter.say(f"another process is building in {plan.folder}; waiting for it")
 
     with lock(_lock_file(plan.folder), waiting) as descriptor:
-        if not _is_done(plan):  # by the process that we waited for
+        if not _is_done(plan):  # another process built it while this one waited for the lock
             tools = tools or find_tools(reporter)
             _build(plan, tools, jobs or default_jobs(), reporter, descriptor)
     _use(plan)
@@ -169,10 +170,10 @@ def build(
 
 
 def where() -> Path:
-    """The folder with the programs of the build that was finished or asked for last.
+    """The folder with the programs of the build that was last finished or requested.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is no build.
     """
     builds = cache_dir() / "builds"
     latest = read_json(builds / "latest.json")
@@ -185,7 +186,7 @@ def where() -> Path:
 
 
 def is_outdated(bin: Path) -> bool:
-    """Whether `bin` (of `where`) was built from another codec or other hooks than those of this package."""
+    """Whether `bin`, as `where` returns it, was built from a codec or hooks that differ from those of this package."""
     record = _record(bin.parent.parent)
     native = native_dir()
     return record is not None and record.get("native") != hash_files(native, _native_files(native))
@@ -262,12 +263,12 @@ def _native_files(native: Path) -> list[str]:
 
 
 def _lock_file(folder: Path) -> Path:
-    # Not in the folder: it must outlive it.
+    # The lock file is not in the folder, because it must outlive the folder.
     return cache_dir() / "locks" / f"build-{folder.name}.lock"
 
 
 def _record(folder: Path) -> dict[str, object] | None:
-    """done.json, if the programs that it speaks of are there."""
+    """The contents of done.json, or None if one of its programs is missing."""
     record = read_json(folder / "done.json")
     if not record:
         return None
@@ -286,10 +287,10 @@ def _is_done(plan: _Plan) -> bool:
 
 
 def _use(plan: _Plan) -> Path:
-    """Make this the build that `where` prints."""
-    with contextlib.suppress(OSError):  # a cache that is read-only to this user can still be used
+    """Make this build the one that `where` returns."""
+    with contextlib.suppress(OSError):  # a cache that this user cannot write to can still be used
         write_json(plan.folder.parent / "latest.json", {"folder": plan.folder.name})
-        os.utime(plan.folder / "build.json")  # the newest are kept
+        os.utime(plan.folder / "build.json")  # the most recently used folders are kept
     return plan.bin
 
 
@@ -308,7 +309,7 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
     _copy(plan)
     environment = _environment(plan, tools)
     log_file = folder / "build.log"
-    with log_file.open("w", buffering=1, encoding="utf-8", errors="replace") as log:  # for `tail -f`
+    with log_file.open("w", buffering=1, encoding="utf-8", errors="replace") as log:  # so that `tail -f` shows it
         with reporter.busy("configuring"):
             _configure(plan, tools, environment, log)
         available = _targets(plan, tools)
@@ -317,7 +318,7 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
         if before.get("fingerprint") == plan.fingerprint:
             kept = [target for target in old_targets if target not in plan.targets]
         else:
-            # Programs of an earlier build: the libraries that they need are about to change.
+            # The programs of an earlier build need libraries that are about to change.
             for target in available - set(targets):
                 if (plan.bin / f"{target}{_SUFFIX}").is_file():
                     (plan.bin / f"{target}{_SUFFIX}").unlink()
@@ -328,7 +329,7 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
         "native": plan.native_digest,
         "source": plan.source.name,
         "commit": plan.source.commit,
-        "targets": [*plan.targets, *kept],  # with those that this tree does not have: asking again changes nothing
+        "targets": [*plan.targets, *kept],  # with those that this tree lacks, so that the same request is up to date
         "programs": [program for program in programs if (folder / "build" / program).is_file()],
     }
     write_json(folder / "done.json", record)
@@ -336,9 +337,9 @@ def _build(plan: _Plan, tools: Tools, jobs: int, reporter: Reporter, lock_descri
 
 
 def _copy(plan: _Plan) -> None:
-    """Bring the patched copy and the copy of our own sources up to date, file by file."""
+    """Update the patched copy of llama.cpp and the copy of this project's sources, file by file."""
     stage = plan.folder / "stage"
-    remove_tree(stage)  # of a run that was killed
+    remove_tree(stage)  # left by a run that was killed
     try:
         sync(plan.source.root, plan.source.files(), stage)
         hooks.patch(stage)
@@ -350,7 +351,7 @@ def _copy(plan: _Plan) -> None:
 
 def _environment(plan: _Plan, tools: Tools) -> dict[str, str]:
     environment = dict(os.environ, PATH=tools.path(), NINJA_STATUS="[%f/%t] ")
-    # The copy is no git checkout; a repository around the cache folder must not lend it its version.
+    # The copy is no git checkout. It must not get the version of a repository that contains the cache folder.
     environment["GIT_CEILING_DIRECTORIES"] = str(plan.folder)
     # ggml uses ccache by itself where there is one. Paths relative to the folder let two folders share results; the
     # CPU must be hashed, as -march=native means something else on the next machine.
@@ -368,7 +369,7 @@ def _configure(plan: _Plan, tools: Tools, environment: dict[str, str], log: IO[s
     folder = plan.folder
     cache = folder / "build" / "CMakeCache.txt"
     if cache.is_file() and f"={(folder / 'llama.cpp').as_posix()}\n" not in cache.read_text("utf-8", "replace"):
-        remove_tree(folder / "build")  # the cache folder was moved; CMake's folders hold absolute paths
+        remove_tree(folder / "build")  # the cache folder was moved, and CMake's folders contain absolute paths
     tests = any(target.startswith("test-") for target in plan.targets) or _has_tests(folder / "build")
     here, there = plan.native.as_posix(), (folder / "native").as_posix()
     command = [str(tools.cmake), "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(folder / "build")]
@@ -385,14 +386,14 @@ def _configure(plan: _Plan, tools: Tools, environment: dict[str, str], log: IO[s
     log.write(done.stdout)
     log.flush()
     if done.returncode != 0:
-        # CMake goes on for a while after the first error, which is the one to read.
+        # CMake continues after the first error, which is the one that explains the failure.
         _, error, rest = done.stdout.partition("CMake Error")
         text = "\n".join((error + rest).splitlines()[:20]) if error else last_lines(done.stdout)
         raise BuildError(f"CMake could not configure {plan.source.name}:\n{text.rstrip()}\nFull log: {log.name}")
 
 
 def _has_tests(build_folder: Path) -> bool:
-    """Whether an earlier run has configured llama.cpp's tests: then they stay."""
+    """Whether an earlier run configured llama.cpp's tests; they then stay configured."""
     try:
         cache = (build_folder / "CMakeCache.txt").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -401,7 +402,7 @@ def _has_tests(build_folder: Path) -> bool:
 
 
 def _targets(plan: _Plan, tools: Tools) -> set[str]:
-    """The names of the targets that the configured tree has."""
+    """The names of the targets of the configured tree."""
     command = [str(tools.ninja), "-C", str(plan.folder / "build"), "-t", "targets", "all"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     available = set(re.findall(r"^([^\s:/]+): phony$", done.stdout, re.M))
@@ -411,7 +412,7 @@ def _targets(plan: _Plan, tools: Tools) -> set[str]:
 
 
 def _choose(plan: _Plan, available: set[str], reporter: Reporter) -> list[str]:
-    """The targets to build: those asked for, less the default ones that this tree does not have."""
+    """The targets to build: the requested ones without default targets that this tree does not have."""
     missing = [target for target in plan.targets if target not in available]
     for target in missing:
         if target not in DEFAULT_TARGETS:
@@ -438,9 +439,9 @@ def _compile(
 ) -> None:
     command = [str(tools.ninja), "-j", str(jobs), *targets]
     log.write(f"$ {subprocess.list2cmdline(command)}\n")
-    # Should this process be killed, then ninja and its compilers hold the lock until they have ended.
+    # If this process is killed, ninja and its compilers hold the lock until they end.
     inherit = () if os.name == "nt" or lock_descriptor is None else (lock_descriptor,)
-    failed: list[str] = []  # what ninja printed for the first step that failed
+    failed: list[str] = []  # output of the first step that failed
     inside = False
     with reporter.track(f"compiling with {jobs} job{'s' * (jobs > 1)}") as track:
         process = subprocess.Popen(
@@ -471,9 +472,9 @@ def _compile(
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Let ninja stop its compilers and remove their half-written files; make sure that it ends."""
+    """End ninja, which stops its compilers and removes their half-written files."""
     with contextlib.suppress(OSError):
-        # On a terminal Ctrl-C has reached ninja as well; a second one does no harm.
+        # On a terminal Ctrl-C reached ninja as well; a second signal does no harm.
         process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
     try:
         process.communicate(timeout=20)
@@ -483,11 +484,11 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _failure(plan: _Plan, failed: list[str], log: Path) -> str:
-    # failed: "FAILED: <file>", the command (long, and in the log), then what the compiler printed.
+    # The output of a failed step: "FAILED: <file>", the command (long, and in the log), then the compiler's messages.
     output = failed[2:]
     errors = [number for number, line in enumerate(output) if "error" in line.lower()]
     if errors and len(output) > 30:
-        output = output[errors[0] :][:30]  # the first error; what follows often comes of it
+        output = output[errors[0] :][:30]  # the first error, which often causes the following ones
     text = "\n".join(output[-30:]) if output else last_lines(log.read_text(encoding="utf-8", errors="replace"), 15)
     what = re.sub(r"^FAILED: (\[code=\d+\] )?", "", failed[0]).strip() if failed else plan.source.name
     hint = ""
@@ -500,7 +501,7 @@ def _failure(plan: _Plan, failed: list[str], log: Path) -> str:
 
 
 def _ours(builds: Path) -> list[Path]:
-    """The build folders that this program made, last used first."""
+    """The build folders that this program made, the most recently used first."""
     found: list[tuple[float, Path]] = []
     for marker in builds.glob("*/build.json"):
         record = read_json(marker)
@@ -510,7 +511,7 @@ def _ours(builds: Path) -> list[Path]:
 
 
 def _prune(current: Path, keep: int = _KEEP) -> None:
-    """Remove our build folders but the `keep` last used; `current`, and those that are being built in, stay."""
+    """Remove build folders except the `keep` most recently used, `current`, and those with a running build."""
     builds = current.parent
     for leftover in builds.glob(".removed-*"):
         remove_tree(leftover)
@@ -520,7 +521,7 @@ def _prune(current: Path, keep: int = _KEEP) -> None:
         with lock(_lock_file(folder), block=False) as held:
             if held is None:
                 continue
-            # Renamed first: a folder is there as a whole, or not at all.
+            # The folder is renamed first, so that it never exists incompletely under its name.
             gone = builds / f".removed-{folder.name}"
             with contextlib.suppress(OSError):
                 os.replace(folder, gone)

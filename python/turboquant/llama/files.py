@@ -1,4 +1,4 @@
-"""Small file tools that the cache needs: atomic writes, locks, content hashes, and trees kept in step by content."""
+"""File functions for the cache: atomic writes, locks, content hashes, and synchronization of trees by content."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C within something of which nothing is kept. The text says what the same command will do: "begins ..."."""
+    """Ctrl-C during work whose partial result is not kept. The text completes "the same command ..." in the message."""
 
 
 # ---- single files ----------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut other users of a shared cache out
+        os.chmod(temporary, 0o644)  # mkstemp's mode 0600 would exclude other users of a shared cache
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`; None if there is no such file or no JSON object in it."""
+    """The JSON object in the file `path`; None if there is no such file, or it contains no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def last_lines(text: str, count: int = 20) -> str:
-    """The last `count` lines of `text` that are not empty."""
+    """The last `count` non-empty lines of `text`."""
     return "\n".join([line.rstrip() for line in text.splitlines() if line.strip()][-count:])
 
 
@@ -71,8 +71,8 @@ def list_files(
 ) -> Iterator[str]:
     """The regular files below `root`, sorted, as relative paths with '/'.
 
-    `skip(path, is_dir)` leaves out a file or a whole folder. Links to folders count as folders with `follow`, but for
-    those that lead back to a folder that they are in; without it they are left out.
+    Files and folders for which `skip(path, is_dir)` is true are left out. With `follow`, links to folders are treated
+    as folders, except links to a folder that contains the link; without `follow` they are left out.
     """
     return _list(root, skip, follow, (os.path.realpath(root),) if follow else ())
 
@@ -112,8 +112,8 @@ def hash_files(root: Path, files: Iterable[str]) -> str:
 def sync(source: Path, files: Iterable[str], target: Path) -> int:
     """Make `target` hold exactly `files` of `source`, and return how many files had to be written or removed.
 
-    A file whose content is the same is left alone, so its time stays and nothing that was built from it is stale. A
-    written file gets the present time, not the source's: it must be newer than what was built from its predecessor.
+    A file whose content is the same is not written, so it keeps its time and ninja does not rebuild what depends on it.
+    A written file gets the present time, because it must be newer than what was built from its predecessor.
     """
     changes = 0
     wanted = set(files)
@@ -143,10 +143,10 @@ def sync(source: Path, files: Iterable[str], target: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder of the cache; nothing happens if there is none."""
+    """Delete a folder of the cache, if it exists."""
 
     def writable(function: Callable[..., object], name: str, _error: object) -> None:
-        os.chmod(name, stat.S_IRWXU)  # a read-only file stops the removal on Windows
+        os.chmod(name, stat.S_IRWXU)  # on Windows a read-only file cannot be removed
         function(name)
 
     if path.is_dir() and not path.is_symlink():
@@ -163,9 +163,9 @@ def remove_tree(path: Path) -> None:
 def lock(path: Path, waiting: Callable[[], None] | None = None, block: bool = True) -> Iterator[int | None]:
     """Hold the lock file `path` (made if missing, never deleted) and yield its descriptor.
 
-    If another process holds it, `waiting` is called once and the call waits; with ``block=False`` it yields None at
-    once. The system gives the lock up when the process ends, however it ends. A child that inherits the descriptor
-    shares the lock: a compiler that outlives its parent keeps others out of its folder.
+    If another process holds the lock, `waiting` is called once and the call waits; with ``block=False`` it yields None
+    at once. The operating system releases the lock when the process ends, even if it is killed. A child that inherits
+    the descriptor shares the lock, so a compiler that outlives its parent still excludes others from its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,12 +1,12 @@
-"""Insert the hooks of ``ggml_types/*/hooks.toml`` into a llama.cpp tree, tell their state, and take them out again.
+"""Insert the hooks of ``ggml_types/*/hooks.toml`` into a llama.cpp tree, check their state, and remove them again.
 
 A hook is a pure insertion at an anchor (a regular expression that must match exactly once), bracketed by two comments::
 
     /* turboquant:begin kv-cache-types */ TURBO_KV_CACHE_TYPES /* turboquant:end kv-cache-types */
 
-so `unpatch` needs no record of what was done: it removes the brackets and what is between them, and the file is
-byte for byte what it was. `patch` strips first and inserts then, hence it is idempotent and also brings a tree that an
-older version has patched up to date. Files that do not change are not written, so nothing is rebuilt for nothing.
+so `unpatch` needs no record of the insertions: it removes the brackets and the text between them, which restores the
+file byte for byte. `patch` removes all insertions first and then inserts the present ones. So it is idempotent, and it
+updates a tree that an older version patched. Files that do not change are not written, so they cause no rebuild.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PatchError(TurboQuantError):
 
 
 class HooksFileError(PatchError):
-    """A hooks.toml itself is wrong."""
+    """A hooks.toml has an error."""
 
 
 class NotLlamaError(PatchError):
@@ -76,15 +76,15 @@ class NotLlamaError(PatchError):
 
 
 class AnchorError(PatchError):
-    """A hook's anchor matches nowhere, or more than once."""
+    """The anchor of a hook does not match, or matches more than once."""
 
 
 class LinkError(PatchError):
-    """A folder of the tree is a link to somewhere else, where nothing must be written."""
+    """A folder of the tree is a link to another place, where no file may be written."""
 
 
 class MarkerError(PatchError):
-    """The brackets around an insertion were damaged by hand."""
+    """The brackets around an insertion are damaged."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Hook:
     id: str
     why: str
     sites: tuple[Site, ...]
-    optional: str = ""  # why a tree may lack the place; empty: the hook is required
-    tests: bool = False  # only llama.cpp's own tests need it
+    optional: str = ""  # why a tree may lack the place; empty if the hook is required
+    tests: bool = False  # whether only llama.cpp's own tests need it
 
     @property
     def file(self) -> str:
@@ -115,11 +115,13 @@ class Hook:
 
 @dataclass(frozen=True)
 class HookState:
-    """What `check` found out about one hook.
+    """The state of one hook in a tree.
 
-    ``applied``: inserted, as this version would. ``missing``: not inserted, but it can be. ``outdated``: inserted, with
-    another text than this version's. ``skipped``: optional, and this tree lacks the place. ``broken``: its anchor does
-    not match (``detail`` has the sentence).
+    - ``applied``: the hook is inserted as this version inserts it.
+    - ``missing``: the hook is not inserted, but can be.
+    - ``outdated``: the hook is inserted, but its text or place differs from this version's.
+    - ``skipped``: the hook is optional, and the tree lacks the place.
+    - ``broken``: the anchor does not match exactly once; ``detail`` explains it.
     """
 
     hook: Hook
@@ -136,12 +138,12 @@ class HookState:
 
 
 def load_hooks(*files: Path) -> list[Hook]:
-    """The hooks of `files` (default: the project's own, one hooks.toml in each folder), in order.
+    """The hooks of `files` (default: this project's files, one hooks.toml in each folder of ggml_types), in order.
 
-    ``{version}`` in a text becomes a digest of the files, which ``ggml_types/check.cmake`` computes as well.
+    ``{version}`` in a text is replaced by a digest of the files, which ``ggml_types/check.cmake`` computes as well.
 
     Raises:
-        HooksFileError: a field is missing, unknown or of the wrong type, an id occurs twice, a regex is invalid.
+        HooksFileError: a field is missing, unknown or of the wrong type, an id occurs twice, or a regex is invalid.
     """
     files = files or tuple(sorted((native_dir() / "ggml_types").glob("*/hooks.toml")))
     hashes = ""
@@ -167,7 +169,7 @@ def load_hooks(*files: Path) -> list[Hook]:
 
 
 def _include_hooks(rows: list[_Row]) -> list[Hook]:
-    """One more hook for every header that hooks of a file ask for with `include`, after the file's first #include."""
+    """A hook for every header that hooks of a file request with `include`; it goes after the file's first #include."""
     wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path, row in rows:
         if "include" in row:
@@ -201,7 +203,7 @@ def _parse_hook(path: Path, row: dict[str, Any], version: str) -> Hook:
         raise HooksFileError(f"{path}: hook {name!r}: unknown field {min(unknown)!r}")
     sites = []
     for source in (row, *row.get("alternative", [])):
-        merged = {**row, **source}  # an alternative gives only what differs
+        merged = {**row, **source}  # an alternative has only the fields that differ
         where = field(merged, "where")
         if where not in ("before", "after"):
             raise HooksFileError(f"{path}: hook {name!r}: where must be 'before' or 'after', got {where!r}")
@@ -226,13 +228,13 @@ def _parse_hook(path: Path, row: dict[str, Any], version: str) -> Hook:
 def _insertion(hook: Hook, site: Site, at_line_start: bool, newline: str) -> str:
     text = site.text.replace("\n", newline)
     gap = newline if "\n" in text or "//" in text else " "
-    # At the start of a line the insertion is a line (or lines) of its own; elsewhere it stays within the line.
+    # At the start of a line the insertion forms separate lines; elsewhere it stays within the line.
     tail = newline if at_line_start else ""
     return f"{_BEGIN.format(hook.id)}{gap}{text}{gap}{_END.format(hook.id)}{tail}"
 
 
 def _strip(text: str, file: str) -> tuple[str, dict[str, str]]:
-    """`text` without insertions, and what was inserted (hook id -> whole insertion)."""
+    """`text` without insertions, and the insertions by hook id."""
     if _MARKER not in text:
         return text, {}
     found: dict[str, str] = {}
@@ -267,7 +269,7 @@ def _damaged(file: str, what: str) -> str:
 
 
 def _locate(site: Site, text: str) -> tuple[int | None, int]:
-    """Where to insert (None if there is not exactly one place) and the number of matches."""
+    """The position of the insertion (None unless the anchor matches exactly once), and the number of matches."""
     matches = list(re.finditer(site.anchor, text, re.MULTILINE))
     if len(matches) != 1:
         return None, len(matches)
@@ -291,7 +293,7 @@ def _root(directory: str | os.PathLike[str]) -> Path:
 
 
 def _read(path: Path) -> str:
-    # Bytes in, bytes out: no newline translation, and bytes that are no UTF-8 survive.
+    # No newline translation; bytes that are no UTF-8 are preserved.
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
@@ -299,12 +301,16 @@ def _read(path: Path) -> str:
 
 
 def _write_all(files: dict[Path, str]) -> None:
-    """Give every file its new content, in this order, or leave all as they are.
+    """Give every file its new content, in this order.
 
-    Everything that needs room on the disk is done before the first file changes. Only a process that is killed can stop
-    in between; the same command then goes on from there.
+    All new contents are written to the disk before the first file is replaced. If an error occurs afterwards, the files
+    that were replaced are restored. Files with new content remain only if the process is killed or a file cannot be
+    restored, which the error then names. In both cases the same command completes the work.
+
+    Raises:
+        PatchError: a file cannot be written; the text names the file and the state of the tree.
     """
-    staged: list[tuple[Path, Path, Path]] = []  # the file, its new content, a copy of what it is
+    staged: list[tuple[Path, Path, Path]] = []  # the file, its new content, a copy of its old content
     temporaries: list[Path] = []
     replaced = 0
 
@@ -340,7 +346,7 @@ def _write_all(files: dict[Path, str]) -> None:
 
 
 def _put_back(staged: list[tuple[Path, Path, Path]]) -> list[Path]:
-    """Undo what was replaced; the files with which that fails."""
+    """Restore the replaced files; returns those that could not be restored."""
     failed = []
     for target, _, old in staged:
         try:
@@ -351,7 +357,7 @@ def _put_back(staged: list[tuple[Path, Path, Path]]) -> list[Path]:
 
 
 def _patched_files(root: Path) -> Iterator[Path]:
-    """Every source file of the tree that holds an insertion, also of a version with other hooks."""
+    """Every source file of the tree with an insertion, also those of versions with other hooks."""
     for folder in _FOLDERS:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in _SUFFIXES and path.is_file() and _is_patched(path):
@@ -363,7 +369,7 @@ def _is_patched(path: Path) -> bool:
 
 
 def _refuse_links(root: Path, files: Iterable[str]) -> None:
-    """LinkError if a folder inside the tree is a link to where files would be written."""
+    """Raise LinkError if a file would be written through a link to a folder."""
     for file in files:
         place, real = root, root.resolve()
         for part in Path(file).parent.parts:
@@ -378,7 +384,7 @@ def _refuse_links(root: Path, files: Iterable[str]) -> None:
 
 @dataclass
 class _Plan:
-    """A tree's files as they are and as they would be, and the state of every hook."""
+    """The present and the patched contents of a tree's files, and the state of every hook."""
 
     before: dict[str, str]
     after: dict[str, str]
@@ -397,7 +403,7 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
         path = root / file
         if path.is_file():
             before[file] = text = _read(path)
-            # Anchors are written for \n; a file that has \r\n everywhere is the same to them.
+            # Anchors are written for \n. A file with \r\n throughout is matched as if it had \n.
             if 0 < text.count("\r\n") == text.count("\n"):
                 crlf.add(file)
                 text = text.replace("\r\n", "\n")
@@ -437,7 +443,7 @@ def _plan(root: Path, hooks: list[Hook]) -> _Plan:
 
     after = {}
     for file, text in original.items():
-        # Stable sort: hooks at the same place keep their order.
+        # The sort is stable: hooks at the same position keep their order.
         pieces, position = [], 0
         for start, insertion in sorted(places[file], key=lambda place: place[0]):
             pieces += [text[position:start], insertion]
@@ -454,7 +460,7 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
     return (
         f"{root}: hook {hook.id!r} does not fit this llama.cpp: {detail}. It is needed because: {hook.why} Use a "
         f"llama.cpp that is proven (see ggml_types/README.md; `turboquant build` fetches one), or give the hook "
-        f"another anchor in the hooks.toml that it stands in, below {native_dir() / 'ggml_types'}"
+        f"another anchor in its hooks.toml in {native_dir() / 'ggml_types'}"
     )
 
 
@@ -464,14 +470,16 @@ def _broken(root: Path, hook: Hook, detail: str) -> str:
 def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
     """Insert all hooks into the llama.cpp tree `directory`. Idempotent.
 
-    All or nothing, but for a process that is killed: ggml.c, with the hooks' version, and ggml.h, with the types' ids,
-    come last, and without them the rest does not configure, so that such a tree never passes for a patched one.
+    Either all files change or none; `_write_all` describes the exceptions. ggml.c, which has the version of the hooks,
+    and ggml.h, which defines the types' ids, are replaced last. CMake refuses a tree without them, so a partly patched
+    tree cannot be built.
 
     Returns:
-        The hooks' states afterwards (``applied`` or ``skipped``).
+        The states of the hooks after the insertion (``applied`` or ``skipped``).
 
     Raises:
-        NotLlamaError, AnchorError, LinkError, MarkerError, HooksFileError: see there; nothing was written.
+        NotLlamaError, AnchorError, LinkError, MarkerError, HooksFileError: the reason; no file was written.
+        PatchError: a file cannot be written; see `_write_all`.
     """
     root = _root(directory)
     plan = _plan(root, load_hooks() if hooks is None else hooks)
@@ -484,7 +492,7 @@ def patch(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) ->
 
 
 def check(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) -> list[HookState]:
-    """The state of every hook in the llama.cpp tree `directory`. Writes nothing.
+    """The state of every hook in the llama.cpp tree `directory`. No file is written.
 
     Raises:
         NotLlamaError, LinkError, MarkerError, HooksFileError.
@@ -493,17 +501,18 @@ def check(directory: str | os.PathLike[str], hooks: list[Hook] | None = None) ->
 
 
 def unpatch(directory: str | os.PathLike[str]) -> list[str]:
-    """Take every insertion out of the llama.cpp tree `directory`, also those of another version of this package.
+    """Remove every insertion from the llama.cpp tree `directory`, also those of other versions of this package.
 
     Returns:
         The files that changed, relative to `directory`.
 
     Raises:
-        NotLlamaError, MarkerError, HooksFileError: nothing was written.
+        NotLlamaError, MarkerError, HooksFileError: the reason; no file was written.
+        PatchError: a file cannot be written; see `_write_all`.
     """
     root = _root(directory)
     files = set(_patched_files(root))
-    # Older versions have written through links to folders, which are not searched.
+    # Older versions wrote through links to folders, which `_patched_files` does not follow.
     sites = {root / site.file for hook in load_hooks() for site in hook.sites}
     files |= {path for path in sites - files if path.is_file() and _is_patched(path)}
     # ggml.h first: see `patch`.

@@ -1,4 +1,4 @@
-"""Where the package's native sources (the codec, the hooks, the bundled model) and its cache are."""
+"""The folders of the package's native sources (the codec, the hooks, the bundled model) and of its cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def native_dir() -> Path:
     """The folder that holds ``cpp/``, ``ggml_types/`` and ``models/``.
 
-    ``turboquant/_native`` in an installed package, the root of the checkout when the package runs from one.
+    It is ``turboquant/_native`` in an installed package, and the root of the checkout if the package runs from one.
 
     Raises:
         FileNotFoundError: neither exists (a broken installation).
@@ -32,14 +32,14 @@ def bundled_model() -> Path:
 
 
 def bundled_text() -> Path:
-    """The text that comes with it, which the model has not seen."""
+    """The text that comes with the package. The bundled model was not trained on it."""
     return native_dir() / "models" / "heldout.txt"
 
 
 def cache_dir() -> Path:
     """The cache folder: ``$TURBOQUANT_CACHE``, else ``$XDG_CACHE_HOME/turboquant``, else ``~/.cache/turboquant``.
 
-    It is not created here.
+    This function does not create it.
     """
     chosen = os.environ.get("TURBOQUANT_CACHE")
     if chosen:

@@ -1,4 +1,4 @@
-"""Download one file with pip, from wherever the user's pip is set up to download from."""
+"""Download one file with pip, from the package index that the user's pip is configured for."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def download(
 
     Args:
         requirement: "name==version".
-        options: further ones for pip.
-        folder: gets the file, and all that pip writes on the way; made here. It is the caller's to remove.
-        pattern: of the file's name, such as "*.whl".
-        label, size: what the progress bar shows; the size in bytes, if it is known.
+        options: further options for pip.
+        folder: receives the file and pip's temporary files. It is created here, and the caller removes it.
+        pattern: pattern of the file's name, such as "*.whl".
+        label, size: label of the progress bar, and size of the file in bytes, if it is known.
         path: the PATH that pip runs with.
-        sha256: what the file must have. pip looks at it before it runs anything that is in the file.
+        sha256: the required SHA-256. pip checks it before it runs code of the file.
 
     Returns:
-        The file, None if pip failed; and what pip printed.
+        The file, or None if pip failed; and the output of pip.
 
     Raises:
-        Interrupted: what pip has of the file so far is lost.
+        Interrupted: the part of the file that pip downloaded is lost.
     """
     temporary = folder / "tmp"
     temporary.mkdir(parents=True)
@@ -59,14 +59,15 @@ def download(
         command += ["--require-hashes", "-r", str(listed)]
     else:
         command.append(requirement)
-    # pip's temporary files go where ours are: the same disk, seen by the progress bar, and removed with the rest.
+    # pip's temporary files go into this folder: they are on the same disk, the progress bar sees them, and they are
+    # removed.
     env = dict(os.environ, TMPDIR=str(temporary), TEMP=str(temporary), TMP=str(temporary))
     if path:
         env["PATH"] = path
     with (folder / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
         with reporter.track(label, size, "bytes") as track:
             process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            done = 0  # never less than before: in the end pip moves the file away
+            done = 0  # never less than before, because pip moves the file at the end
             try:
                 while process.poll() is None:
                     time.sleep(0.1)
@@ -84,8 +85,8 @@ def download(
 
 
 def _downloaded(temporary: Path, pattern: str) -> int:
-    """Bytes that pip has of the file so far; 0 if that cannot be told."""
+    """Bytes of the file that pip has downloaded; 0 if unknown."""
     try:
         return max((file.stat().st_size for file in temporary.glob(f"pip-*/{pattern}")), default=0)
-    except OSError:  # pip moves and removes files at any moment
+    except OSError:  # pip may move or remove files at any time
         return 0

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a few plain lines anywhere else. All of it goes to stderr."""
+"""Progress messages on stderr: a bar on a terminal, and a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rich.progress import (
 __all__ = ["Reporter", "Track", "duration", "plain_console"]
 
 Unit = Literal["steps", "bytes", "work"]
-"""What is counted; "work" is shown as a percentage alone."""
+"""The unit of progress; "work" is shown as a percentage only."""
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 1 h 02 min."""
+    """A duration in words, such as 12 s, 3 min 20 s or 1 h 02 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def plain_console(stderr: bool = False) -> Console:
-    """A console whose stream alone decides: FORCE_COLOR must not put control characters into a file."""
+    """A console that writes control characters only to a terminal, also if FORCE_COLOR is set."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(
         force_terminal=terminal, no_color=not terminal or None, width=None if terminal else 110, stderr=stderr
@@ -47,7 +47,7 @@ def plain_console(stderr: bool = False) -> Console:
 
 
 class Track:
-    """One thing that progresses. `update` may be called as often as one likes."""
+    """The progress of one task. `update` may be called at any rate."""
 
     def __init__(self, reporter: Reporter, label: str, total: int | None, unit: Unit, bar: Progress | None) -> None:
         self._reporter, self._label, self._total, self._unit, self._bar = reporter, label, total, unit, bar
@@ -56,12 +56,12 @@ class Track:
         self._said_tenth = 0
 
     def update(self, done: int, total: int | None = None, label: str | None = None) -> None:
-        """`done` of `total` (both since the start of this track); what is None stays as it was."""
+        """Set the progress to `done` of `total`, counted from the start of this task. None keeps a value."""
         self._total, self._label = total or self._total, label or self._label
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=self._total, description=self._label)
         elif self._total:
-            # Sparse: at every tenth, but not every moment; and once a minute while something happens.
+            # A line is printed at every tenth, but not in quick succession, and once a minute while there is progress.
             now, tenth = time.monotonic(), 10 * done // self._total
             silent = now - self._said_at
             if done and (silent >= 60 or (silent >= 5 and tenth > self._said_tenth)):
@@ -77,18 +77,18 @@ class Track:
 
 
 class Reporter:
-    """Where messages and progress go (default: stderr)."""
+    """Prints messages and progress (default: to stderr)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        """One message, printed as it is."""
+        """Print one message unchanged."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def track(self, label: str, total: int | None = None, unit: Unit = "steps") -> Iterator[Track]:
-        """A progress bar for the time of a ``with`` block; it disappears at its end."""
+        """A progress bar during a ``with`` block; it disappears at the end."""
         if not self.console.is_terminal:
             self.say(f"{label} ...")
             yield Track(self, label, total, unit, None)
@@ -100,7 +100,7 @@ class Reporter:
             {"bytes": DownloadColumn, "steps": MofNCompleteColumn, "work": TaskProgressColumn}[unit](),
             TimeElapsedColumn(),
             TextColumn("left"),
-            # Files differ much in how long they compile: a long window gives a calmer estimate.
+            # Compile times of files differ much, so a long window gives a steadier estimate.
             TimeRemainingColumn(),
         ]
         with Progress(*columns, console=self.console, transient=True, speed_estimate_period=120) as bar:
@@ -108,7 +108,7 @@ class Reporter:
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
-        """A spinner for something without steps."""
+        """A spinner for a task without steps."""
         if self.console.is_terminal:
             with self.console.status(label):
                 yield

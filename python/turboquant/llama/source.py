@@ -1,7 +1,7 @@
-"""Where the sources of llama.cpp come from: a folder of the user's, or the copy inside a llama-cpp-python release.
+"""The sources of llama.cpp: a folder of the user, or the copy inside a llama-cpp-python release.
 
-llama-cpp-python's source package holds a whole llama.cpp, and pip fetches it from wherever the user's pip is set up to
-fetch from. Of its archive only ``vendor/llama.cpp`` is unpacked, without what no build needs.
+llama-cpp-python's source package contains a complete llama.cpp, and pip downloads it from the configured package index.
+Only ``vendor/llama.cpp`` of the archive is unpacked, without the folders that no build needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Archive:
     size: int  # bytes
 
 
-# The releases that the hooks are proven with.
+# The releases that the hooks are tested with.
 PROVEN: dict[str, Archive] = {
     "0.3.30": Archive("798c9b42652d2e0bff5fe81e7e762089f425a99e67f66ffe5ae156957876e0d1", 70191382),
     "0.3.33": Archive("369ba03d02caaef42c1ed07bbdc454f7436e47c7675b8b9757fa13fbac6acd92", 70533021),
@@ -48,11 +48,11 @@ PROVEN: dict[str, Archive] = {
 # Folders at the top of llama.cpp that no build reads: half of its 180 MB. (tests/, examples/, scripts/ and licenses/
 # are read by CMake and stay.)
 UNNEEDED = {"benches", "ci", "conversion", "docs", "gguf-py", "media", "models", "requirements", "skills"}
-# Raised when the rule above changes, so that older unpacked trees are not taken for current ones.
+# Increased when the rule above changes, so that trees unpacked by the older rule are not reused.
 _LAYOUT = 1
-_MAX_FILES, _MAX_BYTES = 50_000, 2 << 30  # far above any llama.cpp; stops an archive made to fill the disk
+_MAX_FILES, _MAX_BYTES = 50_000, 2 << 30  # far above llama.cpp's size, to limit malicious archives
 
-# Without these there is nothing to build or to patch.
+# A llama.cpp tree has these files.
 _ESSENTIAL = (
     "CMakeLists.txt",
     "common/arg.cpp",
@@ -66,23 +66,24 @@ _ESSENTIAL = (
 
 
 class SourceError(TurboQuantError):
-    """The sources of llama.cpp could not be had."""
+    """The sources of llama.cpp could not be obtained."""
 
 
 class UnprovenError(SourceError):
-    """The release is none of `PROVEN`, and nobody has said that it may be fetched all the same."""
+    """The release is not in `PROVEN`, and `unproven` was not given."""
 
 
 class _CorruptError(Exception):
-    """pip got another file than the one that was pinned. The text says which."""
+    """pip downloaded a file with another checksum than the known one. The text names it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A llama.cpp source tree that is read and never written.
+    """A llama.cpp source tree, which is read and never written.
 
-    ``name`` is for people; ``slug`` for folder names; ``identity`` tells two sources apart whatever their content is
-    now; ``digest`` is of the content; ``commit`` and ``number`` are what the built programs give as their version.
+    ``name`` is for messages and ``slug`` for folder names. ``identity`` distinguishes two sources independently of
+    their present content. ``digest`` is a hash of the content. ``commit`` and ``number`` are the version that built
+    programs print.
     """
 
     root: Path
@@ -96,7 +97,8 @@ class Source:
     def files(self) -> Iterator[str]:
         """The files a build needs, as sorted relative paths. Links to folders are followed.
 
-        SourceError if there are far more than llama.cpp has.
+        Raises:
+            SourceError: there are far more files than llama.cpp has.
         """
         return _files(self.root)
 
@@ -114,7 +116,7 @@ def _skip(root: Path, path: str, is_dir: bool) -> bool:
         return name.endswith((".gguf", ".o", ".a", ".so", ".dylib", ".pyc", ".orig", ".rej")) or name == ".git"
     if path == name and (name in UNNEEDED or name.startswith((".", "build"))):
         return True
-    # A checkout may have any number of build folders in it, under any name.
+    # A checkout may contain build folders with any names.
     return name in {"node_modules", "__pycache__", ".git"} or (root / path / "CMakeCache.txt").is_file()
 
 
@@ -125,7 +127,7 @@ def local(directory: str | os.PathLike[str]) -> Source:
     """The llama.cpp checkout `directory`.
 
     Raises:
-        SourceError: no such folder, or files of llama.cpp are missing in it (the text names them).
+        SourceError: there is no such folder, or it lacks files of llama.cpp (the text names them).
     """
     root = Path(directory).expanduser().resolve()
     if not root.is_dir():
@@ -142,7 +144,7 @@ def local(directory: str | os.PathLike[str]) -> Source:
 
 
 def _git_version(root: Path) -> tuple[str, int]:
-    """Commit and number of commits of a checkout; ("unknown", 0) if it is none, or only a folder inside another."""
+    """Commit and number of commits of a git checkout; ("unknown", 0) if `root` is not the root of one."""
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
@@ -166,14 +168,16 @@ def fetch(
     """The llama.cpp inside llama-cpp-python `version`, from the cache or, the first time, through pip.
 
     Args:
-        version: e.g. "0.3.36". Those of `PROVEN` are checked against a known checksum before anything in them is run.
-        reporter: where progress goes.
-        path: the PATH that pip runs with (cmake and ninja there spare it fetching its own).
-        unproven: fetch other releases, too: their build code runs here, and nothing tells whether it is the authors'.
+        version: such as "0.3.36". Releases in `PROVEN` are checked against a known checksum before code of them runs.
+        reporter: receives the progress.
+        path: the PATH that pip runs with; with cmake and ninja in it, pip does not download its own.
+        unproven: also fetch other releases. Their build code runs on this machine, and their authenticity is not
+            checked.
 
     Raises:
-        UnprovenError: another release, without `unproven`.
-        SourceError: bad version, no pip, no network, a download that stays corrupt, an archive without llama.cpp.
+        UnprovenError: the release is not in `PROVEN`, and `unproven` is false.
+        SourceError: the version is invalid, pip or the network is missing, the download is corrupt twice, or the
+            archive contains no llama.cpp.
     """
     found = cached(version)
     if found:
@@ -192,11 +196,11 @@ def fetch(
         reporter.say(f"another process is fetching llama-cpp-python {version}; waiting for it")
 
     with lock(cache_dir() / "locks" / f"source-{version}.lock", waiting):
-        found = cached(version)  # by the process that we waited for
+        found = cached(version)  # another process fetched it while this one waited for the lock
         if found:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{version}.*"):  # of a run that was killed
+        for leftover in folder.glob(f".{version}.*"):  # left by a run that was killed
             remove_tree(leftover)
         with tempfile.TemporaryDirectory(prefix=f".{version}.", dir=folder) as temporary:
             work = Path(temporary)
@@ -207,7 +211,7 @@ def fetch(
             record = {"layout": _LAYOUT, "version": version, "sha256": sha256, "commit": commit}
             write_json(work / "source.json", record)
             archive.unlink()
-            remove_tree(target)  # of an older layout
+            remove_tree(target)  # with an older layout
             ready = work / "ready"
             ready.mkdir()
             os.replace(tree, ready / "llama.cpp")
@@ -220,10 +224,10 @@ def fetch(
 
 
 def cached(version: str = DEFAULT_VERSION) -> Source | None:
-    """What `fetch` would return if nothing has to be fetched, else None.
+    """The result of `fetch` if nothing has to be downloaded, else None.
 
     Raises:
-        SourceError: `version` is no version.
+        SourceError: `version` is no valid version.
     """
     target = _folder(version)
     record = read_json(target / "source.json")
@@ -231,7 +235,7 @@ def cached(version: str = DEFAULT_VERSION) -> Source | None:
         return None
     root = target / "llama.cpp"
     if not all((root / file).is_file() for file in _ESSENTIAL):
-        return None  # someone tidied up in the cache
+        return None  # files of the cached tree were deleted
     sha256, commit = str(record.get("sha256")), str(record.get("commit"))
     return Source(
         root=root,
@@ -250,7 +254,7 @@ def _folder(version: str) -> Path:
 
 
 def _download(version: str, work: Path, reporter: Reporter, path: str | None) -> tuple[Path, str]:
-    """The archive in `work` and its SHA-256; a corrupt one is deleted and fetched once more, past pip's cache."""
+    """Download the archive into `work`; returns it and its SHA-256. If it is corrupt, it is downloaded once more."""
     if not pip.is_installed():
         raise SourceError(
             f"pip is not installed for {sys.executable}, so llama-cpp-python {version} cannot be fetched; run "
@@ -280,7 +284,7 @@ def _download(version: str, work: Path, reporter: Reporter, path: str | None) ->
 
 
 def _verify(archive: Path, known: Archive | None) -> tuple[str, str]:
-    """What is wrong with `archive` ("" if nothing) and its SHA-256."""
+    """What is wrong with `archive` ("" if it is intact), and its SHA-256."""
     digest = hashlib.sha256()
     with archive.open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -301,11 +305,11 @@ def _verify(archive: Path, known: Archive | None) -> tuple[str, str]:
 def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | None, fresh: bool) -> Path:
     """Fetch the source package with pip into `folder`.
 
-    pip prepares the package's metadata after the download (there is no way to tell it not to), which runs the
-    package's build backend in an environment of its own. So pip itself is to compare the checksum, before that.
+    After the download pip always prepares the package's metadata, which runs the package's build backend. Therefore pip
+    has to compare the checksum itself before that.
 
     Raises:
-        _CorruptError: the checksum is another one.
+        _CorruptError: the checksum differs.
         SourceError: pip failed.
     """
     options = ["--no-binary", "llama-cpp-python", *["--no-cache-dir"] * fresh]
@@ -330,7 +334,8 @@ def _pip_download(version: str, folder: Path, reporter: Reporter, path: str | No
 def _unpack(archive: Path, target: Path, progress: Callable[[int], None]) -> str:
     """Write vendor/llama.cpp of `archive` to `target`; returns the commit that the archive names, or "unknown".
 
-    Only regular files are written, each to a path that was built from checked parts, so nothing can land elsewhere.
+    Only regular files are written, and each path is built from checked parts, so no file can be written outside
+    `target`.
     """
     commit, count, size = "unknown", 0, 0
     seen: set[str] = set()

@@ -1,7 +1,7 @@
-"""The programs that a build needs: a C++ compiler of the machine's, CMake and Ninja of the machine's or from PyPI.
+"""The programs that a build needs: the machine's C++ compiler, and CMake and Ninja from the machine or from PyPI.
 
-CMake and Ninja are no dependencies of the package: most machines with a compiler have them, and the codec alone needs
-neither at run time. Where one is missing or too old, both are installed once, as PyPI wheels, into the cache folder.
+CMake and Ninja are no dependencies of the package, because most machines with a compiler have them, and the codec needs
+neither at run time. If one is missing or too old, both are installed once, as PyPI wheels, into the cache folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PINNED = Path(__file__).with_name("build-tools.txt")
 
 
 class ToolError(TurboQuantError):
-    """A program that the build needs is missing and could not be had."""
+    """A program that the build needs is missing and could not be installed."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Tools:
     ninja: Path
 
     def path(self) -> str:
-        """PATH with both in front."""
+        """PATH with the folders of both programs at the front."""
         own = dict.fromkeys([str(self.cmake.parent), str(self.ninja.parent)])
         return os.pathsep.join([*own, os.environ.get("PATH", os.defpath)])
 
@@ -53,7 +53,7 @@ class Tools:
 
 
 def compiler() -> list[str]:
-    """What identifies the C and C++ compilers that CMake will find: program and version, one string each.
+    """The C and C++ compilers that CMake will find: program and version, one string each.
 
     Raises:
         ToolError: there is none, or it does not run.
@@ -87,7 +87,7 @@ def _compiler(variable: str, names: tuple[str, ...]) -> str | None:
 
 
 def breaks_amx(compilers: Sequence[str]) -> bool:
-    """True if this CPU has AMX and the C++ compiler miscompiles llama.cpp's use of it.
+    """Whether this CPU has AMX and the C++ compiler miscompiles llama.cpp's use of it.
 
     GCC before 11.5, 12.4, 13.3 and 14 takes ldtilecfg to read 8 bytes and drops most of the tile configuration that
     llama.cpp stores for it (GCC bug 114098). The programs then crash at the first product with quantized weights.
@@ -104,7 +104,7 @@ def breaks_amx(compilers: Sequence[str]) -> bool:
 
 
 def cuda_compiler() -> tuple[Path, str]:
-    """nvcc, and what identifies it: that of CUDACXX, of PATH, or of the usual folders of the CUDA toolkit.
+    """nvcc and its version: from CUDACXX, PATH, or the usual folders of the CUDA toolkit.
 
     Raises:
         ToolError: there is none, or it does not run.
@@ -144,7 +144,7 @@ def _how_to_get_a_compiler() -> str:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first core that has each key; empty elsewhere."""
+    """The keys of /proc/cpuinfo, each with the value of the first core that has it; empty if not on Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -177,7 +177,7 @@ def cpu() -> str:
 
 
 def jobs() -> int:
-    """How many compilers to run at once: one per usable CPU, as far as the memory goes (about 1.5 GiB each)."""
+    """How many compilers to run in parallel: one per usable CPU and per 1.5 GiB of memory."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -190,10 +190,10 @@ def jobs() -> int:
 
 
 def find_tools(reporter: Reporter) -> Tools:
-    """CMake (3.19 or newer) and Ninja: of the machine, of the Python environment, of the cache, or fetched into it.
+    """CMake (3.19 or newer) and Ninja from the machine, the Python environment, or the cache, filled by pip if needed.
 
     Raises:
-        ToolError: they are not there and pip could not fetch them.
+        ToolError: they are missing, and pip could not download them.
     """
     scripts = sysconfig.get_path("scripts")
     cmake = _first([shutil.which("cmake"), shutil.which("cmake", path=scripts)], MINIMUM_CMAKE)
@@ -237,14 +237,14 @@ def _install(folder: Path, missing: str) -> None:
             f"`{sys.executable} -m ensurepip`, or install {missing} with the system's package manager"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial.*"):  # of a run that was killed
+    for leftover in folder.glob(".partial.*"):  # left by a run that was killed
         remove_tree(leftover)
     with tempfile.TemporaryDirectory(prefix=".partial.", dir=folder) as temporary:
         target = Path(temporary) / "tools"
-        # Wheels only: compiling CMake from source would take longer than llama.cpp.
+        # Only wheels: compiling CMake from source would take longer than compiling llama.cpp.
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
         command += ["--only-binary", ":all:", "--no-deps", "--target", str(target), "--require-hashes", "-r", str(_PINNED)]
-        env = dict(os.environ, PIP_USER="0")  # a user's pip.conf may say --user, which --target excludes
+        env = dict(os.environ, PIP_USER="0")  # pip.conf may set --user, which contradicts --target
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if "DO NOT MATCH THE HASHES" in done.stderr:
             raise ToolError(
@@ -261,7 +261,7 @@ def _install(folder: Path, missing: str) -> None:
 
 
 def _in_folder(folder: Path) -> Tools | None:
-    """The programs among what pip installed into `folder`: the real ones, not the Python scripts that start them."""
+    """The programs that pip installed into `folder`, not the Python scripts that start them."""
     suffix = ".exe" if os.name == "nt" else ""
     cmake = _first([folder / "cmake/data/bin" / f"cmake{suffix}", folder / "bin" / f"cmake{suffix}"], MINIMUM_CMAKE)
     ninja = _first([folder / "ninja/data/bin" / f"ninja{suffix}", folder / "bin" / f"ninja{suffix}"], (1,))
@@ -279,7 +279,7 @@ def _first(candidates: Sequence[str | Path | None], minimum: tuple[int, ...]) ->
 
 
 def _run(command: list[str]) -> str:
-    """What `command` prints; "" if it fails or is not there."""
+    """The output of `command`; "" if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):

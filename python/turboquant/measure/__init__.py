@@ -1,5 +1,6 @@
-"""Measuring one model with llama.cpp's programs: `convert`, `evaluate` and `tune` stand on it.
+"""Measurements of one model with llama.cpp's programs, which `convert`, `evaluate` and `tune` use.
 
-`programs` runs them, `perplexity`, `needle`, `speed` and `capture` read what each finds, `kvsize` what the cache takes,
-`pairs` names the cache types. `results` remembers, and `measurer` takes each result from there or from a run.
+`programs` runs the programs. `perplexity`, `needle`, `speed` and `capture` read their results, and `kvsize` reads the
+size of the cache. `pairs` names the cache types. `results` stores results, and `measurer` returns each result from
+there or from a run.
 """

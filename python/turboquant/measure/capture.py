@@ -1,4 +1,4 @@
-"""Queries, keys and values of a model on a text, from the program turboquant-capture of a build.
+"""Queries, keys and values of a model for a text, read from the program turboquant-capture of a build.
 
 ``ggml_types/programs/turboquant-capture.cpp`` describes the stream that is read here.
 """
@@ -33,11 +33,11 @@ class CaptureError(TurboQuantError):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a pass. `layer` is the layer whose cache it reads, which several may share."""
+    """One attention operation of a pass. `layer` is the layer whose cache it reads; several operations may share it."""
 
-    use: int  #: counts the attentions
+    use: int  #: number of the attention operation, from 0
     layer: int
-    scale: float  #: what q·k is multiplied by
+    scale: float  #: factor of the scores q·k
     head_k: int
     head_v: int
     heads: int
@@ -46,7 +46,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Route:
-    """How q, k or v ("q", "k", "v") came from the weights, or where the output ("o") went; see `convert.paths`."""
+    """How q, k or v ("q", "k", "v") depends on the weights, or how the output ("o") is used; see `convert.paths`."""
 
     role: str
     use: int  #: -1 for k and v
@@ -56,17 +56,17 @@ class Route:
 
 @dataclass(frozen=True)
 class Data:
-    """Values of some tokens: float32 (tokens, heads, head); of k and v (tokens, 1, heads * head)."""
+    """Values of consecutive tokens: float32 (tokens, heads, head) for q, and (tokens, 1, heads * head) for k and v."""
 
     role: str
     use: int
     layer: int
-    first: int  #: the first token's place in the text
+    first: int  #: index of the first token in the text
     values: NDArray[np.float32]
 
 
 def check_model(model: Path) -> None:
-    """CaptureError if `model` is not there or no GGUF file."""
+    """Raise CaptureError if `model` does not exist or is no GGUF file."""
     if not model.is_file():
         raise CaptureError(f"{model}: no such file; give a GGUF model")
     with model.open("rb") as file:
@@ -78,8 +78,8 @@ class Capture:
     """A running capture: a context manager whose iterator yields `Attention`, `Route` and `Data`.
 
     Attributes, set on entry:
-        tokens: how many tokens are evaluated.
-        available: how many the read part of the text has (it is read as far as `tokens` can need).
+        tokens: number of evaluated tokens.
+        available: number of tokens in the part of the text that was read, which is as long as `tokens` may require.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Capture:
         threads: int | None = None,
         gpu_layers: int = 0,
     ) -> None:
-        """Evaluate the first `tokens` tokens of `text`, in pieces of `context` tokens that are not connected."""
+        """Evaluate the first `tokens` tokens of `text`, in independent pieces of `context` tokens."""
         check_model(model)
         if not text.is_file():
             raise CaptureError(f"{text}: no such file; give a text with -f")
@@ -107,7 +107,7 @@ class Capture:
         try:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
-                # Every operation ends with its threads waiting: they must not spin while the values are read.
+                # Threads wait after every operation; they must not spin while the values are read.
                 env={"OMP_WAIT_POLICY": "passive", **os.environ},
             )  # fmt: skip
         except OSError as error:

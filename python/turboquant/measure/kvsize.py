@@ -1,4 +1,4 @@
-"""The size of the KV cache, from the line that llama.cpp logs when it makes one."""
+"""The size of the KV cache, read from the line that llama.cpp logs when it creates one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LINE = re.compile(
 _TYPES = re.compile(r"turboquant: cache types: K (\S+); V (\S+)")
 _WINDOW = re.compile(r"n_swa\s*=\s*(\d+)")
 _EXACT = re.compile(r"turboquant: window: the newest (\d+) tokens in (\S+) \(\d+ of \d+ layers\), ([\d.]+) MiB")
-_UBATCH = 512  # llama.cpp's default; its sliding-window caches keep this much more than the window
+_UBATCH = 512  # llama.cpp's default batch; its sliding-window caches hold so many tokens more than the window
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Sizes in MiB and the types that K and V really have (``turbo4_64`` where a head of 64 asked for turbo4).
+    """Sizes in MiB, and the types of K and V in the cache (``turbo4_64`` for turbo4 and heads of 64 values).
 
-    Where layers have types of their own, as by a plan or the guard, all are named: ``turbo4_64+q8_0``. The exact
-    window, the newest tokens in a type of their own, is beside K and V.
+    If layers have different types, because of a plan or the guard, all types are named: ``turbo4_64+q8_0``. The exact
+    window, which holds the newest tokens in its own type, is counted separately from K and V.
     """
 
     k_mib: float
@@ -51,25 +51,26 @@ class Cache:
 
 @dataclass(frozen=True)
 class Caches:
-    """The caches of a context in the order of the log, and the model's sliding window (0: it has none).
+    """The caches of a context in the order of the log, and the model's sliding window in tokens (0 if it has none).
 
-    A model with such a window has two: first that of the other layers, then that of the layers with the window.
+    A model with a sliding window has two caches: first that of the other layers, then that of the layers with the
+    window.
     """
 
     caches: list[Cache]
     window: int
-    types_k: str = ""  #: of each layer, in a plan's compact syntax; empty where libllama does not log them
+    types_k: str = ""  #: types of each layer in a plan's compact syntax; empty if libllama does not log them
     types_v: str = ""
 
     def total(self) -> CacheSize:
-        """As logged. Several types in one place are joined with ``+``."""
+        """Sizes and types as logged. Several types of K or of V are joined with ``+``."""
         return _sum([cache.size for cache in self.caches])
 
     def at(self, context: int, newest: int | None = None) -> CacheSize:
-        """What one sequence would take with a context of that many tokens.
+        """Sizes and types for one sequence with a context of `context` tokens.
 
-        Every cache grows with the context, but that of layers with a sliding window only up to the window and a batch.
-        The exact window has `newest` tokens (default: as many as logged), if there are so many cells.
+        A cache grows with the context; that of layers with a sliding window grows only up to the window plus a batch.
+        The exact window holds `newest` tokens (by default as many as logged), or all cells if there are fewer.
         """
         sizes = []
         for index, cache in enumerate(self.caches):
@@ -88,7 +89,7 @@ class Caches:
         return _sum(sizes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the results cache; `from_dict` reads it."""
+        """The contents as JSON values for the results cache; `from_dict` reads them."""
         return asdict(self)
 
     @classmethod
@@ -123,7 +124,7 @@ def parse_caches(log: str) -> Caches:
 
 
 def parse_cache_size(log: str) -> CacheSize:
-    """`parse_caches`, added up.
+    """The sum of the caches that `parse_caches` reads.
 
     Raises:
         ValueError: the log has no such line.
@@ -132,7 +133,7 @@ def parse_cache_size(log: str) -> CacheSize:
 
 
 def _mixed(types: str) -> str:
-    """The types in "turbo4*3,q8_0,-", the most frequent first; empty if there is but one."""
+    """The types in a text such as "turbo4*3,q8_0,-", the most frequent first; empty if there is only one."""
     counts: dict[str, int] = {}
     for item in types.split(","):
         name, _, count = item.partition("*")

@@ -1,4 +1,4 @@
-"""Measure one thing at a time of a model and a cache type: every result comes from the results cache, or from a run."""
+"""Single measurements of a model with a cache type; each result comes from the results cache or from a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .scratch import scratch_folder
 __all__ = ["BASELINE", "Measurer", "Progress", "Quality", "Run", "format_bits", "stepper"]
 
 BASELINE = CachePair("f16", "f16")
-_FORMAT = 2  # raise it when a stored result changes its meaning
+_FORMAT = 2  # increase it when the meaning of stored results changes
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, the steps done and the steps in all."""
+"""A callback with three arguments: the name of the measurement, the steps done, and all steps."""
 
 
 _FEW = 32  # tokens of a batch that sees little more exactly than a token that is generated, and is not slow
@@ -29,9 +29,9 @@ _FEW = 32  # tokens of a batch that sees little more exactly than a token that i
 
 @dataclass(frozen=True)
 class Run:
-    """One perplexity run: ``ctx`` tokens in each of ``chunks`` chunks, as batches or (`decode`) token by token.
+    """One perplexity run of ``chunks`` chunks of ``ctx`` tokens, in batches or (with `decode`) token by token.
 
-    ``batch`` is how many tokens are computed at once (None: as llama.cpp does, 512).
+    ``batch`` is the number of tokens that are evaluated together; None is llama.cpp's default of 512.
     """
 
     pair: CachePair
@@ -55,32 +55,32 @@ class Run:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a run found. The base's own run has a perplexity alone."""
+    """The result of a run. The base run has only a perplexity."""
 
     values: perplexity.Base | perplexity.Divergence
     caches: Caches
 
     @property
     def divergence(self) -> perplexity.Divergence | None:
-        """None for the base's own run."""
+        """The comparison with the base run; None for the base run itself."""
         return self.values if isinstance(self.values, perplexity.Divergence) else None
 
     @property
     def failure(self) -> str | None:
-        """Why the numbers are none, if they are not."""
+        """The reason if the result has no finite numbers, else an empty text."""
         if self.divergence is None or math.isfinite(self.divergence.kld):
             return None
         return f"its predictions are not finite (KLD {self.divergence.kld})"
 
     def bits(self, f16: Quality) -> tuple[float, float]:
-        """Bits per value of K and of V, where `f16` had the same cells."""
+        """Bits per value of K and of V; `f16` is the f16 cache with the same cells."""
         size, whole = self.caches.total(), f16.caches.total()
         bits_k = format_bits(size.type_k, size.k_mib, whole.k_mib)
         return bits_k, format_bits(size.type_v, size.v_mib, whole.v_mib)
 
 
 class Measurer:
-    """Measures one model and text with one build. What is stored already is not run again."""
+    """Measures one model and text with one build. Stored results are not measured again."""
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class Measurer:
         scratch: str | Path,
         progress: Progress | None = None,
     ) -> None:
-        """Hash what the results depend on.
+        """Hash the inputs that the results depend on.
 
         Args:
-            results: where results are remembered, keyed by the build, the model, the text and the options.
-            scratch: a folder for the f16 predictions, which can take gigabytes; they are deleted at the end.
-            progress: see `Progress`; called only for what is really run.
+            results: stores the results, keyed by the build, the model, the text and the options.
+            scratch: folder for the f16 predictions, which can take gigabytes and are deleted at the end.
+            progress: see `Progress`; it is called only for measurements that run.
 
         Raises:
             OSError: the model, the text or the build cannot be read.
@@ -124,22 +124,22 @@ class Measurer:
         }
 
     def base(self, ctx: int, chunks: int) -> Quality | None:
-        """The f16 run's own perplexity, if it is stored: `quality` stores it."""
+        """The stored perplexity of the f16 run, or None; `quality` stores it."""
         return _quality(self.results.get(self._quality_key(Run(BASELINE, ctx, chunks), base=True)))
 
     def stored_quality(self, run: Run) -> Quality | None:
-        """The result of a run, if it is stored."""
+        """The stored result of a run, or None."""
         return _quality(self.results.get(self._quality_key(run)))
 
     def quality(self, runs: Sequence[Run], failed: dict[Run, str] | None = None) -> dict[Run, Quality]:
         """Compare every run with the batched f16 run of the same chunks.
 
         Args:
-            runs: all with the same chunks; those of f16 compare it with itself.
-            failed: gets the reasons of runs that fail; without it the first failure is raised.
+            runs: runs with the same chunks. A run with f16 compares a second f16 run with the first.
+            failed: receives the reasons of runs that fail; without it the first failure is raised.
 
         Raises:
-            ProgramError: the f16 run failed, or another without `failed`.
+            ProgramError: the f16 run failed, or another run failed and `failed` was not given.
         """
         found = {run: stored for run in runs if (stored := self.stored_quality(run)) is not None}
         missing = [run for run in runs if run not in found]
@@ -155,7 +155,7 @@ class Measurer:
             return found
         with scratch_folder(self._scratch) as folder:
             base = folder / "f16.kld"
-            # The base is always made again: keeping it would cost hundreds of megabytes to save a few seconds.
+            # The base is always computed again: keeping it would take hundreds of megabytes to save seconds.
             own = Run(BASELINE, ctx, chunks)
             step = stepper(self.progress, f"{own.label}, base", chunks)
             limits = {"ctx": ctx, "chunks": chunks}
@@ -182,7 +182,7 @@ class Measurer:
         return found
 
     def unknown_types(self, runs: Sequence[Run]) -> dict[Run, str]:
-        """Why the build cannot run some of `runs`: it does not know a type, as far as it tells."""
+        """Why the build cannot run some of `runs`: its --help does not list one of their types."""
         known = self.programs.cache_types() if runs else []
         reasons = {}
         for run in runs:
@@ -193,12 +193,12 @@ class Measurer:
     # ---- needles ----
 
     def stored_answer(self, one: needle.Needle, pair: CachePair, ctx: int) -> str | None:
-        """The answer to one question, if it is stored."""
+        """The stored answer to one question, or None."""
         stored = self.results.get(self._answer_key(one, pair, ctx))
         return stored if isinstance(stored, str) else None
 
     def answer(self, one: needle.Needle, pair: CachePair, ctx: int) -> str:
-        """Ask one question. ProgramError if llama-completion fails."""
+        """Ask one question. Raises ProgramError if llama-completion fails."""
         stored = self.stored_answer(one, pair, ctx)
         if stored is None:
             (stored,) = needle.ask(self.programs, self.model, [one], pair, ctx=ctx)
@@ -209,7 +209,7 @@ class Measurer:
         return {**self._common, "what": "answer", "pair": pair.identity, "prompt": one.prompt, "ctx": ctx}
 
     def count_tokens(self, prompt: str) -> int:
-        """How many tokens the model makes of `prompt`. ProgramError if llama-completion fails."""
+        """Number of tokens of `prompt` for the model. Raises ProgramError if llama-completion fails."""
         key = {"what": "tokens", "model": self.model_hash, "prompt": prompt}
         count = self.results.get(key)
         if not isinstance(count, int):
@@ -220,7 +220,7 @@ class Measurer:
     # ---- speed ----
 
     def stored_speed(self, pair: CachePair, depth: int) -> tuple[speed.Speed, dict[str, Any]] | None:
-        """The speed at a depth, and what llama-bench says of the machine, if they are stored."""
+        """The stored speed at a depth and llama-bench's description of the machine, or None."""
         stored = self.results.get(self._speed_key(pair, depth))
         try:
             return None if stored is None else (speed.Speed(**stored["speed"]), dict(stored["machine"]))
@@ -228,7 +228,7 @@ class Measurer:
             return None
 
     def speed(self, pair: CachePair, depth: int, again: bool = False) -> tuple[speed.Speed, dict[str, Any]]:
-        """Measure the speed at a depth, with `again` even if it is stored. ProgramError if llama-bench fails."""
+        """Measure the speed at a depth, with `again` even if it is stored. Raises ProgramError if llama-bench fails."""
         known = None if again else self.stored_speed(pair, depth)
         if known is None:
             step = stepper(self.progress, self.speed_label(pair, depth), 2)
@@ -237,7 +237,7 @@ class Measurer:
         return known
 
     def speed_label(self, pair: CachePair, depth: int) -> str:
-        """What `progress` calls this measurement."""
+        """The name of this measurement for `progress`."""
         return f"speed {pair} at depth {depth}"
 
     def _speed_key(self, pair: CachePair, depth: int) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _quality(stored: Any) -> Quality | None:
 
 
 def stepper(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    """What to call with the steps done of `what`."""
+    """A callback that takes the steps done and calls `progress` for the measurement `what`."""
     if progress is None:
         return None
     progress(what, 0, total)
@@ -265,12 +265,12 @@ def stepper(progress: Progress | None, what: str, total: int) -> Callable[[int],
 
 
 def format_bits(name: str, mib: float, f16_mib: float) -> float:
-    """Bits per value of K or V: the format's own if the logged size agrees with it, else what the size says.
+    """Bits per value of K or V: those of the format if the logged size agrees with them, else computed from the size.
 
-    The log rounds to 0.01 MiB. It disagrees when layers differ, as with --cache-boundary-v.
+    The log rounds to 0.01 MiB. The two disagree if layers have different types, as with --cache-boundary-v.
     """
     known = bits_per_value(name)
-    if not f16_mib:  # there is no V of its own, as with multi-head latent attention
+    if not f16_mib:  # there is no separate V, as with multi-head latent attention
         return known or 0.0
     if known is not None and abs(known / 16 * f16_mib - mib) <= 0.0101:
         return known

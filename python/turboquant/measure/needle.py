@@ -1,4 +1,4 @@
-"""Retrieval: hide a number in prose, ask for it thousands of characters later, compare the answer."""
+"""Retrieval: a number is hidden in prose, and a question asks for it thousands of characters later."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = (
     "Oswald Phoebe Quentin Rosalind Silas Theodora Ulric Violet Walter Yolanda Ambrose Bertha Clement Daphne Ernest "
     "Felicity"
 ).split()
-"""The names that the bundled model was trained to look up."""
+"""The names that the bundled model was trained to retrieve numbers for."""
 
 TEMPLATES = {
     "plain": (
@@ -50,18 +50,18 @@ TEMPLATES = {
         "Question: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
     ),
 }
-"""Prompts by name: "plain" is for any model, "notes" is what the bundled model was trained with."""
+"""Prompt templates by name: "plain" is for any model, "notes" is the form that the bundled model was trained on."""
 
 _FIELDS = ("before", "name", "number", "after")
-_LEAD = 600  # characters of prose before the note: the note is not the prompt's first line
-_GENERATED = 8  # tokens of an answer
-_ANSWER = 16  # tokens that a prompt leaves free: llama-completion wants four, and an answer
+_LEAD = 600  # characters of prose before the note, so that the note is not the first line
+_GENERATED = 8  # greatest number of tokens of an answer
+_ANSWER = 16  # tokens of the context that a prompt leaves free: four for llama-completion, and an answer
 _TRIALS = 6
 
 
 @dataclass(frozen=True)
 class Needle:
-    """One question: the prompt ends where the number must follow."""
+    """One question. The prompt ends where the number must follow."""
 
     name: str
     number: str
@@ -69,23 +69,23 @@ class Needle:
     distance: int
     """Characters between the end of the note and the start of the question."""
     depth: int = 0
-    """Tokens of context that the prompt is made to fill; 0 where it was made by distance."""
+    """Tokens that the prompt is meant to have; 0 if it was made for a distance in characters."""
     position: float = 0.0
-    """Where in the text the note stands: 0 at its start, 1 at its end."""
+    """Position of the note in the text: 0 at its start, 1 at its end."""
 
     @property
     def note(self) -> str:
-        """The line of the prompt that has the number."""
+        """The line of the prompt with the number."""
         return next(line for line in self.prompt.splitlines() if self.number in line)
 
     @property
     def question(self) -> str:
-        """The question as the prompt puts it: the line before the last, with the templates of this module."""
+        """The question in the prompt, which is the last line but one in the templates of this module."""
         return self.prompt.splitlines()[-2].removeprefix("Question: ")
 
 
 def template_for(model: Path) -> str:
-    """The prompt that suits a model: "notes" for the bundled one and its copies, "plain" for any other."""
+    """The template for a model: "notes" for the bundled model and its copies, "plain" for other models."""
     return TEMPLATES["notes" if filecmp.cmp(model, bundled_model(), shallow=False) else "plain"]
 
 
@@ -94,8 +94,8 @@ def make_needles(
 ) -> list[Needle]:
     """Build `count` prompts from different stretches of `text`, each with another name and number.
 
-    Between the number and the question stand whole paragraphs of the text, together at least `distance` characters. A
-    paragraph of more than half of that is cut, so that a prompt never grows with the length of a line.
+    Between the number and the question are whole paragraphs of the text with at least `distance` characters in total. A
+    paragraph of more than half of `distance` is divided, so that prompts do not grow with the length of a paragraph.
 
     Raises:
         ValueError: the text is too short for the distance, or there are fewer names than questions.
@@ -105,7 +105,7 @@ def make_needles(
     text = re.sub(r"\r\n?", "\n", text)
     lead = min(_LEAD, distance)
     pieces = _pieces(text, distance // 2)
-    # The last piece from which enough text follows.
+    # The last piece that is followed by enough text.
     room, last = 0, len(pieces)
     while last > 0 and room < lead + distance:
         last -= 1
@@ -129,19 +129,19 @@ def make_needles(
 def fit_needles(
     text: str, count: int, distance: int, ctx: int, count_tokens: Callable[[str], int], *, template: str
 ) -> list[Needle]:
-    """`make_needles`, nearer than `distance` where a prompt and its answer would have more than `ctx` tokens.
+    """As `make_needles`, with a shorter distance if a prompt and its answer would have more than `ctx` tokens.
 
     Raises:
-        ValueError: as `make_needles`, or no prompt is short enough.
+        ValueError: as in `make_needles`, or no prompt is short enough.
     """
     for _ in range(_TRIALS):
         needles = make_needles(text, count, distance, template=template)
-        # No tokenizer makes more tokens than bytes, so short prompts need no counting.
+        # A prompt has at most as many tokens as bytes, so the tokens of short prompts need not be counted.
         sizes = [(len(one.prompt.encode()), one.prompt) for one in needles]
         tokens = max(size if size <= ctx - _ANSWER else count_tokens(prompt) for size, prompt in sizes)
         if tokens <= ctx - _ANSWER:
             return needles
-        # A little less than what fits: the other stretches of text may have more tokens for their characters.
+        # Slightly less than what fits, because other stretches of the text may have more tokens per character.
         distance = int(0.9 * distance * (ctx - _ANSWER) / tokens)
         if distance < 1:
             break
@@ -149,7 +149,7 @@ def fit_needles(
 
 
 def check_template(template: str) -> str:
-    """Return a prompt template that has every field and ends where the number must follow.
+    """The prompt template `template`, after checking that it has every field.
 
     Raises:
         ValueError: a field is missing.
@@ -161,7 +161,7 @@ def check_template(template: str) -> str:
 
 
 def fill(template: str, **fields: str) -> str:
-    """The prompt: each field of the template replaced, braces in the texts left alone."""
+    """The prompt: the template with its fields replaced. Braces in the texts are not fields."""
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
@@ -171,12 +171,12 @@ def make_grid_needle(
     """Hide a number at `position` (0 to 1) of a stretch of `text`.
 
     Args:
-        characters: of the prompt, roughly.
-        depth: the tokens that it is meant to have; only noted.
-        index: which name, number and stretch of the text to take.
+        characters: approximate length of the prompt.
+        depth: number of tokens that the prompt is meant to have; it is only stored in the result.
+        index: selects the name, the number and the stretch of the text.
 
     Raises:
-        ValueError: the text is too short, or there are too few characters for a prompt at all.
+        ValueError: the text is too short, or `characters` is too small for a prompt.
     """
     chance = random.Random(index)
     name, number = NAMES[index % len(NAMES)], str(chance.randrange(10_000, 100_000))
@@ -202,10 +202,10 @@ def fit_grid_needle(
     *,
     template: str = TEMPLATES["plain"],
 ) -> Needle:
-    """`make_grid_needle` with as many characters as nearly fill `depth` tokens, and leave room for the answer.
+    """As `make_grid_needle`, with so many characters that prompt and answer nearly fill `depth` tokens.
 
     Raises:
-        ValueError: as `make_grid_needle`, or no number of characters fits.
+        ValueError: as in `make_grid_needle`, or no number of characters fits.
     """
     characters = min(4 * depth, len(text))
     for trial in range(_TRIALS):
@@ -213,13 +213,13 @@ def fit_grid_needle(
         tokens = count_tokens(one.prompt)
         if trial and tokens <= depth - _ANSWER:
             return one
-        # Each length takes another stretch of the text, which may have more tokens for its characters.
+        # Each length takes another stretch of the text, which may have more tokens per character.
         characters = int(((0.97 - 0.1 * trial) * depth - _ANSWER) * len(one.prompt) / max(1, tokens))
     raise ValueError(f"the text has no stretch that fills {depth} tokens")
 
 
 def _break_near(text: str, place: int) -> int:
-    """The paragraph break, line break or space nearest to `place`, whichever is found first nearby."""
+    """A break near `place`: the nearest paragraph break, else the nearest line break, else the nearest space."""
     if not 0 < place < len(text):
         return place
     for mark in ("\n\n", "\n", " "):
@@ -231,7 +231,7 @@ def _break_near(text: str, place: int) -> int:
 
 
 def _pieces(text: str, limit: int) -> list[range]:
-    """Where the paragraphs of a text stand; those of more than `limit` characters are cut at breaks, if they have any."""
+    """The positions of the paragraphs of a text. Paragraphs of more than `limit` characters are divided at breaks."""
     pieces = []
     most = max(1, limit // 6)
     bounds = [0, *(place for gap in re.finditer(r"\n\s*\n", text) for place in gap.span()), len(text)]
@@ -260,13 +260,13 @@ def _take(pieces: list[range], start: int, characters: int) -> tuple[list[range]
 
 
 def answer(text: str) -> str:
-    """The number at the start of a continuation, or the first line of whatever is there instead."""
+    """The number at the start of a continuation; without a number, the first line of the continuation."""
     match = re.match(r"\s*(\d+)", text)
     return match[1] if match else text.strip().split("\n")[0]
 
 
 def generated_all(result: Result) -> bool:
-    """Whether llama-completion's output is whole: its last lines are the timings."""
+    """Whether llama-completion's output is complete, which is the case if it ends with the timings."""
     return re.search(r"total time\s*=", result.log) is not None
 
 
@@ -279,10 +279,10 @@ def ask(
     ctx: int = 4096,
     on_answer: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Ask every question in a run of its own (greedy decoding) and return the answers.
+    """Ask every question in a separate run with greedy decoding, and return the answers.
 
     Raises:
-        ProgramError: llama-completion failed, for instance because a prompt does not fit into `ctx` tokens.
+        ProgramError: llama-completion failed, for instance because a prompt has more than `ctx` tokens.
     """
     answers = []
     for index, needle in enumerate(needles):
@@ -294,13 +294,13 @@ def ask(
 
 
 def count_tokens(programs: Programs, model: Path, prompt: str) -> int:
-    """How many tokens the model makes of `prompt`, without evaluating it.
+    """Number of tokens of `prompt` for the model, if possible without evaluating it.
 
-    llama-completion refuses a prompt that does not fit into the context before it evaluates anything, and says how
-    long it is; so it is given a context that is too small. A prompt that fits even there is evaluated and counted.
+    llama-completion refuses a prompt that does not fit into the context before it evaluates anything, and prints the
+    prompt's length. Therefore the context is chosen too small. A prompt that fits nevertheless is evaluated.
 
     Raises:
-        ProgramError: llama-completion failed otherwise, or printed no count.
+        ProgramError: llama-completion failed for another reason, or printed no count.
     """
     try:
         result = _complete(programs, model, prompt, CachePair("f16", "f16"), ctx=256, tokens=1)

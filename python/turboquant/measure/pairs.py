@@ -1,4 +1,4 @@
-"""A K type and a V type: their names, as the command line has them, and their bits per value; and the exact window."""
+"""Pairs of a K type and a V type, with their exact window: names on the command line, and bits per value."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Window:
 class CachePair:
     """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``.
 
-    ``CachePair("auto", "auto", plan)`` are the types of a plan file, layer by layer; without one, "auto" stands for the
-    plan in the model's metadata. `window` is None where llama.cpp decides; see `with_window`.
+    ``CachePair("auto", "auto", plan)`` stands for the types of a plan file. Without a plan file, "auto" stands for the
+    plan in the model's metadata. A `window` of None is llama.cpp's default; see `with_window`.
     """
 
     k: str
@@ -76,7 +76,7 @@ class CachePair:
         """Read ``"turbo4"`` (both) or ``"q8_0/turbo3"`` (K/V; a colon separates them as well).
 
         Raises:
-            ValueError: an empty name, or more than one separator.
+            ValueError: a name is empty, or there is more than one separator.
         """
         parts = [part.strip() for part in re.split("[/:]", text)]
         if len(parts) > 2 or not all(parts):
@@ -99,18 +99,18 @@ class CachePair:
 
     @property
     def arguments(self) -> list[str]:
-        """The options that select these types in llama.cpp's programs; a plan needs `environment` as well."""
+        """The options that select these types in llama.cpp's programs; a plan also needs `environment`."""
         return ["-ctk", self.k, "-ctv", self.v]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables to set for the programs: llama-bench has no options for a plan and a window."""
+        """Environment variables for the programs, because llama-bench has no options for a plan and a window."""
         plan = {"LLAMA_ARG_CACHE_PLAN": str(self.plan)} if self.plan else {}
         return plan | ({Window.VARIABLE: str(self.window)} if self.window else {})
 
     @property
     def identity(self) -> str:
-        """What results are remembered by: a plan's content, as its file can change.
+        """The key of stored results. For a plan it contains the plan's content, because the file can change.
 
         Raises:
             OSError: the plan cannot be read.
@@ -129,11 +129,11 @@ def parse_pairs(text: str) -> list[CachePair]:
 
 
 def block_of(name: str) -> tuple[int, int] | None:
-    """Values and bytes of a cache type's block: (128, 66) for ``"turbo4"``. None for an unknown name."""
+    """Values and bytes of a block of a cache type: (128, 66) for ``"turbo4"``, None for an unknown name."""
     return _BLOCKS.get(name)
 
 
 def bits_per_value(name: str) -> float | None:
-    """Stored bits per value of a cache type, its scales included: 4.125 for ``"turbo4"``. None for an unknown name."""
+    """Bits per value of a cache type, scales included: 4.125 for ``"turbo4"``, None for an unknown name."""
     block = block_of(name)
     return None if block is None else 8 * block[1] / block[0]

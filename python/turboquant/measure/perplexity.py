@@ -32,7 +32,7 @@ _MEDIAN = re.compile(rf"Median\s+KLD:\s*{_NUMBER}")
 _TAIL = re.compile(rf"99\.9%\s+KLD:\s*{_NUMBER}")
 _RMS = re.compile(rf"RMS Δp\s*:\s*{_NUMBER} ±\s*{_NUMBER} %")
 _TOP = re.compile(rf"Same top p:\s*{_NUMBER} ±\s*{_NUMBER} %")
-_BROKEN = re.compile(r"Unexpected negative standard deviation")  # its words where a probability is not a number
+_BROKEN = re.compile(r"Unexpected negative standard deviation")  # its message if a probability is NaN
 _SHORT = re.compile(r"you need at least \d+ tokens")
 _CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
 _VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
@@ -40,7 +40,7 @@ _VOCABULARY = re.compile(r"n_vocab\s*=\s*(\d+)")
 
 @dataclass(frozen=True)
 class Base:
-    """The f16 run: perplexity with its standard error."""
+    """The run with an f16 cache: perplexity, and its standard error."""
 
     ppl: float
     ppl_error: float
@@ -48,20 +48,20 @@ class Base:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A run against the f16 predictions: values, and their standard errors as `_error`. Logarithms are in nats."""
+    """The comparison of a run with the f16 predictions. KL divergences and logarithms are in nats per token."""
 
     ppl: Annotated[float, "perplexity"]
-    ppl_error: Annotated[float, "that of the text, common to all pairs"]
-    ln_ratio: Annotated[float, "ln(perplexity / f16's)"]
-    ln_ratio_error: Annotated[float, ""]
+    ppl_error: Annotated[float, "standard error of `ppl`; it comes from the text and is common to all pairs"]
+    ln_ratio: Annotated[float, "ln(perplexity / perplexity of f16)"]
+    ln_ratio_error: Annotated[float, "standard error of `ln_ratio`"]
     kld: Annotated[float, "mean KL divergence from f16"]
-    kld_error: Annotated[float, ""]
-    kld_median: Annotated[float, ""]
-    kld_999: Annotated[float, "its 99.9th percentile"]
+    kld_error: Annotated[float, "standard error of `kld`"]
+    kld_median: Annotated[float, "median of the KL divergence"]
+    kld_999: Annotated[float, "99.9th percentile of the KL divergence"]
     rms_dp: Annotated[float, "root mean square change of the probability of the text's token, in percent"]
-    rms_dp_error: Annotated[float, ""]
-    same_top: Annotated[float, "how often the likeliest token is the same, in percent"]
-    same_top_error: Annotated[float, ""]
+    rms_dp_error: Annotated[float, "standard error of `rms_dp`"]
+    same_top: Annotated[float, "share of tokens whose likeliest prediction is that of f16, in percent"]
+    same_top_error: Annotated[float, "standard error of `same_top`"]
 
 
 def _numbers(pattern: re.Pattern[str], text: str, what: str) -> list[float]:
@@ -72,10 +72,10 @@ def _numbers(pattern: re.Pattern[str], text: str, what: str) -> list[float]:
 
 
 def parse_base(text: str) -> Base:
-    """Read the output of a plain run.
+    """Read the output of a run without --kl-divergence.
 
     Raises:
-        ValueError: the line is missing (fewer tokens than two contexts, an interrupted run).
+        ValueError: the line is missing (the text has fewer tokens than two contexts, or the run was interrupted).
     """
     return Base(*_numbers(_FINAL, text, "Final estimate: PPL = … +/- …"))
 
@@ -95,15 +95,16 @@ def parse_divergence(text: str) -> Divergence:
         *_numbers(_RMS, text, "RMS Δp : … ± … %"),
         *_numbers(_TOP, text, "Same top p: … ± … %"),
     )
-    # Where two runs agree to the last digit, llama-perplexity may divide by zero for an error: there is none.
+    # If two runs agree to the last digit, llama-perplexity may divide by zero when it computes an error; the error is
+    # 0.
     errors = {name: 0.0 for name, value in vars(found).items() if name.endswith("_error") and not math.isfinite(value)}
     return replace(found, **errors)
 
 
 def base_bytes(vocabulary: int, ctx: int, chunks: int) -> int:
-    """The size of the file of f16 predictions, short of its small header.
+    """The size of the file of f16 predictions in bytes, without its small header.
 
-    One uint16 per vocabulary entry and scored token (the second half of each chunk).
+    The file has one uint16 for each vocabulary entry and scored token. The second half of each chunk is scored.
     """
     entry = 2 * (2 * ((vocabulary + 1) // 2) + 4)
     return chunks * (ctx - 1 - ctx // 2) * entry
@@ -157,7 +158,7 @@ def run_base(
         complete=lambda result: any(one.search(result.out + result.log) for one in (_FINAL, _SHORT, _BROKEN)),
     )
     printed = result.out + result.log
-    # llama-perplexity wants two chunks of text at least, and takes fewer than asked for if there are no more.
+    # llama-perplexity needs at least two chunks of text, and scores fewer than requested if the text has fewer.
     counted = _CHUNKS.search(printed)
     if _SHORT.search(printed) or (counted and int(counted[1]) < chunks):
         available = f"has {counted[1]} chunks" if counted else "is shorter than two chunks"
@@ -193,11 +194,11 @@ def run_divergence(
 ) -> tuple[Divergence, Caches]:
     """Measure a pair of cache types against the predictions in `base` (made by `run_base` with the same model).
 
-    With `decode` every token is evaluated alone, as when text is generated: other kernels run than for a batch. Otherwise
-    `batch` tokens are, or as many as llama.cpp takes by itself.
+    With `decode` every token is evaluated alone, as when text is generated. Other kernels run then than for a batch.
+    Without it, batches have `batch` tokens, or llama.cpp's default number.
 
     Raises:
-        ProgramError: the run failed or printed something unexpected.
+        ProgramError: the run failed or printed unexpected output.
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
     arguments += ["-b", "1", "-ub", "1"] if decode else ["-ub", str(batch)] if batch else []

@@ -1,4 +1,4 @@
-"""Run the programs of a llama.cpp build: streamed output, a log file each, errors that show the log's last lines."""
+"""Run the programs of a llama.cpp build, with streamed output, log files, and errors that show the end of the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ProgramError", "Programs", "Result", "cpus", "parse_cache_types", "p
 
 _SUFFIX = ".exe" if os.name == "nt" else ""
 
-# Environment variables that change what the programs compute belong to a result's identity.
+# Environment variables that change the results of the programs are part of a result's key.
 _RELEVANT = ("LLAMA_", "GGML_", "TURBOQUANT_")
 _IRRELEVANT = ("TURBOQUANT_CACHE",)
 _USED = ("llama-perplexity", "llama-completion", "llama-bench", "turboquant-measure")
@@ -29,9 +29,9 @@ _ERROR = re.compile(r"^(?:[\d.]+ )?E (?:\w+: )?(.*\S)", re.MULTILINE)
 
 
 class ProgramError(TurboQuantError):
-    """A llama.cpp program is missing, failed, or printed something else than expected.
+    """A llama.cpp program is missing, failed, or printed unexpected output.
 
-    ``reason`` says why in one line, where the text goes on with the command and the end of its log.
+    ``reason`` gives the reason in one line; the text also has the command and the end of its log.
     """
 
     def __init__(self, text: str, reason: str | None = None) -> None:
@@ -41,7 +41,7 @@ class ProgramError(TurboQuantError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a program printed: ``out`` to stdout, ``log`` to stderr."""
+    """The output of a program: ``out`` from stdout, ``log`` from stderr."""
 
     out: str
     log: str
@@ -57,10 +57,10 @@ class Programs:
         """Use the programs in `folder`; write their logs to `logs` (created when needed).
 
         Args:
-            folder: holds llama-perplexity, llama-completion, llama-bench and their libraries.
-            logs: one file per kind of run, overwritten by the next run of that kind.
-            threads: of every program; default: the CPUs this process may use.
-            gpu_layers: how many layers a GPU evaluates; default: what llama.cpp does by itself.
+            folder: contains llama-perplexity, llama-completion, llama-bench and their libraries.
+            logs: folder of the logs, one file per kind of run, overwritten by the next run of that kind.
+            threads: threads of every program (default: the number of CPUs that this process may use).
+            gpu_layers: number of layers that a GPU evaluates (default: llama.cpp's choice).
 
         Raises:
             ProgramError: the folder does not exist.
@@ -76,7 +76,7 @@ class Programs:
         """The path of a program.
 
         Raises:
-            ProgramError: it is not there.
+            ProgramError: the program does not exist.
         """
         for candidate in (self.folder / name, self.folder / f"{name}.exe"):
             if candidate.is_file():
@@ -84,7 +84,7 @@ class Programs:
         raise ProgramError(f"{self.folder} has no {name}; build it with `turboquant build`")
 
     def fingerprint(self) -> str:
-        """A hash of the programs used here, of every library beside them and of the environment variables they read."""
+        """A hash of the programs, of the libraries in their folder, and of the environment variables they read."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             used = path.stem in _USED or ".so" in path.suffixes or path.suffix in (".dylib", ".dll")
@@ -135,32 +135,33 @@ class Programs:
     ) -> Result:
         """Run a program to its end.
 
-        llama.cpp writes everything from a thread of its own and does not wait for it at exit, so on a busy machine the
-        end of the output can be lost. `complete` recognizes a whole output; what is not whole is run again.
+        llama.cpp writes its output from a separate thread and does not wait for that thread at exit, so on a busy
+        machine the end of the output can be lost. `complete` recognizes a complete output; otherwise the program runs
+        again.
 
         Args:
-            name: e.g. ``"llama-perplexity"``.
-            arguments: its options; threads and log options are added.
-            log: the log file's name without suffix.
+            name: name of the program, such as ``"llama-perplexity"``.
+            arguments: options of the program; options for threads and the log are added.
+            log: name of the log file without suffix.
             on_text: called with each piece of stdout as it arrives.
-            complete: tells a whole result from a truncated one; None takes whatever comes.
-            log_options: whether the program has llama.cpp's log options (llama-bench has not).
-            env: variables to set on top of the present environment.
+            complete: whether a result is complete; None accepts every result.
+            log_options: whether the program has llama.cpp's log options (llama-bench has none).
+            env: environment variables in addition to those of this process.
 
         Raises:
-            ProgramError: it could not be started, did not exit with 0, or its output was never whole. An interrupt
-                ends the program, too.
+            ProgramError: the program could not be started, did not exit with 0, or its output was never complete.
+            KeyboardInterrupt: the program was ended as well.
         """
         command = [str(self.path(name)), *arguments, "-t", str(self.threads)]
         command += [] if self.gpu_layers is None else ["-ngl", str(self.gpu_layers)]
-        # Trace level: only there does llama.cpp print the cache's size.
+        # llama.cpp prints the size of the cache only at trace level.
         command += ["-lv", "4", "--log-colors", "off"] if log_options else []
         self.logs.mkdir(parents=True, exist_ok=True)
         log_path = self.logs / f"{log.replace('/', '-')}.log"
         for attempt in range(_ATTEMPTS):
             result, code = _run(command, log_path, on_text, {**os.environ, **(env or {})})
             if code != 0:
-                # A failure whose reason got lost is tried again for its reason, a crash is not.
+                # A failure without a printed reason is repeated to get the reason; a crash is not repeated.
                 if code > 0 and log_options and not _ERROR.search(result.log) and attempt + 1 < _ATTEMPTS:
                     continue
                 how = f"was ended by signal {-code}" if code < 0 else f"exited with {code}"
@@ -171,15 +172,15 @@ class Programs:
 
 
 def program(name: str, bin: str | os.PathLike[str] | None = None) -> Path:
-    """The path of the built program `name`, e.g. "llama-completion".
+    """The path of the built program `name`, such as "llama-completion".
 
     Args:
-        name: its name, without a folder.
-        bin: the folder to look in (default: that of the last build, see `build.where`).
+        name: name of the program, without a folder.
+        bin: folder of the program (default: that of the last build, see `build.where`).
 
     Raises:
         BuildError: `bin` is None and nothing has been built.
-        ProgramError: no such program in the folder.
+        ProgramError: the folder has no such program.
     """
     folder = Path(bin) if bin is not None else where()
     path = folder / f"{name}{_SUFFIX}"
@@ -195,7 +196,7 @@ def program(name: str, bin: str | os.PathLike[str] | None = None) -> Path:
 
 
 def parse_cache_types(usage: str) -> list[str]:
-    """The values of -ctk in a program's --help, which wraps its lines."""
+    """The values of -ctk in the --help of a program, which may be wrapped over several lines."""
     match = re.search(r"--cache-type-k TYPE\b.*?allowed values:([^()]*)\(", usage, re.DOTALL)
     return [name.strip() for name in match[1].replace("\n", " ").split(",")] if match else []
 
@@ -205,7 +206,7 @@ def _run(
 ) -> tuple[Result, int]:
     pieces: list[str] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    # The log is written under a temporary name, so that two runs at once do not mix theirs.
+    # The log is written under a temporary name, so that simultaneous runs do not mix their logs.
     handle, partial = tempfile.mkstemp(prefix=log_path.name, dir=log_path.parent)
     try:
         with os.fdopen(handle, "w+b") as log_file:
@@ -240,7 +241,7 @@ def _failure(command: Sequence[str], how: str, result: Result) -> ProgramError:
     program = Path(command[0]).name
     lines = [f"{program} {how}", f"  command: {' '.join(command)}", f"  log: {result.log_path}"]
     errors = _ERROR.findall(result.log)
-    # The first error names the cause; those after it say what could not be done because of it.
+    # The first error names the cause; the following ones are consequences.
     reason = f"{program} {how}: {errors[0]}" if errors else f"{program} {how}; its log: {result.log_path}"
     return ProgramError("\n".join(lines + [f"  | {line}" for line in tail]), reason)
 

@@ -1,4 +1,4 @@
-"""Measured results on disk, one small JSON file each, written atomically."""
+"""Measured results on disk, each in a small JSON file that is written atomically."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 __all__ = ["Results", "file_hash", "write_text"]
 
-_SETTLED = 3 * 10**9  # nanoseconds; the times of FAT, the coarsest, are two seconds apart
+_SETTLED = 3 * 10**9  # nanoseconds; file times are coarsest on FAT, where they differ by two seconds
 
 
 class Results:
-    """A folder of results; a result's name is the hash of everything it depends on."""
+    """A folder of results. The name of a result is the hash of all its inputs."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -26,7 +26,7 @@ class Results:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def get(self, key: dict[str, Any]) -> Any | None:
-        """The stored value, or None. A file that cannot be read counts as absent: it is measured again."""
+        """The stored value, or None if there is none or its file cannot be read."""
         try:
             stored = json.loads(self._path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -34,17 +34,17 @@ class Results:
         return stored.get("value") if isinstance(stored, dict) and stored.get("key") == key else None
 
     def put(self, key: dict[str, Any], value: Any) -> None:
-        """Store a value that JSON can hold."""
+        """Store a value that JSON can represent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._path(key), json.dumps({"key": key, "value": value}, indent=1))
 
 
 def file_hash(path: Path, results: Results) -> str:
-    """SHA-256 of a file; remembered by what a change of the file changes, as a model may have many gigabytes.
+    """SHA-256 of a file. It is stored with the file's attributes, because hashing a model of many gigabytes takes long.
 
-    The time of the last change of the inode (ctime) cannot be set back as that of the content can, and another file
-    under the same name has another inode. A file that changed a moment ago may change once more without another time,
-    so its hash is not remembered yet.
+    The time of the last change of the inode (ctime) cannot be set back, unlike that of the content, and another file of
+    the same name has another inode. A file that changed a moment ago may change again without a change of its time, so
+    its hash is not stored.
 
     Raises:
         OSError: the file cannot be read.
@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, so that a reader sees the old file or the new one, never half of it.
 
     Raises:
-        OSError: its folder is missing or read-only, the disk is full; `path` is as it was.
+        OSError: the folder is missing or read-only, or the disk is full; `path` is unchanged.
     """
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

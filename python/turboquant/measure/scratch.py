@@ -17,10 +17,11 @@ __all__ = ["scratch_folder"]
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """A folder for predictions, which is deleted in the end.
+    """A folder for predictions, which is deleted at the end.
 
-    A run that was killed leaves its own behind, so those of this machine that no process holds are deleted. The cache
-    may be shared with other machines: whether theirs are in use cannot be told for certain from here.
+    A run that was killed leaves its folder behind, so folders of this machine that no process holds are deleted. The
+    cache may be shared with other machines; their folders stay, because this machine cannot determine whether they are
+    in use.
     """
     parent.mkdir(parents=True, exist_ok=True)
     prefix = f"kld-base-{re.sub(r'[^A-Za-z0-9.]', '_', platform.node())}-"
@@ -33,7 +34,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
                 _lock_file(old).unlink(missing_ok=True)
     folder = parent / f"{prefix}{secrets.token_hex(6)}"
     try:
-        with _held(folder):  # before the folder is there, so that it never is without
+        with _held(folder):  # before the folder is created, so that it never exists without a lock
             folder.mkdir()
             try:
                 yield folder
@@ -45,7 +46,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Whether this process has the lock of a folder; on a file system without locks it never has."""
+    """Whether this process holds the lock of a folder; always false on a file system without locks."""
     with ExitStack() as stack:
         try:
             held = stack.enter_context(lock(_lock_file(folder), block=False)) is not None

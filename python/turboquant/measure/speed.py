@@ -15,7 +15,7 @@ __all__ = ["GENERATED", "MACHINE", "PROMPT", "REPETITIONS", "Speed", "parse_spee
 
 PROMPT, GENERATED, REPETITIONS = 512, 32, 3
 
-#: What llama-bench says of the machine, the build and the model.
+#: The fields of llama-bench's output that describe the machine, the build and the model.
 MACHINE = (
     "build_commit", "build_number", "cpu_info", "gpu_info", "backends", "model_type", "model_size", "model_n_params",
 )  # fmt: skip
@@ -23,7 +23,7 @@ MACHINE = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second with `depth` tokens in the cache already, and the standard deviation of the repetitions."""
+    """Tokens per second with `depth` tokens in the cache, and the standard deviations of the repetitions."""
 
     depth: int
     prefill: float
@@ -35,13 +35,13 @@ class Speed:
 def run_speed(
     programs: Programs, model: Path, pair: CachePair, depth: int, on_test: Callable[[int], None] | None = None
 ) -> tuple[Speed, dict[str, Any]]:
-    """Time a batch of `PROMPT` tokens, then `GENERATED` single ones, each behind `depth` others.
+    """Time a batch of `PROMPT` tokens, and `GENERATED` single tokens, each with `depth` tokens in the cache.
 
     Returns:
-        The speed, and what llama-bench says of the machine (`MACHINE`).
+        The speed, and llama-bench's description of the machine (`MACHINE`).
 
     Raises:
-        ProgramError: llama-bench failed or printed something unexpected.
+        ProgramError: llama-bench failed or printed unexpected output.
     """
     arguments = [
         *("-m", str(model), "-p", str(PROMPT), "-n", str(GENERATED), "-d", str(depth), "-r", str(REPETITIONS)),
@@ -74,7 +74,7 @@ def parse_speed(text: str, depth: int) -> tuple[Speed, dict[str, Any]]:
     """Read llama-bench's JSON lines, one for the prompt and one for the generation.
 
     Raises:
-        ValueError: a line is missing or is not what it should be.
+        ValueError: a line is missing or has unexpected contents.
     """
     try:
         tests = [json.loads(line) for line in text.splitlines() if line.startswith("{")]

@@ -1,5 +1,5 @@
-"""GGUF model files: what they say of themselves, and copies of them with other weights or metadata.
+"""GGUF model files: their metadata, and copies of them with other weights or metadata.
 
-`header` reads what stands before the tensors, `modelfile` a whole file, piece by piece, and `weights` scales tensors as
-they lie in it. They need the package `gguf`.
+`header` reads the part before the tensors, `modelfile` reads a whole file piece by piece, and `weights` scales tensors
+in their file format. These modules need the package `gguf`.
 """

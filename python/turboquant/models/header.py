@@ -1,7 +1,7 @@
-"""The head of a GGUF file: its metadata, and where its tensors are.
+"""The header of a GGUF file: its metadata, and the positions of its tensors.
 
-Model files come from others, so every size that the file claims is compared with the bytes that are left of it before
-anything is done: the work is bounded by the size of the file, and never by its claims.
+Model files are untrusted. Every size in the file is compared with the remaining bytes of the file before it is used, so
+the work is bounded by the size of the file and not by sizes that it claims.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["MAGIC_BYTES", "Header", "HeaderError", "Info", "UnsupportedError", "
 
 MAGIC_BYTES = 24  #: magic, version, count of tensors, count of metadata
 _VERSIONS = (2, 3)
-_DIMENSIONS = 4  # that a tensor of ggml can have
-_NAME = 65535  # bytes of a key, by the specification
-_TEXT = 1 << 24  # bytes of a value that is still read: several times those of any tokenizer
-_LIST = 4096  # numbers in a list that is still read: the layers of a model; those of its vocabulary are more
-_STRINGS = 1 << 22  # in one list: several times those of any vocabulary
+_DIMENSIONS = 4  # greatest number of dimensions of a tensor in ggml
+_NAME = 65535  # greatest length of a key in bytes, by the specification
+_TEXT = 1 << 24  # greatest size of a value that is read, in bytes: several times that of any tokenizer
+_LIST = 4096  # greatest length of a list of numbers that is read: enough for layers, too short for a vocabulary
+_STRINGS = 1 << 22  # greatest length of a list: several times that of any vocabulary
 
 _Kind = gguf.GGUFValueType
 _FORMATS = {
@@ -33,21 +33,21 @@ _FORMATS = {
 
 
 class HeaderError(Exception):
-    """The file is damaged. The text says what is wrong, without the file's name."""
+    """The file is damaged. The text describes the damage, without the file's name."""
 
 
 class UnsupportedError(HeaderError):
-    """The file may be whole, but cannot be read here."""
+    """The file may be intact, but this program cannot read it."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """A tensor, and where it is."""
+    """A tensor and its position."""
 
     name: str
     type: str  #: "F16", "Q4_K", ...
-    shape: tuple[int, ...]  #: ggml's order, fastest first
-    offset: int  #: in the file
+    shape: tuple[int, ...]  #: dimensions in ggml's order, fastest first
+    offset: int  #: offset in the file
     bytes: int
 
     @property
@@ -57,24 +57,26 @@ class Info:
 
 @dataclass
 class Header:
-    """What stands before the tensors' data."""
+    """The contents of a file before the data of its tensors."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)  #: but for lists of strings, long lists and very long strings
-    fields: int = 0  #: all metadata that the file has
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  #: where each key and its value begin and end
+    #: the metadata without lists of strings, long lists and very long strings
+    metadata: dict[str, Any] = field(default_factory=dict)
+    fields: int = 0  #: the keys of all metadata
+    #: begin and end of each key with its value, as offsets in the file
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[Info] = field(default_factory=list)
     alignment: int = 32
-    infos: int = 0  #: where the descriptions of the tensors begin
+    infos: int = 0  #: offset of the descriptions of the tensors
     infos_end: int = 0
-    data: int = 0  #: where the tensors' data begin
+    data: int = 0  #: offset of the data of the tensors
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the head of a file.
+    """Read and check the header of a file.
 
     Raises:
         HeaderError: the file is damaged or cannot be read. Overlapping or misplaced tensors count as damage.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     with path.open("rb") as file:
         if len(file.read(MAGIC_BYTES)) < MAGIC_BYTES:
@@ -84,7 +86,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Reads from the start to the end; what would go beyond the file's end is an error."""
+    """Reads from the start of a file to its end. Reading beyond the end is an error."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at, self._size = data, 0, len(data)
@@ -124,7 +126,7 @@ class _Reader:
         return self._data[start : self._at]
 
     def _skip(self, count: int) -> int:
-        """Go on by that many bytes, and return where they begin."""
+        """Skip `count` bytes, and return the offset of the first of them."""
         if count > self._size - self._at:
             raise HeaderError(f"{count} bytes are claimed at {self._at}, and {self._size - self._at} are left")
         self._at += count
@@ -145,12 +147,12 @@ class _Reader:
             raise HeaderError(f"{what} is not UTF-8: {raw[:40]!r}") from None
 
     def _value(self, name: str) -> tuple[bool, Any]:
-        """The next value of the metadata, and whether it is one to keep."""
+        """The next value of the metadata, and whether it is kept."""
         kind = self._kind(name)
         if kind == _Kind.STRING:
             start, length = self._at + 8, self._number("Q")
             self._skip(length)
-            # llama.cpp does not care whether it is UTF-8.
+            # llama.cpp does not require UTF-8.
             return length <= _TEXT, self._data[start : start + min(length, _TEXT)].decode(errors="replace")
         if kind != _Kind.ARRAY:
             return True, self._number(_FORMATS[kind])
@@ -177,7 +179,7 @@ class _Reader:
 
     def _alignment(self, metadata: dict[str, Any]) -> int:
         value = metadata.get("general.alignment", 32)
-        # As much as a file system or a GPU could ever ask for; padding may then have that many bytes, too.
+        # This exceeds the alignment of file systems and GPUs, and also limits the padding.
         if type(value) is not int or not 0 < value <= 1 << 20 or value & (value - 1):
             raise HeaderError(f"general.alignment is {shown(repr(value))}, which is no power of two")
         return value
@@ -209,7 +211,7 @@ class _Reader:
 
 
 def _check_places(tensors: list[Info]) -> None:
-    """No name twice, and no byte in two tensors."""
+    """Raise HeaderError if a name occurs twice, or a byte belongs to two tensors."""
     names: set[str] = set()
     last: Info | None = None
     for info in sorted(tensors, key=lambda info: info.offset):
@@ -222,5 +224,5 @@ def _check_places(tensors: list[Info]) -> None:
 
 
 def shown(name: str) -> str:
-    """A name or a value as messages have it: it may contain anything."""
+    """A name or value for messages; it may contain any characters."""
     return name if name.isprintable() and len(name) <= 60 else f"{name[:60]!r}"

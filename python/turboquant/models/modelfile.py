@@ -1,7 +1,7 @@
 """A GGUF model file, read piece by piece, and written again with some tensors scaled and some metadata added.
 
-Everything else is copied as bytes, so that nothing that this program does not know can get lost. Only a few MiB of a
-tensor are in memory at a time, however large the file.
+All other contents are copied as bytes, so that nothing is lost that this program does not know. Only a few MiB of a
+tensor are in memory at a time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _PIECE = 4 << 20  # bytes of a tensor in memory at a time
 
 
 class ModelError(TurboQuantError):
-    """The file is no GGUF model that can be used. The text says why."""
+    """The file is no usable GGUF model. The text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is, as a matrix of rows of bytes."""
+    """The position of a tensor, as a matrix of rows of bytes."""
 
     name: str
     type: str  #: "F16", "Q4_K", ...
-    shape: tuple[int, ...]  #: ggml's order, fastest first
-    offset: int  #: in the file
+    shape: tuple[int, ...]  #: dimensions in ggml's order, fastest first
+    offset: int  #: offset in the file
     rows: int
     row_bytes: int
 
@@ -49,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What to multiply a tensor by; `axis` is "rows", "columns" or "elements" (of a vector)."""
+    """Factors of a tensor along `axis`, which is "rows", "columns" or "elements" (of a vector)."""
 
     axis: str
     factors: NDArray[np.float64]
@@ -59,7 +59,7 @@ class ModelFile:
     """An open model file: a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """ModelError if it is no whole GGUF file of this machine's byte order, or its metadata make no sense."""
+        """Raise ModelError if the file is no complete GGUF file in native byte order, or its metadata are invalid."""
         self.path = path
         self.size = path.stat().st_size
         head = _read(path)
@@ -78,7 +78,7 @@ class ModelFile:
         self._file.close()
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """The tensor's rows, some at a time: (number of the first, bytes (rows, row_bytes))."""
+        """The rows of a tensor, several at a time: (index of the first row, bytes (rows, row_bytes))."""
         step = max(1, _PIECE // tensor.row_bytes)
         for first in range(0, tensor.rows, step):
             count = min(step, tensor.rows - first)
@@ -87,7 +87,7 @@ class ModelFile:
             yield first, np.frombuffer(data, np.uint8).reshape(count, tensor.row_bytes)
 
     def floats(self, tensor: Tensor) -> Iterator[NDArray[np.float32]]:
-        """The tensor's values, some rows at a time: float32 (rows, columns)."""
+        """The values of a tensor, several rows at a time: float32 (rows, columns)."""
         kind = gguf.GGMLQuantizationType[tensor.type]
         for _, rows in self.pieces(tensor):
             yield gguf.quants.dequantize(rows, kind).reshape(len(rows), -1)
@@ -99,16 +99,17 @@ class ModelFile:
         metadata: Mapping[str, Any],
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Write the scaled model to `target`, in place of what is there.
+        """Write the scaled model to `target`; an existing file is replaced.
 
         Args:
-            scalings: what to do to which tensors; they keep their types and sizes.
-            metadata: added at the end, in place of what has the same keys; str, int, float, or lists of one of them.
-            progress: called with the bytes written so far.
+            scalings: the factors by tensor; tensors keep their types and sizes.
+            metadata: added at the end; they replace metadata with the same keys. Values are str, int, float, or lists
+                of one of these.
+            progress: called with the number of bytes written so far.
 
         Raises:
-            OSError: as a full disk.
-            ModelError: a scaled weight leaves the range of its type, or the file changes meanwhile.
+            OSError: the file cannot be written, for instance because the disk is full.
+            ModelError: a scaled weight leaves the range of its type, or the source file changes meanwhile.
         """
         with target.open("wb") as out:
             self._write_head(out, metadata)
@@ -156,12 +157,13 @@ class ModelFile:
 
 
 def replace_metadata(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Replace metadata `old` that `ModelFile.write` has added by `new`, which may not take more bytes.
+    """Replace the metadata `old` that `ModelFile.write` added by `new`, which must not take more bytes.
 
-    What remains of the old one's bytes becomes spaces at the end of the last value of `new`, a string.
+    Remaining bytes become spaces at the end of the last value of `new`, which must be a string.
 
     Raises:
-        ValueError: `old` is not there as it was written, or `new` takes more bytes or has another number of keys.
+        ValueError: the file does not end its metadata with `old`, or `new` takes more bytes or has another number of
+            keys.
     """
     before, after = _packed(old), _packed(new)
     if len(after) > len(before) or len(new) != len(old):
@@ -199,7 +201,7 @@ def _read(path: Path) -> Header:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
-    """ModelError if what is relied on everywhere is not of its kind."""
+    """Raise ModelError if metadata that other modules rely on have another type."""
     architecture = metadata.get("general.architecture", "")
     if not isinstance(architecture, str):
         raise ModelError(f"{path}: general.architecture is {shown(repr(architecture))}, wanted a name")
@@ -227,7 +229,7 @@ _KINDS: dict[type, tuple[gguf.GGUFValueType, Callable[[Any], bytes]]] = {
 
 
 def _value(value: Any) -> bytes:
-    """A value of GGUF's metadata: its type, then itself."""
+    """The bytes of a metadata value in GGUF: its type, then the value."""
     if isinstance(value, list):
         kind, pack = _KINDS[type(value[0])]
         body = b"".join(pack(item) for item in value)

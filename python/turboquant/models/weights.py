@@ -1,8 +1,8 @@
-"""Scale rows, columns or elements of a tensor as it lies in a GGUF file, without ever quantizing anew.
+"""Scale rows, columns or elements of a tensor in the format of a GGUF file, without requantizing.
 
-Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only: then
-every weight is exactly that power of two times what it was. `exponents` tells how far that goes before fp16 would
-overflow, or lose a bit as a subnormal.
+Floats are multiplied. A block of a quantized type is scaled through its fp16 scales, by powers of two only, so every
+weight is multiplied exactly by that power of two. `exponents` returns the powers at which no fp16 scale overflows or
+loses a bit as a subnormal.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ __all__ = ["FLOATS", "LARGEST", "Block", "block", "exponents", "largest", "scale
 
 Bytes = NDArray[np.uint8]
 
-#: Types whose values are numbers of their own.
+#: Types that store each value as a float.
 FLOATS = ("F32", "F16", "BF16")
-#: The largest finite value of each.
+#: The largest finite value of each type.
 LARGEST = {"F32": (2 - 2.0**-23) * 2.0**127, "F16": 65504.0, "BF16": (2 - 2.0**-7) * 2.0**127}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a quantized type: its values, its bytes, and where its fp16 scales and minima are."""
+    """A block of a quantized type: number of values, bytes, and the offsets of its fp16 scales and minima."""
 
     values: int
     bytes: int
@@ -48,12 +48,12 @@ _BLOCKS = {
 
 
 def block(type: str) -> Block | None:
-    """The layout of a quantized type; None if it is not one that can be scaled."""
+    """The layout of a quantized type; None if the type cannot be scaled."""
     return _BLOCKS.get(type)
 
 
 def exponents(rows: Bytes, type: str, axis: str = "rows") -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """By which powers of two each row can be scaled, or (axis "columns") each column.
+    """The powers of two by which each row, or with axis "columns" each column, can be scaled.
 
     Args:
         rows: (rows, bytes of a row).
@@ -70,7 +70,7 @@ def exponents(rows: Bytes, type: str, axis: str = "rows") -> tuple[NDArray[np.in
     layout = _BLOCKS[type]
     scales = _fp16(rows, layout).astype(np.float64)
     mantissa, exponent = np.frexp(scales)
-    digits = np.abs(mantissa * 2048).astype(np.int64)  # 11 bits of an fp16
+    digits = np.abs(mantissa * 2048).astype(np.int64)  # fp16 has 11 significant bits
     lowest = exponent - 11 + np.log2(np.maximum(digits & -digits, 1)).astype(np.int64)
     used = scales != 0
     low = np.where(used, -24 - lowest, -100).max(axis=2).max(axis=over)
@@ -87,7 +87,8 @@ def largest(rows: Bytes, type: str, axis: str = "rows") -> NDArray[np.float64]:
 def scale_rows(rows: Bytes, type: str, factors: NDArray[np.float64]) -> Bytes:
     """A copy of (rows, bytes of a row) with every row multiplied by its factor, (rows,).
 
-    ValueError if a factor of a quantized type is no power of two, or a result is not finite.
+    Raises:
+        ValueError: a factor of a quantized type is no power of two, or a result is not finite.
     """
     if type in FLOATS:
         return _from_float(_to_float(rows, type) * factors[:, None], type)
@@ -100,7 +101,8 @@ def scale_rows(rows: Bytes, type: str, factors: NDArray[np.float64]) -> Bytes:
 def scale_columns(rows: Bytes, type: str, factors: NDArray[np.float64]) -> Bytes:
     """A copy of (rows, bytes of a row) with every column multiplied by its factor, (columns,).
 
-    ValueError as `scale_rows`; also if the columns of a block have different factors.
+    Raises:
+        ValueError: as in `scale_rows`, or the columns of a block have different factors.
     """
     if type in FLOATS:
         return _from_float(_to_float(rows, type) * factors, type)
@@ -114,12 +116,12 @@ def scale_columns(rows: Bytes, type: str, factors: NDArray[np.float64]) -> Bytes
 
 
 def _exponent(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """floor(log2(|x|)); that of 0 is arbitrary."""
+    """floor(log2(|x|)); the result for 0 is arbitrary."""
     return np.asarray(np.frexp(values)[1] - 1, np.int64)
 
 
 def _fp16(rows: Bytes, layout: Block) -> NDArray[np.float16]:
-    """(rows, blocks, scales of a block)."""
+    """The fp16 scales of a tensor, (rows, blocks, scales of a block)."""
     blocks = rows.reshape(len(rows), -1, layout.bytes)
     parts = [blocks[:, :, at : at + 2] for at in layout.scales]
     return np.ascontiguousarray(np.concatenate(parts, axis=2)).view("<f2")
@@ -153,7 +155,7 @@ def _from_float(values: NDArray[np.float64], type: str) -> Bytes:
     with np.errstate(over="ignore"):
         if type == "BF16":
             bits = values.astype(np.float32).view(np.uint32)
-            rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16  # to nearest even
+            rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16  # rounds to nearest even
             result = rounded.astype("<u2")
             finite = np.isfinite((rounded << 16).view(np.float32))
         else:

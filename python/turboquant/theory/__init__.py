@@ -1,14 +1,14 @@
-"""What TurboQuant is made of, one idea to a module: for experiments, in float64 NumPy, beside the codec.
+"""The ideas of TurboQuant for experiments, one idea per module, in float64 NumPy and independent of the codec.
 
 - `uniform`: min-max uniform quantization, the baseline that outliers break
 - `rotation`: dense random rotation, and the Walsh-Hadamard transform stage by stage
-- `codebook`: densities, and the Lloyd-Max quantizer of any of them
-- `polarquant`: length and direction apart, the direction rotated and quantized (TurboQuant's algorithm 1)
+- `codebook`: densities, and the Lloyd-Max quantizer of a density
+- `polarquant`: length and direction stored separately, the direction rotated and quantized (TurboQuant's algorithm 1)
 - `qjl`: inner products from the signs of random projections, and as a second stage (algorithm 2)
-- `errors`: what quantized K and V do to attention
+- `errors`: the errors that quantized K and V cause in attention
 
-Nothing here is fast, and no bytes are packed: `turboquant.reference` has the formats, `turboquant` the kernels. The
-notebooks use this package throughout.
+The code is slow and packs no bytes: `turboquant.reference` has the formats, and `turboquant` the kernels. The notebooks
+use this package.
 
 Sources: TurboQuant, arXiv 2504.19874; PolarQuant, arXiv 2502.02617; QJL, arXiv 2406.03482.
 """

@@ -1,4 +1,4 @@
-"""Scalar quantizers for a known density: Lloyd-Max, uniform, and what no quantizer can beat."""
+"""Scalar quantizers for a known density: Lloyd-Max and uniform, and Shannon's limit."""
 from __future__ import annotations
 
 import math
@@ -14,13 +14,13 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-_GRID = 100_001  # points of the numerical integrals: levels of N(0,1) are right to 1e-6
+_GRID = 100_001  # points of the numerical integrals, with which levels of N(0,1) have an error below 1e-6
 
 
 class Density(NamedTuple):
-    """A probability density on an interval; outside it is 0, or too small to matter."""
+    """A probability density on an interval. Outside the interval it is 0 or negligible."""
 
-    function: Callable[[Floats], Floats]  #: values at x, any shape; need not be normalised
+    function: Callable[[Floats], Floats]  #: the density at x, of any shape; it need not be normalised
     low: float
     high: float
 
@@ -38,21 +38,21 @@ def laplace(sigma: float = 1.0) -> Density:
 def sphere_coordinate(n: int) -> Density:
     """One coordinate of a random point on the unit sphere in n dimensions, n > 3: (1 - x**2)**((n - 3) / 2).
 
-    So is every coordinate of a randomly rotated unit vector. Close to N(0, 1/n) for large n. Source: TurboQuant,
-    lemma 1.
+    Every coordinate of a randomly rotated unit vector has this density. For large n it is close to N(0, 1/n). Source:
+    TurboQuant, lemma 1.
     """
     return Density(lambda x: np.power(np.clip(1 - np.square(x), 0, None), (n - 3) / 2), -1.0, 1.0)
 
 
 class Codebook(NamedTuple):
-    """A scalar quantizer: a value takes the nearest level."""
+    """A scalar quantizer, which rounds a value to the nearest level."""
 
     levels: Floats  #: (2**bits,), ascending
-    mse: float  #: mean squared error over the density that it was made for
+    mse: float  #: mean squared error for the density that it was made for
 
     @property
     def bounds(self) -> Floats:
-        """(2**bits - 1,): the midpoints, where one level's slot ends and the next begins."""
+        """The midpoints between neighbouring levels, (2**bits - 1,)."""
         return np.asarray((self.levels[1:] + self.levels[:-1]) / 2)
 
 
@@ -83,16 +83,17 @@ class _Moments:
 
 
 def lloyd_max(density: Density, bits: int, *, tolerance: float = 1e-10, steps: int = 100_000) -> Codebook:
-    """The 2**bits levels with the least mean squared error for a density (for a log-concave one the only optimum).
+    """The 2**bits levels with the least mean squared error for a density (the unique optimum if it is log-concave).
 
-    Two conditions are alternated until no level moves by more than `tolerance` of the density's width: a boundary is
-    the midpoint of its two levels, a level is the mean of the density between its boundaries. The start is Panter and
-    Dite's for many levels, density**(1/3). Source: Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960;
-    Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982; TurboQuant, section 3.1.
+    Two conditions are applied in turn until no level moves by more than `tolerance` times the width of the interval: a
+    boundary is the midpoint of its two levels, and a level is the mean of the density between its boundaries. The
+    iteration starts at the levels for density**(1/3), Panter and Dite's approximation for many levels. Source: Max,
+    "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960; Lloyd, "Least squares quantization in PCM",
+    IEEE Trans. Inf. Theory 28, 1982; TurboQuant, section 3.1.
 
     Raises:
         ValueError: bits is not 1 ... 8.
-        ArithmeticError: not settled after so many steps.
+        ArithmeticError: the levels did not converge.
     """
     if not 1 <= bits <= 8:
         raise ValueError(f"bits: got {bits}, wanted 1 to 8")
@@ -111,7 +112,7 @@ def lloyd_max(density: Density, bits: int, *, tolerance: float = 1e-10, steps: i
 
 
 def best_uniform(density: Density, bits: int) -> Codebook:
-    """2**bits equally spaced levels about 0 with the least mean squared error: what tuning a range can do."""
+    """The 2**bits equally spaced levels, symmetric about 0, with the least mean squared error."""
     moments = _Moments(density)
     places: Floats = np.arange(1 << bits, dtype=np.float64) - ((1 << bits) - 1) / 2
 
@@ -127,14 +128,14 @@ def best_uniform(density: Density, bits: int) -> Codebook:
 
 
 def nearest(x: ArrayLike, levels: ArrayLike) -> NDArray[np.int64]:
-    """The index of the level nearest to each value of x; any shape. A value on a boundary takes the lower level."""
+    """The index of the nearest level for each value of x, of any shape. On a boundary the lower level is taken."""
     ascending = np.asarray(levels, dtype=np.float64)
     bounds = (ascending[1:] + ascending[:-1]) / 2
     return np.asarray(np.searchsorted(bounds, np.asarray(x, dtype=np.float64)), dtype=np.int64)
 
 
 def shannon_bound(bits: float) -> float:
-    """4**-bits: the mean squared error per value of N(0,1) that no code of that rate can go below, however long.
+    """4**-bits, the lower limit of the mean squared error per value of N(0,1) for all codes of that rate.
 
     Source: Shannon, "Coding theorems for a discrete source with a fidelity criterion", 1959; TurboQuant, theorem 3.
     """

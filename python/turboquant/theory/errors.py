@@ -1,4 +1,4 @@
-"""What quantized K and V do to attention, beside how far they are from the originals."""
+"""Errors of quantized vectors, and the errors that quantized K and V cause in attention."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -17,18 +17,18 @@ class AttentionError(NamedTuple):
     """Means over all heads and queries."""
 
     kl: float  #: Kullback-Leibler divergence of the softmax weights from the exact ones, nats
-    output: float  #: squared error of the output over the squared output: |o' - o|**2 / |o|**2
+    output: float  #: squared error of the output divided by the squared output: |o' - o|**2 / |o|**2
     same_top: float  #: share of the queries whose heaviest key is the same, 0 ... 1
 
 
 def relative_mse(x: ArrayLike, approximation: ArrayLike) -> float:
-    """|x' - x|**2 / |x|**2 over all values: the mean squared error in units of the mean square."""
+    """|x' - x|**2 / |x|**2 over all values: the mean squared error divided by the mean square."""
     exact = np.asarray(x, dtype=np.float64)
     return float(np.square(np.asarray(approximation, dtype=np.float64) - exact).sum() / np.square(exact).sum())
 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
-    """sum p log(p/q) over the last axis, nats, for distributions (..., n): (...). Infinite where q lacks some of p."""
+    """sum p log(p/q) in nats over the last axis of distributions (..., n): (...). Infinite where q is 0 and p not."""
     exact, other = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     with np.errstate(divide="ignore"):
         ratio = np.log(np.where(exact > 0, exact, 1.0)) - np.log(np.where(exact > 0, other, 1.0))
@@ -36,7 +36,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike) -> Floats:
 
 
 def causal_mask(n_query: int, n_kv: int) -> Floats:
-    """(n_query, n_kv): 0 where query i may attend, up to key n_kv - n_query + i, and -inf where not."""
+    """The causal mask (n_query, n_kv): 0 up to key n_kv - n_query + i for query i, and -inf beyond."""
     return np.triu(np.full((n_query, n_kv), -np.inf), k=n_kv - n_query + 1)
 
 
@@ -51,7 +51,7 @@ def attention_error(
         k, k_hat: (n_kv_head, n_kv, head_k), n_head a multiple of n_kv_head.
         v, v_hat: (n_kv_head, n_kv, head_v).
         scale: factor of the scores; 1 / sqrt(head_k) if None.
-        causal: the queries are the last ones, each of which sees the keys up to its own.
+        causal: whether attention is causal. Query i, of the last n_query tokens, attends to the keys up to its own.
     """
     n_query, n_kv = np.shape(q)[1], np.shape(k)[1]
     mask = causal_mask(n_query, n_kv) if causal else None

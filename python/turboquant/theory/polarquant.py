@@ -1,7 +1,7 @@
-"""Length and direction apart: a norm per vector, and its rotated direction channel by channel from one codebook.
+"""Length and direction stored separately: a norm per vector, and the rotated direction with one codebook.
 
-This is TurboQuant's algorithm 1 with the paper's unit vectors made general by a stored norm. PolarQuant (arXiv
-2502.02617) has the same first steps, rotate and store the length apart, and goes on to angles.
+This is TurboQuant's algorithm 1, generalized from unit vectors to all vectors by a stored norm. PolarQuant (arXiv
+2502.02617) has the same first steps, a rotation and a separate length, and then quantizes angles.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 class Encoded:
     """Quantized vectors."""
 
-    norm: Floats  #: (...): what the decoder multiplies each reconstructed direction by
+    norm: Floats  #: (...), the factor of the reconstructed direction in the decoder
     index: NDArray[np.int64]  #: (..., n), 0 ... 2**bits - 1
 
 
@@ -40,9 +40,9 @@ def levels(n: int, bits: int) -> Floats:
 def encode(x: ArrayLike, bits: int, rotation: ArrayLike, *, norm_correction: bool = True) -> Encoded:
     """Quantize vectors x (..., n) with an orthonormal matrix (n, n), such as `rotation.random_rotation` gives.
 
-    With `norm_correction` the stored norm is |x| / |c|, where c are the chosen levels: the reconstruction has the right
-    length, where rounding leaves it a little shorter (levels are means, and means vary less than values). Without it
-    the stored norm is |x|, as in the paper. A vector of zeros has the norm 0.
+    With `norm_correction` the stored norm is |x| / |c|, where c are the chosen levels, so that the reconstruction has
+    the length of x. Without it the stored norm is |x|, as in the paper, and the reconstruction is slightly too short,
+    because levels are means and vary less than the values. A vector of zeros has the norm 0.
 
     Source: TurboQuant, algorithm 1, and section 1 on norms.
     """
@@ -62,5 +62,5 @@ def decode(encoded: Encoded, bits: int, rotation: ArrayLike) -> Floats:
 
 
 def roundtrip(x: ArrayLike, bits: int, rotation: ArrayLike, *, norm_correction: bool = True) -> Floats:
-    """decode(encode(x)): what is left of x (..., n)."""
+    """decode(encode(x)) for x (..., n)."""
     return decode(encode(x, bits, rotation, norm_correction=norm_correction), bits, rotation)

@@ -1,4 +1,4 @@
-"""QJL: inner products from one bit per random projection; unbiased, but noisy.
+"""QJL: inner products from one bit per random projection, which are unbiased but noisy.
 
     estimate = sqrt(pi/2) / m * |x| * sum_i <s_i, q> sign(<s_i, x>)        s_i ~ N(0, I), i = 1 ... m
 
@@ -24,16 +24,16 @@ Floats = NDArray[np.float64]
 
 
 class Signs(NamedTuple):
-    """Vectors as QJL keeps them: m bits and a norm."""
+    """Vectors encoded by QJL: m bits and a norm each."""
 
-    sign: NDArray[np.int8]  #: (..., m), +1 or -1
-    norm: Floats  #: (...)
+    sign: NDArray[np.int8]  #: (..., m), signs +1 or -1
+    norm: Floats  #: (...), norms
 
 
 def projections(n: int, m: int | None = None, seed: int = 0) -> Floats:
-    """A Gaussian matrix S (m, n) of independent N(0,1) values; m = n, one bit per channel, if not given.
+    """A Gaussian matrix S (m, n) of independent N(0,1) values. The default m = n gives one bit per channel.
 
-    As in `rotation.random_rotation`, the seed has a random stream of its own here.
+    As in `rotation.random_rotation`, the matrix is independent of vectors drawn from ``default_rng(seed)``.
     """
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
     return stream.standard_normal((n if m is None else m, n))
@@ -47,9 +47,9 @@ def encode(x: ArrayLike, matrix: ArrayLike) -> Signs:
 
 
 def decode(signs: Signs, matrix: ArrayLike) -> Floats:
-    """The vectors (..., n) whose inner product with any q is QJL's estimate: sqrt(pi/2) / m * norm * S^T sign.
+    """The vectors (..., n) whose inner product with q is QJL's estimate: sqrt(pi/2) / m * norm * S^T sign.
 
-    They are no good reconstruction of x: right on average over S, and longer than x by about sqrt(1 + pi/2 * n/m).
+    Their mean over S is x, but they are no good reconstruction: they are longer than x by about sqrt(1 + pi/2 * n/m).
     """
     s = np.asarray(matrix, dtype=np.float64)
     return np.asarray(math.sqrt(math.pi / 2) / len(s) * signs.norm[..., None] * (signs.sign.astype(np.float64) @ s))
@@ -58,7 +58,7 @@ def decode(signs: Signs, matrix: ArrayLike) -> Floats:
 def dot(query: ArrayLike, signs: Signs, matrix: ArrayLike) -> Floats:
     """Estimates of <query, x> for queries (..., n) and all encoded vectors (rows..., n): (..., rows...).
 
-    The query is projected, and not quantized.
+    The query is projected, but not quantized.
     """
     s = np.asarray(matrix, dtype=np.float64)
     projected = np.asarray(query, dtype=np.float64) @ s.T
@@ -74,10 +74,10 @@ def variance(query: ArrayLike, x: ArrayLike, m: int) -> Floats:
 
 
 def with_residual(x: ArrayLike, bits: int, rotation: ArrayLike, matrix: ArrayLike) -> Floats:
-    """TurboQuant's algorithm 2: bits - 1 of `polarquant`, and one bit of QJL for what they leave. float64 (..., n).
+    """TurboQuant's algorithm 2: `polarquant` with bits - 1, and QJL with one bit for the residual. float64 (..., n).
 
-    Inner products with the result are unbiased over S, whatever the first stage did. Rate: bits per channel if S has as
-    many rows as x has channels, and two norms per vector.
+    Inner products with the result are unbiased over S for every first stage. The rate is `bits` per channel, if S has
+    as many rows as x has channels, plus two norms per vector.
     """
     array = np.asarray(x, dtype=np.float64)
     first = polarquant.roundtrip(array, bits - 1, rotation, norm_correction=False)

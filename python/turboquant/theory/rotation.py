@@ -1,6 +1,6 @@
-"""Rotations that spread a vector's energy over all its channels: any orthonormal matrix, and the cheap one.
+"""Rotations that spread a vector's energy over all its channels: random orthonormal matrices, and the fast transform.
 
-The cheap one, S2 . H/sqrt(n) . S1, is `turboquant.rotate`; here is its middle part, stage by stage.
+`turboquant.rotate` is the fast rotation S2 . H/sqrt(n) . S1; this module has its middle part, stage by stage.
 """
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Floats = NDArray[np.float64]
 
 
 def random_rotation(n: int, seed: int = 0) -> Floats:
-    """A random orthonormal matrix (n, n), each as likely as any other (Haar measure).
+    """A random orthonormal matrix (n, n), uniformly distributed (Haar measure).
 
-    The Q of the QR decomposition of a Gaussian matrix, its columns multiplied by the signs of R's diagonal: without
-    them the distribution is that of the library's sign convention. Source: TurboQuant, algorithm 1; Mezzadri, "How to
-    generate random matrices from the classical compact groups", Notices of the AMS 54, 2007.
+    It is the Q of the QR decomposition of a Gaussian matrix, with its columns multiplied by the signs of R's diagonal.
+    Without these signs the distribution would depend on the sign convention of the library. Source: TurboQuant,
+    algorithm 1; Mezzadri, "How to generate random matrices from the classical compact groups", Notices of the AMS 54,
+    2007.
 
-    The seed has a random stream of its own here: vectors drawn from ``default_rng(seed)`` are independent of it.
+    The matrix is independent of vectors drawn from ``default_rng(seed)``.
     """
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     q, r = np.linalg.qr(stream.standard_normal((n, n)))
@@ -50,16 +51,19 @@ def _stages(x: ArrayLike) -> Iterator[Floats]:
 
 
 def butterfly_stages(x: ArrayLike) -> Floats:
-    """H . x for vectors x (..., n), n a power of two, after every stage: (log2(n) + 1, ..., n), stage 0 being x.
+    """The stages of H . x for vectors x (..., n), n a power of two: (log2(n) + 1, ..., n); stage 0 is x.
 
-    A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. Not
-    normalised: divide the last stage by sqrt(n) for the orthonormal transform. ValueError if n is no power of two.
+    A stage replaces every pair (a, b) of channels at distance h by (a + b, a - b), with h = 1, 2, 4, ..., n/2. The
+    stages are not normalised: the orthonormal transform is the last stage divided by sqrt(n).
+
+    Raises:
+        ValueError: n is no power of two.
     """
     return np.stack(list(_stages(x)))
 
 
 def walsh_hadamard(x: ArrayLike) -> Floats:
-    """H/sqrt(n) . x for vectors x (..., n), by butterfly: orthonormal, and its own inverse. Errors as above."""
+    """H/sqrt(n) . x for vectors x (..., n): orthonormal and its own inverse. Errors as in `butterfly_stages`."""
     for stage in _stages(x):
         last = stage
     return np.asarray(last / math.sqrt(last.shape[-1]))

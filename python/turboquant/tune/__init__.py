@@ -1,5 +1,5 @@
-"""`turboquant tune`: which cache types each layer of a model needs, measured and then chosen for a budget.
+"""`turboquant tune`: choose the cache types of each layer of a model from measurements, for a given budget.
 
-`meter` runs the program that measures, `losses` says what every type costs in every layer, `allocate` spends the budget,
-`run` ties them together, `report` shows the result. docs/tune.md has the method.
+`meter` runs the program that measures, `losses` estimates the loss of every type in every layer, `allocate` spends the
+budget, `run` does all steps, and `report` shows the result. docs/tune.md has the method.
 """

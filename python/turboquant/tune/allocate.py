@@ -1,4 +1,4 @@
-"""Spending bits where they buy most: one choice for each item, so that the sum of losses is least within a budget."""
+"""Allocation of bits: one choice for each item, so that the sum of losses is least within a budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Choice", "allocate", "allocate_for_loss", "hull", "least", "most"]
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store one item: what it costs and what it loses."""
+    """One way to store an item, with its cost (in bits) and its loss (in nats per token)."""
 
     name: str
     cost: float
@@ -22,9 +22,9 @@ Item = Sequence[Choice]
 
 
 def hull(item: Item) -> list[Choice]:
-    """The lower convex hull of an item's choices: ascending cost, descending loss, each step buying less than the last.
+    """The lower convex hull of an item's choices, in order of ascending cost and descending loss.
 
-    What lies above it is never best for any price of a bit.
+    The loss saved per unit of cost decreases from step to step. Choices above the hull are not optimal for any price.
     """
     corners: list[Choice] = []
     for choice in sorted(item, key=lambda one: (one.cost, one.loss)):
@@ -37,20 +37,20 @@ def hull(item: Item) -> list[Choice]:
 
 
 def allocate(items: Sequence[Item], budget: float) -> list[Choice]:
-    """The choices with the least loss in all that cost at most `budget` together.
+    """The choices with the least total loss whose total cost is at most `budget`.
 
-    Where the price of a bit falls (one Lagrange multiplier for all items), each item climbs its hull; that is the
-    optimum for the bits spent so far. What is left when the next step does not fit is filled greedily, with choices
-    above the hulls, too.
+    As the price of a bit falls (one Lagrange multiplier for all items), each item advances along its hull; this is the
+    optimum for the bits spent so far. When the next step does not fit, the rest of the budget is spent greedily, also
+    on choices above the hulls.
 
     Raises:
-        ValueError: even the cheapest choices cost more.
+        ValueError: the cheapest choices cost more than the budget.
     """
     chosen, slack = _cheapest(items), _slack(budget)
     left = budget - sum(choice.cost for choice in chosen)
     if left < -slack:
         raise ValueError(f"the cheapest choices cost {budget - left:g}, and the budget is {budget:g}")
-    climbing = set(range(len(items)))  # an item whose step did not fit stays: its later steps build on that one
+    climbing = set(range(len(items)))  # later steps of an item require its former steps
     for _, index, corner in _steps(items):
         step = corner.cost - chosen[index].cost
         if index in climbing and step <= left + slack:
@@ -62,10 +62,10 @@ def allocate(items: Sequence[Item], budget: float) -> list[Choice]:
 
 
 def allocate_for_loss(items: Sequence[Item], limit: float) -> list[Choice]:
-    """The choices with the least cost whose losses are at most `limit` together, by the same climb.
+    """The choices with the least total cost whose total loss is at most `limit`, found along the same hulls.
 
     Raises:
-        ValueError: even the best choices lose more.
+        ValueError: the best choices lose more than the limit.
     """
     chosen = _cheapest(items)
     loss = sum(choice.loss for choice in chosen)
@@ -80,21 +80,21 @@ def allocate_for_loss(items: Sequence[Item], limit: float) -> list[Choice]:
 
 
 def least(items: Sequence[Item]) -> float:
-    """The cost of the cheapest choices."""
+    """The total cost of the cheapest choices."""
     return sum(choice.cost for choice in _cheapest(items))
 
 
 def most(items: Sequence[Item]) -> float:
-    """The cost of the choices that lose least."""
+    """The total cost of the choices with the least loss."""
     return sum(hull(item)[-1].cost for item in items)
 
 
 def _slack(scale: float) -> float:
-    return 1e-9 * abs(scale)  # sums of floats
+    return 1e-9 * abs(scale)  # tolerance for sums of floats
 
 
 def _price(cheap: Choice, dear: Choice) -> float:
-    """Loss that each unit of cost saves."""
+    """The loss saved per unit of cost."""
     return (cheap.loss - dear.loss) / (dear.cost - cheap.cost)
 
 
@@ -103,7 +103,7 @@ def _cheapest(items: Sequence[Item]) -> list[Choice]:
 
 
 def _steps(items: Sequence[Item]) -> list[tuple[float, int, Choice]]:
-    """All steps along the hulls, the most rewarding first; those of an item come in their order."""
+    """All steps along the hulls, in order of descending saving per cost; the steps of an item stay in order."""
     steps = []
     for index, item in enumerate(items):
         corners = hull(item)
@@ -112,7 +112,7 @@ def _steps(items: Sequence[Item]) -> list[tuple[float, int, Choice]]:
 
 
 def _fill(items: Sequence[Item], chosen: list[Choice], left: float, slack: float) -> list[Choice]:
-    """Spend what is left, best price first, then try what one exchange between two items gains."""
+    """Spend the rest of the budget, the greatest saving per cost first, then exchange bits between pairs of items."""
     while True:
         better = [
             (_price(chosen[index], choice), index, choice)
@@ -136,7 +136,7 @@ def _fill(items: Sequence[Item], chosen: list[Choice], left: float, slack: float
 def _exchange(
     items: Sequence[Item], chosen: list[Choice], left: float, slack: float
 ) -> list[tuple[int, Choice]] | None:
-    """The best change of two items at once that fits: one gets less, the other more."""
+    """The best change of two items that fits the budget: one gets fewer bits, the other more."""
     moves = [
         (choice.loss - chosen[index].loss, choice.cost - chosen[index].cost, index, choice)
         for index, item in enumerate(items)
@@ -154,7 +154,7 @@ def _exchange(
 
 
 def _drop(items: Sequence[Item], chosen: list[Choice], spare: float, slack: float) -> list[Choice]:
-    """Take bits back as long as the loss allows it, the most bits first."""
+    """Remove bits as long as the loss stays within the limit, the greatest savings of bits first."""
     while True:
         cheaper = [
             (chosen[index].cost - choice.cost, index, choice)

@@ -1,4 +1,4 @@
-"""What a cache type costs in one layer, from few measurements: noise power is proportional to a type's relative error."""
+"""Loss of each cache type in a layer, estimated from few measurements: noise power follows the relative error."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from ..errors import TurboQuantError
 
 __all__ = ["LINEAR", "PROBES", "estimate", "finer", "relative_error"]
 
-#: Nats up to which a layer's KLD is taken to be proportional to the noise that causes it. Above it saturates, and finer
-#: types are measured.
+#: KLD of a layer, in nats per token, up to which it is assumed to be proportional to the noise power. Above this the
+#: KLD saturates, and finer types are measured.
 LINEAR = 0.03
-#: The type to measure first: K shows at 3 bits; V, which costs an eighth of it, at 2.
+#: The first measured type: the loss of K is measurable at 3 bits; that of V, an eighth of it, at 2 bits.
 PROBES = {"k": "turbo3", "v": "turbo2"}
 
 _FINER = {"turbo2": "turbo3", "turbo3": "turbo4"}
 _TURBO = {info.name for info in types()}
-# Half a unit of the last place, uniformly spread over a binade: 2^-2m / 18 with m stored bits of the mantissa.
+# The error is at most half a unit in the last place; over a binade its relative square is 2^-2m / 18, with m bits of
+# mantissa.
 _FLOATS = {"f32": 0.0, "f16": 2.0**-20 / 18, "bf16": 2.0**-14 / 18}
 
 
 @functools.cache
 def relative_error(type: str) -> float:
-    """The relative squared error of a type on normally distributed values, which a rotation makes of any.
+    """The relative squared error of a type on normal values; rotated blocks are nearly normal.
 
     Raises:
-        TurboQuantError: no such type, or none that can be tried here.
+        TurboQuantError: there is no such type, or `tune` does not support it.
     """
     if type in _FLOATS:
         return _FLOATS[type]
@@ -49,15 +50,15 @@ def relative_error(type: str) -> float:
 
 
 def finer(measured: Mapping[str, float]) -> str | None:
-    """The type to measure next in a layer, given the KLDs measured there; None if what is known will do."""
+    """The next type to measure in a layer, given the KLDs measured there; None if no further type is needed."""
     type, kld = min(measured.items(), key=lambda item: relative_error(item[0]))
     return _FINER.get(type) if kld > LINEAR else None
 
 
 def estimate(measured: Mapping[str, float], types: Sequence[str]) -> dict[str, float]:
-    """The KLD that each of `types` costs in a layer.
+    """The KLD that each of `types` causes in a layer, in nats per token.
 
-    What is measured is taken as it is; the others are scaled from the measured type whose error is nearest.
+    Measured KLDs are returned unchanged; the others are scaled from the measured type with the nearest error.
     """
     costs = {}
     for type in types:

@@ -1,6 +1,6 @@
-"""Runs the program turboquant-measure, and remembers what it found.
+"""Runs the program turboquant-measure, and stores its results.
 
-``ggml_types/programs/turboquant-measure.cpp`` describes what it reads and prints.
+``ggml_types/programs/turboquant-measure.cpp`` describes its input and output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..plan import CacheShape, Layer, Plan, compact, fitting, shape_of
 __all__ = ["Info", "MeasureError", "Measured", "Meter", "Span"]
 
 _PROGRAM = "turboquant-measure"
-_FORMAT = 2  # raise it when a stored result changes its meaning
+_FORMAT = 2  # increase it when the meaning of stored results changes
 Step = Callable[[int, int], None]
 
 
@@ -36,7 +36,7 @@ class MeasureError(TurboQuantError):
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a text: `count` chunks of `context` tokens, from a chunk's number or from "N%" of the text on."""
+    """A part of a text: `count` chunks of `context` tokens, starting at a chunk's number or at "N%" of the text."""
 
     first: str
     count: int
@@ -44,23 +44,23 @@ class Span:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one run evaluates."""
+        """Number of tokens that one run evaluates."""
         return self.count * self.context
 
 
 @dataclass(frozen=True)
 class Info:
-    """What the program says of the model and the text."""
+    """The program's description of the model and the text."""
 
-    model: dict[str, Any]  #: what a plan knows the model by
-    available: int  #: chunks of the text
-    first: int  #: the number of the first one that is evaluated
+    model: dict[str, Any]  #: the description of the model in a plan
+    available: int  #: number of chunks of the text
+    first: int  #: number of the first evaluated chunk
     window: int
     layers: list[dict[str, Any]] = field(default_factory=list)
     vocabulary: int = 0
 
     def shape(self, metadata: dict[str, Any], where: str) -> CacheShape:
-        """The caches that llama.cpp makes: the metadata's, with the layers and windows that its log told."""
+        """The caches that llama.cpp creates: those of the metadata, with the layers and windows of its log."""
         shape = shape_of(metadata, where)
         if not self.layers:
             return shape
@@ -74,7 +74,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run against the model's own f16 cache: mean KLD in nats with its standard error, and shares of 1."""
+    """One run compared with the f16 cache: mean KLD in nats with its standard error, and shares in 0 ... 1."""
 
     kld: float
     error: float
@@ -84,12 +84,12 @@ class Measured:
 
 
 class Meter:
-    """Measures plans on one stretch of a text. A context manager; the program starts when something is not stored."""
+    """A context manager that measures plans on one part of a text. The program starts when a result is not stored."""
 
     def __init__(
         self, model: Path, text: Path, span: Span, programs: Programs, results: Results, scratch: Path, metadata: Any
     ) -> None:
-        """Hash what the results depend on. OSError if the model, the text or the build cannot be read."""
+        """Hash the inputs of the results. Raises OSError if the model, the text or the build cannot be read."""
         self.model, self.text, self.span, self.programs, self.results = model, text, span, programs, results
         self._scratch, self._metadata = scratch, metadata
         self._stack = ExitStack()
@@ -122,11 +122,11 @@ class Meter:
 
     @property
     def scored(self) -> int:
-        """Tokens that are scored."""
+        """Number of scored tokens."""
         return self.span.count * (self.span.context - 1 - self.span.context // 2)
 
     def info(self) -> Info:
-        """What the program says of the model. MeasureError if it cannot run it."""
+        """The program's description of the model. Raises MeasureError if the program cannot run it."""
         if self._info is None:
             stored = self.results.get(self._key("info"))
             if stored is None:
@@ -137,19 +137,19 @@ class Meter:
         return self._info
 
     def shape(self) -> CacheShape:
-        """The caches of the model. PlanError if plans cannot be made for it."""
+        """The caches of the model. Raises PlanError if the model cannot have a plan."""
         return self.info().shape(self._metadata, str(self.model))
 
     def stored(self, k: Sequence[str | None], v: Sequence[str | None]) -> Measured | None:
-        """The result for these types, if it is stored."""
+        """The stored result for these types, or None."""
         stored = self.results.get(self._key(self._names(k, v)))
         return None if stored is None else Measured(**stored)
 
     def measure(self, k: Sequence[str | None], v: Sequence[str | None], step: Step = lambda done, of: None) -> Measured:
-        """The cost of these types in all layers.
+        """The result for these types of all layers.
 
         Raises:
-            MeasureError: libllama refused them, or took others than were asked for.
+            MeasureError: libllama refused the types, or used other types.
         """
         if known := self.stored(k, v):
             return known
@@ -164,7 +164,7 @@ class Meter:
         try:
             self._process.stdin.write(f"plan {path}\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended: what it printed says why
+        except OSError:  # the program has ended, and its output gives the reason
             pass
         record = self._until("result", lambda done, of: step((runs - 1) * of + done, runs * of))
         names = self._names(k, v)
@@ -182,7 +182,7 @@ class Meter:
         return Measured(**found)
 
     def _names(self, k: Sequence[str | None], v: Sequence[str | None]) -> str:
-        """The types as libllama logs them, by the names that fit the heads."""
+        """The types as libllama logs them, with the block that fits the heads in their names."""
         layers = self.shape().layers
         sides = []
         for side, types in (("k", k), ("v", v)):
@@ -196,11 +196,11 @@ class Meter:
 
     @property
     def ready(self) -> bool:
-        """Whether the run with f16, which others are compared with, was made: the first measurement makes it, too."""
+        """Whether the f16 run exists that others are compared with. The first measurement includes it."""
         return self._based
 
     def _start(self) -> None:
-        """Start the program and read what it says of the model, unless it runs."""
+        """Start the program, unless it runs, and read its description of the model."""
         if self._process:
             return
         if any(character in str(self._scratch) for character in "\n\r"):
@@ -227,7 +227,7 @@ class Meter:
         self.results.put(self._key("info"), asdict(self._info))
 
     def _until(self, kind: str, step: Step = lambda done, of: None) -> dict[str, Any]:
-        """The next record of that kind."""
+        """The next record of the given kind."""
         assert self._process is not None and self._process.stdout is not None
         for line in self._process.stdout:
             try:

@@ -1,4 +1,4 @@
-"""What tune found, as tables and as a plot."""
+"""The result of `tune` as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["plot", "show"]
 
 
 def show(done: Tuned, console: Console) -> None:
-    """Print the types of every layer with what they cost, and the plan beside uniform pairs."""
+    """Print the types of every layer with their losses, and compare the plan with uniform pairs."""
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", title="What the types cost")
     table.add_column("layer", justify="right")
@@ -69,14 +69,14 @@ def _cells(one: Candidate) -> list[str]:
 
 
 def plot(done: Tuned, path: Path, title: str) -> None:
-    """Draw KLD against bits: the plan and the uniform pairs as measured, and what other budgets would give.
+    """Draw KLD against bits: measured values of the plan and the uniform pairs, and predicted values for other budgets.
 
     Raises:
-        OutputError: the file cannot be written, or its suffix is that of no picture.
+        OutputError: the file cannot be written, or its suffix is that of no picture format.
     """
     with figure(path, 1, title, size=(7, 5)) as (axis,):
         assert done.result.measured is not None
-        # The prediction is for another text: it is scaled so that it meets the plan.
+        # The prediction is for another text, so it is scaled to agree with the measured plan.
         scale = done.result.measured.kld / done.predicted if done.predicted > 0 else 1.0
         axis.plot(
             [bits for bits, _ in done.frontier], [kld * scale for _, kld in done.frontier], color="#1f77b4", alpha=0.5,

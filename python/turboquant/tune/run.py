@@ -28,30 +28,30 @@ from .meter import Measured, Meter, Span
 
 __all__ = ["DEFAULT_TYPES", "UNIFORM", "Goal", "TuneError", "TuneOptions", "Tuned", "tune"]
 
-#: Types to choose from. f16 is for K alone: V never needs it.
+#: Types to choose from. Only K may be f16, because V never needs it.
 DEFAULT_TYPES = ("turbo2", "turbo3", "turbo4", "q8_0", "f16")
-#: What the result is shown beside.
+#: Pairs that the result is compared with.
 UNIFORM = tuple(CachePair.parse(text) for text in ("q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo4", "turbo3"))
-#: All layers have this type while one is measured: what is left of its own cost is in the floor.
+#: The type of all other layers while one layer is measured. Its own loss is part of the noise floor.
 BASE = "q8_0"
 
 _CONTEXT, _CHECK_CONTEXT = 512, 2048
-_TRIES = 4  # to meet --kld on the text of the check
-_LEAST = 0.1  # of the median cost of K or V: what a layer is taken to cost at least, as small costs are noise
-_NOTICE = 0.0005  # nats in q8_0 from which on a layer's K is tried in f16
+_TRIES = 4  # greatest number of attempts to meet --kld on the text of the check
+_LEAST = 0.1  # least assumed cost of a layer as a share of the median cost of K or V, because small costs are noise
+_NOTICE = 0.0005  # a layer's K is measured in f16 if its KLD in q8_0, in nats, exceeds this
 
 
 class TuneError(TurboQuantError):
-    """There is no plan, and no file was written. The text says why."""
+    """No plan was found, and no file was written. The text gives the reason."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What to reach; one of them."""
+    """The goal; exactly one field is set."""
 
     bits: float | None = None  #: mean bits per value of K and V
-    mib: float | None = None  #: of the cache at the context, the exact window counted
-    kld: float | None = None  #: nats, on the text of the check
+    mib: float | None = None  #: size of the cache at the context, including the exact window, in MiB
+    kld: float | None = None  #: KLD on the text of the check, in nats per token
 
     def __post_init__(self) -> None:
         given = [value for value in (self.bits, self.mib, self.kld) if value is not None]
@@ -67,7 +67,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune, and how carefully. `context`: tokens that the cache is planned for (default: the model's)."""
+    """The options of `tune`. `context` is the number of tokens that the cache is planned for (default: the model's)."""
 
     model: Path
     goal: Goal
@@ -86,7 +86,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cache and what it costs; `measured` is None where it was not measured."""
+    """A cache and its loss; `measured` is None if it was not measured."""
 
     label: str
     bits_k: float
@@ -99,29 +99,30 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The plan, and all that was found on the way."""
+    """The plan, and the measurements that it is based on."""
 
     plan: Plan
     shape: CacheShape
     context: int
-    costs: dict[tuple[str, int], dict[str, float]]  #: by side and layer: the KLD of every type
-    floor: float  #: what any change of the cache costs on the tuning text, however small
-    predicted: float  #: KLD on the tuning text
+    costs: dict[tuple[str, int], dict[str, float]]  #: KLD of every type, by side and layer
+    floor: float  #: noise floor: KLD that every change of the cache causes on the tuning text
+    predicted: float  #: predicted KLD on the tuning text
     result: Candidate
     uniform: list[Candidate]
     frontier: list[tuple[float, float]]  #: bits per value and predicted KLD, for many budgets
-    scored: tuple[int, int]  #: tokens scored by a run, when tuning and when checking
-    window: Window  #: counted in the sizes; measured is without one
-    replaced: bool  #: an older plan of that name
+    scored: tuple[int, int]  #: tokens scored by a run, for tuning and for the check
+    window: Window  #: the exact window that the sizes include; all measurements are made without one
+    replaced: bool  #: whether a plan of that name was replaced
 
 
 def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
-    """Find the plan, write it, and put it into a copy of the model if asked to.
+    """Find the plan, write it, and write it into a copy of the model if requested.
 
-    Results are remembered: interrupted, the same call goes on where it was.
+    Results are stored, so the same call continues after an interruption.
 
     Raises:
-        TuneError, MeasureError, PlanError, OutputError, ModelError: the text says why. No file is left half written.
+        TuneError, MeasureError, PlanError, OutputError, ModelError: the text gives the reason. No incomplete file is
+            left.
     """
     reporter = reporter or Reporter()
     text = options.text or bundled_text()
@@ -152,16 +153,16 @@ def tune(options: TuneOptions, reporter: Reporter | None = None) -> Tuned:
 
 
 class _Work:
-    """The progress bar: work is counted in tokens. After the first run it is said how long all will take."""
+    """The progress bar, which counts tokens. After the first run it prints an estimate of the total time."""
 
     def __init__(self, track: Track, reporter: Reporter) -> None:
         self._track, self._reporter = track, reporter
-        self.left = 0  # tokens of runs that are still to come
+        self.left = 0  # tokens of the remaining runs
         self._done = 0
         self._told = False
 
     def run(self, label: str, tokens: int, work: Callable[[Callable[[int, int], None]], Measured]) -> Measured:
-        """Run `work`, which evaluates that many tokens."""
+        """Run `work`, which evaluates `tokens` tokens."""
         start = time.monotonic()
         self.left = max(self.left, tokens)
         total = self._done + self.left
@@ -237,7 +238,7 @@ class _Tuner:
                 )
 
     def _check_text(self) -> None:
-        """The tokens of the check come first in the text, those of the tuning from the middle on."""
+        """Check that the text is long enough. The check uses its first tokens, the tuning those from the middle on."""
         info, tuning, check = self.tuning.info(), self.tuning.span, self.check.span
         before = info.first * tuning.context
         if check.count * check.context > before:
@@ -253,19 +254,19 @@ class _Tuner:
         )
 
     def _expect(self, pairs: Sequence[CachePair]) -> None:
-        """Count the tokens of the runs that are certain to come."""
+        """Count the tokens of the runs that are certain to be needed."""
         self._check_text()
         tuning, check = self.tuning.span.tokens, self.check.span.tokens
         runs = [self._base(), *(self._one(slot, PROBES[slot[0]]) for slot in self.slots)]
         new = sum(self.tuning.stored(k, v) is None for k, v in runs)
         beside = sum(self.check.stored(*self._uniform(pair)) is None for pair in pairs)
-        # The first run of each is made with f16 as well; 2: the plan is checked, and one more may be.
+        # Each first run includes an f16 run. 2: the plan is checked, and perhaps one more plan.
         self.work.left = (new + bool(new)) * tuning + (beside + 2) * check
 
     # ---- measuring ----
 
     def _measure_layers(self) -> tuple[dict[tuple[str, int], dict[str, float]], float]:
-        """What each type costs in each layer, and what any change costs."""
+        """The loss of each type in each layer, and the noise floor."""
         base = self._run(self.tuning, self._base(), f"all layers in {BASE}").kld
         measured: dict[tuple[str, int], dict[str, float]] = {}
         for side, number in self.slots:
@@ -309,7 +310,7 @@ class _Tuner:
         return k, v
 
     def _one(self, slot: tuple[str, int], type: str) -> tuple[list[str | None], list[str | None]]:
-        """The base with another type in one place."""
+        """The base plan with another type in one place."""
         k, v = self._base()
         (k if slot[0] == "k" else v)[slot[1]] = type
         return k, v
@@ -355,7 +356,7 @@ class _Tuner:
         if limit is None:
             chosen = self._allocate(items)
             return chosen, self._candidate("plan", *self._types_of(chosen))
-        # What a KLD on the tuning text is worth on the other one is known after the first try.
+        # After the first attempt the ratio of the KLDs on the two texts is known.
         own_floor = min([one.measured.kld for one in uniform if one.measured], default=floor)
         wanted, best, lowest = max(limit - own_floor, 0.0), None, float("inf")
         for _ in range(_TRIES):
@@ -447,6 +448,6 @@ def _write_copy(model: Path, target: Path, plan: Plan, reporter: Reporter) -> No
 def _version() -> str:
     try:
         return package_version("turboquant")
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # the package runs from a checkout
         return "unknown"
 
