@@ -3,7 +3,8 @@
 #
 # Rotate with signs, give every value the nearest Lloyd-Max centroid, choose the block's scale so that inner products
 # come out right, and give K more bits than V. This notebook adds the parts up: first on one layer, part by part; then
-# a whole model with caches 1.9 to 7.5 times smaller than f16, beside llama.cpp's own types; then speed and memory.
+# a whole model with caches 1.9 to 7.5 times smaller than f16, beside llama.cpp's own types; then what it brings to keep
+# the newest tokens exact; then speed and memory.
 
 # %%
 import matplotlib.pyplot as plt
@@ -61,11 +62,11 @@ plt.show()
 #
 # ## A whole model
 #
-# KL divergence of the model's predictions from those with its own f16 cache, in nats per token, and perplexity. The
-# same was measured with *outlier channels* planted in its K and V: three rotary pairs of K and three channels of V
-# per head are made 16 times larger, and Q and the output weights smaller to match, so that the function of the model
-# is what it was. Larger models have such channels by themselves. `turboquant convert` balances K against Q and V
-# against the output inside the weights, and undoes them.
+# KL divergence of the model's predictions from those with its own f16 cache, in nats per token, and perplexity,
+# without the exact window that comes below. The same was measured with *outlier channels* planted in its K and V:
+# three rotary pairs of K and three channels of V per head are made 16 times larger, and Q and the output weights
+# smaller to match, so that the function of the model is what it was. Larger models have such channels by themselves.
+# `turboquant convert` balances K against Q and V against the output inside the weights, and undoes them.
 
 # %%
 data = measured()
@@ -153,6 +154,55 @@ turbo4 = {name: stack[name]["turbo4", "turbo4"]["kld"] for name in stack}
 print(f"\nconvert divides KLD by {np.median(gain['clean']):.2f} on the clean model and by "
       f"{np.median(gain['outliers']):.0f} on the one with outliers (medians over the pairs)")
 print(f"without any rotation outliers multiply q4_0's KLD by {q4['outliers', 'plain'] / q4['clean', 'plain']:.0f}")
+
+# %% [markdown]
+# ## The newest tokens, exactly
+#
+# A token looks at its neighbours most of all. So what it costs least to keep exact is what it costs most to blur: the
+# newest few tokens. The *exact window* ([window.md](../docs/window.md)) keeps the last $W$ rows of K and V in q8_0,
+# beside their blocks, and attention reads them there. Its size is the same whatever the context is. Below is the
+# bundled model, token by token, as text is generated; dashed is f16's own KLD between the two paths, which no cache
+# can be below.
+
+# %%
+windows = data["windows"]
+print("{model}, {text}, {chunks} chunks of {ctx} tokens".format(**windows["about"]))
+curves = {}
+for row in windows["rows"]:
+    curves.setdefault(row["type"], []).append(row)
+sizes = column(curves["turbo4"], "window")
+table(("tokens in the window", "", sizes), ("MiB", ".2f", column(curves["turbo4"], "window_mib")),
+      *((f"{name}, KLD", ".4f", column(rows, "kld")) for name, rows in curves.items()))
+print("\nK and V without the window, MiB:", ", ".join(f"{name} {rows[0]['mib']}" for name, rows in curves.items()))
+
+figure, (axis, beside) = plt.subplots(1, 2, figsize=(10, 3.6))
+for name, rows in curves.items():
+    places = [max(row["window"], 4) for row in rows]
+    axis.loglog(places, column(rows, "kld"), "o-", label=name)
+    beside.semilogy([row["mib"] + row["window_mib"] for row in rows], column(rows, "kld"), "o-", label=name)
+axis.axhline(windows["floor"], color="gray", linestyle="--", linewidth=1)
+axis.set(xlabel="tokens in the window", ylabel="KL divergence, nats per token", xticks=[4, *sizes[1:]],
+         xticklabels=["none", *sizes[1:]])
+axis.minorticks_off()
+axis.legend()
+beside.set(xlabel="K, V and window at 2048 tokens, MiB", title="the same by bytes")
+plt.show()
+
+none, some, most = ({name: row["kld"] for name, rows in curves.items() for row in rows if row["window"] == size}
+                    for size in (0, 16, 256))
+print("a window of 16 tokens divides KLD by", ", ".join(f"{none[name] / some[name]:.1f} ({name})" for name in curves))
+print("one of 256 tokens by", ", ".join(f"{none[name] / most[name]:.1f} ({name})" for name in curves))
+
+# %% [markdown]
+# Sixteen tokens do most of it. A longer window is worth its bytes where the context is long: at 32768 tokens 256 of
+# them in q8_0 are a few percent of a cache in turbo2. This model is small; measure your own.
+#
+# A prompt is read in batches, and a batch sees all of its own tokens exactly in any case: in batches of 512 the same
+# KLDs are lower still, and say less about the window.
+
+# %%
+table(("tokens in the window", "", sizes), *((f"{name}, in batches", ".4f", column(rows, "kld_batched"))
+                                             for name, rows in curves.items()))
 
 # %% [markdown]
 # ## Speed

@@ -155,6 +155,14 @@ typedef struct tq_attention_report {
     int64_t left_out;
 } tq_attention_report;
 
+/* An exact window: the newest rows of K and V in other types, which attention reads in place of the last encoded ones. */
+typedef struct tq_attention_window {
+    const void * k;              /* [n_kv_head][rows] rows of head_k values */
+    const void * v;              /* [n_kv_head][rows] rows of head_v values */
+    int          type_k, type_v; /* tq_type or TQ_ROW_... */
+    int64_t      rows;           /* at most n_kv; 0 = none */
+} tq_attention_window;
+
 /* out = softmax(scale * Q K^T [soft cap] + mask) V over encoded K and V, in float32.
  *   q    [n_head][n_query][head_k] floats                   mask [n_query][n_kv] floats or null, added to the scores
  *   k    [n_kv_head][n_kv] encoded rows of head_k values    v    [n_kv_head][n_kv] encoded rows of head_v values
@@ -173,6 +181,7 @@ typedef struct tq_attention_args {
     float         sparse_v;       /* see tq_attention_kv */
     int           threads;
     tq_attention_report * report; /* its counts are increased; may be null */
+    const tq_attention_window * window; /* may be null */
 } tq_attention_args;
 
 TURBOQUANT_API tq_status tq_attention(const tq_attention_args * args);

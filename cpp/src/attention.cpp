@@ -430,8 +430,14 @@ tq_status tq_attention(const tq_attention_args * args) {
     if (a.n_head < 1 || a.n_kv_head < 1 || a.n_head % a.n_kv_head || a.n_query < 0 || a.n_kv < 0 ||
         !tq_attention_supports(a.type_k, a.type_v, a.head_k, a.head_v))
         return TQ_ERROR_LENGTH;
+    const tq_attention_window w = a.window ? *a.window : tq_attention_window{nullptr, nullptr, a.type_k, a.type_v, 0};
+    if (!row_type(w.type_k).block || !row_type(w.type_v).block) return TQ_ERROR_TYPE;
+    if (w.rows < 0 || w.rows > a.n_kv || !tq_attention_supports(w.type_k, w.type_v, a.head_k, a.head_v))
+        return TQ_ERROR_LENGTH;
     if (a.threads < 1) return TQ_ERROR_ARGUMENT;
-    if (a.n_query > 0 && (!a.q || !a.out || (a.n_kv > 0 && (!a.k || !a.v)))) return TQ_ERROR_NULL;
+    const int64_t n_old = a.n_kv - w.rows; // rows that are read from the encoded K and V
+    if (a.n_query > 0 && (!a.q || !a.out || (n_old > 0 && (!a.k || !a.v)) || (w.rows > 0 && (!w.k || !w.v))))
+        return TQ_ERROR_NULL;
     const tq_status status = tq_kernels_status();
     if (status != TQ_OK) return status;
     const Kernels & kernel = kernels();
@@ -442,14 +448,19 @@ tq_status tq_attention(const tq_attention_args * args) {
     std::atomic<bool> failed{false};
     std::atomic<int64_t> seen{0}, left_out{0};
     parallel(a.n_kv_head * items_per_head, a.threads, [&](int64_t first, int64_t last, int) {
-        tq_attention_kv kv = {a.type_k, a.type_v, a.head_k, a.head_v, nullptr, nullptr, row_bytes(a.type_k, a.head_k),
-                              row_bytes(a.type_v, a.head_v), a.scale, a.soft_cap, a.sparse_v, {}, {}};
+        const auto source = [&](int type_k, int type_v) {
+            return tq_attention_kv{type_k, type_v, a.head_k, a.head_v, nullptr, nullptr, row_bytes(type_k, a.head_k),
+                                   row_bytes(type_v, a.head_v), a.scale, a.soft_cap, a.sparse_v, {}, {}};
+        };
+        tq_attention_kv kv = source(a.type_k, a.type_v), near = source(w.type_k, w.type_v);
         const int64_t most = group * tokens, stride = a.head_v + 2;
-        const std::unique_ptr<uint8_t[]> scratch(new (std::nothrow) uint8_t[tq_attention_scratch(&kv, most)]);
+        const size_t needed = std::max(tq_attention_scratch(&kv, most), tq_attention_scratch(&near, most));
+        const std::unique_ptr<uint8_t[]> scratch(new (std::nothrow) uint8_t[needed]);
         const std::unique_ptr<float[]> partial(new (std::nothrow) float[size_t(most * stride)]);
+        const std::unique_ptr<float[]> newest(new (std::nothrow) float[size_t(w.rows > 0 ? most * stride : 1)]);
         const std::unique_ptr<const float *[]> q(new (std::nothrow) const float *[size_t(most)]);
         const std::unique_ptr<const void *[]> mask(new (std::nothrow) const void *[size_t(most)]);
-        if (!scratch || !partial || !q || !mask) {
+        if (!scratch || !partial || !newest || !q || !mask) {
             failed = true;
             return;
         }
@@ -465,11 +476,27 @@ tq_status tq_attention(const tq_attention_args * args) {
                     mask[size_t(rows)] = a.mask ? a.mask + t * a.n_kv : nullptr;
                 }
             const tq_attention_queries queries = {rows, q.get(), mask.get(), 1, nullptr};
-            left_out += partial_of(kernel, kv, queries, 0, a.n_kv, partial.get(), scratch.get());
+            left_out += partial_of(kernel, kv, queries, 0, n_old, partial.get(), scratch.get());
             seen += a.n_kv;
+            int type_v = a.type_v;
+            if (w.rows > 0) {
+                near.k = static_cast<const uint8_t *>(w.k) + size_t(head * w.rows) * near.stride_k;
+                near.v = static_cast<const uint8_t *>(w.v) + size_t(head * w.rows) * near.stride_v;
+                for (int64_t m = 0; m < rows && a.mask; ++m)
+                    mask[size_t(m)] = static_cast<const float *>(mask[size_t(m)]) + n_old;
+                left_out += partial_of(kernel, near, queries, 0, w.rows, newest.get(), scratch.get());
+                for (int64_t m = 0; m < rows; ++m) {
+                    if (a.type_v != w.type_v) { // each in a domain of its own
+                        tq_attention_unrotate(a.type_v, partial.get() + m * stride, a.head_v);
+                        tq_attention_unrotate(w.type_v, newest.get() + m * stride, a.head_v);
+                    }
+                    tq_attention_merge(partial.get() + m * stride, newest.get() + m * stride, a.head_v);
+                }
+                if (a.type_v != w.type_v) type_v = TQ_ROW_F32;
+            }
             for (int64_t m = 0; m < rows; ++m) {
                 const int64_t h = head * group + m % group, t = token + m / group;
-                finish(kernel, a.type_v, partial.get() + m * stride, a.head_v, nullptr,
+                finish(kernel, type_v, partial.get() + m * stride, a.head_v, nullptr,
                        a.out + (h * a.n_query + t) * a.head_v);
             }
         }

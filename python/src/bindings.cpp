@@ -214,9 +214,11 @@ void dot(int type, const bytes & source, const bytes & queries, floats & target,
     check(status);
 }
 
-// Returns the numbers of rows of V in all tiles, and of those that were left out.
-py::tuple attention(const floats & q, const bytes & k, const bytes & v, const py::object & mask, floats & out,
-                    int type_k, int type_v, float scale, float soft_cap, float sparse_v, int threads) {
+// window is None or (k, v, type_k, type_v). Returns the numbers of rows of V in all tiles, and of those that were left
+// out.
+py::tuple attention(const floats & q, const bytes & k, const bytes & v, const py::object & mask,
+                    const py::object & window, floats & out, int type_k, int type_v, float scale, float soft_cap,
+                    float sparse_v, int threads) {
     require(q.ndim() == 3 && k.ndim() == 3 && v.ndim() == 3 && out.ndim() == 3, "three-dimensional arrays");
     const auto contiguous = [](const py::array & a) { return (a.flags() & py::array::c_style) != 0; };
     require(contiguous(q) && contiguous(k) && contiguous(v) && contiguous(out) && out.writeable(), "contiguous arrays");
@@ -250,6 +252,25 @@ py::tuple attention(const floats & q, const bytes & k, const bytes & v, const py
         require(mask_rows.ndim() == 2 && contiguous(mask_rows) && mask_rows.shape(0) == args.n_query &&
                     mask_rows.shape(1) == args.n_kv, "mask shape");
         args.mask = mask_rows.data();
+    }
+    tq_attention_window newest = {};
+    bytes newest_k, newest_v; // keep the arrays alive, too
+    if (!window.is_none()) {
+        const auto parts = window.cast<py::tuple>();
+        require(parts.size() == 4 && py::isinstance<bytes>(parts[0]) && py::isinstance<bytes>(parts[1]), "window");
+        newest_k      = parts[0].cast<bytes>();
+        newest_v      = parts[1].cast<bytes>();
+        newest.type_k = parts[2].cast<int>();
+        newest.type_v = parts[3].cast<int>();
+        require(newest_k.ndim() == 3 && newest_v.ndim() == 3 && contiguous(newest_k) && contiguous(newest_v), "window");
+        newest.k    = newest_k.data();
+        newest.v    = newest_v.data();
+        newest.rows = newest_k.shape(1);
+        require(newest_k.shape(0) == args.n_kv_head && newest_v.shape(0) == args.n_kv_head &&
+                    newest_v.shape(1) == newest.rows && newest.rows <= args.n_kv, "window shape");
+        require(static_cast<size_t>(newest_k.shape(2)) == cache_row_bytes(newest.type_k, args.head_k), "window k row");
+        require(static_cast<size_t>(newest_v.shape(2)) == cache_row_bytes(newest.type_v, args.head_v), "window v row");
+        args.window = &newest;
     }
     tq_status status;
     {
@@ -302,8 +323,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("dot", &dot, py::arg("type"), py::arg("source").noconvert(), py::arg("queries").noconvert(),
           py::arg("target").noconvert(), py::arg("n"));
     m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
-          py::arg("mask"), py::arg("out").noconvert(), py::arg("type_k"), py::arg("type_v"), py::arg("scale"),
-          py::arg("soft_cap"), py::arg("sparse_v"), py::arg("threads"));
+          py::arg("mask"), py::arg("window"), py::arg("out").noconvert(), py::arg("type_k"), py::arg("type_v"),
+          py::arg("scale"), py::arg("soft_cap"), py::arg("sparse_v"), py::arg("threads"));
     m.def("kernels", &kernels);
     m.def("kernels_selected", &kernels_selected);
     m.def("kernels_select", &kernels_select, py::arg("name"));

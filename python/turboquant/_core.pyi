@@ -25,6 +25,7 @@ def attention(
     k: NDArray[np.uint8],
     v: NDArray[np.uint8],
     mask: NDArray[np.float32] | None,
+    window: tuple[NDArray[np.uint8], NDArray[np.uint8], int, int] | None,
     out: NDArray[np.float32],
     type_k: int,
     type_v: int,

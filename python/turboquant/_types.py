@@ -83,7 +83,7 @@ def resolve(type: str | TypeInfo, argument: str = "type") -> TypeInfo:
 class CacheType:
     """One of ggml's own types that K or V may have in `attention`."""
 
-    name: str  #: "f16", "bf16", "q8_0" or "q4_0"
+    name: str  #: "f16", "bf16", "q8_0", "q4_0" or "f32"
     block: int  #: values in a block: 32; rows of `attention` are multiples of it, also for f16
     block_bytes: int  #: bytes of a block
     id: int = field(repr=False)  #: TQ_ROW_... of the C ABI
@@ -97,17 +97,18 @@ class CacheType:
         return row_bytes // self.block_bytes * self.block
 
 
-_PLAIN = {row[0]: CacheType(*row) for row in _core.row_table()}
+#: By name.
+PLAIN = {row[0]: CacheType(*row) for row in _core.row_table()}
 
 
 def resolve_cache(type: str | TypeInfo, argument: str) -> TypeInfo | CacheType:
     """The turbo type or plain cache type of that name."""
-    if isinstance(type, str) and type in _PLAIN:
-        return _PLAIN[type]
+    if isinstance(type, str) and type in PLAIN:
+        return PLAIN[type]
     try:
         return resolve(type, argument)
     except ValueError as error:
-        raise ValueError(f"{error}; or one of {', '.join(_PLAIN)}") from None
+        raise ValueError(f"{error}; or one of {', '.join(PLAIN)}") from None
 
 
 def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:

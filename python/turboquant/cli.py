@@ -492,6 +492,11 @@ def compare(
     time_again: Annotated[
         bool, typer.Option("--time-again", help="Do not use stored speeds, for instance because the machine was busy.")
     ] = False,
+    window: Annotated[
+        str | None,
+        typer.Option("--window", metavar="N[:TYPE]", show_default="llama.cpp's: 256:q8_0",
+                     help="The exact window: the newest N tokens are kept in TYPE, too, q8_0 or f16; 0: none."),
+    ] = None,
     bin: _Bin = None,
     threads: _Threads = None,
     gpu_layers: Annotated[
@@ -514,7 +519,7 @@ def compare(
     over = run(
         model, text, types=types, ctx=ctx, chunks=chunks, decode_chunks=decode_chunks, depths=depths,
         needle_depths=needle_depths, positions=positions, template=needle_template, out=out, fail_above=fail_above,
-        plan=plan, time_again=time_again, bin=bin, threads=threads, gpu_layers=gpu_layers,
+        plan=plan, time_again=time_again, window=window, bin=bin, threads=threads, gpu_layers=gpu_layers,
     )  # fmt: skip
     for line in over:
         _tell(f"turboquant: {line}")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ._output import explain, partial_file, publish
 from ._types import types
 from .errors import TurboQuantError
-from .measure.pairs import bits_per_value, block_of
+from .measure.pairs import Window, bits_per_value, block_of
 from .measure.results import write_text
 
 __all__ = [
@@ -320,6 +320,15 @@ class CacheShape:
     def mib(self, plan: Plan, context: int, sides: str = "kv") -> float:
         """Size of a cache with `plan` in MiB."""
         return self.total_bits(plan, context, sides) / 8 / (1 << 20)
+
+    def window_mib(self, plan: Plan, context: int, window: Window) -> float:
+        """The size of the exact window beside a cache with that plan in MiB: of the layers with a turbo type."""
+        bits = 0.0
+        for number, layer in self.cached():
+            if any((types[number] or "").startswith("turbo") for types in (plan.k, plan.v)):
+                rows = min(window.tokens, self.cells(layer, context)) + 1  # one for what is not kept
+                bits += rows * sum(layer.bits(side, window.type) for side in "kv")
+        return bits / 8 / (1 << 20) if window.tokens else 0.0
 
     def mean_bits(self, plan: Plan, context: int, sides: str = "kv") -> float:
         """Bits per stored value, over the whole cache, or over K or V."""

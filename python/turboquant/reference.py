@@ -304,7 +304,7 @@ def dot(query: ArrayLike, q: ArrayLike, type: str) -> Floats:
 
 
 def decode_rows(rows: ArrayLike, type: str) -> Floats:
-    """Rows of K or V (..., row_bytes) as float64 (..., n): turbo types, and ggml's f16, bf16, q8_0 and q4_0.
+    """Rows of K or V (..., row_bytes) as float64 (..., n): turbo types, and ggml's f32, f16, bf16, q8_0, q4_0.
 
     ggml-common.h defines the layouts of ggml's types. q8_0 is an fp16 scale and 32 int8. q4_0 is an fp16 scale and 16
     bytes; byte j holds values j (low half) and j + 16, each increased by 8.
@@ -312,8 +312,8 @@ def decode_rows(rows: ArrayLike, type: str) -> Floats:
     if type in FORMATS:
         return dequantize(rows, type).astype(np.float64)
     raw = np.ascontiguousarray(rows).view(np.uint8)
-    if type == "f16":
-        return raw.view("<f2").astype(np.float64)
+    if type in ("f16", "f32"):
+        return raw.view({"f16": "<f2", "f32": "<f4"}[type]).astype(np.float64)
     if type == "bf16":  # the upper half of a float32
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     blocks = raw.reshape(*raw.shape[:-1], -1, {"q8_0": 34, "q4_0": 18}[type])
@@ -358,9 +358,15 @@ def attention_weights(
 
 def attention(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, *, type_k: str, type_v: str, scale: float | None = None,
-    mask: ArrayLike | None = None, soft_cap: float = 0.0,
+    mask: ArrayLike | None = None, soft_cap: float = 0.0, window: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Floats:
-    """Attention over encoded K and V, float64 (n_head, n_query, head_v). v is (n_kv_head, n_kv, row_bytes)."""
-    weights = attention_weights(q, k, type_k=type_k, scale=scale, mask=mask, soft_cap=soft_cap)
-    values = decode_rows(v, type_v)
+    """Attention over encoded K and V, float64 (n_head, n_query, head_v). v is (n_kv_head, n_kv, row_bytes).
+
+    window: floats (n_kv_head, W, head_k) and (n_kv_head, W, head_v) that replace the last W rows of k and v.
+    """
+    keys, values = decode_rows(k, type_k), decode_rows(v, type_v)
+    if window is not None:
+        keys, values = (np.concatenate([rows[:, : rows.shape[1] - np.shape(newest)[1]], newest], axis=1)
+                        for rows, newest in zip((keys, values), window))
+    weights = softmax_weights(q, keys, scale=scale, mask=mask, soft_cap=soft_cap)
     return weights @ np.repeat(values, len(weights) // len(values), axis=0)

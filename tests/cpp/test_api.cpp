@@ -70,7 +70,8 @@ void type_table() {
         CHECK_EQ(row->block_bytes, info->block_bytes);
     }
     const struct { int type; const char * name; int bytes; } rows[] = {
-        {TQ_ROW_F16, "f16", 64}, {TQ_ROW_BF16, "bf16", 64}, {TQ_ROW_Q8_0, "q8_0", 34}, {TQ_ROW_Q4_0, "q4_0", 18}};
+        {TQ_ROW_F16, "f16", 64}, {TQ_ROW_BF16, "bf16", 64}, {TQ_ROW_Q8_0, "q8_0", 34}, {TQ_ROW_Q4_0, "q4_0", 18},
+        {TQ_ROW_F32, "f32", 128}};
     int number = 64;
     for (const auto & want : rows) {
         check::Case row_case(want.name);
@@ -233,7 +234,29 @@ void attention_errors() {
     REFUSED(head_k, 64, TQ_ERROR_LENGTH);
     REFUSED(head_v, 0, TQ_ERROR_LENGTH);
     REFUSED(threads, 0, TQ_ERROR_ARGUMENT);
+    tq_attention_window window;
+    const std::vector<float> exact(128);
+#define REFUSED_WINDOW(field, value, status)                                         \
+    do {                                                                             \
+        check::Case case_("window " #field " = " #value);                            \
+        window = {exact.data(), exact.data(), TQ_ROW_F32, TQ_ROW_F32, 1};            \
+        window.field = value;                                                        \
+        REFUSED(window, &window, status);                                            \
+    } while (0)
+    REFUSED_WINDOW(rows, 1, TQ_OK);
+    REFUSED_WINDOW(k, nullptr, TQ_ERROR_NULL);
+    REFUSED_WINDOW(v, nullptr, TQ_ERROR_NULL);
+    REFUSED_WINDOW(type_k, -1, TQ_ERROR_TYPE);
+    REFUSED_WINDOW(type_v, TQ_TYPE_COUNT, TQ_ERROR_TYPE);
+    REFUSED_WINDOW(rows, -1, TQ_ERROR_LENGTH);
+    REFUSED_WINDOW(rows, 2, TQ_ERROR_LENGTH);
+#undef REFUSED_WINDOW
 #undef REFUSED
+    a = arguments();
+    window = {exact.data(), exact.data(), TQ_ROW_F32, TQ_ROW_F32, 1};
+    a.window = &window;
+    a.k = a.v = nullptr; // every row is in the window
+    CHECK_EQ(tq_attention(&a), TQ_OK);
     a = arguments();
     a.n_query = 0;
     a.q = nullptr;

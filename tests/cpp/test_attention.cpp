@@ -139,7 +139,7 @@ std::vector<float> by_one_call(const Problem & p) {
             mask[i] = float(half_at(reinterpret_cast<const uint8_t *>(&p.mask[size_t(s) * mask.size() + i])));
         const tq_attention_args a = {q.data(), k.data(), v.data(), mask.empty() ? nullptr : mask.data(), result.data(),
                                      p.k.type, p.v.type, c.heads, c.kv_heads, c.tokens, c.rows, c.head_k, c.head_v,
-                                     p.scale, c.soft_cap, c.sparse_v, 2, nullptr};
+                                     p.scale, c.soft_cap, c.sparse_v, 2, nullptr, nullptr};
         CHECK_EQ(tq_attention(&a), TQ_OK);
         for (int t = 0; t < c.tokens; ++t)
             for (int h = 0; h < c.heads; ++h)

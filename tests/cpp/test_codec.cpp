@@ -297,7 +297,7 @@ void attention_is_the_formula() {
             for (int64_t i = 0; i < n_query * n_kv; ++i) // the last query sees nothing
                 mask[size_t(i)] = i / n_kv == n_query - 1 || r.below(4) == 0 ? -INFINITY : r.normal();
             tq_attention_args a = {q.data(), k.data(), v.data(), mask.data(), out.data(), c.k, c.v, n_head, n_kv_head,
-                                   n_query, n_kv, c.head_k, c.head_v, 0.1f, soft_cap, 0.0f, 2, nullptr};
+                                   n_query, n_kv, c.head_k, c.head_v, 0.1f, soft_cap, 0.0f, 2, nullptr, nullptr};
             CHECK_EQ(tq_attention(&a), TQ_OK);
 
             std::vector<uint32_t> prepared(tq_query_bytes(tq_type_get(c.k)->block, c.head_k) / 4);

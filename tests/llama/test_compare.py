@@ -38,7 +38,13 @@ def test_bundled_model(place, cache):
     assert [row["failure"] for row in data["pairs"]] == [None] * 3
     assert f16["quality"]["kld"] == pytest.approx(0, abs=1e-5) and f16["quality"]["same_top"] == 100
     assert 0 < q8_0["quality"]["kld"] < 0.003
-    assert 0.02 < turbo3["quality"]["kld"] < 0.12
+    # 256 tokens are all in the window, or in the batch itself
+    assert (turbo3["window_tokens"], turbo3["window_type"], q8_0["window_tokens"]) == (256, "q8_0", 0)
+    assert 0 < turbo3["quality"]["kld"] < 0.003 and 0 < turbo3["decode"]["kld"] < 0.003
+    assert all(0.02 < turbo3["paths"][path] < 0.12 for path in ("batched", "decode"))
+    # 257 rows of 2 heads of 128 values, K and V of 6 layers
+    assert turbo3["window_mib"] == pytest.approx(6 * 257 * 2 * 256 * 34 / 32 / 2**20, abs=0.01)
+    assert turbo3["mib"] == pytest.approx(f16["mib"] * 3.125 / 16 + turbo3["window_mib"], abs=0.02)
     assert all(row["paths"]["agree"] for row in data["pairs"])
     assert q8_0["mib"] == pytest.approx(f16["mib"] * 8.5 / 16, abs=0.01) and turbo3["bits"] == 3.125
     assert all(cell["found"] is not None for row in data["pairs"] for cell in row["needles"])
@@ -49,6 +55,11 @@ def test_bundled_model(place, cache):
     # Token by token means batches of one token. The log is that of the last run.
     log = (cache / "evaluate" / "logs" / "perplexity-turbo3.log").read_text(encoding="utf-8")
     assert "computing over 2 chunks, n_ctx=256, batch_size=1, n_seq=1" in log
+
+    few = ("--depths", "", "--needle-depths", "", "--window", 0)
+    assert compare(place, "--types", "turbo3", *few).exit_code == 0
+    turbo3 = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["pairs"][1]
+    assert turbo3["window_tokens"] == 0 and 0.02 < turbo3["quality"]["kld"] < 0.12
 
     logs = {file.name: file.stat().st_mtime_ns for file in (cache / "evaluate" / "logs").iterdir()}
     assert compare(place, "--types", "q8_0,turbo3").exit_code == 0

@@ -44,11 +44,11 @@ def command(build: Build, model: Path, *more: object) -> list[str]:
 
 
 def kld(build: Build, model: Path, folder: Path, *arguments: object) -> float:
-    """The KLD of a cache on the first chunk of the text, measured by llama-perplexity."""
+    """The KLD of a cache on the first chunk of the text by llama-perplexity, without an exact window as in tune."""
     common = ("-m", model, "-c", 2048, "--chunks", 1, "-fa", "on", "--kl-divergence-base", folder / "base")
     if not (folder / "base").exists():
         build.run("llama-perplexity", *common, "-f", folder / "text.txt")
-    return perplexity_report(build.run("llama-perplexity", *common, "--kl-divergence", *arguments).text)[1]
+    return perplexity_report(build.run("llama-perplexity", *common, "--kl-divergence", "--cache-window", 0, *arguments).text)[1]
 
 
 def test_the_budget_is_kept_and_spent(place: Path, prose_model: Path) -> None:

@@ -3,8 +3,8 @@
 The KLD of a plan is the noise floor plus, for each layer and side, the cost times the relative error of the type,
 limited to 2 nats. For the text of the check (chunk 0) it is 1.5 times as high. Every plan is appended to runs.txt.
 Files in the folder of the program change its behaviour: with "stop" it waits in the run with that number until it is
-killed, with "refuse" it refuses plans with that type, with "other" it reports other types, and "short" is the number of
-chunks.
+killed, with "refuse" it refuses plans with that type, with "windows" it appends the environment variable of the exact
+window to that file, with "other" it reports other types, and "short" is the number of chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 ERRORS = {"f16": 0.0, "q8_0": 3e-5, "q4_0": 0.006, "turbo4": 0.0095, "turbo3": 0.0345, "turbo2": 0.1175}
 
 SCRIPT = '''#!{python}
-import json, math, sys, time
+import json, math, os, sys, time
 from pathlib import Path
 
 ERRORS = {errors!r}
@@ -28,6 +28,9 @@ model, text, first, count, context, threads, gpu_layers, scratch = sys.argv[1:]
 say = lambda **record: print(json.dumps(record), flush=True)
 option = lambda name: (here / name).read_text() if (here / name).exists() else None
 
+if (here / "windows").exists():
+    with open(here / "windows", "a") as file:
+        print(os.environ.get("LLAMA_ARG_CACHE_WINDOW"), file=file)
 available = int(option("short") or 1000) * 512 // int(context)
 first = available * int(first[:-1]) // 100 if first.endswith("%") else int(first)
 layers = [dict(layer=i, window=bool(one.get("window"))) for i, one in enumerate(costs["layers"]) if one]

@@ -66,8 +66,8 @@ def test_sizes(kernels, head_k, head_v, n_query, n_kv):
 
 def cache_rows(x, type):
     """Rows of x (..., head) encoded in a type of attention; the gguf package encodes ggml's types."""
-    if type == "f16":
-        return x.astype(np.float16)
+    if type in ("f16", "f32"):
+        return x.astype({"f16": np.float16, "f32": np.float32}[type])
     if type == "bf16":
         return x.astype(ml_dtypes.bfloat16)
     if type in ("q8_0", "q4_0"):
@@ -75,7 +75,7 @@ def cache_rows(x, type):
     return turboquant.quantize(x, type)
 
 
-@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0", "f32"])
 def test_reference_decodes_ggml_types(type):
     rows = cache_rows(np.random.default_rng(0).standard_normal((3, 5, 96)).astype(np.float32), type)
     expected = (gguf.dequantize(rows, gguf.GGMLQuantizationType[type.upper()]) if rows.dtype == np.uint8
@@ -85,10 +85,11 @@ def test_reference_decodes_ggml_types(type):
 
 @pytest.mark.parametrize("type_k, type_v", [("q8_0", "turbo3"), ("q4_0", "turbo4_32"), ("f16", "turbo2"),
                                             ("bf16", "turbo4"), ("turbo4_32", "q8_0"), ("turbo3", "f16"),
-                                            ("q8_0", "q8_0"), ("f16", "bf16"), ("q4_0", "q4_0")])
+                                            ("q8_0", "q8_0"), ("f16", "bf16"), ("q4_0", "q4_0"), ("f32", "f32"),
+                                            ("turbo4", "f32"), ("f32", "turbo3")])
 @pytest.mark.parametrize("head_k, head_v, n_query, n_kv", [(128, 128, 1, 300), (256, 128, 9, 65), (128, 256, 33, 100)])
 def test_ggml_types(kernels, type_k, type_v, head_k, head_v, n_query, n_kv):
-    """The bound is 0.01, because queries are rounded to int8 for K of 4 and 8 bits, as in llama.cpp."""
+    """The bound is 0.01, because queries are rounded to int8 for K of 4 and 8 bits, as in llama.cpp, and f32 is too."""
     rng = np.random.default_rng(1)
     q = rng.standard_normal((6, n_query, head_k)).astype(np.float32)
     k, v = rng.standard_normal((2, n_kv, head_k)), rng.standard_normal((2, n_kv, head_v))
@@ -140,6 +141,17 @@ def test_many_small_weights_are_not_lost(kernels):
     q = (direction / 128)[None, None]
     options = {"type_k": "turbo4", "type_v": "turbo4", "scale": 1.0}
     assert_close(turboquant.attention(q, k, v, **options), reference.attention(q, k, v, **options), 0.002)
+
+
+def test_float32_bytes_that_are_not_aligned():
+    rng = np.random.default_rng(2)
+    q, k = (rng.standard_normal((1, n, 64)).astype(np.float32) for n in (2, 9))
+    room = np.zeros(k.nbytes + 1, np.uint8)
+    room[1:] = k.view(np.uint8).ravel()
+    odd = room[1:].reshape(1, 9, 256)
+    assert odd.ctypes.data % 4
+    options = {"type_k": "f32", "type_v": "f32"}
+    np.testing.assert_array_equal(turboquant.attention(q, odd, odd, **options), turboquant.attention(q, k, k, **options))
 
 
 OPTIONS = {"type_k": "turbo4", "type_v": "turbo4"}
@@ -245,7 +257,122 @@ def test_non_finite_queries_are_not_hidden(qkv):
     assert np.isnan(result[0, 0]).all() and np.isfinite(result[1:]).all() and np.isfinite(result[0, 1:]).all()
 
 
+# ---- the exact window ------------------------------------------------------------------------------------------------
+
+WINDOWED = [("turbo4", "turbo4"), ("turbo3", "turbo2_64"), ("turbo4_32", "q8_0"), ("q8_0", "turbo3"), ("f16", "q4_0")]
+
+
+def windowed(type_k, type_v, rows, *, heads=6, kv_heads=2, n_query=5, n_kv=150, head_k=128, head_v=256, seed=4):
+    """Queries, encoded K and V, and the last rows of these before they were encoded."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((heads, n_query, head_k)).astype(np.float32)
+    k = rng.standard_normal((kv_heads, n_kv, head_k)).astype(np.float32)
+    v = rng.standard_normal((kv_heads, n_kv, head_v)).astype(np.float32)
+    return q, cache_rows(k, type_k), cache_rows(v, type_v), (k[:, n_kv - rows:], v[:, n_kv - rows:])
+
+
+@pytest.mark.parametrize("type_k, type_v", WINDOWED)
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 150])
+def test_window(kernels, type_k, type_v, rows):
+    q, k, v, window = windowed(type_k, type_v, rows)
+    options = {"type_k": type_k, "type_v": type_v}
+    result = turboquant.attention(q, k, v, window=window, **options)
+    expected = reference.attention(q, k, v, window=window, **options)
+    assert_close(result, expected, 0.02)
+    if rows == 0:
+        np.testing.assert_array_equal(result, turboquant.attention(q, k, v, **options))
+    elif rows > 60:  # the rows do make a difference
+        plain = reference.attention(q, k, v, **options)
+        if type_k != "f16":
+            assert np.linalg.norm(result - plain) > 2 * np.linalg.norm(result - expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_windows_of_other_floats(kernels, dtype):
+    q, k, v, window = windowed("turbo4", "turbo3", 40)
+    window = tuple(rows.astype(dtype) for rows in window)
+    options = {"type_k": "turbo4", "type_v": "turbo3", "window": window}
+    expected = reference.attention(q, k, v, **options)
+    assert_close(turboquant.attention(q, k, v, **options), expected, 0.02)
+    mixed = {**options, "window": (window[0].astype(np.float32), window[1])}
+    assert_close(turboquant.attention(q, k, v, **mixed), expected, 0.02)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (5, 1)])
+def test_windows_and_head_groups(kernels, heads, kv_heads):
+    q, k, v, window = windowed("turbo4", "turbo4", 33, heads=heads, kv_heads=kv_heads, n_query=130)
+    assert_close(turboquant.attention(q, k, v, window=window, **OPTIONS),
+                 reference.attention(q, k, v, window=window, **OPTIONS), 0.02)
+
+
+@pytest.mark.parametrize("soft_cap", [0, 0.5])
+@pytest.mark.parametrize("rows", [7, 90, 150])
+def test_masks_hold_in_a_window(kernels, rows, soft_cap):
+    q, k, v, window = windowed("turbo4", "turbo3", rows)
+    options = {"type_k": "turbo4", "type_v": "turbo3", "window": window, "soft_cap": soft_cap}
+    rng = np.random.default_rng(5)
+    mask = np.where(rng.random((5, 150)) < 0.5, rng.standard_normal((5, 150)), -np.inf).astype(np.float32)
+    mask[0, 150 - rows:] = -np.inf  # sees nothing of the window,
+    mask[1, :150 - rows] = -np.inf  # nothing else,
+    mask[2] = -np.inf  # nothing at all
+    result = turboquant.attention(q, k, v, mask=mask, **options)
+    assert_close(result, reference.attention(q, k, v, mask=mask, **options), 0.02)
+    assert not result[:, 2].any()
+    future = np.triu(np.full((5, 150), -np.inf), k=146)
+    assert_close(turboquant.attention(q, k, v, causal=True, **options),
+                 reference.attention(q, k, v, mask=future, **options), 0.02)
+
+
+def test_what_a_window_stands_for_is_not_read(kernels):
+    q, k, v, window = windowed("turbo4", "turbo4", 20)
+    expected = turboquant.attention(q, k, v, window=window, **OPTIONS)
+    k, v = k.copy(), v.copy()
+    for cache in (k, v):
+        cache[:, -20:, :2] = np.array([0x7E00], dtype="<u2").view(np.uint8)  # the scale is NaN
+    np.testing.assert_array_equal(turboquant.attention(q, k, v, window=window, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("type", ["turbo4", "q8_0"])
+def test_non_finite_rows_are_not_hidden_by_a_merge(kernels, type):
+    q, k, v, window = windowed(type, type, 20)
+    options = {"type_k": type, "type_v": type}
+    nan = window[0].astype(np.float16)
+    nan[0, 3, 5] = np.nan
+    result = turboquant.attention(q, k, v, window=(nan, window[1]), **options)
+    assert np.isnan(result[:3]).all() and np.isfinite(result[3:]).all()
+    mask = np.ones(150, bool)
+    mask[133] = False  # that row
+    assert np.isfinite(turboquant.attention(q, k, v, window=(nan, window[1]), mask=mask, **options)).all()
+    k = k.copy()
+    k[1, 4, :2] = np.array([0x7E00], dtype="<u2").view(np.uint8)
+    result = turboquant.attention(q, k, v, window=window, **options)
+    assert np.isfinite(result[:3]).all() and np.isnan(result[3:]).all()
+
+
+def test_windows_by_threads_batches_and_strides():
+    q, k, v, window = windowed("turbo4", "turbo4", 20)
+    expected = turboquant.attention(q, k, v, window=window, **OPTIONS)
+    np.testing.assert_array_equal(turboquant.attention(q, k, v, window=window, threads=3, **OPTIONS), expected)
+    moved = tuple(np.asfortranarray(rows) for rows in window)
+    np.testing.assert_array_equal(turboquant.attention(q, k, v, window=moved, **OPTIONS), expected)
+    many = [np.stack([a, a[:, ::-1]]) for a in (q, k, v, *window)]
+    result = turboquant.attention(*many[:3], window=many[3:], **OPTIONS)
+    for item in range(2):
+        np.testing.assert_array_equal(result[item], turboquant.attention(
+            *(a[item] for a in many[:3]), window=tuple(a[item] for a in many[3:]), **OPTIONS))
+
+
+def test_sparse_v_counts_the_rows_of_a_window():
+    q, k, v, window = windowed("turbo4", "turbo4", 20)
+    _, none = turboquant.attention(q, k, v, window=window, return_skip_rate=True, **OPTIONS)
+    _, some = turboquant.attention(q, k, v, window=window, sparse_v=0.3, return_skip_rate=True, **OPTIONS)
+    allowed = np.arange(150) < 145
+    _, masked = turboquant.attention(q, k, v, window=window, mask=allowed, return_skip_rate=True, **OPTIONS)
+    assert none < 0.01 < some < 1 and masked == pytest.approx(5 / 150)
+
+
 Q_, K_ = np.zeros((4, 5, 128), dtype=np.float32), np.zeros((2, 40, 66), dtype=np.uint8)
+W_ = np.zeros((2, 8, 128), dtype=np.float32)
 
 
 @pytest.mark.parametrize("arguments, options, error, message", [
@@ -270,6 +397,16 @@ Q_, K_ = np.zeros((4, 5, 128), dtype=np.float32), np.zeros((2, 40, 66), dtype=np
     ((Q_.astype(float), K_, K_), {}, TypeError, r"q: got an array of float64"),
     ((Q_, K_.astype(np.int8), K_), {}, TypeError, r"k: got an array of int8, wanted the uint8"),
     ((Q_[None], K_, K_), {}, ValueError, r"k: got shape \(2, 40, 66\), wanted \(1, 2, 40, 66\)"),
+    ((Q_, K_, K_), {"type_k": "f32"}, ValueError, r"k: got shape .* multiple of 128 .* of f32\)"),
+    ((Q_, K_, K_), {"window": W_}, TypeError, r"window: got ndarray, wanted two float arrays"),
+    ((Q_, K_, K_), {"window": (W_,)}, TypeError, r"window: got 1 of them, wanted two float arrays"),
+    ((Q_, K_, K_), {"window": (W_, K_)}, TypeError, r"window: got an array of uint8 for v, wanted float32"),
+    ((Q_, K_, K_), {"window": (W_[0], W_[0])}, ValueError,
+     r"window: got shape \(8, 128\) for k, wanted \(2, W, 128\): heads and rows as those of k"),
+    ((Q_, K_, K_), {"window": (W_, W_[..., :64])}, ValueError, r"window: got shape \(2, 8, 64\) for v, wanted \(2, W, 128\)"),
+    ((Q_, K_, K_), {"window": (W_, W_[:, :7])}, ValueError, r"window: got 8 rows of k and 7 of v, wanted as many of both"),
+    ((Q_, K_[:, :7], K_[:, :7]), {"window": (W_, W_)}, ValueError,
+     r"window: got 8 rows of k, wanted at most the 7 rows of k and v"),
 ])
 def test_refused(arguments, options, error, message):
     with pytest.raises(error, match=message):

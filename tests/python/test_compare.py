@@ -35,6 +35,8 @@ from turboquant.evaluate import compare, page, verdict
 from turboquant.evaluate.comparison import VERSION, Comparison, Measured, Pair
 from turboquant.measure import needle
 from turboquant.measure.kvsize import Caches, parse_caches
+from turboquant.measure.measurer import Run
+from turboquant.measure.pairs import CachePair, Window
 from turboquant.measure.perplexity import base_bytes, parse_divergence
 from turboquant.measure.speed import parse_speed
 from typer.testing import CliRunner, Result
@@ -64,6 +66,59 @@ def test_cache_at_a_context():
     windowed = parse_caches(f"print_info: n_swa = 1000\n{SIZE}{SIZE.replace('1/1 seqs', '2/2 seqs')}")
     assert windowed.at(8192).k_mib == pytest.approx(1.69 * 4 + 1.69 * 1536 / 4096, abs=0.01)
     assert windowed.at(1024).k_mib == pytest.approx(1.69 / 2 + 1.69 / 4, abs=0.01)
+
+
+EXACT = "0.00.001 I turboquant: window: the newest {} tokens in q8_0 (30 of 30 layers), {} MiB\n"
+
+
+def test_window_at_a_context():
+    """A cache's window is logged before its size: slots of every stream and one row more, whatever the context."""
+    one = parse_caches(EXACT.format(256, 3.45) + SIZE)
+    size = one.total()
+    assert (size.window_tokens, size.window_type, size.window_mib) == (256, "q8_0", 3.45)
+    assert size.mib == pytest.approx(1.69 + 3.19 + 3.45) and one.at(8192).window_mib == 3.45
+    assert Caches.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+    # one stream's 256 of 512 rows, and 2048 where the run had no room for more than 256
+    streams = parse_caches(EXACT.format(256, 5.13) + SIZE.replace("1/1 seqs", "2/2 seqs"))
+    assert streams.at(4096).window_mib == pytest.approx(5.13 * 257 / 513, abs=0.005)
+    assert one.at(4096, 2048).window_tokens == 2048
+    assert one.at(4096, 2048).window_mib == pytest.approx(3.45 * 2049 / 257, abs=0.005)
+    assert one.at(128).window_tokens == 128 and one.at(128).window_mib == pytest.approx(3.45 * 129 / 257, abs=0.005)
+
+    two = parse_caches(EXACT.format(256, 1.5) + SIZE + EXACT.format(100, 0.5) + SIZE).total()
+    assert (two.window_tokens, two.window_mib) == (256, 2.0)
+    assert parse_caches(SIZE + EXACT.format(256, 1.5) + SIZE).caches[0].size.window_tokens == 0
+    assert (parse_caches(SIZE).total().window_tokens, parse_caches(SIZE).total().window_type) == (0, "")
+
+
+def test_windows_of_pairs():
+    turbo4, q8_0 = CachePair.parse("turbo4"), CachePair.parse("q8_0")
+    assert turbo4.with_window(Window(64)).environment == {"LLAMA_ARG_CACHE_WINDOW": "64:q8_0"}
+    assert turbo4.with_window(Window(0, "f16")).environment == {"LLAMA_ARG_CACHE_WINDOW": "0"}
+    assert q8_0.with_window(Window(64)) == q8_0 and turbo4.with_window(None) == turbo4
+    assert turbo4.environment == {} and str(turbo4.with_window(Window(64))) == "turbo4"
+    identities = [turbo4.with_window(window).identity for window in (None, Window(0), Window(64), Window(64, "f16"))]
+    assert identities == ["turbo4", "turbo4, window 0", "turbo4, window 64:q8_0", "turbo4, window 64:f16"]
+    assert [CachePair.parse(text).may_have_window for text in ("q8_0/turbo2", "auto", "f16/q4_0")] == [True, True, False]
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "256:", "256:q4_0", "1000000", "5 "])
+def test_windows_that_are_none(text):
+    with pytest.raises(ValueError, match="wanted tokens and a type, q8_0 or f16"):
+        Window.parse(text)
+
+
+def test_default_window_is_that_of_llama(monkeypatch):
+    options = ROOT / "ggml_types" / "ggml"
+    defaults = (options / "turbo-options.h").read_text(encoding="utf-8")
+    assert re.search(rf"\bwindow = {Window().tokens};", defaults)
+    assert re.search(rf"\bwindow_type = GGML_TYPE_{Window().type.upper()};", defaults)
+    names = (options / "turbo-options.cpp").read_text(encoding="utf-8")
+    assert f'"--cache-window", "{Window.VARIABLE}", "N[:TYPE]"' in names
+    monkeypatch.delenv(Window.VARIABLE, raising=False)
+    assert Window.default() == Window(256, "q8_0") == Window.parse("256")
+    monkeypatch.setenv(Window.VARIABLE, "64:f16")
+    assert Window.default() == Window(64, "f16")
 
 
 def test_speed():
@@ -129,8 +184,10 @@ def test_agreement():
     assert not agree(0.01, 0.01 + 1.05 * allowed) and not agree(0.01 + 1.05 * allowed, 0.01)
 
 
-def candidate(label: str, bits: float, kld: float, found: int = 6, agree: bool = True) -> verdict.Candidate:
-    return verdict.Candidate(label, bits, bits, kld, found, 6, agree)
+def candidate(
+    label: str, bits: float, kld: float, found: int = 6, agree: bool = True, window: float = 0.0
+) -> verdict.Candidate:
+    return verdict.Candidate(label, bits, bits + window, kld, found, 6, agree)
 
 
 F16 = candidate("f16", 16, 0.0)
@@ -150,6 +207,7 @@ F16 = candidate("f16", 16, 0.0)
             "a",
             "b, is out because its two paths",
         ),
+        ([candidate("a", 5, 0.0007), candidate("b", 4.5, 0.0007, window=1)], "a", "loss is not measurable"),
         ([candidate("a", 3.0, 0.4), candidate("b", 4.0, 0.1)], None, "b comes nearest, but its KLD of 0.1000 is above"),
         ([], None, "keep f16"),
     ],
@@ -217,7 +275,7 @@ def finished(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_posix
 def test_report(finished):
     data = json.loads((finished / "report.json").read_text(encoding="utf-8"))
-    assert (data["format"], data["version"]) == ("turboquant-compare", 1)
+    assert (data["format"], data["version"]) == ("turboquant-compare", 2)
     rows = {row["label"]: row for row in data["pairs"]}
     assert list(rows) == ["f16", "q8_0", "q4_0", "turbo4", "turbo3", "turbo2", "q8_0/turbo3", "q5_0", "turbo9"]
     assert rows["q5_0"]["failure"].endswith("K type q5_0 does not work with this model: use -ctk f16")
@@ -314,7 +372,7 @@ def test_report_has_the_schema(finished):
 def test_markdown(finished):
     text = (finished / "report.md").read_text(encoding="utf-8")
     assert "- For this model: -ctk turbo4 -ctv turbo4, because it is the smallest of these caches" in text
-    assert re.search(r"^\| turbo3 \| 3\.125 \| 6\.25 \| 37\.506 ± 1\.717 \|", text, re.MULTILINE)
+    assert re.search(r"^\| turbo3 \| 3\.125 \| – \| 6\.25 \| 37\.506 ± 1\.717 \|", text, re.MULTILINE)
     assert "| turbo2 | `--` | `--` |" in text and "| f16 | `++` | `++` |" in text
     assert "**Warning:**" not in text and "q5_0 could not be measured" in text
 
@@ -363,6 +421,82 @@ def test_paths_that_disagree(place):
     assert words in done.stdout
     assert f"> **Warning:** {words}" in Path("out/report.md").read_text(encoding="utf-8")
     assert f'class="alarm" role="alert">{words}' in Path("out/report.html").read_text(encoding="utf-8")
+
+
+@needs_posix
+def test_window(place):
+    """Its bytes count, quality has it on both paths, and the check of the paths has none."""
+    (place / "bin" / "window").touch()
+    assert run("--types", "q8_0,turbo3").exit_code == 0
+    made = runs()
+    assert made.count("llama-perplexity turbo3") == 1 and made.count("llama-perplexity turbo3 token by token") == 1
+    assert made.count("llama-perplexity turbo3 window 0") == 1
+    assert made.count("llama-perplexity turbo3 token by token window 0") == 1
+    assert not any("window" in line for line in made if "turbo3" not in line)
+    data = report()
+    q8_0, turbo3 = data["pairs"][1:]
+    assert data["settings"]["window"] is None and q8_0["window_tokens"] == 0 and q8_0["window_type"] is None
+    assert (turbo3["window_tokens"], turbo3["window_type"], turbo3["window_mib"]) == (256, "q8_0", 0.5)
+    assert (turbo3["bits"], turbo3["mib"]) == (3.125, 6.75)
+    assert (turbo3["quality"]["kld"], turbo3["decode"]["kld"]) == (0.00434, 0.00882)
+    paths = turbo3["paths"]
+    assert (paths["batched"], paths["decode"], paths["agree"]) == (0.0434, 0.0441, True)
+    sizes = Path("bin/batches.txt").read_text().split("\n")
+    assert sizes.count("turbo3 32") == 1 and sizes.count("turbo3 1") == 2 and sizes.count("turbo3 -") == 1
+    assert sizes.count("q8_0 -") == 2
+    assert data["recommendation"]["arguments"] == "-ctk turbo3 -ctv turbo3"
+    text = Path("out/report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| turbo3 \| 3\.125 \| 256 q8_0, 0\.50 MiB \| 6\.75 \|", text, re.MULTILINE)
+    words = "KV MiB of turbo3 counts the exact window: the newest 256 tokens in q8_0, 0.50 MiB; bits/value does not."
+    assert words in text and words in Path("out/report.html").read_text(encoding="utf-8")
+    assert typed(data).to_json() == Path("out/report.json").read_text(encoding="utf-8")
+
+
+def test_batches_with_a_window_are_small():
+    """They see their own tokens exactly. Those of the check of the paths have no window, and are as large as others."""
+    pairs = [CachePair.parse("turbo4").with_window(window) for window in (None, Window(64), Window(0))]
+    assert [Run.as_generated(pair, 2048, 4).batch for pair in [*pairs, CachePair.parse("q8_0")]] == [32, 32, None, None]
+
+
+@needs_posix
+def test_windows_are_remembered_apart(place):
+    (place / "bin" / "window").touch()
+    options = ("--types", "turbo4,q8_0", "--depths", "0", "--needle-depths", "600")
+    assert run(*options).exit_code == 0
+    assert runs()
+    done = run(*options, "--window", "64:f16")
+    assert done.exit_code == 0, done.output
+    assert {line.split("turbo4")[-1] for line in runs() if "f16" not in line.split()[1]} == {
+        " window 64:f16", " token by token window 64:f16"
+    }  # what has no window was measured before, and so was the check of the paths
+    row = report()["pairs"][1]
+    assert (row["window_tokens"], row["window_type"], report()["settings"]["window"]) == (64, "f16", "64:f16")
+    assert report()["recommendation"]["arguments"] == "-ctk turbo4 -ctv turbo4 --cache-window 64:f16"
+    assert run(*options, "--window", "64:f16").exit_code == 0 and runs() == []
+
+    assert run(*options, "--window", 0).exit_code == 0
+    assert {line.split("turbo4")[-1] for line in runs() if "turbo4" in line} == {" window 0"}
+    row = report()["pairs"][1]
+    assert (row["window_tokens"], row["quality"]["kld"], row["decode"]["kld"]) == (0, 0.0092, 0.0093)
+
+
+@needs_posix
+def test_a_wrong_kernel_is_seen_with_a_window(place):
+    """Though a window hides most of it."""
+    (place / "bin" / "window").touch()
+    (place / "bin" / "broken").write_text("turbo4")
+    done = run("--types", "turbo4", "--depths", "", "--needle-depths", "")
+    assert "turbo4: the batched and the one-token path disagree" in done.stdout
+    assert not report()["pairs"][1]["paths"]["agree"]
+
+
+@needs_posix
+def test_windows_that_a_build_or_the_option_has_not(place):
+    done = run("--types", "turbo4", "--window", 64)
+    assert done.exit_code == 1 and "--window: the build in" in done.stderr and "turboquant build" in done.stderr
+    assert run("--types", "q8_0", "--window", 64, "--depths", "", "--needle-depths", "").exit_code == 0
+    done = run("--types", "turbo4", "--window", "64:q4_0")
+    assert done.exit_code == 1 and "--window: got '64:q4_0', wanted tokens and a type, q8_0 or f16" in done.stderr
 
 
 @needs_posix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 from fake_measure import write_measure
 from fake_programs import write_programs
 from make_model import Shape, write_model
+from rich.console import Console
 from test_evaluate import BASE, DIVERGENCE, HELP, needs_posix
 from turboquant._output import OutputError, check_new, partial_file, publish
+from turboquant.convert import report
 from turboquant.convert import run as convert_run
 from turboquant.convert.balance import Problem, groups, noise, solve, solve_powers
 from turboquant.convert.paths import Refusal, trace, trace_output
@@ -546,6 +549,30 @@ def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_check_passes(converting: Callable[..., Any], tmp_path: Path) -> None:
     assert converting().recommended == ("turbo4", "turbo4")
     assert (tmp_path / "out" / "out.gguf").is_file()
+
+
+@needs_posix
+def test_caches_are_tried_without_a_window(
+    converting: Callable[..., Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one turbo2 would do, as these few tokens are read from it."""
+    (tmp_path / "bin" / "window").touch()
+    write_model(model, Shape(layers=3))
+    write_measure(tmp_path / "bin", [{"k": 1, "v": 1}] * 3)
+    scaling = {"blk.0.attn_q.weight": [Scaling("rows", np.ones(512))]}
+    monkeypatch.setattr(convert_run, "make_plan", lambda *_: Plan(scaling, [Balanced(0, "K", before=2.0, after=1.0)]))
+    done = converting()
+    assert done.recommended == ("turbo4", "turbo4")
+    tried = [line for line in (tmp_path / "bin" / "runs.txt").read_text().splitlines() if "turbo" in line]
+    assert tried and all(line.endswith(" window 0") for line in tried)
+    # 257 rows of two heads of 128 values, K and V
+    assert done.window_mib == 3 * 257 * 2 * 256 * 34 / 32 / (1 << 20)
+    console = Console(file=io.StringIO(), width=200)
+    report.show(done, console)
+    assert f"the newest 256 tokens in q8_0, takes {done.window_mib:.2f} MiB more" in console.file.getvalue()
+    (tmp_path / "out" / "out.gguf").unlink()
+    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "many")
+    assert "LLAMA_ARG_CACHE_WINDOW: window: got 'many'" in converting()
 
 
 @needs_posix

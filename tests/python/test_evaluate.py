@@ -408,6 +408,8 @@ with open(here / "runs.txt", "a") as file:
     file.write(f"{{Path(__file__).name}} {{k}}/{{v}}\\n")
 runs = (here / "runs.txt").read_text().count("\\n")
 log = lambda text: print(text, file=sys.stderr)
+if (here / "window").exists() and k == "q4_0":
+    log("turboquant: window: the newest 256 tokens in q8_0 (6 of 6 layers), 0.80 MiB")
 mib = {{"f16": 6.0, "q8_0": 3.19, "q4_0": 1.69, "turbo4": 1.55, "turbo3": 1.17}}
 log(f"size = {{mib[k] + mib[v]:7.2f}} MiB (  2048 cells,   6 layers,  1/1 seqs), "
     f"K ({{k}}): {{mib[k]:7.2f}} MiB, V ({{v}}): {{mib[v]:7.2f}} MiB")
@@ -503,6 +505,21 @@ def test_measure(fake):
 
     again, runs = measured(fake)
     assert again == rows and runs == []
+
+
+@needs_posix
+def test_windows_are_counted(fake):
+    """In the size, and said below the table; bits are those of K and V."""
+    (fake / "bin" / "window").touch()
+    rows, _ = measured(fake, needles=0)
+    assert [one.mib for one in rows] == [12.0, 6.38, pytest.approx(4.88 + 0.8)]
+    assert [one.bits for one in rows] == [16, 8.5, 6.5]
+    assert (rows[2].window_tokens, rows[2].window_type, rows[2].window_mib) == (256, "q8_0", 0.8)
+    words = "KV MiB of q4_0/q8_0 counts the exact window: the newest 256 tokens in q8_0, 0.80 MiB; bits/value does not."
+    assert report.notes(rows)[0] == words and words in report.to_markdown(rows)
+    assert report.notes(rows[:2]) == []
+    stored = json.loads(report.to_json(rows))["rows"][2]
+    assert (stored["window_tokens"], stored["window_mib"], stored["mib"]) == (256, 0.8, pytest.approx(5.68))
 
 
 @needs_posix

@@ -234,13 +234,28 @@ def test_sample_is_what_the_page_says():
 def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
     """tools/measure_notebooks.py asks for the right pairs, models and variables; llama.cpp is left out."""
     from turboquant.evaluate.rows import Row
-    from turboquant.measure.measurer import BASELINE
+    from turboquant.measure.kvsize import Cache, Caches, CacheSize
+    from turboquant.measure.measurer import BASELINE, Quality
+    from turboquant.measure.pairs import Window
+    from turboquant.measure.perplexity import Divergence
 
     measuring = load_tool("measure_notebooks")
-    runs = []
+    runs, windows = [], []
+
+    class FakeMeasurer:
+        def __init__(self, model, text, *_):
+            assert (model.name, text.name) == ("prose-8m-q8_0.gguf", "heldout.txt")
+
+        def quality(self, asked):
+            windows.extend((str(run.pair), run.pair.window, run.decode) for run in asked)
+            tokens = {run: run.pair.window.tokens if run.pair.window else 0 for run in asked}
+            return {run: Quality(Divergence(*[0.0] * 12),
+                                 Caches([Cache(2048, 1, CacheSize(1, 1, run.pair.k, run.pair.v, tokens[run], "q8_0", 1))], 0))
+                    for run in asked}
 
     def measure(options, programs, results, scratch, progress):
         variables = {key: value for key, value in os.environ.items() if key.startswith("LLAMA_")}
+        assert {pair.window for pair in options.pairs if pair.may_have_window} <= {Window(0)}
         runs.append((options.model.name, len(options.pairs), variables, options.needles))
         return [Row(pair.k, pair.v, 16, 4, 1, 1, 30.0, 1, None if pair == BASELINE else 0.01, 0.001, 99, 1)
                 for pair in dict.fromkeys([BASELINE, *options.pairs])]
@@ -248,6 +263,7 @@ def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
     for name in [key for key in os.environ if key.startswith("LLAMA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "Measurer", FakeMeasurer)
     monkeypatch.setattr(measuring, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(measuring, "convert", lambda source, target, **_: target.write_bytes(source.read_bytes()))
     for name in ("tame.gguf", "wild.gguf", "text.txt"):
@@ -272,9 +288,17 @@ def test_measurements_are_of_what_they_say(monkeypatch, tmp_path):
         """Keys and lengths, for comparison."""
         if isinstance(value, dict):
             return {key: shape(one) for key, one in value.items() if key != "about"}
-        return [(row["k"], row["v"]) for row in value] if isinstance(value, list) else None
+        if not isinstance(value, list):
+            return None
+        names = ("type", "window") if value and "window" in value[0] else ("k", "v")
+        return [tuple(row[name] for name in names) for row in value]
 
     assert shape(found) == shape(stored)
+    assert len(windows) == len(set(windows)) == 2 * (1 + len(stored["windows"]["rows"]))
+    before = (tmp_path / "out.json").read_text()
+    (tmp_path / "out.json").write_text(json.dumps({**found, "windows": {}}, indent=1) + "\n")
+    assert measuring.main(["--only-windows", "-o", files[3], "--bin", str(tmp_path)]) == 0
+    assert (tmp_path / "out.json").read_text() == before
     assert measuring.main([*options, "--bin", str(tmp_path / "missing")]) == 1
 
 

@@ -10,6 +10,7 @@ import gguf
 import pytest
 from make_model import Shape, write_model
 from turboquant._output import OutputError
+from turboquant.measure.pairs import Window
 from turboquant.models.modelfile import ModelFile
 from turboquant.plan import (
     CacheShape,
@@ -226,6 +227,19 @@ def test_sliding_windows_hold_what_llama_cpp_gives_them():
     plan = Plan(("q8_0", "turbo4"), ("q8_0", "turbo4"))
     assert shape.mean_bits(plan, 1000) == pytest.approx((8.5 + 4.125) / 2)
     assert shape.mean_bits(plan, 15360) == pytest.approx((8.5 * 1536 + 4.125 * 15360) / (1536 + 15360))
+
+
+def test_exact_windows_of_a_plan():
+    """Of the layers with a turbo type: N rows of K and V and one more, or as many as the cache has cells."""
+    local, full = Layer(2, 128, 64, window=True), Layer(1, 128, 128)
+    shape = CacheShape((local, full, full, None), window=100)
+    plan = Plan(("turbo4", "q8_0", "f16", None), ("q8_0", "turbo2", "f16", None))
+    row = (2 * (128 + 64), 2 * 128)
+    mib = shape.window_mib(plan, 4096, Window(1000))
+    assert mib == ((768 + 1) * row[0] + (1000 + 1) * row[1]) * 34 / 32 / (1 << 20)
+    assert shape.window_mib(plan, 4096, Window(10, "f16")) == 11 * sum(row) * 2 / (1 << 20)
+    assert shape.window_mib(plan, 4096, Window(0)) == 0
+    assert shape.window_mib(Plan(("f16",) * 3 + (None,), ("q8_0",) * 3 + (None,)), 4096, Window()) == 0
 
 
 def test_plans_for_other_models():

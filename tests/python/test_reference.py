@@ -398,6 +398,35 @@ def test_checked_in_files_are_what_their_generator_writes(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+def test_a_window_stands_for_the_last_rows():
+    """Rows of f32 are read as they are, so that a window of them is attention over other rows."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((heads, n, 64)) for heads, n in ((4, 3), (2, 9), (2, 9)))
+    options = {"type_k": "f32", "type_v": "f32", "mask": np.triu(np.full((3, 9), -np.inf), k=7), "soft_cap": 2.0}
+    k, v = k.astype(np.float32), v.astype(np.float32)
+    plain = reference.attention(q, k, v, **options)
+    for rows in (0, 1, 4, 9):
+        spoiled = [np.concatenate([x[:, :9 - rows], np.full((2, rows, 64), np.nan, np.float32)], axis=1) for x in (k, v)]
+        window = (k[:, 9 - rows:], v[:, 9 - rows:])
+        np.testing.assert_array_equal(reference.attention(q, *spoiled, window=window, **options), plain)
+    assert not np.isfinite(reference.attention(q, *spoiled, **options)).any()
+
+
+def test_a_window_is_nearer_to_exact_attention():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((2, n, 128)).astype(np.float32) for n in (8, 100, 100))
+    exact = reference.attention(q, k, v, type_k="f32", type_v="f32")
+    encoded = [reference.quantize(x, "turbo3") for x in (k, v)]
+    errors = [
+        np.linalg.norm(reference.attention(q, *encoded, type_k="turbo3", type_v="turbo3",
+                                           window=(k[:, 100 - rows:], v[:, 100 - rows:])) - exact)
+        for rows in (0, 30, 60, 100)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-12 < 0.2 * errors[0] < errors[2]
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 def test_docstring_examples():

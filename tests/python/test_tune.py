@@ -22,6 +22,7 @@ import pytest
 from fake_measure import ERRORS, write_measure
 from make_model import Shape, write_model
 from turboquant import cli
+from turboquant.measure.pairs import Window
 from turboquant.plan import Plan, expand, read_plan, read_shape
 from turboquant.tune.allocate import Choice, allocate, allocate_for_loss, hull, least, most
 from turboquant.tune.losses import LINEAR, estimate, finer, relative_error
@@ -243,8 +244,39 @@ def test_a_plan_for_a_size(place):
     done = tune("--mib", 2.0, "--ctx", 2048)
     assert done.exit_code == 0, done.output
     plan, shape = read_plan("plan.json"), read_shape(place / "model.gguf")
-    assert 1.6 < shape.mib(plan, 2048) <= 2.0
+    window = shape.window_mib(plan, 2048, Window())
+    # 5 layers, 257 rows of two heads of 128 values in q8_0, K and V
+    assert window == 5 * 257 * 2 * 256 * 34 / 32 / (1 << 20)
+    assert 1.6 < shape.mib(plan, 2048) + window <= 2.0
     assert "MiB at 2048" in done.stdout and plan.about["context"] == 2048
+    assert plan.about["mib"] == pytest.approx(shape.mib(plan, 2048) + window, abs=0.001)
+    assert plan.about["window"] == {"counted": "256:q8_0", "mib": pytest.approx(window, abs=0.001)}
+    assert f"counts the exact window, the newest 256 tokens in q8_0: {window:.2f} MiB" in done.stdout
+
+
+def test_a_size_without_a_window(place, monkeypatch):
+    """Where it is off, or no layer has a turbo type, all of the budget is K's and V's."""
+    shape = read_shape(place / "model.gguf")
+    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "0")
+    assert tune("--mib", 2.0, "--ctx", 2048).exit_code == 0
+    plan = read_plan("plan.json")
+    assert plan.about["window"] == {"counted": "0", "mib": 0} and 1.9 < shape.mib(plan, 2048) <= 2.0
+    monkeypatch.delenv("LLAMA_ARG_CACHE_WINDOW")
+    whole = shape.mib(Plan(("q8_0",) * 5, ("q8_0",) * 5), 2048)
+    done = tune("--mib", whole + 0.01, "--ctx", 2048, "--types", "turbo4,q8_0")
+    assert done.exit_code == 0, done.output
+    plan = read_plan("plan.json")
+    assert set(plan.k) | set(plan.v) == {"q8_0"} and plan.about["window"]["mib"] == 0
+    Path("plan.json").unlink()
+    monkeypatch.setenv("LLAMA_ARG_CACHE_WINDOW", "x")
+    assert "LLAMA_ARG_CACHE_WINDOW: window: got 'x'" in refused(tune("--mib", 2.0, "--ctx", 2048))
+
+
+def test_measured_without_a_window(place):
+    """Whatever the environment says: a batch with a window would see its own tokens exactly."""
+    (place / "bin" / "windows").touch()
+    assert tune("--bits", 5).exit_code == 0
+    assert set((place / "bin" / "windows").read_text().split()) == {"0"}
 
 
 def test_a_plan_for_a_loss(place):
@@ -268,7 +300,8 @@ def test_a_plan_for_a_loss(place):
         (("--bits", -1), "give a number above 0"),
         (("--bits", "nan"), "give a number above 0"),
         (("--bits", 2), "--bits 2 cannot be met: with turbo2, turbo3, turbo4, q8_0, f16 this model's cache takes from 2.125 to "),
-        (("--mib", 0.1, "--ctx", 4096), "this model's cache takes from 2.656 to 15.31 MiB at a context of 4096 tokens"),
+        (("--mib", 0.1, "--ctx", 4096), "this model's cache takes from 2.656 to 15.31 MiB at a context of 4096 tokens, and up to "
+             "0.6667 MiB for the exact window of 256:q8_0"),
         (("--kld", 0.001), "--kld 0.001 cannot be met: the best plan of"),
         (("--bits", 5, "--types", "turbo4,turbo9"), "turbo9"),
         (("--bits", 5, "--types", "turbo4_64,q6_K"), "q6_K"),

@@ -18,7 +18,7 @@ from ..llama.files import last_lines
 from ..llama.paths import cache_dir
 from ..llama.progress import Reporter
 from ..measure.kvsize import Caches
-from ..measure.pairs import CachePair
+from ..measure.pairs import CachePair, Window
 from ..measure.perplexity import run_base, run_divergence
 from ..measure.programs import ProgramError, Programs
 
@@ -100,9 +100,10 @@ class Checker:
     def _kld(self, model: Path, pair: CachePair, what: str) -> tuple[float, Caches]:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
             try:
+                # Without a window: these few tokens would be read from it, and those of a long text are not.
                 found, caches = run_divergence(
-                    self._programs, model, self._base, pair, ctx=self._context, chunks=self._chunks,
-                    on_chunk=track.update,
+                    self._programs, model, self._base, pair.with_window(Window(0)), ctx=self._context,
+                    chunks=self._chunks, on_chunk=track.update,
                 )  # fmt: skip
             except ProgramError as error:
                 raise CheckError(str(error)) from error

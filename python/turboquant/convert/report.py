@@ -61,6 +61,11 @@ def show(done: Converted, console: Console) -> None:
     )
     k_type, v_type = done.recommended
     say(f"Recommended: -ctk {k_type} -ctv {v_type}" + (", or -ctk auto -ctv auto" if done.layers else ""))
+    if done.window_mib:
+        say(
+            f"The exact window, the newest {done.window.tokens} tokens in {done.window.type}, takes {done.window_mib:.2f} MiB "
+            "more; the recommendation was made without it."
+        )
 
 
 def plot(done: Converted, path: Path, title: str) -> None:

@@ -16,6 +16,7 @@ from ..errors import TurboQuantError
 from ..llama.paths import bundled_text
 from ..llama.progress import Reporter
 from ..measure.capture import check_model
+from ..measure.pairs import Window
 from ..models.modelfile import ModelFile, replace_metadata
 from ..plan import KEYS, VERSION, CacheShape, PlanError, Types, expand, shape_of
 from ..plan import Plan as CachePlan
@@ -60,6 +61,8 @@ class Converted:
     tokens: int  #: number of measured tokens
     recommended: tuple[str, str]  #: recommended types of K and V: those with the fewest bits and a KLD of at most GOOD
     layers: tuple[Types, Types] | None  #: the plan in the file: types of K and V by layer; None if there is no plan
+    window: Window  #: the exact window that llama.cpp adds; the check runs without it
+    window_mib: float | None  #: size of the window with those types, in MiB; None if it is unknown
 
 
 def convert(
@@ -92,6 +95,10 @@ def convert(
     text = text or bundled_text()
     check_model(source)
     check_new(target)
+    try:
+        window = Window.default()
+    except ValueError as error:
+        raise ConvertError(f"{Window.VARIABLE}: {error}") from error
     with ModelFile(source) as model:
         _refuse(model)
         free = shutil.disk_usage(target.parent).free
@@ -133,8 +140,13 @@ def convert(
             if layers:  # for -ctk auto -ctv auto: the recommended types, with those that the guard chose
                 known |= CachePlan(*layers, check.identity(partial, text)).to_metadata()
             replace_metadata(partial, metadata, known)
+            size, window_mib = _shape(model), None
+            if size and layers:
+                window_mib = size.window_mib(CachePlan(*layers), size.context or window.tokens, window)
             publish(partial, target)
-    return Converted(plan.parts, plan.mode, kld, limit, measured.tokens, recommended, layers)
+    return Converted(
+        plan.parts, plan.mode, kld, limit, measured.tokens, recommended, layers, window, window_mib
+    )
 
 
 def _write(

@@ -16,7 +16,7 @@ from ..llama.files import read_json
 from ..llama.paths import bundled_model, bundled_text, cache_dir
 from ..llama.progress import Reporter, plain_console
 from ..measure import needle
-from ..measure.pairs import CachePair, parse_pairs
+from ..measure.pairs import CachePair, Window, parse_pairs
 from ..measure.programs import Programs
 from ..measure.results import Results, write_text
 from . import page
@@ -44,6 +44,7 @@ def run(
     fail_above: float | None,
     plan: Path | None,
     time_again: bool,
+    window: str | None,
     bin: Path | None,
     threads: int | None,
     gpu_layers: int | None,
@@ -70,6 +71,7 @@ def run(
             positions=positions,
             template=_template(template) if template else needle.template_for(model_path),
             time_again=time_again,
+            window=None if window is None else _window(window),
             command=["turboquant", *sys.argv[1:]],
         )
     except ValueError as error:
@@ -83,6 +85,9 @@ def run(
     else:
         _probe(Path(name))
     programs = Programs(bin or where(), scratch / "logs", threads, gpu_layers)
+    wanted = any(pair.window and pair.window.tokens for pair in options.all_pairs)
+    if wanted and not programs.knows_window():
+        raise CompareError(f"--window: the build in {programs.folder} has none: run `turboquant build` again")
     with Reporter().track("starting", 1, "work") as track:
         report = compare(
             options, described, programs, Results(scratch / "results"), scratch,
@@ -115,6 +120,13 @@ def _numbers(text: str, option: str) -> list[int]:
     if any(number < 0 for number in numbers):
         raise CompareError(f"{option}: expected whole numbers with commas between, such as 0,4096,16384, got {text!r}")
     return list(dict.fromkeys(numbers))
+
+
+def _window(text: str) -> Window:
+    try:
+        return Window.parse(text)
+    except ValueError as error:
+        raise CompareError(f"--{error}") from error
 
 
 def _template(name: str) -> str:

@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import TurboQuantError
 from ..measure import needle
 from ..measure.measurer import BASELINE, Measurer, Quality, Run
-from ..measure.pairs import CachePair
+from ..measure.pairs import CachePair, Window
 from ..measure.perplexity import Divergence, base_bytes
 from ..measure.programs import ProgramError, Programs
 from ..measure.results import Results
@@ -46,7 +46,7 @@ class CompareOptions:
     Quality is measured on ``chunks`` pieces of ``ctx`` tokens, and token by token on ``decode_chunks`` pieces of
     ``decode_ctx`` tokens. ``depths`` are those of the speed and ``needle_depths`` those of retrieval, in tokens;
     what has no depths is not measured. There are ``positions`` needles at each depth. With ``time_again`` stored speeds
-    are not used.
+    are not used. ``window`` is the exact window of all pairs that may have one; None is llama.cpp's default.
     """
 
     model: Path
@@ -61,12 +61,13 @@ class CompareOptions:
     positions: int = 5
     template: str = needle.TEMPLATES["plain"]
     time_again: bool = False
+    window: Window | None = None
     command: Sequence[str] = field(default_factory=list)
 
     @property
     def all_pairs(self) -> list[CachePair]:
         """The pairs with the f16 cache first, because the others are compared with it."""
-        return list(dict.fromkeys([BASELINE, *self.pairs]))
+        return list(dict.fromkeys([BASELINE, *(pair.with_window(self.window) for pair in self.pairs)]))
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,10 @@ class _Work:
     def plan(self, label: str, cost: float) -> None:
         self._costs[label] = self._costs.get(label, 0.0) + cost
 
+    def drop(self, label: str) -> None:
+        """It need not be measured after all."""
+        self._costs.pop(label, None)
+
     def step(self, label: str, done: int, total: int) -> None:
         if label != self._current:
             self.end()
@@ -223,15 +228,26 @@ def compare(
     measurer = Measurer(options.model, options.text, programs, results, scratch, work.step)
     depths = needle_depths(options, model)
     cells = _cells(measurer, options, model, depths)
-    batched = {pair: Run(pair, options.ctx, options.chunks) for pair in options.all_pairs}
-    short = {pair: Run(pair, options.decode_ctx, options.decode_chunks) for pair in options.all_pairs}
-    single = {pair: Run(pair, options.decode_ctx, options.decode_chunks, decode=True) for pair in options.all_pairs}
-    _plan(work, measurer, options, cells, list(batched.values()), [*short.values(), *single.values()])
+    batched = {pair: Run.as_generated(pair, options.ctx, options.chunks) for pair in options.all_pairs}
+    # A batch sees all of its own tokens exactly, and a single token the window alone: only without one are the paths to
+    # find the same.
+    plain = {pair: pair.with_window(Window(0)) for pair in options.all_pairs}
+    ctx, chunks = options.decode_ctx, options.decode_chunks
+    short = {pair: Run(plain[pair], ctx, chunks) for pair in options.all_pairs}
+    single = {pair: Run(plain[pair], ctx, chunks, decode=True) for pair in options.all_pairs}
+    decode = {pair: Run(pair, ctx, chunks, decode=True) for pair in options.all_pairs}
+    path = list(dict.fromkeys(run[pair] for pair in options.all_pairs for run in (short, single, decode)))
+    _plan(work, measurer, options, cells, list(batched.values()), path)
 
     failed: dict[Run, str] = {}
     found = measurer.quality(list(batched.values()), failed)
     alive = [pair for pair in options.all_pairs if batched[pair] not in failed]
-    found |= measurer.quality([run[pair] for pair in alive for run in (short, single)], failed)
+    for pair in alive:
+        if decode[pair] != single[pair] and not found[batched[pair]].caches.total().window_tokens:
+            work.drop(decode[pair].label)
+            decode[pair] = single[pair]
+    path = list(dict.fromkeys(run[pair] for pair in alive for run in (short, single, decode)))
+    found |= measurer.quality(path, failed)
     base = [run[BASELINE] for run in (batched, short, single)]
     for reason in [failed[run] for run in base if run in failed] or _not_finite([found[run] for run in base]):
         raise CompareError(f"the f16 cache, with which all are compared, could not be measured: {reason}")
@@ -244,7 +260,7 @@ def compare(
     rows: list[Pair] = []
     machine: dict[str, Any] = {}
     for pair in options.all_pairs:
-        runs = [run[pair] for run in (batched, short, single)]
+        runs = [run[pair] for run in (batched, short, single, decode)]
         reasons = [failed[run] for run in runs if run in failed] or _not_finite([found[run] for run in runs])
         about = Pair(
             pair.k, pair.v, str(pair.plan) if pair.plan else None, str(pair), reasons[0] if reasons else None
@@ -252,12 +268,12 @@ def compare(
         if reasons:
             rows.append(about)
             continue
-        main, short_run, alone = (found[run] for run in runs)
+        main, *paths, alone = (found[run] for run in runs)
         rows.append(
             Measured(
                 **vars(about),
-                **_memory(main, found[batched[BASELINE]], model),
-                **_quality(pair, main, short_run, alone, noise, scale),
+                **_memory(pair, main, found[batched[BASELINE]], model),
+                **_quality(pair, main, alone, (paths[0], paths[1]), noise, scale),
                 needles=[_ask(measurer, pair, cell, work) for cell in cells],
                 speed=[_speed(measurer, pair, depth, machine, options.time_again) for depth in options.depths],
             )
@@ -303,11 +319,12 @@ def compare(
             needle_depths=depths,
             positions=options.positions,
             template=options.template,
+            window=str(options.window) if options.window else None,
         ),
         noise=comparison.Noise(**asdict(noise), floor=noise.floor),
         bands=[comparison.Band(one.name, None if one is scale[-1] else one.up_to, one.meaning) for one in scale],
         pairs=rows,
-        recommendation=_recommendation([row for row in rows if isinstance(row, Measured)], scale),
+        recommendation=_recommendation([row for row in rows if isinstance(row, Measured)], scale, options.window),
     )
 
 
@@ -405,11 +422,12 @@ def _not_finite(found: list[Quality]) -> list[str]:
     return [quality.failure for quality in found if quality.failure]
 
 
-def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
+def _memory(pair: CachePair, quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
     size, (bits_k, bits_v) = quality.caches.total(), quality.bits(f16)
     # From the size of f16, where the rounding of the log matters least.
     full = f16.caches.at(model.context)
     k_mib, v_mib = full.k_mib * bits_k / 16, full.v_mib * bits_v / 16
+    window = quality.caches.at(model.context, pair.window.tokens if pair.window else None)
     return {
         "type_k": size.type_k,
         "type_v": size.type_v,
@@ -418,31 +436,45 @@ def _memory(quality: Quality, f16: Quality, model: Model) -> dict[str, Any]:
         "bits": round(16 * (k_mib + v_mib) / full.mib, 4),
         "k_mib": round(k_mib, 2),
         "v_mib": round(v_mib, 2),
-        "mib": round(k_mib + v_mib, 2),
+        "window_tokens": window.window_tokens,
+        "window_type": window.window_type or None,
+        "window_mib": window.window_mib,
+        "mib": round(k_mib + v_mib + window.window_mib, 2),
     }
 
 
 def _quality(
-    pair: CachePair, batched: Quality, short: Quality, single: Quality, noise: verdict.Noise, scale: list[verdict.Band]
+    pair: CachePair,
+    batched: Quality,
+    decode: Quality,
+    same: tuple[Quality, Quality],
+    noise: verdict.Noise,
+    scale: list[verdict.Band],
 ) -> dict[str, Any]:
-    paths = verdict.agreement(_divergence(short), _divergence(single), noise)
+    """The results of a pair. `same` has those of the two paths on the same tokens, without a window."""
+    paths = verdict.agreement(_divergence(same[0]), _divergence(same[1]), noise)
     if pair == BASELINE:  # the difference of f16 is the noise itself, so it is judged by the band of small losses
         paths = verdict.Agreement(paths.batched, paths.decode, scale[1].up_to - scale[0].up_to)
     return {
         "quality": _divergence(batched),
-        "decode": _divergence(single),
-        "batched": _divergence(short),
-        "paths": comparison.Paths(paths.decode - paths.batched, paths.allowed, paths.agree),
+        "decode": _divergence(decode),
+        "paths": comparison.Paths(
+            paths.batched, paths.decode, paths.decode - paths.batched, paths.allowed, paths.agree
+        ),
         "verdict": verdict.band(_divergence(batched).kld, scale).name,
     }
 
 
-def _recommendation(rows: list[Measured], scale: list[verdict.Band]) -> comparison.Recommendation:
+def _recommendation(
+    rows: list[Measured], scale: list[verdict.Band], window: Window | None
+) -> comparison.Recommendation:
     candidates = [
         verdict.Candidate(row.label, row.bits, row.mib, row.quality.kld, row.found, row.asked, row.paths.agree)
         for row in rows
     ]
     best, reason = verdict.recommend(candidates, candidates[0], scale)
     row = next(row for row in rows if row.label == (best or candidates[0]).label)
-    arguments = ["--cache-plan", shlex.quote(row.plan)] if row.plan else CachePair(row.k, row.v).arguments
+    pair = CachePair(row.k, row.v).with_window(window)
+    arguments = ["--cache-plan", shlex.quote(row.plan)] if row.plan else pair.arguments
+    arguments += ["--cache-window", str(window)] if pair.window else []
     return comparison.Recommendation(best.label if best else None, " ".join(arguments), reason)

@@ -31,7 +31,7 @@ __all__ = [
     "Timing",
 ]
 
-FORMAT, VERSION = "turboquant-compare", 1
+FORMAT, VERSION = "turboquant-compare", 2
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ class Settings:
     needle_depths: Annotated[list[int], "tokens of the prompts with needles"]
     positions: Annotated[int, "needles at each depth"]
     template: Annotated[str, "the prompt with a needle"]
+    window: Annotated[
+        str | None, "the exact window that was requested, such as 256:q8_0, or 0; null: llama.cpp's default"
+    ]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Paths:
+    batched: Annotated[float, "KLD in batches, on the tokens of the token-by-token run, without a window"]
+    decode: Annotated[float, "KLD token by token, without a window"]
     difference: Annotated[float, "KLD token by token minus KLD in batches"]
     allowed: Annotated[float, "greatest magnitude of the difference at which the paths agree"]
     agree: Annotated[bool, "whether the paths agree"]
@@ -150,13 +155,15 @@ class Measured(Pair):
     type_v: Annotated[str, "type of V in the cache"]
     bits_k: Annotated[float, "bits per value of K, mean over the layers"]
     bits_v: Annotated[float, "bits per value of V, mean over the layers"]
-    bits: Annotated[float, "bits per value of K and V together"]
+    bits: Annotated[float, "bits per value of K and V together, without the exact window"]
     k_mib: Annotated[float, "size of K for the model's whole context, in MiB"]
     v_mib: Annotated[float, "size of V for the model's whole context, in MiB"]
-    mib: Annotated[float, "size of K and V together, in MiB"]
+    window_tokens: Annotated[int, "number of the newest tokens in the exact window; 0 if there is none"]
+    window_type: Annotated[str | None, "type of the exact window; null if there is none"]
+    window_mib: Annotated[float, "size of the exact window for the model's whole context, in MiB"]
+    mib: Annotated[float, "size of K, V and the exact window together, in MiB"]
     quality: Annotated[Divergence, ""]
     decode: Annotated[Divergence, ""]
-    batched: Annotated[Divergence, ""]
     paths: Annotated[Paths, ""]
     verdict: Annotated[str, "name of the band"]
     needles: Annotated[list[Needle], ""]

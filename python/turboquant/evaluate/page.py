@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..measure.perplexity import Divergence
 from .comparison import Comparison, Measured
-from .report import code, escape
+from .report import code, escape, window_notes
 
 __all__ = ["alarms", "failures", "table", "to_html", "to_markdown", "verdict"]
 
@@ -33,7 +33,7 @@ def alarms(report: Comparison) -> list[str]:
         if not paths.agree:
             lines.append(
                 f"{row.label}: the batched and the one-token path disagree. On the same tokens the KLD is "
-                f"{_kld(row.batched.kld)} in batches and {_kld(row.decode.kld)} token by token; their "
+                f"{_kld(paths.batched)} in batches and {_kld(paths.decode)} token by token; their "
                 f"noise allows a difference of {_kld(paths.allowed)}. This is a bug of a kernel: do not use this pair "
                 "with this build."
             )
@@ -63,6 +63,7 @@ def verdict(report: Comparison) -> list[str]:
             f"At the model's context of {report.model.context:,} tokens the cache takes {f16.mib:,.1f} MiB in "
             f"f16 and {least.mib:,.1f} MiB in {least.label}, the smallest of these."
         )
+    lines += window_notes([(row.label, row.window_tokens, row.window_type or "", row.window_mib) for row in rows])
     lines += _speed_words(rows)
     return lines
 
@@ -105,6 +106,12 @@ def _needles(row: Measured) -> str:
     return f"{row.found}/{row.asked}" if row.asked else "–"
 
 
+def _window(row: Measured) -> str:
+    if not row.window_tokens:
+        return "–"
+    return f"{row.window_tokens} {row.window_type}, {row.window_mib:.2f} MiB"
+
+
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -125,7 +132,7 @@ def _pm(value: float, error: float, digits: int) -> str:
 
 def quality_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and rows as text. A pair that could not be measured has the reason in place of the numbers."""
-    heads = ["cache K/V", "bits/value", f"KV MiB at {report.model.context:,}", "perplexity", "ln ratio", "KLD",
+    heads = ["cache K/V", "bits/value", "window", f"KV MiB at {report.model.context:,}", "perplexity", "ln ratio", "KLD",
              "median KLD", "99.9% KLD", "RMS Δp %", "same top token %", "KLD token by token", "needles",
              "loss"]  # fmt: skip
     rows = []
@@ -136,7 +143,7 @@ def quality_table(report: Comparison) -> tuple[list[str], list[list[str]]]:
         values, single = row.quality, row.decode
         is_f16 = row is report.pairs[0]
         rows.append([
-            row.label, f"{row.bits:g}", f"{row.mib:,.2f}", _pm(values.ppl, values.ppl_error, 3),
+            row.label, f"{row.bits:g}", _window(row), f"{row.mib:,.2f}", _pm(values.ppl, values.ppl_error, 3),
             _pm(values.ln_ratio, values.ln_ratio_error, 5),
             _kld_pm(values), _kld(values.kld_median), _kld(values.kld_999),
             _pm(values.rms_dp, values.rms_dp_error, 2), _pm(values.same_top, values.same_top_error, 2),
@@ -350,7 +357,8 @@ def _scatter(report: Comparison, rows: list[Measured]) -> dict[str, Any]:
     return {
         "id": "quality-bits",
         "title": "Quality against size",
-        "caption": "Lower left is better. Dotted: where the loss stops being none, small, moderate, large.",
+        "caption": "Lower left is better. Dotted: where the loss stops being none, small, moderate, large. "
+        "Bits of K and V, without the exact window.",
         "height": 420,
         "traces": [{
             "type": "scatter", "mode": "markers+text", "x": [row.bits for row in others], "y": klds,

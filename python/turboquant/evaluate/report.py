@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -12,7 +13,18 @@ from rich.table import Table
 
 from .rows import Options, Row
 
-__all__ = ["COLUMNS", "cells", "code", "escape", "notes", "show", "table", "to_json", "to_markdown"]
+__all__ = [
+    "COLUMNS",
+    "cells",
+    "code",
+    "escape",
+    "notes",
+    "show",
+    "table",
+    "to_json",
+    "to_markdown",
+    "window_notes",
+]
 
 COLUMNS = ("cache K/V", "bits/value", "KV MiB", "perplexity", "KLD", "same top token", "needles found")
 _NARROW = ("cache K/V", "bits/\nvalue", "KV MiB", "perplexity", "KLD", "same top\ntoken", "needles\nfound")
@@ -28,13 +40,32 @@ def cells(row: Row) -> list[str]:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """The reasons why rows or cells have no numbers, in sentences."""
+    """The reasons why rows or cells have no numbers, and what the sizes include, in sentences."""
     lines = [f"{row.label} could not be measured: {row.failure}." for row in rows if row.failure]
     without: dict[str, list[str]] = {}
     for row in rows:
         if row.needle_failure:
             without.setdefault(row.needle_failure, []).append(row.label)
-    return lines + [f"Needles of {', '.join(labels)} were not asked for: {why}." for why, labels in without.items()]
+    lines += [f"Needles of {', '.join(labels)} were not asked for: {why}." for why, labels in without.items()]
+    return lines + window_notes([(row.label, row.window_tokens, row.window_type, row.window_mib) for row in rows])
+
+
+def window_notes(rows: Sequence[tuple[str, int, str, float]]) -> list[str]:
+    """What the exact windows are and take: of labels, tokens, types and MiB."""
+    found: dict[str, list[str]] = {}
+    for label, tokens, type, mib in rows:
+        if tokens:
+            found.setdefault(f"the newest {tokens} tokens in {type}, {mib:.2f} MiB", []).append(label)
+    lines = [
+        f"KV MiB of {', '.join(labels)} counts the exact window: {words}; bits/value does not."
+        for words, labels in found.items()
+    ]
+    if found:
+        lines.append(
+            "A batch sees its own tokens exactly, too: KLDs with a window are of batches of 32 tokens, which see little more "
+            "than a token that is generated does."
+        )
+    return lines
 
 
 def table(rows: list[Row]) -> Table:

@@ -59,6 +59,9 @@ class Row:
     distance: int | None = None  #: the fewest characters between a number and its question
     failure: str | None = None
     needle_failure: str | None = None
+    window_tokens: int = 0  #: newest tokens that are kept in window_type, too
+    window_type: str = ""
+    window_mib: float = 0.0
 
     @property
     def label(self) -> str:
@@ -66,12 +69,13 @@ class Row:
 
     @property
     def bits(self) -> float | None:
-        """Bits per value, the mean of K and V."""
+        """Bits per value, the mean of K and V, without the exact window."""
         return None if self.bits_k is None or self.bits_v is None else (self.bits_k + self.bits_v) / 2
 
     @property
     def mib(self) -> float | None:
-        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib
+        """Of K, V and the exact window."""
+        return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib + self.window_mib
 
     @property
     def found(self) -> int:
@@ -102,7 +106,7 @@ def measure(
     """
     measurer = Measurer(options.model, options.text, programs, results, scratch, progress)
     pairs = list(dict.fromkeys([BASELINE, *options.pairs]))
-    runs = [Run(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
+    runs = [Run.as_generated(pair, options.ctx, options.chunks) for pair in pairs if pair != BASELINE]
     missing = [run for run in runs if measurer.stored_quality(run) is None]
     for reason in measurer.unknown_types(missing).values():
         raise ProgramError(reason)
@@ -176,6 +180,9 @@ def _row(
         bits_v=bits_v,
         k_mib=size.k_mib,
         v_mib=size.v_mib,
+        window_tokens=size.window_tokens,
+        window_type=size.window_type,
+        window_mib=size.window_mib,
         ppl=values.ppl,
         ppl_error=values.ppl_error,
         kld=divergence.kld if divergence else None,

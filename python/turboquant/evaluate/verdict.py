@@ -109,7 +109,7 @@ def recommend(candidates: Sequence[Candidate], f16: Candidate, scale: Sequence[B
         return ""
 
     others = [one for one in candidates if one.label != f16.label]
-    fit = sorted((one for one in others if not objection(one)), key=lambda one: (one.bits, one.kld))
+    fit = sorted((one for one in others if not objection(one)), key=lambda one: (one.mib, one.kld))
     if not fit:
         nearest = min(others, key=lambda one: (not one.agree, one.kld), default=None)
         why = f" ({nearest.label} comes nearest, but {objection(nearest)})" if nearest else ""
@@ -123,7 +123,7 @@ def recommend(candidates: Sequence[Candidate], f16: Candidate, scale: Sequence[B
     )
     if best.asked:
         reason += f", with {best.found} of {best.asked} needles found (f16: {f16.found})"
-    below = sorted((one for one in others if one.bits < best.bits), key=lambda one: -one.bits)
+    below = sorted((one for one in others if one.mib < best.mib), key=lambda one: -one.mib)
     if below:
         reason += f". The next smaller, {below[0].label}, is out because {objection(below[0])}"
     return best, reason

@@ -14,6 +14,7 @@ _LINE = re.compile(
 )
 _TYPES = re.compile(r"turboquant: cache types: K (\S+); V (\S+)")
 _WINDOW = re.compile(r"n_swa\s*=\s*(\d+)")
+_EXACT = re.compile(r"turboquant: window: the newest (\d+) tokens in (\S+) \(\d+ of \d+ layers\), ([\d.]+) MiB")
 _UBATCH = 512  # llama.cpp's default batch; its sliding-window caches hold so many tokens more than the window
 
 
@@ -21,17 +22,22 @@ _UBATCH = 512  # llama.cpp's default batch; its sliding-window caches hold so ma
 class CacheSize:
     """Sizes in MiB, and the types of K and V in the cache (``turbo4_64`` for turbo4 and heads of 64 values).
 
-    If layers have different types, because of a plan or the guard, all types are named: ``turbo4_64+q8_0``.
+    If layers have different types, because of a plan or the guard, all types are named: ``turbo4_64+q8_0``. The exact
+    window, which holds the newest tokens in its own type, is counted separately from K and V.
     """
 
     k_mib: float
     v_mib: float
     type_k: str
     type_v: str
+    window_tokens: int = 0  #: 0: there is none
+    window_type: str = ""
+    window_mib: float = 0.0
 
     @property
     def mib(self) -> float:
-        return self.k_mib + self.v_mib
+        """Of K, V and the window."""
+        return self.k_mib + self.v_mib + self.window_mib
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,11 @@ class Caches:
         """Sizes and types as logged. Several types of K or of V are joined with ``+``."""
         return _sum([cache.size for cache in self.caches])
 
-    def at(self, context: int) -> CacheSize:
+    def at(self, context: int, newest: int | None = None) -> CacheSize:
         """Sizes and types for one sequence with a context of `context` tokens.
 
         A cache grows with the context; that of layers with a sliding window grows only up to the window plus a batch.
+        The exact window holds `newest` tokens (by default as many as logged), or all cells if there are fewer.
         """
         sizes = []
         for index, cache in enumerate(self.caches):
@@ -71,7 +78,14 @@ class Caches:
             if self.window and index:
                 cells = min(context, -(-(self.window + _UBATCH) // 256) * 256)
             scale, size = cells / (cache.cells * cache.streams), cache.size
-            sizes.append(CacheSize(size.k_mib * scale, size.v_mib * scale, size.type_k, size.type_v))
+            tokens, mib = size.window_tokens, size.window_mib
+            if tokens:  # every stream has its rows, and one is for what is not kept
+                rows = tokens * cache.streams + 1
+                tokens = min(newest or tokens, cells)
+                mib *= (tokens + 1) / rows
+            sizes.append(
+                CacheSize(size.k_mib * scale, size.v_mib * scale, size.type_k, size.type_v, tokens, size.window_type, mib)
+            )
         return _sum(sizes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,16 +104,22 @@ def parse_caches(log: str) -> Caches:
     Raises:
         ValueError: the log has no such line.
     """
-    found = _LINE.findall(log)
+    found = list(_LINE.finditer(log))
     if not found:
         raise ValueError("no line 'size = … MiB (… cells, … layers, …), K (…): … MiB, V (…): … MiB' in the log")
     window = _WINDOW.search(log)
     types = _TYPES.search(log)
     mixed_k, mixed_v = (_mixed(types[1]), _mixed(types[2])) if types else ("", "")
-    caches = [
-        Cache(int(cells), int(streams), CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v))
-        for cells, _, streams, type_k, k_mib, type_v, v_mib in found
-    ]
+    caches = []
+    logged = 0
+    for line in found:
+        cells, _, streams, type_k, k_mib, type_v, v_mib = line.groups()
+        # a cache's window is logged before its size
+        exact = _EXACT.search(log, logged, line.start())
+        newest = (int(exact[1]), exact[2], float(exact[3])) if exact else (0, "", 0.0)
+        size = CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v, *newest)
+        caches.append(Cache(int(cells), int(streams), size))
+        logged = line.end()
     return Caches(caches, int(window[1]) if window else 0, *(types.groups() if types else ()))
 
 
@@ -128,4 +148,7 @@ def _sum(sizes: list[CacheSize]) -> CacheSize:
         v_mib=round(sum(size.v_mib for size in sizes), 2),
         type_k="+".join(dict.fromkeys(size.type_k for size in sizes)),
         type_v="+".join(dict.fromkeys(size.type_v for size in sizes)),
+        window_tokens=max(size.window_tokens for size in sizes),
+        window_type="+".join(dict.fromkeys(size.window_type for size in sizes if size.window_type)),
+        window_mib=round(sum(size.window_mib for size in sizes), 2),
     )

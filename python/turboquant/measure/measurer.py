@@ -24,18 +24,32 @@ Progress = Callable[[str, int, int], None]
 """A callback with three arguments: the name of the measurement, the steps done, and all steps."""
 
 
+_FEW = 32  # tokens of a batch that sees little more exactly than a token that is generated, and is not slow
+
+
 @dataclass(frozen=True)
 class Run:
-    """One perplexity run of ``chunks`` chunks of ``ctx`` tokens, in batches or (with `decode`) token by token."""
+    """One perplexity run of ``chunks`` chunks of ``ctx`` tokens, in batches or (with `decode`) token by token.
+
+    ``batch`` is the number of tokens that are evaluated together; None is llama.cpp's default of 512.
+    """
 
     pair: CachePair
     ctx: int
     chunks: int
     decode: bool = False
+    batch: int | None = None
+
+    @classmethod
+    def as_generated(cls, pair: CachePair, ctx: int, chunks: int) -> Run:
+        """Batches that lose what generated text loses: with an exact window a batch sees all of its own tokens exactly."""
+        windowed = pair.may_have_window and (pair.window is None or pair.window.tokens > 0)
+        return cls(pair, ctx, chunks, batch=_FEW if windowed else None)
 
     @property
     def label(self) -> str:
         how = ", token by token" if self.decode else ""
+        how += f", window {self.pair.window}" if self.pair.window else ""
         return f"perplexity {self.pair} ({self.chunks} x {self.ctx}{how})"
 
 
@@ -106,7 +120,7 @@ class Measurer:
         return {
             **self._common,
             "what": "base" if base else "perplexity", "text": self.text_hash, "pair": run.pair.identity,
-            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode,
+            "ctx": run.ctx, "chunks": run.chunks, "decode": run.decode, **({"batch": run.batch} if run.batch else {}),
         }
 
     def base(self, ctx: int, chunks: int) -> Quality | None:
@@ -153,8 +167,9 @@ class Measurer:
                 step = stepper(self.progress, run.label, chunks)
                 try:
                     divergence, caches = perplexity.run_divergence(
-                        self.programs, self.model, base, run.pair, **limits, decode=run.decode, on_chunk=step
-                    )
+                        self.programs, self.model, base, run.pair, **limits, decode=run.decode, batch=run.batch,
+                        on_chunk=step,
+                    )  # fmt: skip
                 except ProgramError as error:
                     if failed is None:
                         raise

@@ -1,15 +1,16 @@
-"""Pairs of a K type and a V type: their names on the command line, and their bits per value."""
+"""Pairs of a K type and a V type, with their exact window: names on the command line, and bits per value."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._types import types
 
-__all__ = ["CachePair", "bits_per_value", "block_of", "parse_pairs"]
+__all__ = ["CachePair", "Window", "bits_per_value", "block_of", "parse_pairs"]
 
 # (values, bytes) of a block of llama.cpp's own cache types; fixed by the GGUF format.
 _STOCK = {
@@ -27,16 +28,48 @@ _BLOCKS = _STOCK | {info.name: (info.block, info.block_bytes) for info in types(
 
 
 @dataclass(frozen=True)
+class Window:
+    """The exact window: the newest `tokens` of every layer with a turbo type are kept in `type`, too; 0: none are."""
+
+    tokens: int = 256
+    type: str = "q8_0"
+
+    VARIABLE = "LLAMA_ARG_CACHE_WINDOW"
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """Read what ``--cache-window`` takes: ``"256"`` or ``"256:f16"``.
+
+        Raises:
+            ValueError: no number of tokens, or a type that a window cannot have.
+        """
+        number, colon, type = text.partition(":")
+        if not re.fullmatch("[0-9]{1,6}", number) or (colon and type not in ("q8_0", "f16")):
+            raise ValueError(f"window: got {text!r}, wanted tokens and a type, q8_0 or f16: 256 or 256:f16; 0 is none")
+        return cls(int(number), type or cls.type)
+
+    @classmethod
+    def default(cls) -> Window:
+        """What llama.cpp's programs take by themselves. ValueError if the variable that tells them is wrong."""
+        given = os.environ.get(cls.VARIABLE)
+        return cls.parse(given) if given else cls()
+
+    def __str__(self) -> str:
+        return f"{self.tokens}:{self.type}" if self.tokens else "0"
+
+
+@dataclass(frozen=True)
 class CachePair:
     """The types of a cache's K and V, e.g. ``CachePair("q8_0", "turbo3")``.
 
     ``CachePair("auto", "auto", plan)`` stands for the types of a plan file. Without a plan file, "auto" stands for the
-    plan in the model's metadata.
+    plan in the model's metadata. A `window` of None is llama.cpp's default; see `with_window`.
     """
 
     k: str
     v: str
     plan: Path | None = None
+    window: Window | None = None
 
     @classmethod
     def parse(cls, text: str) -> CachePair:
@@ -56,14 +89,24 @@ class CachePair:
         return self.k if self.k == self.v else f"{self.k}/{self.v}"
 
     @property
+    def may_have_window(self) -> bool:
+        """Whether a layer may have an exact window: it needs a turbo type."""
+        return any(name == "auto" or name.startswith("turbo") for name in (self.k, self.v))
+
+    def with_window(self, window: Window | None) -> CachePair:
+        """The same types with that window; a pair that cannot have one is the same with any."""
+        return replace(self, window=window if self.may_have_window else None)
+
+    @property
     def arguments(self) -> list[str]:
         """The options that select these types in llama.cpp's programs; a plan also needs `environment`."""
         return ["-ctk", self.k, "-ctv", self.v]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables for the programs, because llama-bench has no option for a plan."""
-        return {"LLAMA_ARG_CACHE_PLAN": str(self.plan)} if self.plan else {}
+        """Environment variables for the programs, because llama-bench has no options for a plan and a window."""
+        plan = {"LLAMA_ARG_CACHE_PLAN": str(self.plan)} if self.plan else {}
+        return plan | ({Window.VARIABLE: str(self.window)} if self.window else {})
 
     @property
     def identity(self) -> str:
@@ -72,7 +115,8 @@ class CachePair:
         Raises:
             OSError: the plan cannot be read.
         """
-        return f"plan {hashlib.sha256(self.plan.read_bytes()).hexdigest()}" if self.plan else str(self)
+        types = f"plan {hashlib.sha256(self.plan.read_bytes()).hexdigest()}" if self.plan else str(self)
+        return f"{types}, window {self.window}" if self.window else types
 
 
 def parse_pairs(text: str) -> list[CachePair]:

@@ -189,17 +189,19 @@ def run_divergence(
     ctx: int,
     chunks: int,
     decode: bool = False,
+    batch: int | None = None,
     on_chunk: Callable[[int], None] | None = None,
 ) -> tuple[Divergence, Caches]:
     """Measure a pair of cache types against the predictions in `base` (made by `run_base` with the same model).
 
     With `decode` every token is evaluated alone, as when text is generated. Other kernels run then than for a batch.
+    Without it, batches have `batch` tokens, or llama.cpp's default number.
 
     Raises:
         ProgramError: the run failed or printed unexpected output.
     """
     arguments = [*_arguments(model, pair, ctx, chunks, base), "--kl-divergence"]
-    arguments += ["-b", "1", "-ub", "1"] if decode else []
+    arguments += ["-b", "1", "-ub", "1"] if decode else ["-ub", str(batch)] if batch else []
     result = programs.run(
         "llama-perplexity",
         arguments,

@@ -104,12 +104,23 @@ class Programs:
         Raises:
             ProgramError: llama-perplexity is missing or does not run.
         """
+        return parse_cache_types(self._help())
+
+    def knows_window(self) -> bool:
+        """Whether the build has the exact window, as its --help says.
+
+        Raises:
+            ProgramError: llama-perplexity is missing or does not run.
+        """
+        return "--cache-window" in self._help()
+
+    def _help(self) -> str:
         command = [str(self.path("llama-perplexity")), "--help"]
         try:
             done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
         except OSError as error:
             raise ProgramError(f"cannot start {command[0]}: {error}") from error
-        return parse_cache_types(done.stdout + done.stderr)
+        return done.stdout + done.stderr
 
     def run(
         self,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 from ..errors import TurboQuantError
 from ..llama.files import last_lines
+from ..measure.pairs import Window
 from ..measure.programs import Programs
 from ..measure.results import Results, file_hash
 from ..measure.scratch import scratch_folder
@@ -98,7 +100,7 @@ class Meter:
         self._common = {
             "what": "tune", "format": _FORMAT, "build": programs.fingerprint(), "model": file_hash(model, results),
             "text": file_hash(text, results), "span": asdict(span), "threads": programs.threads,
-            "gpu_layers": programs.gpu_layers,
+            "gpu_layers": programs.gpu_layers, "window": 0,
         }  # fmt: skip
         self._info: Info | None = None
 
@@ -212,9 +214,10 @@ class Meter:
             str(self._folder / "f16.kld"),
         ]  # fmt: skip
         try:
+            # A batch with an exact window sees its own tokens exactly: what a type costs would not be seen.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
-                errors="replace",
+                errors="replace", env={**os.environ, Window.VARIABLE: "0"},
             )  # fmt: skip
         except OSError as error:
             raise MeasureError(f"{command[0]} could not be started: {error}") from error

@@ -46,6 +46,12 @@ def show(done: Tuned, console: Console) -> None:
         f"KLD on {done.scored[1]} tokens that the plan was not tuned on, and {done.predicted:.4f} predicted for the text "
         f"that it was tuned on, where any change of the cache costs {done.floor:.4f}."
     )
+    if windows := [one.window_mib for one in rows if one.window_mib]:
+        say(
+            f"MiB counts the exact window, the newest {done.window.tokens} tokens in {done.window.type}: "
+            f"{max(windows):.2f} MiB where every layer has a turbo type. Bits are those of K and V, and the KLD is without "
+            "a window."
+        )
     better = [
         one for one in done.uniform
         if one.measured and done.result.measured and one.bits <= done.result.bits + 1e-9

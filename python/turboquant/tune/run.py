@@ -17,7 +17,7 @@ from ..llama.build import where
 from ..llama.paths import bundled_text, cache_dir
 from ..llama.progress import Reporter, Track, duration
 from ..measure.capture import check_model
-from ..measure.pairs import CachePair
+from ..measure.pairs import CachePair, Window
 from ..measure.programs import Programs
 from ..measure.results import Results, file_hash
 from ..models.modelfile import ModelFile
@@ -50,7 +50,7 @@ class Goal:
     """The goal; exactly one field is set."""
 
     bits: float | None = None  #: mean bits per value of K and V
-    mib: float | None = None  #: size of the cache at the context, in MiB
+    mib: float | None = None  #: size of the cache at the context, including the exact window, in MiB
     kld: float | None = None  #: KLD on the text of the check, in nats per token
 
     def __post_init__(self) -> None:
@@ -92,8 +92,9 @@ class Candidate:
     bits_k: float
     bits_v: float
     bits: float
-    mib: float
+    mib: float  #: of K, V and the exact window
     measured: Measured | None
+    window_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Tuned:
     uniform: list[Candidate]
     frontier: list[tuple[float, float]]  #: bits per value and predicted KLD, for many budgets
     scored: tuple[int, int]  #: tokens scored by a run, for tuning and for the check
+    window: Window  #: the exact window that the sizes include; all measurements are made without one
     replaced: bool  #: whether a plan of that name was replaced
 
 
@@ -179,6 +181,10 @@ class _Tuner:
         self.options, self.text, self.tuning, self.check, self.work = options, text, tuning, check, work
         self.shape = tuning.shape()
         self.context = options.context or min(self.shape.context or _CHECK_CONTEXT, 32768)
+        try:
+            self.window = Window.default()
+        except ValueError as error:
+            raise TuneError(f"{Window.VARIABLE}: {error}") from error
         self.slots = [(side, number) for side in "kv" for number, _ in self.shape.cached()]
         given = tuple(options.types or DEFAULT_TYPES)
         self.types = {"k": given, "v": given if options.types else tuple(type for type in given if type != "f16")}
@@ -198,7 +204,7 @@ class _Tuner:
         scored = (self.tuning.scored, self.check.scored)
         return Tuned(
             plan, self.shape, self.context, costs, floor, predicted, result, uniform, self._frontier(items, floor),
-            scored, False,
+            scored, self.window, False,
         )  # fmt: skip
 
     # ---- before the long work ----
@@ -221,12 +227,14 @@ class _Tuner:
                      for slot in self.slots]  # fmt: skip
             cheapest = sum(min(choice.cost for choice in item) for item in items)
             dearest = sum(max(choice.cost for choice in item) for item in items)
-            if self._budget() < cheapest * (1 - 1e-9):
+            if self._budget(self._most_window()) < cheapest * (1 - 1e-9):
                 unit, scale = ("bits per value", 1 / self.shape.values(self.context)) if goal.bits else (
                     f"MiB at a context of {self.context} tokens", 1 / 8 / (1 << 20))  # fmt: skip
+                window = 0.0 if goal.bits else self._most_window()
+                more = f", and up to {window:.4g} MiB for the exact window of {self.window}" if window else ""
                 raise TuneError(
                     f"{goal} cannot be met: with {', '.join(self.types['k'])} this model's cache takes from "
-                    f"{cheapest * scale:.4g} to {dearest * scale:.4g} {unit}"
+                    f"{cheapest * scale:.4g} to {dearest * scale:.4g} {unit}{more}"
                 )
 
     def _check_text(self) -> None:
@@ -316,19 +324,37 @@ class _Tuner:
         cells = self.shape.cells(layer, self.context)
         return [Choice(type, layer.bits(side, type) * cells, costs[type]) for type in self.types[side]]
 
-    def _budget(self) -> float:
+    def _budget(self, window_mib: float) -> float:
+        """The bits that K and V may take beside an exact window of that size."""
         goal = self.options.goal
         if goal.bits is not None:
             return goal.bits * self.shape.values(self.context)
         assert goal.mib is not None
-        return goal.mib * 8 * (1 << 20)
+        return (goal.mib - window_mib) * 8 * (1 << 20)
+
+    def _allocate(self, items: list[list[Choice]]) -> list[Choice]:
+        """What the budget buys; a plan without turbo types has no window to pay for."""
+        chosen = allocate(items, self._budget(0.0))
+        plan = Plan(*self._types_of(chosen))
+        window, spent = self.shape.window_mib(plan, self.context, self.window), self.shape.mib(plan, self.context)
+        if self.options.goal.mib is None or spent + window <= self.options.goal.mib:
+            return chosen
+        return allocate(items, self._budget(self._most_window()))
+
+    def _most_window(self) -> float:
+        """The exact window's MiB if every layer has a turbo type."""
+        turbo = next((type for types in self.types.values() for type in types if type.startswith("turbo")), None)
+        if turbo is None:
+            return 0.0
+        k, v = self._uniform(CachePair(turbo, turbo))
+        return self.shape.window_mib(Plan(tuple(k), tuple(v)), self.context, self.window)
 
     def _solve(
         self, items: list[list[Choice]], floor: float, uniform: Sequence[Candidate]
     ) -> tuple[list[Choice], Candidate]:
         limit = self.options.goal.kld
         if limit is None:
-            chosen = allocate(items, self._budget())
+            chosen = self._allocate(items)
             return chosen, self._candidate("plan", *self._types_of(chosen))
         # After the first attempt the ratio of the KLDs on the two texts is known.
         own_floor = min([one.measured.kld for one in uniform if one.measured], default=floor)
@@ -364,7 +390,8 @@ class _Tuner:
         measured = self._run(self.check, (list(k), list(v)), f"checking {label}")
         plan, shape, context = Plan(tuple(k), tuple(v)), self.shape, self.context
         k_bits, v_bits, bits = (shape.mean_bits(plan, context, sides) for sides in ("k", "v", "kv"))
-        return Candidate(label, k_bits, v_bits, bits, shape.mib(plan, context), measured)
+        window = shape.window_mib(plan, context, self.window)
+        return Candidate(label, k_bits, v_bits, bits, shape.mib(plan, context) + window, measured, window)
 
     def _frontier(self, items: list[list[Choice]], floor: float) -> list[tuple[float, float]]:
         low, high, values = least(items), most(items), self.shape.values(self.context)
@@ -391,6 +418,7 @@ class _Tuner:
             "context": self.context,
             "bits": {"k": round(result.bits_k, 4), "v": round(result.bits_v, 4), "mean": round(result.bits, 4)},
             "mib": round(result.mib, 3),
+            "window": {"counted": str(self.window), "mib": round(result.window_mib, 3)},
             "kld": {"predicted": round(predicted, 6), "measured": round(measured.kld, 6), "error": round(measured.error, 6)},
             "same_top": round(measured.same_top, 4),
         }
