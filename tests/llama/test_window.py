@@ -18,9 +18,9 @@ from make_model import Shape, write_model
 from window_oracle import Cache, Model, Twin, max_kld
 
 ONE = Shape(layers=1, heads=8, kv_heads=2)
-#: The largest KLD of a token to the oracle, whose sums are float64: 3e-6, and 8e-5 where another sum rounds a value to
-#: another level. A window of one cell less: 2e-2.
-LIMIT = 5e-4
+#: The largest KLD of a token to the oracle, whose sums are float64: 3e-6. Where another sum rounds a value to another
+#: level, mostly up to 3e-3 (once in 200 runs of the soak). A window of one cell less: 2e-2.
+LIMIT = 4e-3
 #: q8_0 is rotated by llama.cpp before it is rounded, which the oracle does not do (measured: 2e-3).
 ROTATED = 5e-3
 #: A stale slot must stand out at least as far as this.

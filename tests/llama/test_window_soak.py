@@ -23,9 +23,9 @@ SHAPE = Shape(layers=1, heads=4, kv_heads=2, head=128)
 SECONDS = float(os.environ.get("TURBOQUANT_SOAK_SECONDS", "30"))
 SEED = int(os.environ.get("TURBOQUANT_SOAK_SEED", "1"))
 STEPS = 60
-#: The largest KLD of a token to the oracle: 1e-5, and 3e-3 in 1 of 100 runs, where another sum rounds a value to
-#: another level. What a stale slot makes is mostly above 0.1.
-LIMIT = 1e-2
+#: The largest KLD of a token to the oracle: mostly 1e-5. Where another sum rounds a value to another level, it is up to
+#: 1.4e-2 (once in 350 seeds, with or without a window). What a stale slot makes is mostly above 0.1.
+LIMIT = 5e-2
 
 
 class Soak:
