@@ -117,35 +117,29 @@ bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
     }
 }
 
+// The address and the strides of rows, as the kernels take them.
+template <typename T>
+void take_rows(const turbo_rows & from, const T *& data, int64_t & row, int64_t & head, int64_t & stream) {
+    data   = (const T *) from.data;
+    row    = from.row_bytes;
+    head   = from.head_bytes;
+    stream = from.stream_bytes;
+}
+
 // The exact rows as the decode kernel takes them; false if it does not.
 bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
     if (a.slots.type_k != a.slots.type_v ||
         !tq::kv_of_type(a.slots.type_k == GGML_TYPE_F16 ? TQ_ROW_F16 : TQ_ROW_Q8_0, (int) a.head_k, exact.type)) {
         return false;
     }
-    exact.slots          = a.slots.n_kv;
-    exact.k              = a.slots.k.data;
-    exact.k_row          = a.slots.k.row_bytes;
-    exact.k_head         = a.slots.k.head_bytes;
-    exact.k_stream       = a.slots.k.stream_bytes;
-    exact.v              = a.slots.v.data;
-    exact.v_row          = a.slots.v.row_bytes;
-    exact.v_head         = a.slots.v.head_bytes;
-    exact.v_stream       = a.slots.v.stream_bytes;
-    exact.batch_k        = (const float *) a.batch.k.data;
-    exact.batch_k_row    = a.batch.k.row_bytes;
-    exact.batch_k_head   = a.batch.k.head_bytes;
-    exact.batch_k_stream = a.batch.k.stream_bytes;
-    exact.batch_v        = (const float *) a.batch.v.data;
-    exact.batch_v_row    = a.batch.v.row_bytes;
-    exact.batch_v_head   = a.batch.v.head_bytes;
-    exact.batch_v_stream = a.batch.v.stream_bytes;
-    exact.mask           = a.slots.mask.data;
-    exact.mask_token     = a.slots.mask.row_bytes;
-    exact.mask_head      = a.slots.mask.head_bytes;
-    exact.mask_stream    = a.slots.mask.stream_bytes;
-    exact.mask_heads     = (int) a.slots.mask_heads;
-    exact.mask_streams   = (int) a.slots.mask_streams;
+    exact.slots = a.slots.n_kv;
+    take_rows(a.slots.k, exact.k, exact.k_row, exact.k_head, exact.k_stream);
+    take_rows(a.slots.v, exact.v, exact.v_row, exact.v_head, exact.v_stream);
+    take_rows(a.batch.k, exact.batch_k, exact.batch_k_row, exact.batch_k_head, exact.batch_k_stream);
+    take_rows(a.batch.v, exact.batch_v, exact.batch_v_row, exact.batch_v_head, exact.batch_v_stream);
+    take_rows(a.slots.mask, exact.mask, exact.mask_token, exact.mask_head, exact.mask_stream);
+    exact.mask_heads   = (int) a.slots.mask_heads;
+    exact.mask_streams = (int) a.slots.mask_streams;
     return a.batch.n_kv == a.tokens;
 }
 
@@ -161,22 +155,10 @@ bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     call.streams      = (int) a.streams;
     call.kv_streams   = (int) a.kv_streams;
     call.n_kv         = a.n_kv;
-    call.q            = (const float *) a.q.data;
-    call.q_token      = a.q.row_bytes;
-    call.q_head       = a.q.head_bytes;
-    call.q_stream     = a.q.stream_bytes;
-    call.k            = a.k.data;
-    call.k_row        = a.k.row_bytes;
-    call.k_head       = a.k.head_bytes;
-    call.k_stream     = a.k.stream_bytes;
-    call.v            = a.v.data;
-    call.v_row        = a.v.row_bytes;
-    call.v_head       = a.v.head_bytes;
-    call.v_stream     = a.v.stream_bytes;
-    call.mask         = a.mask.data;
-    call.mask_token   = a.mask.row_bytes;
-    call.mask_head    = a.mask.head_bytes;
-    call.mask_stream  = a.mask.stream_bytes;
+    take_rows(a.q, call.q, call.q_token, call.q_head, call.q_stream);
+    take_rows(a.k, call.k, call.k_row, call.k_head, call.k_stream);
+    take_rows(a.v, call.v, call.v_row, call.v_head, call.v_stream);
+    take_rows(a.mask, call.mask, call.mask_token, call.mask_head, call.mask_stream);
     call.mask_heads   = (int) a.mask_heads;
     call.mask_streams = (int) a.mask_streams;
     call.sinks        = a.sinks;
