@@ -61,11 +61,14 @@ def test_batched_bench_accepts(build, prose_model, ctk: str, ctv: str) -> None:
 def test_draft_model(build, prose_model, tmp_path, draft: tuple[str, str]) -> None:
     """The model is its own draft model. The draft's cache has separate types, and the text is that without a draft."""
     texts = []
-    extra = ("-md", prose_model, "-ctkd", draft[0], "-ctvd", draft[1], "--spec-draft-n-max", 4)
+    types = ("-ctkd", draft[0], "-ctvd", draft[1])
+    extra = ("-md", prose_model, *types, "--spec-type", "draft-simple", "--spec-draft-n-max", 4)
     for args in ((), extra):
         log = tmp_path / f"server{len(args)}.log"
         with Server(build, prose_model, "-c", 512, "-np", 1, "-v", *args, log=log) as server:
-            texts.append(server.complete(PROMPT, 24)["content"])
+            reply = server.complete(PROMPT, 24)
+            texts.append(reply["content"])
+            assert (reply["timings"].get("draft_n", 0) > 0) == bool(args), "whether the draft model was used"
             types = [(size["type_k"], size["type_v"]) for size in kv_sizes(server.log)]
     assert draft in types and ("f16", "f16") in types, types
     assert texts[0][:20] == texts[1][:20]

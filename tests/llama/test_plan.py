@@ -321,7 +321,7 @@ def test_draft_has_its_own(build, prose_model, tmp_path) -> None:
     """The model is its own draft model: the first context uses the plan, the second the draft's plan or types."""
     main = write(tmp_path / "main.json", MIXED_K, MIXED_V)
     draft = write(tmp_path / "draft.json", ["turbo4"] * 6, ["q8_0"] * 6)
-    args = ("-c", 512, "-np", 1, "-v", "-md", prose_model, "--spec-draft-n-max", 4, "--cache-plan", main)
+    args = ("-c", 512, "-np", 1, "-v", "-md", prose_model, "--spec-type", "draft-simple", "--cache-plan", main)
     for number, (extra, expected) in enumerate((
         ((), set()),  # f16
         (("-ctkd", "turbo3", "-ctvd", "turbo3"), {("turbo3*6", "turbo3*6")}),
