@@ -61,8 +61,8 @@ def test_batched_bench_accepts(build, prose_model, ctk: str, ctv: str) -> None:
 def test_draft_model(build, prose_model, tmp_path, draft: tuple[str, str]) -> None:
     """The model is its own draft model. The draft's cache has separate types, and the text is that without a draft."""
     texts = []
-    types = ("-ctkd", draft[0], "-ctvd", draft[1])
-    extra = ("-md", prose_model, *types, "--spec-type", "draft-simple", "--spec-draft-n-max", 4)
+    cache = ("-ctkd", draft[0], "-ctvd", draft[1])
+    extra = ("-md", prose_model, *cache, "--spec-type", "draft-simple", "--spec-draft-n-max", 4)
     for args in ((), extra):
         log = tmp_path / f"server{len(args)}.log"
         with Server(build, prose_model, "-c", 512, "-np", 1, "-v", *args, log=log) as server:
