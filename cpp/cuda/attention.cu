@@ -71,23 +71,14 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 // One thread block to a query row: merges its parts and the sink. Warp w takes parts w, w + warps, ...
 constexpr int most_merge_warps = 32;
 
-// One block per multiprocessor: with registers for two, the compiler waits for each part before it loads the next.
-template <int D>
-__global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
-                 int parts, bool rotated) {
-    constexpr int P = D / 32, V = P < 4 ? P : 4; // elements of a lane; of one load
-    __shared__ __align__(16) float sums[most_merge_warps * D];
-    __shared__ float totals[most_merge_warps];
-    const int64_t row = blockIdx.x;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    partial += row * parts * D;
-    states += row * parts;
+// Values of a lane in a part that is read from memory: V at a time, V * lane + 32 * j and those after it.
+template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
 
-    let_next_start();
-    wait_for_previous();
-    const SoftmaxState sink = sink_state(sinks, int(row % heads));
-    Merged<P> own(largest_of(sink, states, 1, parts, lane));
+// Adds parts warp, warp + warps, ... of a query row.
+template <int D>
+__device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * partial, const SoftmaxState * states,
+                                          int parts, int warp, int warps, int lane) {
+    constexpr int P = D / 32, V = values_at_once<D>;
     constexpr int batch = 4; // parts whose loads are under way at once
 #pragma unroll 1
     for (int first = warp; first < parts; first += batch * warps) {
@@ -117,6 +108,26 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
 #pragma unroll
         for (int b = 0; b < batch; ++b) own.add(part[b], x[b]);
     }
+}
+
+// One block per multiprocessor: with registers for two, the compiler waits for each part before it loads the next.
+template <int D>
+__global__ void __launch_bounds__(32 * most_merge_warps, 1)
+    merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
+                 int parts, bool rotated) {
+    constexpr int P = D / 32, V = values_at_once<D>;
+    __shared__ __align__(16) float sums[most_merge_warps * D];
+    __shared__ float totals[most_merge_warps];
+    const int64_t row = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    partial += row * parts * D;
+    states += row * parts;
+
+    let_next_start();
+    wait_for_previous();
+    const SoftmaxState sink = sink_state(sinks, int(row % heads));
+    Merged<P> own(largest_of(sink, states, 1, parts, lane));
+    add_parts<D>(own, partial, states, parts, warp, warps, lane);
 #pragma unroll
     for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = own.y[j];
     if (lane == 0) totals[warp] = own.sum;
@@ -174,7 +185,7 @@ template <int D> __device__ __forceinline__ float add_warps(const float * sums, 
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     exact_merge_kernel(const __grid_constant__ AttentionCall call, bool rotated) {
-    constexpr int P = D / 32;
+    constexpr int P = D / 32, V = values_at_once<D>;
     __shared__ __align__(16) float sums[most_merge_warps * D];
     __shared__ float totals[most_merge_warps], merged[D];
     extern __shared__ float scores[];
@@ -206,23 +217,34 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     const float slope = a.max_bias <= 0             ? 1.0f
                         : head < call.slope_heads   ? powf(call.slope0, float(head + 1))
                                                     : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    for (int r = warp; r < exact_rows; r += warps) {
-        const float bias = __half2float(mask[r]);
-        float score = -INFINITY; // a hidden row is not read
-        if (bias != -INFINITY) {
+    constexpr int at_once = D <= 128 ? 4 : 2; // rows whose loads are under way
+    for (int first = warp; first < exact_rows; first += at_once * warps) {
+        float bias[at_once], k[at_once][P];
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            const int r = first + i * warps;
+            bias[i] = r < exact_rows ? __half2float(mask[r]) : -INFINITY;
+            if (bias[i] == -INFINITY) continue; // a hidden row is not read
             const bool batch = r >= x.slots;
-            float k[P], dot = 0;
             load_exact<D>(x, batch ? at(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream, r - int(x.slots))
-                                   : at(x.k, x.k_row, x.k_head, x.k_stream, r), batch, lane, k);
-#pragma unroll
-            for (int j = 0; j < P; ++j) dot += q[j] * k[j];
-#pragma unroll
-            for (int h = 16; h > 0; h /= 2) dot += __shfl_xor_sync(all_lanes, dot, h);
-            score = dot * a.scale;
-            if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
-            score = (score + slope * bias) * log2e;
+                                   : at(x.k, x.k_row, x.k_head, x.k_stream, r), batch, lane, k[i]);
         }
-        if (lane == 0) scores[r] = score;
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            const int r = first + i * warps;
+            float score = -INFINITY;
+            if (bias[i] != -INFINITY) {
+                float dot = 0;
+#pragma unroll
+                for (int j = 0; j < P; ++j) dot += q[j] * k[i][j];
+#pragma unroll
+                for (int h = 16; h > 0; h /= 2) dot += __shfl_xor_sync(all_lanes, dot, h);
+                score = dot * a.scale;
+                if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
+                score = (score + slope * bias[i]) * log2e;
+            }
+            if (lane == 0 && r < exact_rows) scores[r] = score;
+        }
     }
     __syncthreads();
 
@@ -235,27 +257,30 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
 
     // the cache's rows
     Merged<P> blocks(largest);
-    for (int i = warp; i < parts; i += warps) {
-        float y[P];
+    add_parts<D>(blocks, partial, states, parts, warp, warps, lane);
 #pragma unroll
-        for (int j = 0; j < P; ++j) y[j] = saw_rows(states[i]) ? partial[int64_t(i) * D + lane + 32 * j] : 0.0f;
-        blocks.add(states[i], y);
-    }
-#pragma unroll
-    for (int j = 0; j < P; ++j) sums[warp * D + lane + 32 * j] = blocks.y[j];
+    for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = blocks.y[j];
     // the exact rows
     float exact[P] = {}, total = 0;
-    for (int r = warp; r < exact_rows; r += warps) {
-        const float score = scores[r];
-        if (score == -INFINITY) continue;
-        const float weight = exp2f(score - largest);
-        total += weight;
-        const bool batch = r >= x.slots;
-        float v[P];
-        load_exact<D>(x, batch ? at(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream, r - int(x.slots))
-                               : at(x.v, x.v_row, x.v_head, x.v_stream, r), batch, lane, v);
+    for (int first = warp; first < exact_rows; first += at_once * warps) {
+        float score[at_once], v[at_once][P];
 #pragma unroll
-        for (int j = 0; j < P; ++j) exact[j] += weight * v[j];
+        for (int i = 0; i < at_once; ++i) {
+            const int r = first + i * warps;
+            score[i] = r < exact_rows ? scores[r] : -INFINITY;
+            if (score[i] == -INFINITY) continue;
+            const bool batch = r >= x.slots;
+            load_exact<D>(x, batch ? at(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream, r - int(x.slots))
+                                   : at(x.v, x.v_row, x.v_head, x.v_stream, r), batch, lane, v[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) {
+            if (score[i] == -INFINITY) continue;
+            const float weight = exp2f(score[i] - largest);
+            total += weight;
+#pragma unroll
+            for (int j = 0; j < P; ++j) exact[j] += weight * v[i][j];
+        }
     }
     if (lane == 0) totals[warp] = blocks.sum + total;
     __syncthreads();
