@@ -155,7 +155,7 @@ typedef struct tq_attention_report {
     int64_t left_out;
 } tq_attention_report;
 
-/* An exact window: the newest rows of K and V in other types, which attention reads in place of the last encoded ones. */
+/* An exact window: the newest rows of K and V in other types, which attention reads instead of the last encoded rows. */
 typedef struct tq_attention_window {
     const void * k;              /* [n_kv_head][rows] rows of head_k values */
     const void * v;              /* [n_kv_head][rows] rows of head_v values */

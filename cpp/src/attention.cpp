@@ -486,7 +486,7 @@ tq_status tq_attention(const tq_attention_args * args) {
                     mask[size_t(m)] = static_cast<const float *>(mask[size_t(m)]) + n_old;
                 left_out += partial_of(kernel, near, queries, 0, w.rows, newest.get(), scratch.get());
                 for (int64_t m = 0; m < rows; ++m) {
-                    if (a.type_v != w.type_v) { // each in a domain of its own
+                    if (a.type_v != w.type_v) { // the two sums are in different domains
                         tq_attention_unrotate(a.type_v, partial.get() + m * stride, a.head_v);
                         tq_attention_unrotate(w.type_v, newest.get() + m * stride, a.head_v);
                     }

@@ -13,7 +13,7 @@ from ._types import PLAIN, CacheType, TypeInfo, resolve_cache
 
 #: Rows of K and of V, floats (..., n_kv_head, rows, head).
 Window = tuple[ArrayLike, ArrayLike]
-#: The cache types that are floats, and NumPy's names of them.
+#: The cache types that are floats, with their names in NumPy.
 _FLOATS = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
@@ -87,7 +87,7 @@ def attention(
     Raises:
         TypeError, ValueError: the text names the argument, its shape or dtype, and what is required.
 
-    The part over the window and the part over the other rows each have a maximum, a sum and an output, which are merged.
+    The parts over the window and over the other rows each have a maximum, a sum and an output, which are merged.
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (arXiv 1805.02867), section 3.
     """
     info_k, info_v = resolve_cache(type_k, "type_k"), resolve_cache(type_v, "type_v")
@@ -145,7 +145,7 @@ def _cache_rows(array: ArrayLike, info: TypeInfo | CacheType, argument: str) -> 
     if _FLOATS.get(info.name) == floats.dtype.name:
         return np.ascontiguousarray(floats).view(np.uint8)
     rows = byte_array(floats, argument)
-    # the core reads floats of 32 bits where they lie
+    # the core needs aligned 32-bit floats
     return rows.copy() if info.name == "f32" and rows.ctypes.data % 4 else rows
 
 

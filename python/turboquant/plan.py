@@ -322,11 +322,11 @@ class CacheShape:
         return self.total_bits(plan, context, sides) / 8 / (1 << 20)
 
     def window_mib(self, plan: Plan, context: int, window: Window) -> float:
-        """The size of the exact window beside a cache with that plan in MiB: of the layers with a turbo type."""
+        """The size in MiB of the exact window with that plan: only layers with a turbo type have one."""
         bits = 0.0
         for number, layer in self.cached():
             if any((types[number] or "").startswith("turbo") for types in (plan.k, plan.v)):
-                rows = min(window.tokens, self.cells(layer, context)) + 1  # one for what is not kept
+                rows = min(window.tokens, self.cells(layer, context)) + 1  # one more row receives tokens without a slot
                 bits += rows * sum(layer.bits(side, window.type) for side in "kv")
         return bits / 8 / (1 << 20) if window.tokens else 0.0
 

@@ -100,7 +100,7 @@ class Checker:
     def _kld(self, model: Path, pair: CachePair, what: str) -> tuple[float, Caches]:
         with self._reporter.track(f"predicting with {what}", self._chunks) as track:
             try:
-                # Without a window: these few tokens would be read from it, and those of a long text are not.
+                # There is no window, because these few tokens would all be read from it, unlike a long context.
                 found, caches = run_divergence(
                     self._programs, model, self._base, pair.with_window(Window(0)), ctx=self._context,
                     chunks=self._chunks, on_chunk=track.update,

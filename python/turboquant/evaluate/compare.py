@@ -189,7 +189,7 @@ class _Work:
         self._costs[label] = self._costs.get(label, 0.0) + cost
 
     def drop(self, label: str) -> None:
-        """It need not be measured after all."""
+        """Remove a step that turned out to be unnecessary."""
         self._costs.pop(label, None)
 
     def step(self, label: str, done: int, total: int) -> None:
@@ -229,8 +229,7 @@ def compare(
     depths = needle_depths(options, model)
     cells = _cells(measurer, options, model, depths)
     batched = {pair: Run.as_generated(pair, options.ctx, options.chunks) for pair in options.all_pairs}
-    # A batch sees all of its own tokens exactly, and a single token the window alone: only without one are the paths to
-    # find the same.
+    # The paths can only be compared without a window: a batch sees its own tokens exactly, a single token does not.
     plain = {pair: pair.with_window(Window(0)) for pair in options.all_pairs}
     ctx, chunks = options.decode_ctx, options.decode_chunks
     short = {pair: Run(plain[pair], ctx, chunks) for pair in options.all_pairs}

@@ -358,7 +358,7 @@ def _scatter(report: Comparison, rows: list[Measured]) -> dict[str, Any]:
         "id": "quality-bits",
         "title": "Quality against size",
         "caption": "Lower left is better. Dotted: where the loss stops being none, small, moderate, large. "
-        "Bits of K and V, without the exact window.",
+        "Bits are those of K and V, without the exact window.",
         "height": 420,
         "traces": [{
             "type": "scatter", "mode": "markers+text", "x": [row.bits for row in others], "y": klds,

@@ -51,7 +51,7 @@ def notes(rows: list[Row]) -> list[str]:
 
 
 def window_notes(rows: Sequence[tuple[str, int, str, float]]) -> list[str]:
-    """What the exact windows are and take: of labels, tokens, types and MiB."""
+    """Sentences about exact windows. A row has the label, and the window's tokens, type and MiB."""
     found: dict[str, list[str]] = {}
     for label, tokens, type, mib in rows:
         if tokens:
@@ -62,8 +62,8 @@ def window_notes(rows: Sequence[tuple[str, int, str, float]]) -> list[str]:
     ]
     if found:
         lines.append(
-            "A batch sees its own tokens exactly, too: KLDs with a window are of batches of 32 tokens, which see little more "
-            "than a token that is generated does."
+            "KLDs with a window are those of batches of 32 tokens, because a batch also sees its own tokens exactly, and a "
+            "larger one would see many more than a generated token does."
         )
     return lines
 

@@ -59,7 +59,7 @@ class Row:
     distance: int | None = None  #: the fewest characters between a number and its question
     failure: str | None = None
     needle_failure: str | None = None
-    window_tokens: int = 0  #: newest tokens that are kept in window_type, too
+    window_tokens: int = 0  #: number of the newest tokens in the exact window
     window_type: str = ""
     window_mib: float = 0.0
 
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def mib(self) -> float | None:
-        """Of K, V and the exact window."""
+        """Size of K, V and the exact window together, in MiB."""
         return None if self.k_mib is None or self.v_mib is None else self.k_mib + self.v_mib + self.window_mib
 
     @property

@@ -30,13 +30,13 @@ class CacheSize:
     v_mib: float
     type_k: str
     type_v: str
-    window_tokens: int = 0  #: 0: there is none
+    window_tokens: int = 0  #: 0 if there is no exact window
     window_type: str = ""
     window_mib: float = 0.0
 
     @property
     def mib(self) -> float:
-        """Of K, V and the window."""
+        """Size of K, V and the exact window together."""
         return self.k_mib + self.v_mib + self.window_mib
 
 
@@ -79,7 +79,7 @@ class Caches:
                 cells = min(context, -(-(self.window + _UBATCH) // 256) * 256)
             scale, size = cells / (cache.cells * cache.streams), cache.size
             tokens, mib = size.window_tokens, size.window_mib
-            if tokens:  # every stream has its rows, and one is for what is not kept
+            if tokens:  # every stream has its slots; one more row receives tokens without a slot
                 rows = tokens * cache.streams + 1
                 tokens = min(newest or tokens, cells)
                 mib *= (tokens + 1) / rows
@@ -114,7 +114,7 @@ def parse_caches(log: str) -> Caches:
     logged = 0
     for line in found:
         cells, _, streams, type_k, k_mib, type_v, v_mib = line.groups()
-        # a cache's window is logged before its size
+        # the log has the window of a cache before its size
         exact = _EXACT.search(log, logged, line.start())
         newest = (int(exact[1]), exact[2], float(exact[3])) if exact else (0, "", 0.0)
         size = CacheSize(float(k_mib), float(v_mib), mixed_k or type_k, mixed_v or type_v, *newest)

@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 """A callback with three arguments: the name of the measurement, the steps done, and all steps."""
 
 
-_FEW = 32  # tokens of a batch that sees little more exactly than a token that is generated, and is not slow
+_FEW = 32  # batches of so many tokens are fast, and see few more tokens exactly than a generated token does
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
 
     @classmethod
     def as_generated(cls, pair: CachePair, ctx: int, chunks: int) -> Run:
-        """Batches that lose what generated text loses: with an exact window a batch sees all of its own tokens exactly."""
+        """A run with small batches if the pair may have a window, since a batch sees all of its own tokens exactly."""
         windowed = pair.may_have_window and (pair.window is None or pair.window.tokens > 0)
         return cls(pair, ctx, chunks, batch=_FEW if windowed else None)
 

@@ -29,7 +29,7 @@ _BLOCKS = _STOCK | {info.name: (info.block, info.block_bytes) for info in types(
 
 @dataclass(frozen=True)
 class Window:
-    """The exact window: the newest `tokens` of every layer with a turbo type are kept in `type`, too; 0: none are."""
+    """The exact window: the number of the newest tokens that layers with a turbo type also store in `type`, or 0."""
 
     tokens: int = 256
     type: str = "q8_0"
@@ -38,10 +38,10 @@ class Window:
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """Read what ``--cache-window`` takes: ``"256"`` or ``"256:f16"``.
+        """Parse a value of ``--cache-window``: ``"256"`` or ``"256:f16"``.
 
         Raises:
-            ValueError: no number of tokens, or a type that a window cannot have.
+            ValueError: the number of tokens or the type is invalid.
         """
         number, colon, type = text.partition(":")
         if not re.fullmatch("[0-9]{1,6}", number) or (colon and type not in ("q8_0", "f16")):
@@ -50,7 +50,7 @@ class Window:
 
     @classmethod
     def default(cls) -> Window:
-        """What llama.cpp's programs take by themselves. ValueError if the variable that tells them is wrong."""
+        """The window of the environment variable, or llama.cpp's default. ValueError if the variable is invalid."""
         given = os.environ.get(cls.VARIABLE)
         return cls.parse(given) if given else cls()
 
@@ -94,7 +94,7 @@ class CachePair:
         return any(name == "auto" or name.startswith("turbo") for name in (self.k, self.v))
 
     def with_window(self, window: Window | None) -> CachePair:
-        """The same types with that window; a pair that cannot have one is the same with any."""
+        """The same types with this window; a pair that cannot have a window stays unchanged."""
         return replace(self, window=window if self.may_have_window else None)
 
     @property

@@ -107,7 +107,7 @@ class Programs:
         return parse_cache_types(self._help())
 
     def knows_window(self) -> bool:
-        """Whether the build has the exact window, as its --help says.
+        """Whether the build supports the exact window, according to its --help.
 
         Raises:
             ProgramError: llama-perplexity is missing or does not run.

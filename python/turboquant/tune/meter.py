@@ -214,7 +214,7 @@ class Meter:
             str(self._folder / "f16.kld"),
         ]  # fmt: skip
         try:
-            # A batch with an exact window sees its own tokens exactly: what a type costs would not be seen.
+            # With an exact window a batch would see its own tokens exactly, which hides the cost of a type.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
                 errors="replace", env={**os.environ, Window.VARIABLE: "0"},

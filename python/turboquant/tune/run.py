@@ -92,7 +92,7 @@ class Candidate:
     bits_k: float
     bits_v: float
     bits: float
-    mib: float  #: of K, V and the exact window
+    mib: float  #: size of K, V and the exact window
     measured: Measured | None
     window_mib: float = 0.0
 
@@ -325,7 +325,7 @@ class _Tuner:
         return [Choice(type, layer.bits(side, type) * cells, costs[type]) for type in self.types[side]]
 
     def _budget(self, window_mib: float) -> float:
-        """The bits that K and V may take beside an exact window of that size."""
+        """The bits per value that remain for K and V with an exact window of that size."""
         goal = self.options.goal
         if goal.bits is not None:
             return goal.bits * self.shape.values(self.context)
@@ -333,7 +333,7 @@ class _Tuner:
         return (goal.mib - window_mib) * 8 * (1 << 20)
 
     def _allocate(self, items: list[list[Choice]]) -> list[Choice]:
-        """What the budget buys; a plan without turbo types has no window to pay for."""
+        """The best choices for the budget. A plan without turbo types has no window, so all bits are for K and V."""
         chosen = allocate(items, self._budget(0.0))
         plan = Plan(*self._types_of(chosen))
         window, spent = self.shape.window_mib(plan, self.context, self.window), self.shape.mib(plan, self.context)
@@ -342,7 +342,7 @@ class _Tuner:
         return allocate(items, self._budget(self._most_window()))
 
     def _most_window(self) -> float:
-        """The exact window's MiB if every layer has a turbo type."""
+        """The size of the exact window in MiB if every layer has a turbo type."""
         turbo = next((type for types in self.types.values() for type in types if type.startswith("turbo")), None)
         if turbo is None:
             return 0.0
