@@ -30,7 +30,8 @@ def compare(bin: Path, *more: object) -> Result:
     return CliRunner().invoke(cli.app, ["compare", "--bin", str(bin), "--out", "out", *map(str, [*OPTIONS, *more])])
 
 
-def test_bundled_model(place, cache):
+def test_bundled_model(place, cache, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LLAMA_ARG_CACHE_WINDOW")
     done = compare(place, "--types", "q8_0,turbo3")
     assert done.exit_code == 0, done.output
     data = json.loads(Path("out/report.json").read_text(encoding="utf-8"))

@@ -599,12 +599,11 @@ def test_types_of_llama_cpp_have_no_window(probe, tiny, kv: tuple[str, str]) -> 
 
 
 def test_a_window_that_cannot_be_read(probe, tiny) -> None:
-    number, name = "N must be a number", "q8_0 or f16"
-    for window, why in (("x", number), ("-1", number), ("8:q4_0", name), ("8:", name)):
+    for window in ("x", "-1", "8:q4_0", "8:"):
         p = probe(tiny("gqa"), LLAMA_ARG_CACHE_WINDOW=window)
         with pytest.raises(ProbeError, match="no context") as refusal:
             p.context(*TURBO4)
-        assert why in refusal.value.log
+        assert f"--cache-window '{window}': must be a number of tokens" in refusal.value.log
 
 
 @pytest.mark.parametrize("other", ["f32", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0"])

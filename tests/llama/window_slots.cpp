@@ -2,7 +2,10 @@
 // what each cell and each slot holds. Compiled with turbo-window.cpp, against a patched llama.cpp. Argument: a seed.
 #include "llama/turbo-window.h"
 
-#include "turbo-llama.h"
+#include "ggml/turbo-types.h"
+#include "llama/turbo-layers.h"
+
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -13,8 +16,6 @@
 #include <vector>
 
 namespace {
-
-int g_window = 0;
 
 struct Slot {
     int64_t cell    = -1;
@@ -59,26 +60,24 @@ void check(const turbo_window & window, const std::vector<Stream> & streams) {
 
 }  // namespace
 
-// The window that add_layer asks for.
-turbo_window_option turbo_layer_window(const llama_model &, const llama_hparams &, uint32_t) {
-    return { g_window, GGML_TYPE_F16 };
-}
-
 int main(int argc, char ** argv) {
     std::mt19937 random(argc > 1 ? (unsigned) atoi(argv[1]) : 1);
     const auto   below = [&](int64_t n) { return (int64_t) (random() % (uint64_t) n); };
-    alignas(64) static char none[64] = {};
-    const auto & model   = *reinterpret_cast<const llama_model *>(none);
-    const auto & hparams = *reinterpret_cast<const llama_hparams *>(none);
+    alignas(64) static char none[sizeof(llama_model)] = {}; // only addresses in it count
+    const auto &        model   = *reinterpret_cast<const llama_model *>(none);
+    turbo_layer_types & chosen  = turbo_chosen_types();
+    chosen.model       = &model;
+    chosen.window_type = GGML_TYPE_F16;
+    chosen.windowed    = { true };
     for (g_round = 0; g_round < 400; ++g_round) {
         const int64_t  cells = 1 + below(40);
         const uint32_t n_stream = 1 + (uint32_t) below(3);
-        g_window = 1 + (int) below(below(2) ? 8 : 60);
+        chosen.window = 1 + (int) below(below(2) ? 8 : 60);
         ggml_context * ctx = ggml_init({ 16 * ggml_tensor_overhead(), nullptr, true });
         ggml_tensor *  k   = ggml_new_tensor_3d(ctx, turbo_type_from_name("turbo4"), 128, cells, n_stream);
         turbo_window   window;
-        window.add_layer(ctx, model, hparams, 0, k, k, n_stream);
-        const int64_t slots = std::min<int64_t>(g_window, cells);
+        window.add_layer(ctx, model, model.hparams, 0, k, k, n_stream);
+        const int64_t slots = std::min<int64_t>(chosen.window, cells);
         require(window.slots() == slots && window.streams() == n_stream && window.cells() == cells, "sizes");
         require(window.find(0) && window.find(0)->k->ne[1] == slots * n_stream + 1, "rows of a layer");
         std::vector<Stream> streams(n_stream);
