@@ -68,13 +68,12 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
-// One thread block to a query row: merges its parts and the sink. Warp w takes parts w, w + warps, ...
 constexpr int most_merge_warps = 32;
 
 // Values of a lane in a part that is read from memory: V at a time, V * lane + 32 * j and those after it.
 template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
 
-// Adds parts warp, warp + warps, ... of a query row.
+// Adds the parts warp, warp + warps, ... of a query row to `own`.
 template <int D>
 __device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * partial, const SoftmaxState * states,
                                           int parts, int warp, int warps, int lane) {
@@ -110,7 +109,10 @@ __device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * pa
     }
 }
 
-// One block per multiprocessor: with registers for two, the compiler waits for each part before it loads the next.
+// A thread block merges the parts of one query row and the sink. Warp w takes parts w, w + warps, ...
+//
+// The launch bounds ask for one block per multiprocessor: with registers for two, the compiler waits for each part before
+// it loads the next.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
@@ -181,7 +183,7 @@ template <int D> __device__ __forceinline__ float add_warps(const float * sums, 
     return value;
 }
 
-// As merge_kernel. Dynamic shared memory: the scores of the exact rows.
+// Does what merge_kernel does, and computes attention over the exact rows. The dynamic shared memory holds their scores.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     exact_merge_kernel(const __grid_constant__ AttentionCall call, bool rotated) {
@@ -349,7 +351,7 @@ const Head * head_of(int size) {
 constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
 #undef TURBOQUANT_ONE_MORE
 
-// Kernels need leave for more than 48 KB of shared memory, once per device.
+// A kernel may use more than 48 KB of shared memory only after it was allowed to, once per device.
 cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
     static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count];
