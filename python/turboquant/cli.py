@@ -320,7 +320,7 @@ def tune(
     model: Annotated[
         Path,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help="A GGUF file, which is only read.", show_default=False
+            "--model", "-m", metavar="MODEL", help=f"A GGUF model, which is only read. {_NAME}", show_default=False
         ),
     ],
     target: Annotated[
@@ -376,14 +376,16 @@ def tune(
     """
     _need("gguf", "tune")
     from ._plot import check_plot
+    from .fetch import resolve_model
     from .tune import report
     from .tune.run import Goal, TuneOptions
     from .tune.run import tune as run_tune
 
     if mib is not None and ctx is None:
         raise TurboQuantError("--mib needs --ctx: the size of a cache depends on the tokens in it")
+    model = resolve_model(model)
     options = TuneOptions(
-        model.expanduser(), Goal(bits, mib, kld), target, text, ctx,
+        model, Goal(bits, mib, kld), target, text, ctx,
         None if types is None else list(dict.fromkeys(name.strip() for name in types.split(","))),
         chunks, check_chunks, write_into, bin, threads, gpu_layers, ["turboquant", *sys.argv[1:]],
     )  # fmt: skip

@@ -333,6 +333,7 @@ def test_commands_take_names(index, tmp_path, monkeypatch):
     import turboquant.convert.run
     import turboquant.dump
     import turboquant.evaluate.command
+    import turboquant.tune.run
 
     class Reached(Exception):
         pass
@@ -342,6 +343,7 @@ def test_commands_take_names(index, tmp_path, monkeypatch):
 
     monkeypatch.setattr(turboquant.convert.run, "convert", reached)
     monkeypatch.setattr(turboquant.dump, "dump", reached)
+    monkeypatch.setattr(turboquant.tune.run, "tune", lambda options: reached(options.model))
     monkeypatch.setattr(turboquant.evaluate.command, "read_model", reached)
     text = tmp_path / "text.txt"
     text.write_text("text")
@@ -349,6 +351,7 @@ def test_commands_take_names(index, tmp_path, monkeypatch):
         ["convert", "NAME", "out.gguf"],
         ["dump-kv", "-m", "NAME", "-f", text, "-o", "out.safetensors"],
         ["compare", "-m", "NAME"],
+        ["tune", "-m", "NAME", "-f", text, "--bits", "5", "-o", "plan.json"],
     ]
     for command in commands:
         done = turbo(*("tiny" if word == "NAME" else word for word in command))
