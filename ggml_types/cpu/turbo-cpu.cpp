@@ -26,15 +26,6 @@ constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
 constexpr int64_t chunk_bytes    = 256 << 10; // of K and V, so that this chunk and the next fit into the L2 cache
 constexpr int64_t chunk_rows_max = 512;
 
-int row_type(ggml_type type) {
-    switch ((int) type) {
-#define TURBO_ROW_TYPE(ID, ...) case GGML_TYPE_##ID: return TQ_ROW_##ID;
-        TURBOQUANT_ROW_TYPES(TURBO_ROW_TYPE)
-#undef TURBO_ROW_TYPE
-        default: return turbo_to_tq(type);
-    }
-}
-
 struct Chunk {
     int32_t stream, source, index;
 };
@@ -54,8 +45,8 @@ struct Plan {
     int64_t tokens;       // of a unit
     int64_t token_runs;   // units of a KV head
     int64_t units;
-    int64_t chunk_rows;   // KV rows, if there is one run of tokens: then the threads share chunks, else units
-    int64_t unit_rows;    // most query rows of a unit
+    int64_t chunk_rows;   // KV rows; chunks are used if there is one run of tokens
+    int64_t unit_rows;    // maximum query rows of a unit
     size_t  engine;       // bytes of the engine's scratch
     size_t  list;         // bytes of the list of chunks
     size_t  scratch;      // bytes of a thread: the engine's, the query rows', the list of chunks
@@ -82,8 +73,8 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     int64_t n_kv = 0;
     for (int i = 0; i < plan.n_sources; ++i) {
         const turbo_source & rows   = i == 0 ? a : i == 1 ? a.slots : a.batch;
-        const int            type_k = row_type(rows.type_k);
-        const int            type_v = row_type(rows.type_v);
+        const int            type_k = turbo_to_row(rows.type_k);
+        const int            type_v = turbo_to_row(rows.type_v);
         if (type_k < 0 || type_v < 0 || !tq_attention_supports(type_k, type_v, a.head_k, a.head_v)) {
             return false;
         }
@@ -130,7 +121,7 @@ Unit unit_at(const Plan & plan, int64_t index) {
     return unit;
 }
 
-// Returns how many rows of V were left out. `next`: the chunk to fetch meanwhile, or null.
+// Returns the number of rows of V that were left out. `next` is the chunk to prefetch meanwhile, or null.
 int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit, int64_t first, int64_t last,
                      float * partial, char * memory, const Chunk * next, bool next_v) {
     const turbo_attention & a = plan.a;
@@ -156,7 +147,7 @@ int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit
         if (t.row_bytes < a.kv_heads * t.head_bytes) {
             continue; // in this layout the heads of a chunk do not lie side by side
         }
-        // each head fetches its share
+        // the computation of each head prefetches its share
         const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, after.n_kv);
         const size_t  share = ((end - begin) * t.row_bytes / a.kv_heads + 63) / 64 * 64;
         kv.ahead[i]       = t.at(begin, 0, a.kv_stream(next->stream)) + unit.head * share;
@@ -224,8 +215,8 @@ int64_t list_chunks(const Plan & plan, Chunk * list) {
     return count;
 }
 
-// This thread's share of the chunks: the partial results of all that it saw, of each unit over blocks, then of each unit
-// over exact rows.
+// Computes this thread's share of the chunks. `results` gets the partial result of each unit over blocks, then that of
+// each unit over exact rows, merged over the chunks of the thread.
 void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_t thread, int64_t threads, char * scratch,
                     char * results) {
     const int64_t heads  = plan.a.kv_heads, head_v = plan.a.head_v;
@@ -250,7 +241,7 @@ void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_
     }
 }
 
-// Units that are computed by one thread each, over the rows first[i] ... last[i]-1 of source i.
+// Computes units over the rows first[i] ... last[i]-1 of source i, each in one thread.
 void compute_units(const Plan & plan, const int64_t * first, const int64_t * last, int64_t thread, int64_t threads,
                    char * scratch, char * results) {
     const int64_t head_v = plan.a.head_v;
@@ -333,7 +324,7 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
         first[chunk->source] = chunk->index * plan.chunk_rows;
         last[chunk->source]  = std::min(first[chunk->source] + plan.chunk_rows, plan.sources[chunk->source].rows.n_kv);
     }
-    if (brief) { // a short context: nothing to merge between threads, so no thread waits for another
+    if (brief) { // in a short context threads have nothing to merge, so no thread waits for others
         compute_units(plan, first, last, params->ith, params->nth, scratch, mine);
         return true;
     }

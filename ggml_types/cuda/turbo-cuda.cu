@@ -97,26 +97,6 @@ bool can_get_rows(const ggml_tensor * op) {
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-// The type for the decode kernel, which supports only the longest block that divides the head.
-bool kv_type(ggml_type type, int64_t head, tq::KV & kv) {
-    if (turbo_is_type(type)) {
-        if (turbo_type_for_head(turbo_family(type), head) != type) {
-            return false;
-        }
-        switch (turbo_family(type)) {
-            case GGML_TYPE_TURBO4: kv = tq::KV::turbo4; return true;
-            case GGML_TYPE_TURBO3: kv = tq::KV::turbo3; return true;
-            case GGML_TYPE_TURBO2: kv = tq::KV::turbo2; return true;
-            default: return false;
-        }
-    }
-    switch (type) {
-        case GGML_TYPE_Q8_0: kv = tq::KV::q8_0; return true;
-        case GGML_TYPE_F16: kv = tq::KV::f16; return true;
-        default: return false;
-    }
-}
-
 // The address and the strides of rows, as the kernels take them.
 template <typename T>
 void take_rows(const turbo_rows & from, const T *& data, int64_t & row, int64_t & head, int64_t & stream) {
@@ -128,8 +108,7 @@ void take_rows(const turbo_rows & from, const T *& data, int64_t & row, int64_t 
 
 // The exact rows as the decode kernel takes them; false if it does not.
 bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
-    if (a.slots.type_k != a.slots.type_v ||
-        !tq::kv_of_type(a.slots.type_k == GGML_TYPE_F16 ? TQ_ROW_F16 : TQ_ROW_Q8_0, (int) a.head_k, exact.type)) {
+    if (a.slots.type_k != a.slots.type_v || !tq::kv_of_type(turbo_to_row(a.slots.type_k), (int) a.head_k, exact.type)) {
         return false;
     }
     exact.slots = a.slots.n_kv;
@@ -145,7 +124,8 @@ bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
 
 // The call for the decode kernel, and its plan; false if that does not cover it.
 bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionPlan & plan) {
-    if (a.head_k != a.head_v || !kv_type(a.type_k, a.head_k, call.type_k) || !kv_type(a.type_v, a.head_v, call.type_v)) {
+    if (a.head_k != a.head_v || !tq::kv_of_type(turbo_to_row(a.type_k), (int) a.head_k, call.type_k) ||
+        !tq::kv_of_type(turbo_to_row(a.type_v), (int) a.head_v, call.type_v)) {
         return false;
     }
     call.head         = (int) a.head_k;
@@ -296,8 +276,8 @@ bool half_supports(int device, const ggml_tensor * op) {
     return ggml_cuda_flash_attn_ext_supported(device, &halves.op);
 }
 
-// Decode t, a cache of turbo or another type, to the tensor that HalfAttention made of it, whose streams are as long or
-// longer.
+// Decodes t, a cache of a turbo type or another type, to the tensor that HalfAttention describes, whose streams may have
+// more rows.
 void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t stream) {
     const bool beside = heads_adjacent(t); // rows of all heads
     if (t->type == GGML_TYPE_F16) {
@@ -307,22 +287,17 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
         }
         return;
     }
-    if (!turbo_is_type(t->type) && t->ne[1] < out.ne[1]) {
-        const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
-        const int64_t           s1      = t->nb[1] / ggml_type_size(t->type);
-        for (int64_t s = 0; s < t->ne[3]; ++s) {
-            convert((const char *) t->data + s * t->nb[3], (half *) ((char *) out.data + s * out.nb[3]),
-                    t->ne[0] * t->ne[2], t->ne[1], 1, 1, s1, s1, s1, stream);
-        }
-        return;
-    }
     if (!turbo_is_type(t->type)) {
         const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
-        const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size, s3 = t->nb[3] / size;
-        if (beside) {
-            convert(t->data, (half *) out.data, t->ne[0] * t->ne[2], t->ne[1], 1, t->ne[3], s1, s1, s3, stream);
-        } else { // convert writes dense rows in the order of its arguments
-            convert(t->data, (half *) out.data, t->ne[0], t->ne[2], t->ne[1], t->ne[3], s2, s1, s3, stream);
+        const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size;
+        for (int64_t s = 0; s < t->ne[3]; ++s) { // convert writes dense rows in the order of its arguments
+            const char * from = (const char *) t->data + s * t->nb[3];
+            half *       to   = (half *) ((char *) out.data + s * out.nb[3]);
+            if (beside) {
+                convert(from, to, t->ne[0] * t->ne[2], t->ne[1], 1, 1, s1, s1, s1, stream);
+            } else {
+                convert(from, to, t->ne[0], t->ne[2], t->ne[1], 1, s2, s1, s1, stream);
+            }
         }
         return;
     }

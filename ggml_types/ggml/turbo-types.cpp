@@ -50,6 +50,15 @@ int turbo_to_tq(ggml_type type) {
     }
 }
 
+int turbo_to_row(ggml_type type) {
+    switch ((int) type) {
+#define TURBO_TO_ROW(ID, ...) case GGML_TYPE_##ID: return TQ_ROW_##ID;
+        TURBOQUANT_ROW_TYPES(TURBO_TO_ROW)
+#undef TURBO_TO_ROW
+        default: return turbo_to_tq(type);
+    }
+}
+
 ggml_type turbo_type_from_name(const char * name) {
     return from_tq(tq_type_from_name(name));
 }

@@ -60,6 +60,9 @@ static inline bool turbo_is_type(enum ggml_type type) {
 /* The codec's tq_type of a stored type, or -1. */
 GGML_API int turbo_to_tq(enum ggml_type type);
 
+/* The type of rows of K or V in the codec's attention: a tq_type or TQ_ROW_..., or -1. */
+GGML_API int turbo_to_row(enum ggml_type type);
+
 /* The stored type of that name, or GGML_TYPE_COUNT. */
 GGML_API enum ggml_type turbo_type_from_name(const char * name);
 

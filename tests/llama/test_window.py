@@ -522,12 +522,17 @@ def clear(p: Probe, folder: Path) -> np.ndarray:
     return p.logits(random_tokens(6, seed=3), pos=3)
 
 
-@pytest.mark.parametrize("event", [shift, copy, restore, restore_sequence, clear], ids=lambda event: event.__name__)
-@pytest.mark.parametrize("model", ["gqa", "iswa", "hybrid"])
+EVENTS = [shift, copy, restore, restore_sequence, clear]
+
+
+@pytest.mark.parametrize(
+    ("model", "event"),
+    # llama.cpp does not shift a hybrid model: a recurrent state cannot drop its first tokens
+    [pytest.param(model, event, id=f"{model}-{event.__name__}")
+     for model in ("gqa", "iswa", "hybrid") for event in EVENTS if (model, event) != ("hybrid", shift)],
+)  # fmt: skip
 def test_events(probe, tiny, tmp_path: Path, model: str, event) -> None:
     """No farther from f16 than without a window. A stale slot is another token's: far above."""
-    if (model, event) == ("hybrid", shift):
-        pytest.skip("its other layers cannot remove tokens")
     rows = []
     for kv, window in ((("f16", "f16"), 0), (TURBO4, 0), (TURBO4, 512)):
         p = probe(tiny(model), LLAMA_ARG_CACHE_WINDOW=str(window))

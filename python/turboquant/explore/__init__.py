@@ -74,7 +74,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def show(target: Path, *, wanted: bool = False) -> bool:
-    """Open `target` in the user's browser if `wanted`, or if the session is interactive and has a screen.
+    """Open `target` in the user's browser if `wanted`, or if a terminal and a screen are there.
 
     Returns:
         False if the browser could not be started, else True.
