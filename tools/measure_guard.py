@@ -26,7 +26,7 @@ import numpy as np
 from turboquant.llama.build import where
 from turboquant.llama.paths import cache_dir
 from turboquant.llama.progress import Reporter
-from turboquant.measure.pairs import CachePair
+from turboquant.measure.pairs import CachePair, Window
 from turboquant.measure.perplexity import run_base, run_divergence
 from turboquant.measure.programs import Programs
 from turboquant.measure.results import Results, file_hash
@@ -110,14 +110,16 @@ class Measure:
             scratch = Path(name)
             base = scratch / "f16.kld"
             run_base(self.programs, model, options.text, base, **self.limits)
-            pair = Watched(options.type, "f16")
+            none = Window(0)  # the newest tokens would hide the noise
+            pair = Watched(options.type, "f16", window=none)
             whole, _ = run_divergence(self.programs, model, base, pair, **self.limits)
             log = (self.programs.logs / f"perplexity-{str(pair).replace('/', '-')}.log").read_text(errors="replace")
             match = _SIGMAS.search(log)
             if match is None:
                 raise SystemExit(f"{model}: the guard predicts nothing for this model; log: {self.programs.logs}")
             sigma = [float(one) for one in match[2].split(", ")]
-            guarded, _ = run_divergence(self.programs, model, base, CachePair(options.type, "f16"), **self.limits)
+            caches = CachePair(options.type, "f16", window=none)
+            guarded, _ = run_divergence(self.programs, model, base, caches, **self.limits)
             klds = []
             layers = range(len(sigma)) if only is None else [only]
             with Reporter().track(f"layers of {model.name}", len(layers)) as track:
@@ -126,7 +128,8 @@ class Measure:
                     k = ["f16"] * len(sigma)
                     k[layer] = options.type
                     plan.write_text(json.dumps({"format": "turboquant-plan", "version": 1, "k": k, "v": ["f16"] * len(k)}))
-                    alone, _ = run_divergence(self.programs, model, base, CachePair("auto", "auto", plan), **self.limits)
+                    caches = CachePair("auto", "auto", plan, none)
+                    alone, _ = run_divergence(self.programs, model, base, caches, **self.limits)
                     klds.append(alone.kld)
                     track.update(len(klds))
         found = {"type": match[1], "sigma": sigma, "kld": klds, "all": whole.kld, "guarded": guarded.kld}

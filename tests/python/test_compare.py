@@ -91,8 +91,14 @@ def test_window_at_a_context():
     assert (parse_caches(SIZE).total().window_tokens, parse_caches(SIZE).total().window_type) == (0, "")
 
 
-def test_windows_of_pairs():
+def test_windows_of_pairs(monkeypatch):
     turbo4, q8_0 = CachePair.parse("turbo4"), CachePair.parse("q8_0")
+    monkeypatch.delenv(Window.VARIABLE, raising=False)
+    assert (turbo4.identity, q8_0.identity) == ("turbo4", "q8_0")
+    monkeypatch.setenv(Window.VARIABLE, "0")  # results of one window are not those of another
+    assert (turbo4.identity, q8_0.identity) == ("turbo4, window 0", "q8_0")
+    assert turbo4.with_window(Window(64)).identity == "turbo4, window 64:q8_0"
+    monkeypatch.delenv(Window.VARIABLE)
     assert turbo4.with_window(Window(64)).environment == {"LLAMA_ARG_CACHE_WINDOW": "64:q8_0"}
     assert turbo4.with_window(Window(0, "f16")).environment == {"LLAMA_ARG_CACHE_WINDOW": "0"}
     assert q8_0.with_window(Window(64)) == q8_0 and turbo4.with_window(None) == turbo4

@@ -116,7 +116,9 @@ class CachePair:
             OSError: the plan cannot be read.
         """
         types = f"plan {hashlib.sha256(self.plan.read_bytes()).hexdigest()}" if self.plan else str(self)
-        return f"{types}, window {self.window}" if self.window else types
+        # Without a window of the pair, that of the environment holds.
+        window = self.window or (os.environ.get(Window.VARIABLE) if self.may_have_window else None)
+        return f"{types}, window {window}" if window else types
 
 
 def parse_pairs(text: str) -> list[CachePair]:
