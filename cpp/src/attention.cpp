@@ -367,6 +367,11 @@ int64_t partial_of(const Kernels & kernel, const tq_attention_kv & kv, const tq_
     return skipped;
 }
 
+void unrotate(const Kernels & kernel, int type_v, float * partial, int64_t head_v) {
+    const RowType v = row_type(type_v);
+    if (v.turbo) kernel.unrotate[block_index(v.block)](partial, partial, head_v / v.block);
+}
+
 void finish(const Kernels & kernel, int type_v, float * partial, int64_t head_v, const float * sink, float * out) {
     float largest = partial[head_v], sum = partial[head_v + 1], scale = 1.0f;
     if (sink && *sink != -INFINITY) {
@@ -414,8 +419,7 @@ void tq_attention_merge(float * into, const float * from, int64_t head_v) {
 }
 
 void tq_attention_unrotate(int type_v, float * partial, int64_t head_v) {
-    const RowType v = row_type(type_v);
-    if (v.turbo) kernels().unrotate[block_index(v.block)](partial, partial, head_v / v.block);
+    unrotate(kernels(), type_v, partial, head_v);
 }
 
 void tq_attention_finish(int type_v, float * partial, int64_t head_v, const float * sink, float * out) {
@@ -487,8 +491,8 @@ tq_status tq_attention(const tq_attention_args * args) {
                 left_out += partial_of(kernel, near, queries, 0, w.rows, newest.get(), scratch.get());
                 for (int64_t m = 0; m < rows; ++m) {
                     if (a.type_v != w.type_v) { // the two sums are in different domains
-                        tq_attention_unrotate(a.type_v, partial.get() + m * stride, a.head_v);
-                        tq_attention_unrotate(w.type_v, newest.get() + m * stride, a.head_v);
+                        unrotate(kernel, a.type_v, partial.get() + m * stride, a.head_v);
+                        unrotate(kernel, w.type_v, newest.get() + m * stride, a.head_v);
                     }
                     tq_attention_merge(partial.get() + m * stride, newest.get() + m * stride, a.head_v);
                 }

@@ -12,6 +12,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -171,6 +172,12 @@ class Soak:
         self.random.choice(operations)()
 
 
+def fail(seed: int, step: int, problem: Exception, history: list[str]) -> NoReturn:
+    """Fail with the seed, and with what was done."""
+    told = "\n".join(history[-40:])
+    pytest.fail(f"TURBOQUANT_SOAK_SEED={seed}, step {step}: {problem}\n{history[0]}\n...\n{told}")
+
+
 def test_random_operations(build, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", SHAPE)
     model = Model(path, SHAPE)
@@ -183,8 +190,7 @@ def test_random_operations(build, tmp_path: Path) -> None:
                 soak.step()
                 assert soak.twin.worst <= LIMIT, f"KLD {soak.twin.worst:.1e}"
         except (AssertionError, ProbeError) as problem:
-            told = "\n".join(soak.history[-40:])
-            pytest.fail(f"TURBOQUANT_SOAK_SEED={seed}, step {step}: {problem}\n{soak.history[0]}\n...\n{told}")
+            fail(seed, step, problem, soak.history)
         finally:
             soak.close()
         seed += 1
@@ -289,8 +295,7 @@ def test_random_operations_on_whole_models(build, tiny, tmp_path: Path, model: s
                 pair.step()
                 assert pair.worst <= NEAR, f"KLD {pair.worst:.1e}"
         except (AssertionError, ProbeError) as problem:
-            told = "\n".join(pair.history[-40:])
-            pytest.fail(f"TURBOQUANT_SOAK_SEED={seed}, step {step}: {problem}\n{pair.history[0]}\n...\n{told}")
+            fail(seed, step, problem, pair.history)
         finally:
             pair.close()
         seed += 1
