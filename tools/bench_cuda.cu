@@ -1,5 +1,6 @@
 // Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
-// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens].
+// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens,window],
+// where window is the number of q8_0 slots of an exact window.
 //
 // Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
 // the card's L2 cache, as a model's layers are.
@@ -106,15 +107,15 @@ double microseconds(int launches, const std::function<void(int, cudaStream_t)> &
 
 int main(int argc, char ** argv) {
     if (argc < 3) {
-        std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS]\n");
+        std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS[,WINDOW]]\n");
         return EXIT_FAILURE;
     }
-    int shape[4] = {32, 8, 128, 1};
+    int shape[5] = {32, 8, 128, 1, 0};
     if (argc > 3) {
         const std::vector<std::string> parts = split(argv[3], ',');
-        for (size_t i = 0; i < 4 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
+        for (size_t i = 0; i < 5 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
     }
-    const int heads = shape[0], kv_heads = shape[1], head = shape[2], tokens = shape[3];
+    const int heads = shape[0], kv_heads = shape[1], head = shape[2], tokens = shape[3], window = shape[4];
     cudaDeviceProp device;
     int driver = 0, runtime = 0;
     must(cudaGetDeviceProperties(&device, 0), "no CUDA device");
@@ -144,6 +145,30 @@ int main(int argc, char ** argv) {
     for (float & x : host) x = (float(state = state * 1664525 + 1013904223) / 4294967296.0f - 0.5f) * 3.46f;
     must(cudaMemcpy(q, host.data(), row_floats * 4, cudaMemcpyHostToDevice), "copy");
 
+    // An exact window: slots of each layer, the batch's rows, and where they are stored.
+    ExactRows exact = {};
+    const int64_t slot_head = head / 32 * 34, slot_row = slot_head * kv_heads, slot_bytes = slot_row * (window + 1);
+    if (window > 0) {
+        void *batch, *rows, *shown;
+        must(cudaMalloc(&batch, size_t(tokens) * size_t(kv_heads * head) * 4), "cudaMalloc");
+        must(cudaMalloc(&rows, size_t(tokens) * 8), "cudaMalloc");
+        must(cudaMalloc(&shown, size_t(window + tokens) * size_t(tokens) * 2), "cudaMalloc");
+        must(cudaMemcpy(batch, host.data(), size_t(tokens) * size_t(kv_heads * head) * 4, cudaMemcpyHostToDevice), "copy");
+        must(cudaMemset(rows, 0, size_t(tokens) * 8), "memset");
+        must(cudaMemset(shown, 0, size_t(window + tokens) * size_t(tokens) * 2), "memset");
+        exact.type = KV::q8_0;
+        exact.slots = window;
+        exact.k_head = exact.v_head = slot_head;
+        exact.k_row = exact.v_row = slot_row;
+        exact.batch_k = exact.batch_v = static_cast<const float *>(batch);
+        exact.batch_k_head = exact.batch_v_head = head * 4;
+        exact.batch_k_row = exact.batch_v_row = head * 4 * kv_heads;
+        exact.mask = shown;
+        exact.mask_token = (window + tokens) * 2;
+        exact.mask_heads = exact.mask_streams = 1;
+        exact.store_rows = static_cast<const int64_t *>(rows);
+    }
+
     for (const std::string & depth_text : split(argv[2], ',')) {
         const int64_t depth = std::atoll(depth_text.c_str());
         void * mask;
@@ -157,10 +182,12 @@ int main(int argc, char ** argv) {
             const size_t bytes = size_t(depth) * size_t(row_k + row_v);
             const int layers =
                 int(std::min<size_t>(64, (size_t(3) * size_t(device.l2CacheSize) + bytes - 1) / bytes + 1));
-            std::vector<void *> k, v;
+            std::vector<void *> k, v, slots_k, slots_v;
             for (int i = 0; i < layers; ++i) {
                 k.push_back(random_cache(tk, size_t(depth) * size_t(row_k)));
                 v.push_back(random_cache(tv, size_t(depth) * size_t(row_v)));
+                slots_k.push_back(random_cache(type_of("q8_0"), size_t(slot_bytes)));
+                slots_v.push_back(random_cache(type_of("q8_0"), size_t(slot_bytes)));
             }
             Attention a = {};
             a.type_k = tk.kv;
@@ -183,8 +210,15 @@ int main(int argc, char ** argv) {
             a.scale = 1.0f / 11.3f;
             a.sparse_v = 1e-6f;
             a.dst = dst;
-            a.k = k[0];
-            a.v = v[0];
+            a.windowed = window > 0;
+            const auto take_layer = [&](Attention & layer, int i) {
+                layer.k = k[size_t(i)];
+                layer.v = v[size_t(i)];
+                layer.exact = exact;
+                layer.exact.k = layer.exact.store_k = slots_k[size_t(i)];
+                layer.exact.v = layer.exact.store_v = slots_v[size_t(i)];
+            };
+            take_layer(a, 0);
             AttentionPlan plan;
             if (!plan_attention(a, plan)) {
                 std::fprintf(stderr, "bench_cuda: %s with heads of %d is not covered\n", pair.c_str(), head);
@@ -194,8 +228,7 @@ int main(int argc, char ** argv) {
             must(cudaMalloc(&workspace, plan.workspace_bytes), "cudaMalloc");
             const double us = microseconds(layers, [&](int i, cudaStream_t s) {
                 Attention layer = a;
-                layer.k = k[size_t(i)];
-                layer.v = v[size_t(i)];
+                take_layer(layer, i);
                 AttentionPlan layer_plan;
                 must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
                                                        : cudaErrorNotSupported,
@@ -209,6 +242,8 @@ int main(int argc, char ** argv) {
             must(cudaFree(workspace), "free");
             for (void * p : k) cudaFree(p);
             for (void * p : v) cudaFree(p);
+            for (void * p : slots_k) cudaFree(p);
+            for (void * p : slots_v) cudaFree(p);
         }
         must(cudaFree(mask), "free");
     }

@@ -38,6 +38,7 @@ examples
   python3 tools/bench_cuda.py --depths 0 --rounds 10    the time of launches differs between processes
   python3 tools/bench_cuda.py --json cuda.json --plot cuda.svg
   python3 tools/bench_cuda.py --skip-model --shape 64,8,128,1       8 query heads per KV head
+  python3 tools/bench_cuda.py --skip-model --shape 32,8,128,1,256   with an exact window
 """
 
 
@@ -57,8 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs of each figure (default 5)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N",
                         help="times to start all over; the mean counts (default 1)")
-    parser.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T",
-                        help="of the first table: query heads, KV heads, head size, tokens (default %(default)s)")
+    parser.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T[,W]",
+                        help="of the first table: query heads, KV heads, head size, tokens, slots of an exact window "
+                             "(default %(default)s, no window)")
     parser.add_argument("--split", choices=("none", "layer", "row", "tensor"), default="none",
                         help="how llama-bench splits the model over several GPUs, its -sm (default: one GPU)")
     parser.add_argument("--arch", default="native", help="GPUs to compile the first table's program for")

@@ -1,5 +1,6 @@
 // Attention: plans, launches, and the merge of what the thread blocks of attention.cuh leave.
 #include "attention.cuh"
+#include "exact.cuh"
 #include "launch.h"
 
 #include <atomic>
@@ -70,15 +71,33 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 
 constexpr int most_merge_warps = 32;
 
-// Values of a lane in a part that is read from memory: V at a time, V * lane + 32 * j and those after it.
-template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
-
-// Adds the parts warp, warp + warps, ... of a query row to `own`.
+// The first query_rows thread blocks merge the parts of one query row and the sink. Warp w takes parts w, w + warps, ...
+// The others store the rows of a window's batch in its slots, which exact_kernel has read by now.
+//
+// The launch bounds ask for one block per multiprocessor: with registers for two, the compiler waits for each part before
+// it loads the next.
 template <int D>
-__device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * partial, const SoftmaxState * states,
-                                          int parts, int warp, int warps, int lane) {
+__global__ void __launch_bounds__(32 * most_merge_warps, 1)
+    merge_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
     constexpr int P = D / 32, V = values_at_once<D>;
     constexpr int batch = 4; // parts whose loads are under way at once
+    __shared__ __align__(16) float sums[most_merge_warps * D];
+    __shared__ float totals[most_merge_warps];
+    const int64_t row = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+    let_next_start();
+    wait_for_previous();
+    if (row >= query_rows) {
+        const int64_t group = (row - query_rows) * warps + warp;
+        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        return;
+    }
+    const int parts = call.plan.parts;
+    const float * partial = call.partial + row * parts * D;
+    const SoftmaxState * states = call.states + row * parts;
+    const SoftmaxState sink = sink_state(call.a.sinks, int(row % call.a.heads));
+    Merged<P> own(largest_of(sink, states, 1, parts, lane));
 #pragma unroll 1
     for (int first = warp; first < parts; first += batch * warps) {
         SoftmaxState part[batch];
@@ -107,29 +126,6 @@ __device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * pa
 #pragma unroll
         for (int b = 0; b < batch; ++b) own.add(part[b], x[b]);
     }
-}
-
-// A thread block merges the parts of one query row and the sink. Warp w takes parts w, w + warps, ...
-//
-// The launch bounds ask for one block per multiprocessor: with registers for two, the compiler waits for each part before
-// it loads the next.
-template <int D>
-__global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
-                 int parts, bool rotated) {
-    constexpr int P = D / 32, V = values_at_once<D>;
-    __shared__ __align__(16) float sums[most_merge_warps * D];
-    __shared__ float totals[most_merge_warps];
-    const int64_t row = blockIdx.x;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    partial += row * parts * D;
-    states += row * parts;
-
-    let_next_start();
-    wait_for_previous();
-    const SoftmaxState sink = sink_state(sinks, int(row % heads));
-    Merged<P> own(largest_of(sink, states, 1, parts, lane));
-    add_parts<D>(own, partial, states, parts, warp, warps, lane);
 #pragma unroll
     for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = own.y[j];
     if (lane == 0) totals[warp] = own.sum;
@@ -152,177 +148,22 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     float y[N / 32];
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) y[j] = sums[warp * N + lane + 32 * j];
-    finish<N>(y, all.sum, rotated, dst + row * D + warp * N, lane);
+    finish<N>(y, all.sum, rotated, call.a.dst + row * D + warp * N, lane);
 }
-
-// ---- the exact window: the merge computes attention over its rows, too
-
-// A warp's elements lane + 32 j of a row, as floats.
-template <int D>
-__device__ __forceinline__ void load_exact(const ExactRows & x, const void * row, bool batch, int lane,
-                                           float (&y)[D / 32]) {
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-        if (batch) {
-            y[j] = static_cast<const float *>(row)[lane + 32 * j];
-        } else if (x.type == KV::f16) {
-            y[j] = __half2float(static_cast<const half *>(row)[lane + 32 * j]);
-        } else {
-            const uint8_t * block = static_cast<const uint8_t *>(row) + 34 * j;
-            y[j] = __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(block))) *
-                   float(static_cast<int8_t>(block[2 + lane]));
-        }
-    }
-}
-
-// The sum over a thread block's warps of element e, which each has left in `sums`.
-template <int D> __device__ __forceinline__ float add_warps(const float * sums, int e, int warps) {
-    float value = 0;
-#pragma unroll 8
-    for (int i = 0; i < warps; ++i) value += sums[i * D + e];
-    return value;
-}
-
-// Does what merge_kernel does, and computes attention over the exact rows. The dynamic shared memory holds their scores.
-template <int D>
-__global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    exact_merge_kernel(const __grid_constant__ AttentionCall call, bool rotated) {
-    constexpr int P = D / 32, V = values_at_once<D>;
-    __shared__ __align__(16) float sums[most_merge_warps * D];
-    __shared__ float totals[most_merge_warps], merged[D];
-    extern __shared__ float scores[];
-    const Attention & a = call.a;
-    const ExactRows & x = a.exact;
-    const int parts = call.plan.parts, exact_rows = int(x.slots) + a.tokens;
-    const int64_t row = blockIdx.x;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, e = threadIdx.x;
-    const int head = int(row % a.heads), token = int(row / a.heads % a.tokens);
-    const int stream = int(row / a.heads / a.tokens), kv_stream = stream / (a.streams / a.kv_streams);
-    const int kv_head = head / call.plan.group;
-    const float * partial = call.partial + row * parts * D;
-    const SoftmaxState * states = call.states + row * parts;
-    const auto at = [&](const void * base, int64_t row_bytes, int64_t head_bytes, int64_t stream_bytes, int r) {
-        return static_cast<const void *>(static_cast<const char *>(base) + kv_stream * stream_bytes +
-                                         kv_head * head_bytes + r * row_bytes);
-    };
-    let_next_start();
-    wait_for_previous();
-
-    float q[P];
-    const float * query = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
-                                                          head * a.q_head + stream * a.q_stream);
-#pragma unroll
-    for (int j = 0; j < P; ++j) q[j] = query[lane + 32 * j];
-    const half * mask = reinterpret_cast<const half *>(
-        static_cast<const char *>(x.mask) + token * x.mask_token + head % x.mask_heads * x.mask_head +
-        stream % x.mask_streams * x.mask_stream);
-    const float slope = a.max_bias <= 0             ? 1.0f
-                        : head < call.slope_heads   ? powf(call.slope0, float(head + 1))
-                                                    : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    constexpr int at_once = D <= 128 ? 4 : 2; // rows whose loads are under way
-    for (int first = warp; first < exact_rows; first += at_once * warps) {
-        float bias[at_once], k[at_once][P];
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            const int r = first + i * warps;
-            bias[i] = r < exact_rows ? __half2float(mask[r]) : -INFINITY;
-            if (bias[i] == -INFINITY) continue; // a hidden row is not read
-            const bool batch = r >= x.slots;
-            load_exact<D>(x, batch ? at(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream, r - int(x.slots))
-                                   : at(x.k, x.k_row, x.k_head, x.k_stream, r), batch, lane, k[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            const int r = first + i * warps;
-            float score = -INFINITY;
-            if (bias[i] != -INFINITY) {
-                float dot = 0;
-#pragma unroll
-                for (int j = 0; j < P; ++j) dot += q[j] * k[i][j];
-#pragma unroll
-                for (int h = 16; h > 0; h /= 2) dot += __shfl_xor_sync(all_lanes, dot, h);
-                score = dot * a.scale;
-                if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
-                score = (score + slope * bias[i]) * log2e;
-            }
-            if (lane == 0 && r < exact_rows) scores[r] = score;
-        }
-    }
-    __syncthreads();
-
-    const SoftmaxState sink = sink_state(a.sinks, head);
-    float largest = largest_of(sink, states, 1, parts, lane), top = -INFINITY;
-    for (int r = lane; r < exact_rows; r += 32) top = fmaxf(top, scores[r]);
-#pragma unroll
-    for (int h = 16; h > 0; h /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, h));
-    largest = fmaxf(largest, top);
-
-    // the cache's rows
-    Merged<P> blocks(largest);
-    add_parts<D>(blocks, partial, states, parts, warp, warps, lane);
-#pragma unroll
-    for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = blocks.y[j];
-    // the exact rows
-    float exact[P] = {}, total = 0;
-    for (int first = warp; first < exact_rows; first += at_once * warps) {
-        float score[at_once], v[at_once][P];
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            const int r = first + i * warps;
-            score[i] = r < exact_rows ? scores[r] : -INFINITY;
-            if (score[i] == -INFINITY) continue;
-            const bool batch = r >= x.slots;
-            load_exact<D>(x, batch ? at(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream, r - int(x.slots))
-                                   : at(x.v, x.v_row, x.v_head, x.v_stream, r), batch, lane, v[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            if (score[i] == -INFINITY) continue;
-            const float weight = exp2f(score[i] - largest);
-            total += weight;
-#pragma unroll
-            for (int j = 0; j < P; ++j) exact[j] += weight * v[i][j];
-        }
-    }
-    if (lane == 0) totals[warp] = blocks.sum + total;
-    __syncthreads();
-    if (e < D) merged[e] = add_warps<D>(sums, e, warps);
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < P; ++j) sums[warp * D + lane + 32 * j] = exact[j];
-    __syncthreads();
-    float value = e < D ? add_warps<D>(sums, e, warps) : 0.0f;
-    __syncthreads();
-    if (e < D) sums[e] = value;
-    __syncthreads();
-
-    constexpr int N = rotated_block<D>;
-    if (warp >= D / N) return;
-    MergedSum all(largest);
-    all.add(sink);
-    for (int i = 0; i < warps; ++i) all.sum += totals[i];
-    const float inverse = all.sum == 0 ? 0.0f : 1.0f / all.sum;
-    float y[N / 32];
-#pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = merged[warp * N + lane + 32 * j];
-    if (rotated) transform_warp<N, true>(y);
-#pragma unroll
-    for (int j = 0; j < N / 32; ++j)
-        a.dst[row * D + warp * N + lane + 32 * j] = (y[j] + sums[warp * N + lane + 32 * j]) * inverse;
-}
-
-constexpr int64_t most_exact_rows = 3072; // their scores fit into a thread block's shared memory beside the sums
 
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
-    const int parts = call.plan.parts;
+    const int64_t rows = query_rows(call.a);
     int warps = D / 32;
-    if (call.a.windowed)
-        return launch(exact_merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(32 * most_merge_warps),
-                      size_t(call.a.exact.slots + call.a.tokens) * sizeof(float), stream, call,
-                      row_type<D>(call.a.type_v).turbo);
-    while (warps < parts && warps < most_merge_warps) warps *= 2;
-    return launch(merge_kernel<D>, dim3(unsigned(query_rows(call.a))), dim3(unsigned(32 * warps)), 0, stream,
-                  call.partial, call.states, call.a.sinks, call.a.dst, call.a.heads, parts,
+    while (warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
+    const int64_t blocks = rows + (call.stored_groups + warps - 1) / warps;
+    return launch(merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0, stream, call, int(rows),
+                  row_type<D>(call.a.type_v).turbo);
+}
+
+template <int D> cudaError_t launch_exact(const AttentionCall & call, cudaStream_t stream) {
+    const int tiles = (call.plan.columns + exact_columns - 1) / exact_columns;
+    const dim3 grid(unsigned(call.plan.exact_parts), unsigned(call.a.kv_heads * tiles), unsigned(call.a.streams));
+    return launch(exact_kernel<D>, grid, dim3(32 * exact_warps), 0, stream, call, exact_slot_parts(call.a.exact),
                   row_type<D>(call.a.type_v).turbo);
 }
 
@@ -332,9 +173,10 @@ struct Head {
     RowType (*row_type)(KV type);
     AttentionKernel (*kernel)(KV type_k, KV type_v);
     cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
+    cudaError_t (*exact)(const AttentionCall & call, cudaStream_t stream);
 };
 const Head heads[] = {
-#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
+#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>, launch_exact<D>},
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
@@ -389,9 +231,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
         device->version < 80 || !head || !head->kernel(a.type_k, a.type_v))
         return false;
-    if (a.windowed && ((a.exact.type != KV::q8_0 && a.exact.type != KV::f16) || a.exact.slots < 0 ||
-                       a.exact.slots + a.tokens > most_exact_rows))
-        return false;
+    if (a.windowed && !covers_exact(a)) return false;
     const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
     // floats are read as words, everything else as half words
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
@@ -432,7 +272,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
         p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-        p.parts = p.chunks * p.row_tiles;
+        p.exact_parts = exact_parts(a);
+        p.parts = p.chunks * p.row_tiles + p.exact_parts;
         p.merged = p.chunks > 1 || a.windowed;
         if (!p.merged) { // the warps' results meet in the same memory
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
@@ -460,6 +301,11 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const AttentionKernel kernel = head.kernel(a.type_k, a.type_v);
     const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
+    call.stored_groups = stored_groups(a);
+    if (a.windowed) {
+        const cudaError_t exact = head.exact(call, stream);
+        if (exact != cudaSuccess) return exact;
+    }
     const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);

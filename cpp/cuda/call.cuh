@@ -19,6 +19,7 @@ struct AttentionCall {
     SoftmaxState * states; // [query row][part]
     float slope0, slope1;  // ALiBi
     int slope_heads;
+    int64_t stored_groups; // of 32 values, which the merge stores in the slots of an exact window
 };
 
 namespace {
@@ -59,6 +60,13 @@ struct Place {
     }
     __device__ __forceinline__ int kv_head() const { return first_head + head_in_block; }
 };
+
+// What a head multiplies the mask by.
+__device__ __forceinline__ float alibi_slope(const AttentionCall & call, int head) {
+    if (call.a.max_bias <= 0) return 1.0f;
+    return head < call.slope_heads ? powf(call.slope0, float(head + 1))
+                                   : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
+}
 
 // A query row of a KV head's columns.
 __device__ __forceinline__ int64_t query_row(const AttentionCall & call, int stream, int kv_head, int column) {

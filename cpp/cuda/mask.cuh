@@ -21,15 +21,12 @@ struct Mask {
 
     // `column` and its token and head are the lane's.
     __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, int token, int head)
-        : n_kv(call.a.n_kv), in_quad(place.in_quad), slope(log2e) {
+        : n_kv(call.a.n_kv), in_quad(place.in_quad), slope(log2e * alibi_slope(call, head)) {
         const Attention & a = call.a;
         row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token + head % a.mask_heads * a.mask_head +
                            place.stream % a.mask_streams * a.mask_stream
                      : nullptr;
         pairs = (reinterpret_cast<uintptr_t>(row) & 3) == 0;
-        if (a.max_bias > 0)
-            slope *= head < call.slope_heads ? powf(call.slope0, float(head + 1))
-                                             : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
     }
 
     __device__ __forceinline__ void load(int64_t first) {

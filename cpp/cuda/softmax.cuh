@@ -96,6 +96,9 @@ template <int P> struct Merged : MergedSum {
 // Values of a row that are rotated together, where the type is turbo.
 template <int D> constexpr int rotated_block = D < 128 ? D : 128;
 
+// Values of a lane in a part in memory: V at a time, V * lane + 32 * j and those after it.
+template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
+
 // The finish: a warp's values of one block, lane + 32 j each, over the sum of the row's weights, and rotated back.
 template <int N>
 __device__ __forceinline__ void finish(float (&y)[N / 32], float sum, bool rotated, float * out, int lane) {

@@ -87,6 +87,10 @@ struct ExactRows {
     const void * mask; // binary16 [..][tokens][slots + tokens]
     int64_t mask_token, mask_head, mask_stream;
     int mask_heads, mask_streams; // broadcast
+    // After all reads, row i of the batch (of all KV streams) is stored in row store_rows[i] of store_k and of store_v, whose
+    // strides are those of the slots. nullptr: the batch is not stored.
+    const int64_t * store_rows;
+    void *store_k, *store_v;
 };
 
 // A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
@@ -132,7 +136,8 @@ struct AttentionPlan {
     int pitch_k, pitch_v; // bytes of a row in shared memory
     int chunks;           // runs of KV rows
     int64_t chunk_rows;   // a multiple of row_tiles times a warp's rows
-    int parts;            // partial results of a query row: chunks * row_tiles
+    int parts;            // partial results of a query row: chunks * row_tiles, then those of an exact window
+    int exact_parts;
     bool merged;          // they are merged by a kernel of their own, else by the thread block that had all rows
     int shared_bytes;
 };

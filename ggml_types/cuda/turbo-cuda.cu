@@ -152,6 +152,11 @@ bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
 }
 
+void compute_decode(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan) {
+    ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
+    CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
+}
+
 // Rows of K or V of an exact window, those of a batch after those of slots, as the float32 rows of all heads.
 struct ExactSide {
     const ggml_tensor * slots;
@@ -371,6 +376,69 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
+// The index of the next node after `at` that computes something, or n_nodes.
+int next_node(const ggml_cgraph * graph, int at) {
+    do {
+        ++at;
+    } while (at < graph->n_nodes && ggml_op_is_empty(graph->nodes[at]->op));
+    return at;
+}
+
+// Two SET_ROWS, of K and of V, as one launch. Returns how many nodes after `at` are done, too.
+int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    const ggml_tensor * first = graph->nodes[at];
+    const int           next  = next_node(graph, at);
+    if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || next == graph->n_nodes) {
+        return 0;
+    }
+    const ggml_tensor * second = graph->nodes[next];
+    if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
+        ggml_blck_size(second->type) != ggml_blck_size(first->type) || !(second->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+        overlap(first, second)) {
+        return 0;
+    }
+    GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
+    CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
+    return next - at;
+}
+
+// Whether `node` stores the batch's rows of one side of an exact window in its slots.
+bool stores_batch(const ggml_tensor * node, const ggml_tensor * slots, const ggml_tensor * batch, int64_t rows) {
+    return node->op == GGML_OP_SET_ROWS && (node->flags & GGML_TENSOR_FLAG_COMPUTE) && node->type == slots->type &&
+           node->view_src == slots->view_src && node->nb[1] == slots->nb[1] && node->src[0]->data == batch->data &&
+           node->src[0]->type == GGML_TYPE_F32 && ggml_nrows(node->src[0]) == rows &&
+           node->src[0]->nb[1] == batch->nb[1] && node->src[1]->type == GGML_TYPE_I64 &&
+           ggml_is_contiguous(node->src[1]);
+}
+
+// Attention with an exact window, and the two SET_ROWS that fill its slots afterwards.
+int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    ggml_tensor * op = graph->nodes[at];
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[TURBO_SRC_SLOTS_K]) {
+        return 0;
+    }
+    const int store_k = next_node(graph, at), store_v = store_k < graph->n_nodes ? next_node(graph, store_k) : store_k;
+    if (store_v >= graph->n_nodes) {
+        return 0;
+    }
+    const ggml_tensor *k = graph->nodes[store_k], *v = graph->nodes[store_v];
+    turbo_attention    a;
+    tq::Attention      call;
+    tq::AttentionPlan  plan;
+    GGML_ASSERT(turbo_describe_attention(op, a));
+    const int64_t rows = a.tokens * a.kv_streams;
+    if (!stores_batch(k, op->src[TURBO_SRC_SLOTS_K], op->src[TURBO_SRC_BATCH_K], rows) ||
+        !stores_batch(v, op->src[TURBO_SRC_SLOTS_V], op->src[TURBO_SRC_BATCH_V], rows) ||
+        k->src[1]->data != v->src[1]->data || !plan_decode(a, call, plan)) {
+        return 0;
+    }
+    call.exact.store_rows = (const int64_t *) k->src[1]->data;
+    call.exact.store_k    = k->data;
+    call.exact.store_v    = v->data;
+    compute_decode(ctx, call, plan);
+    return store_v - at;
+}
+
 } // namespace
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
@@ -414,26 +482,12 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
-    const ggml_tensor * first = graph->nodes[at];
-    // with several streams, the source of the second store may not be computed yet
-    if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || ctx.curr_stream_no != 0) {
+    // with several streams, the source of a later op may not be computed yet
+    if (ctx.curr_stream_no != 0) {
         return 0;
     }
-    for (int i = at + 1; i < graph->n_nodes; ++i) {
-        const ggml_tensor * second = graph->nodes[i];
-        if (ggml_op_is_empty(second->op)) {
-            continue;
-        }
-        if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
-            ggml_blck_size(second->type) != ggml_blck_size(first->type) ||
-            !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || overlap(first, second)) {
-            return 0;
-        }
-        GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
-        CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
-        return i - at;
-    }
-    return 0;
+    const int pair = fuse_stores(ctx, graph, at);
+    return pair ? pair : fuse_window(ctx, graph, at);
 }
 
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -469,8 +523,7 @@ bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * ds
     tq::Attention     call;
     tq::AttentionPlan plan;
     if (plan_decode(a, call, plan)) {
-        ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
-        CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
+        compute_decode(ctx, call, plan);
     } else {
         attention_by_half(ctx, dst);
     }

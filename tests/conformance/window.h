@@ -6,14 +6,17 @@
 
 // The last rows, as many as there are tokens, are the batch's own; of those before, every third is in a slot.
 struct Windowed {
-    int64_t slots, batch;              // rows of a stream
-    std::vector<uint16_t> slots_k, slots_v; // binary16 [kv_stream][slot][KV head][head]
+    const int type;                         // of the slots: TQ_ROW_F16 or TQ_ROW_Q8_0
+    int64_t slots, batch;                   // rows of a stream
+    int64_t slot_head_k, slot_head_v;       // bytes of a head's values in a slot
+    std::vector<uint8_t> slots_k, slots_v;  // [kv_stream][slot][KV head]
     std::vector<float> batch_k, batch_v;    // [kv_stream][row][KV head][head]
-    std::vector<uint16_t> far;         // binary16 [stream][token][rows]: the mask without them
-    std::vector<uint16_t> exact;       // [stream][token][slots + batch]: theirs
+    std::vector<uint16_t> far;              // binary16 [stream][token][rows]: the mask without them
+    std::vector<uint16_t> exact;            // [stream][token][slots + batch]: theirs
 
-    // The values of the rows in slots become what binary16 makes of them, in the problem, too.
-    explicit Windowed(Problem & p) {
+    // The values of the rows in slots become what the type makes of them, in the problem, too.
+    Windowed(Problem & p, int type)
+        : type(type), slot_head_k(int64_t(row_bytes(type, p.c.head_k))), slot_head_v(int64_t(row_bytes(type, p.c.head_v))) {
         const AttentionCase & c = p.c;
         batch = std::min<int64_t>(c.tokens, c.rows);
         std::vector<int64_t> rows; // of the exact columns
@@ -25,9 +28,10 @@ struct Windowed {
             for (const int64_t r : rows)
                 for (int h = 0; h < c.kv_heads; ++h) {
                     const bool own = r >= c.rows - batch;
-                    const auto take = [&](Cache & cache, std::vector<uint16_t> & halves, std::vector<float> & floats) {
+                    const auto take = [&](Cache & cache, std::vector<uint8_t> & bytes, std::vector<float> & floats) {
+                        const size_t size = row_bytes(type, cache.head);
                         if (r < 0) {
-                            halves.insert(halves.end(), size_t(cache.head), uint16_t(0x7e00));
+                            bytes.insert(bytes.end(), size, uint8_t(0xff)); // NaN in f16, and as the scale of q8_0
                             return;
                         }
                         const float *& values = cache.values[size_t((s * c.rows + r) * c.kv_heads + h)];
@@ -35,11 +39,11 @@ struct Windowed {
                             floats.insert(floats.end(), values, values + cache.head);
                             return;
                         }
-                        rounded.emplace_back(values, values + cache.head);
-                        for (float & x : rounded.back()) {
-                            halves.push_back(binary16_of(x));
-                            x = float(half_at(reinterpret_cast<const uint8_t *>(&halves.back())));
-                        }
+                        bytes.resize(bytes.size() + size);
+                        uint8_t * to = bytes.data() + bytes.size() - size;
+                        encode_row(type, values, to, cache.head);
+                        rounded.emplace_back(size_t(cache.head));
+                        decode_row(type, to, rounded.back().data(), cache.head);
                         values = rounded.back().data();
                     };
                     take(p.k, slots_k, batch_k);

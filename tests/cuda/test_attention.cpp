@@ -28,25 +28,32 @@ bool covers(const AttentionCase & c) {
 // Tensor cores multiply hidden values of f16 by zero, so hidden infinities and NaN have an effect.
 bool exempt(const AttentionCase & c) { return c.type_v == TQ_ROW_F16 && c.hides_bad_values(); }
 
-// A window's rows on the device.
+// A window's rows on the device. The slots end with a row for what gets no slot.
 struct Window {
     Windowed host;
-    DeviceArray<uint16_t> slots_k, slots_v, far, exact;
+    DeviceArray<uint8_t> slots_k, slots_v;
+    DeviceArray<uint16_t> far, exact;
     DeviceArray<float> batch_k, batch_v;
+    std::vector<int64_t> store; // where the batch's rows of all streams go
+    DeviceArray<int64_t> store_rows;
 
-    explicit Window(Problem & p)
-        : host(p), slots_k(host.slots_k), slots_v(host.slots_v), far(host.far), exact(host.exact), batch_k(host.batch_k),
-          batch_v(host.batch_v) {}
+    Window(Problem & p, int type)
+        : host(p, type), slots_k(with_one_more(host.slots_k, p.c, host.slot_head_k)),
+          slots_v(with_one_more(host.slots_v, p.c, host.slot_head_v)), far(host.far), exact(host.exact),
+          batch_k(host.batch_k), batch_v(host.batch_v), store(targets(p.c)), store_rows(store) {}
 
     ExactRows exact_rows(const AttentionCase & c) const {
         ExactRows x = {};
-        x.type = KV::f16;
+        x.type = host.type == TQ_ROW_F16 ? KV::f16 : KV::q8_0;
         x.slots = host.slots;
-        x.k = slots_k.get();
-        x.v = slots_v.get();
-        x.k_head = x.v_head = c.head_k * 2;
-        x.k_row = x.v_row = x.k_head * c.kv_heads;
-        x.k_stream = x.v_stream = x.k_row * host.slots;
+        x.k = x.store_k = slots_k.get();
+        x.v = x.store_v = slots_v.get();
+        x.k_head = host.slot_head_k;
+        x.v_head = host.slot_head_v;
+        x.k_row = x.k_head * c.kv_heads;
+        x.v_row = x.v_head * c.kv_heads;
+        x.k_stream = x.k_row * host.slots;
+        x.v_stream = x.v_row * host.slots;
         x.batch_k = batch_k.get();
         x.batch_v = batch_v.get();
         x.batch_k_head = x.batch_v_head = c.head_k * 4;
@@ -57,12 +64,67 @@ struct Window {
         x.mask_stream = x.mask_token * c.tokens;
         x.mask_heads = 1;
         x.mask_streams = c.streams;
+        x.store_rows = store_rows.get();
         return x;
+    }
+
+    // The batch is in its slots, rounded, and no other slot has changed.
+    void check_slots(const AttentionCase & c) const {
+        check_side(c, host.slots_k, host.slot_head_k, slots_k.host(), host.batch_k);
+        check_side(c, host.slots_v, host.slot_head_v, slots_v.host(), host.batch_v);
+    }
+
+private:
+    int64_t total(const AttentionCase & c) const { return host.slots * c.kv_streams; }
+
+    static std::vector<uint8_t> with_one_more(std::vector<uint8_t> bytes, const AttentionCase & c, int64_t head) {
+        bytes.resize(bytes.size() + size_t(head * c.kv_heads), 0);
+        return bytes;
+    }
+
+    std::vector<int64_t> targets(const AttentionCase & c) const {
+        std::vector<int64_t> rows;
+        for (int64_t i = 0; i < host.batch * c.kv_streams; ++i) rows.push_back(std::max<int64_t>(total(c) - 1 - i, -1));
+        for (int64_t & row : rows) row = row < 0 ? total(c) : row;
+        return rows;
+    }
+
+    void check_side(const AttentionCase & c, const std::vector<uint8_t> & before, int64_t head,
+                    const std::vector<uint8_t> & after, const std::vector<float> & batch) const {
+        const int64_t row_size = head * c.kv_heads, values = c.head_k * c.kv_heads;
+        bool kept = true;
+        double worst = 0; // error over what rounding allows
+        for (int64_t row = 0; row < total(c); ++row) {
+            const auto found = std::find(store.begin(), store.end(), row);
+            const uint8_t * now = after.data() + row * row_size;
+            if (found == store.end()) {
+                kept = kept && std::equal(now, now + row_size, before.data() + row * row_size);
+                continue;
+            }
+            std::vector<float> y(static_cast<size_t>(values));
+            decode_row(host.type, now, y.data(), values);
+            const float * x = batch.data() + (found - store.begin()) * values;
+            for (int64_t first = 0; first < values; first += 32) {
+                float top = 0;
+                for (int64_t i = first; i < first + 32; ++i) top = std::max(top, std::fabs(x[i]));
+                for (int64_t i = first; i < first + 32; ++i) {
+                    // half a level, and the scale's own rounding on 127 levels
+                    const double allowed = host.type == TQ_ROW_F16 ? std::fabs(x[i]) / 2048 + 1e-7
+                                                                   : top * (0.501 / 127 + 1.0 / 2048) + 1e-5;
+                    worst = std::max(worst, std::fabs(double(y[size_t(i)]) - double(x[i])) / allowed);
+                }
+            }
+        }
+        CHECK(kept);
+        CHECK(worst <= 1);
     }
 };
 
-void conforms(const AttentionCase & c, bool windowed) {
-    check::Case case_(c.name, windowed ? ", with a window" : "");
+// slots: the type of a window's, or no_window.
+constexpr int no_window = -1;
+void conforms(const AttentionCase & c, int slots) {
+    const bool windowed = slots != no_window;
+    check::Case case_(c.name, slots == no_window ? "" : slots == TQ_ROW_F16 ? ", with a window in f16" : ", with a window in q8_0");
     Problem p(c);
     DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
     DeviceArray<float> q_data(p.q), sink_data(p.sinks);
@@ -102,7 +164,7 @@ void conforms(const AttentionCase & c, bool windowed) {
     std::optional<Window> window;
     if (windowed) {
         a.windowed = true;
-        a.mask = window.emplace(p).far.get();
+        a.mask = window.emplace(p, slots).far.get();
         a.exact = window->exact_rows(c);
     }
     AttentionPlan plan;
@@ -124,6 +186,7 @@ void conforms(const AttentionCase & c, bool windowed) {
         std::printf("%-100s %.2e\n", check::where.c_str(), e);
     }
     CHECK(e <= bound);
+    if (window) window->check_slots(c);
 }
 
 } // namespace
@@ -135,10 +198,11 @@ int main(int argc, char ** argv) {
     int covered = 0;
     for (const AttentionCase & c : attention_cases()) {
         if (c.extent > extent) continue;
-        conforms(c, false);
+        conforms(c, no_window);
         covered += covers(c) && !exempt(c);
         const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
-        if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1) conforms(c, true);
+        if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1)
+            conforms(c, covered % 2 ? TQ_ROW_F16 : TQ_ROW_Q8_0);
     }
     std::printf("%d cases\n", covered);
     Attention a = {};
