@@ -4,9 +4,6 @@
 
 #include "ggml/turbo-types.h"
 
-#include "llama-hparams.h"
-#include "llama-model.h"
-
 #include <map>
 #include <string>
 #include <tuple>
@@ -104,7 +101,7 @@ double turbo_mean_bits(const std::vector<ggml_type> & types, const turbo_model &
 void turbo_set_layer_types(ggml_tensor * k, ggml_tensor * v, const llama_model & model, const llama_hparams & hparams,
                            uint32_t il) {
     const turbo_layer_types & chosen = turbo_chosen_types();
-    if (chosen.model != &model || &hparams != &model.hparams) {
+    if (chosen.model != &model || !turbo_is_own_cache(model, hparams)) {
         return;
     }
     const auto set = [](ggml_tensor * tensor, ggml_type type) {

@@ -68,7 +68,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     // The guard needs the powers for keys in turbo types, and a plan for the comparison with the model.
     const bool predict = auto_k || auto_v || (turbo_is_type(params.type_k) && chosen.limit > 0.0f);
     const std::vector<turbo_layer_power> powers =
-            predict ? turbo_predict_powers(model, params.n_threads_batch) : std::vector<turbo_layer_power>();
+            predict ? turbo_predict_powers(model, about, params.n_threads_batch) : std::vector<turbo_layer_power>();
     turbo_plan             plan;
     const turbo_plan_state planned =
             auto_k || auto_v ? turbo_choose_plan(model, about, options, powers, plan) : turbo_plan_state::none;

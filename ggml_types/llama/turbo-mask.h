@@ -3,8 +3,7 @@
 
 #include "ggml/turbo-types.h"
 
-#include "llama-batch.h"
-#include "llama-hparams.h"
+#include "llama.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +13,9 @@
 // contexts takes longer than attention on a GPU. If the used cells come first and all belong to the token's sequence, and
 // no position is after that of the token, these cells are visible and the others are not. The result is false if this is
 // not certain, or if the cache has no turbo type; llama.cpp's own code then fills the mask.
-template <typename Layers, typename Cells>
-bool turbo_fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const Layers & layers,
-                     const llama_hparams & hparams, bool window, const Cells & v_cells,
+template <typename Ubatch, typename Layers, typename Hparams, typename Cells>
+bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,
+                     const Hparams & hparams, bool window, const Cells & v_cells,
                      const std::vector<uint32_t> & seq_to_stream) {
     if (ubatch.n_tokens != 1 || mask->ne[3] != 1 || !causal || window || hparams.use_alibi || ubatch.is_pos_2d()) {
         return false;
@@ -31,7 +30,8 @@ bool turbo_fill_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causa
     if (!turbo || used != (int64_t) cells.used_max_p1() || used > mask->ne[0] || cells.seq_pos_max(seq) > ubatch.pos[0]) {
         return false;
     }
-    for (llama_seq_id other = 0; other < LLAMA_MAX_SEQ; ++other) {
+    // seq_to_stream has an entry for each sequence that the cache can have.
+    for (llama_seq_id other = 0; other < (llama_seq_id) seq_to_stream.size(); ++other) {
         if (other != seq && cells.seq_pos_max(other) != -1) {
             return false;
         }

@@ -8,6 +8,7 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -16,20 +17,43 @@ turbo_model turbo_describe_model(const llama_model & model) {
     const llama_hparams & hparams = model.hparams;
     turbo_model           result;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        const bool has_kv = hparams.has_kv(il);
-        result.layers.push_back({ has_kv && !hparams.is_recr(il) && hparams.n_head_kv(il) > 0, has_kv, hparams.is_swa(il),
-                hparams.n_embd_head_k(il), hparams.n_embd_head_v(il), hparams.n_head(il), hparams.n_head_kv(il),
-                hparams.n_embd_k_gqa(il), hparams.n_embd_v_gqa(il), nullptr });
-        if (result.layers[il].cached) {
-            result.layers[il].device = model.dev_layer(il);
-        }
+        turbo_layer layer;
+        layer.recurrent = hparams.is_recr(il);
+        layer.has_kv    = hparams.has_kv(il);
+        layer.window    = hparams.is_swa(il);
+        layer.head_k    = hparams.n_embd_head_k(il);
+        layer.head_v    = hparams.n_embd_head_v(il);
+        layer.heads     = hparams.n_head(il);
+        layer.kv_heads  = hparams.n_head_kv(il);
+        layer.values_k  = hparams.n_embd_k_gqa(il);
+        layer.values_v  = hparams.n_embd_v_gqa(il);
+        layer.n_rot     = hparams.n_rot(il);
+        layer.scale     = hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale
+                                                            : 1.0f / std::sqrt((float) layer.head_k);
+        layer.cached    = layer.has_kv && !layer.recurrent && layer.kv_heads > 0;
+        layer.device    = layer.cached ? model.dev_layer(il) : nullptr;
+        result.layers.push_back(layer);
     }
     const char * disable = getenv("LLAMA_ATTN_ROT_DISABLE");
     result.own_layers    = hparams.n_layer();
+    result.arch          = model.arch_name();
+    result.rope          = llama_model_rope_type(&model);
     result.mla           = hparams.is_mla();
-    result.own_attention = turbo_has_own_attention(model.arch_name().c_str());
+    result.own_attention = turbo_has_own_attention(result.arch.c_str());
     result.rotated = turbo_rotates_by_layer(model) && hparams.n_embd_head_k() % 64 == 0 && !(disable && atoi(disable));
     return result;
+}
+
+const ggml_tensor * turbo_weight(const llama_model & model, const std::string & name) {
+    return model.get_tensor(name.c_str());
+}
+
+bool turbo_is_own_cache(const llama_model & model, const llama_hparams & hparams) {
+    return &hparams == &model.hparams;
+}
+
+bool turbo_rotates_by_layer(const llama_model & model) {
+    return !model.hparams.is_mla() && !turbo_has_own_attention(model.arch_name().c_str());
 }
 
 std::vector<uint32_t> turbo_readers(const turbo_model & model, uint32_t il) {

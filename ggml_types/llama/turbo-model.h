@@ -2,6 +2,8 @@
 // headers. Part of libllama.
 #pragma once
 
+#include "llama.h"
+
 #include "ggml-backend.h"
 
 #include <cstdint>
@@ -9,27 +11,41 @@
 #include <vector>
 
 struct llama_hparams;
-struct llama_model;
 
 struct turbo_layer {
-    bool               cached;   // whether it stores keys and values of tokens (and not only a recurrent state)
-    bool               has_kv;   // whether it has keys of its own
-    bool               window;   // whether it has sliding-window attention
-    uint32_t           head_k, head_v;   // values of a head
+    bool               cached;    // whether it stores keys and values of tokens (and not only a recurrent state)
+    bool               recurrent; // whether it has a recurrent state
+    bool               has_kv;    // whether it has keys of its own
+    bool               window;    // whether it has sliding-window attention
+    uint32_t           head_k, head_v;     // values of a head
     uint32_t           heads, kv_heads;
     uint32_t           values_k, values_v; // of all heads of a token
+    uint32_t           n_rot;     // values of a head that RoPE rotates
+    float              scale;     // factor of q·k
     ggml_backend_dev_t device;
 };
 
 struct turbo_model {
     std::vector<turbo_layer> layers;     // all, those for multi-token prediction after the model's own
     uint32_t                 own_layers; // without those
+    std::string              arch;       // name of its architecture
+    llama_rope_type          rope;
     bool                     mla;        // multi-head latent attention caches one row, K, whose front is V
     bool                     own_attention; // its architecture's own code stores keys or computes attention
     bool                     rotated;    // llama.cpp rotates keys of quantized types that do not rotate for themselves
 };
 
 turbo_model turbo_describe_model(const llama_model & model);
+
+// A tensor by its name in the file, or null. The names change less often than llama.cpp's structs.
+const ggml_tensor * turbo_weight(const llama_model & model, const std::string & name);
+
+// True if a cache with these hparams is for the model's own attention. A cache for something else, for example that of an
+// indexer, has hparams of its own.
+bool turbo_is_own_cache(const llama_model & model, const llama_hparams & hparams);
+
+// True if each layer can be rotated independently of the others.
+bool turbo_rotates_by_layer(const llama_model & model);
 
 // The layers that attend to the cache of layer il: itself, and later ones without keys of their own, which read the
 // last cache of their kind (full attention, or a sliding window).

@@ -3,10 +3,7 @@
 #include "llama/turbo-noise.h"
 
 #include "ggml/turbo-types.h"
-
-#include "llama-hparams.h"
-#include "llama-model.h"
-#include "llama.h"
+#include "llama/turbo-model.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -128,14 +125,14 @@ void compute(ggml_backend_dev_t dev, const std::vector<product *> & products, in
     }
 }
 
-// The tensors of a layer by their names in the file, which change less often than llama.cpp's structs.
+// The tensors of a layer by their names in the file.
 struct names {
     const llama_model & model;
     std::string         prefix;
 
     names(const llama_model & model, uint32_t il) : model(model), prefix("blk." + std::to_string(il) + ".") {}
 
-    const ggml_tensor * operator()(const char * name) const { return model.get_tensor((prefix + name).c_str()); }
+    const ggml_tensor * operator()(const char * name) const { return turbo_weight(model, prefix + name); }
 };
 
 // The rows of a layer's matrices that compute its keys and queries.
@@ -202,10 +199,6 @@ void mix_pairs(std::vector<float> & powers, uint32_t head, uint32_t n_rot, bool 
     }
 }
 
-float attention_scale(const llama_hparams & hparams, uint32_t head) {
-    return hparams.f_attention_scale != 0.0f ? hparams.f_attention_scale : 1.0f / std::sqrt((float) head);
-}
-
 // The mean squared error of a type on N(0,1), which is measured once on 64 blocks of 128 values.
 double relative_error(ggml_type type) {
     static std::mutex                  mutex;
@@ -238,9 +231,8 @@ double relative_error(ggml_type type) {
 
 }  // namespace
 
-std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, int n_threads) {
-    const llama_hparams &          hparams = model.hparams;
-    std::vector<turbo_layer_power> powers(hparams.n_layer_all);
+std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, const turbo_model & about, int n_threads) {
+    std::vector<turbo_layer_power> powers(about.layers.size());
     std::vector<layer_work>        work(powers.size());
     std::vector<std::unique_ptr<product>> products;
 
@@ -261,24 +253,25 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
 
     for (uint32_t il = 0; il < powers.size(); ++il) {
         turbo_layer_power & power = powers[il];
+        const turbo_layer & layer = about.layers[il];
         const names         tensor(model, il);
-        const uint32_t      head  = hparams.n_embd_head_k(il);
-        const int64_t       rows_q = (int64_t) hparams.n_head(il) * head;
-        const int64_t       rows_k = (int64_t) hparams.n_head_kv(il) * head;
+        const uint32_t      head   = layer.head_k;
+        const int64_t       rows_q = (int64_t) layer.heads * head;
+        const int64_t       rows_k = (int64_t) layer.kv_heads * head;
         power.head  = head;
-        power.scale = attention_scale(hparams, head);
-        if (hparams.is_recr(il) || rows_q == 0) {
+        power.scale = layer.scale;
+        if (layer.recurrent || rows_q == 0) {
             power.unknown = "no attention";
             continue;
         }
-        if (hparams.is_mla()) {
+        if (about.mla) {
             power.unknown = "multi-head latent attention";
             continue;
         }
         const ggml_tensor * fused = tensor("attn_qkv.weight");
         const ggml_tensor * w_q   = fused ? fused : tensor("attn_q.weight");
         const ggml_tensor * w_k   = fused ? fused : tensor("attn_k.weight");
-        const bool          own_k = hparams.has_kv(il);
+        const bool          own_k = layer.has_kv;
         if (!w_q || (own_k && !w_k)) {
             power.unknown = "W_q or W_k is not a matrix of its own";
             continue;
@@ -294,7 +287,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             continue;
         }
         // Falcon 40B has a separate norm for the input of attention.
-        const bool          second = tensor("attn_norm_2.weight") && model.arch_name() == "falcon";
+        const bool          second = tensor("attn_norm_2.weight") && about.arch == "falcon";
         const ggml_tensor * norm   = tensor(second ? "attn_norm_2.weight" : "attn_norm.weight");
         const ggml_tensor * norm_b = tensor(second ? "attn_norm_2.bias" : "attn_norm.bias");
         // A norm may have no weights (OLMo), or keys and queries may be normalized instead of the input (OLMo 2).
@@ -307,7 +300,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
         todo.q       = multiply(w_q, gain, constant);
         todo.k       = fused ? todo.q : own_k ? multiply(w_k, gain, constant) : nullptr;
         todo.first_k = fused ? rows_q : 0;
-        todo.q_chunk = fused ? head : w_q->ne[1] / hparams.n_head(il); // with a gate, query and gate alternate by head
+        todo.q_chunk = fused ? head : w_q->ne[1] / layer.heads; // with a gate, query and gate alternate by head
         todo.bias_q  = tensor("attn_q.bias");
         todo.bias_k  = tensor("attn_k.bias");
         if (const ggml_tensor * bias = tensor("attn_qkv.bias")) {
@@ -327,9 +320,9 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
         compute(dev, list, n_threads);
     }
 
-    const auto rope = llama_model_rope_type(&model);
     for (uint32_t il = 0; il < powers.size(); ++il) {
         turbo_layer_power & power = powers[il];
+        const turbo_layer & layer = about.layers[il];
         const layer_work &  todo  = work[il];
         if (!power.unknown.empty()) {
             continue;
@@ -349,7 +342,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
         const float              unit_k = factor(fused ? "attn_qkv.scale" : "attn_k.scale");
         const std::vector<float> bias_q = todo.bias_q ? read_vector(todo.bias_q) : std::vector<float>();
         const std::vector<float> bias_k = todo.bias_k ? read_vector(todo.bias_k) : std::vector<float>();
-        for (uint32_t h = 0; h < hparams.n_head(il); ++h) {
+        for (uint32_t h = 0; h < layer.heads; ++h) {
             const int64_t first = h * todo.q_chunk;
             if (!bias_q.empty() && (size_t) (first + power.head) > bias_q.size()) {
                 power.unknown = "the bias of W_q has another width";
@@ -358,7 +351,7 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             const auto one = row_powers(*todo.q, first, power.head, bias_q, first, unit_q);
             power.q.insert(power.q.end(), one.begin(), one.end());
         }
-        const int64_t rows_k = (int64_t) hparams.n_head_kv(il) * power.head;
+        const int64_t rows_k = (int64_t) layer.kv_heads * power.head;
         if (todo.k) {
             if (!bias_k.empty() && (size_t) (todo.first_bias_k + rows_k) > bias_k.size()) {
                 power.unknown = "the bias of W_k has another width";
@@ -376,10 +369,10 @@ std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, i
             power.unknown = "the norm of keys or queries has another width";
             continue;
         }
-        if (rope != LLAMA_ROPE_TYPE_NONE) {
-            power.adjacent = rope == LLAMA_ROPE_TYPE_NORM;
-            mix_pairs(power.k, power.head, hparams.n_rot(il), rope == LLAMA_ROPE_TYPE_NORM);
-            mix_pairs(power.q, power.head, hparams.n_rot(il), rope == LLAMA_ROPE_TYPE_NORM);
+        if (about.rope != LLAMA_ROPE_TYPE_NONE) {
+            power.adjacent = about.rope == LLAMA_ROPE_TYPE_NORM;
+            mix_pairs(power.k, power.head, layer.n_rot, power.adjacent);
+            mix_pairs(power.q, power.head, layer.n_rot, power.adjacent);
         }
         for (const auto & channel : { power.k, power.q }) {
             for (const float one : channel) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 struct llama_model;
+struct turbo_model;
 
 // Expected powers of the keys and queries of one layer, computed from the weights: the input of W_k and W_q is modelled as
 // noise of unit power times the weights of the norm before them. RoPE does not change the power of a rotary pair.
@@ -22,8 +23,9 @@ struct turbo_layer_power {
 };
 
 // The powers of all layers of the model; layers without attention are unknown and have an empty K. The weights are
-// multiplied by a few random vectors on the devices that hold them, so that every weight type and layout works.
-std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, int n_threads);
+// multiplied by a few random vectors on the devices that hold them, so that every weight type and layout works. `about`
+// describes the model.
+std::vector<turbo_layer_power> turbo_predict_powers(const llama_model & model, const turbo_model & about, int n_threads);
 
 // The standard deviation, in nats, of the error of a score that keys of the type cause: the mean over the query heads that
 // read the keys of `cache`, because a single head with high noise does little harm. `reader` has the queries, which may be

@@ -251,8 +251,9 @@ turbo_plan_state plan_from_file(const char * option, const std::string & path, c
 
 bool turbo_plan_model_json(const llama_model * model, char * out, size_t size) {
     const int         n_threads = (int) std::max(1u, std::thread::hardware_concurrency());
-    const auto        powers    = turbo_predict_powers(*model, n_threads);
-    const std::string text      = describe(*model, turbo_describe_model(*model), powers).dump();
+    const turbo_model about     = turbo_describe_model(*model);
+    const auto        powers    = turbo_predict_powers(*model, about, n_threads);
+    const std::string text      = describe(*model, about, powers).dump();
     if (text.size() + 1 > size) {
         return false;
     }

@@ -8,8 +8,7 @@
 #pragma once
 
 #include "ggml/turbo-types.h"
-
-#include "llama-model.h"
+#include "llama/turbo-model.h"
 
 #include "ggml.h"
 
@@ -23,11 +22,6 @@ inline bool turbo_has_own_attention(const char * arch) {
         }
     }
     return false;
-}
-
-// True if each layer can be rotated independently of the others.
-inline bool turbo_rotates_by_layer(const llama_model & model) {
-    return !model.hparams.is_mla() && !turbo_has_own_attention(model.arch_name().c_str());
 }
 
 // Hook where the cache's constructor decides on rotation. False if a cache with turbo types has no layer to rotate.

@@ -4,13 +4,11 @@
 #include "ggml/turbo-types.h"
 #include "llama/turbo-model.h"
 
-#include "llama-hparams.h"
-
 #include <atomic>
 
 // Hook in get_can_shift. The shift rotates the first n_rot values of a key in place. These must be whole blocks, and the
 // copy to the cache must be contiguous, which is not so with a partial RoPE.
-template <typename Layers> bool turbo_refuses_shift(const Layers & layers, const llama_hparams & hparams) {
+template <typename Layers, typename Hparams> bool turbo_refuses_shift(const Layers & layers, const Hparams & hparams) {
     for (const auto & layer : layers) {
         if (layer.k && turbo_is_type(layer.k->type) && hparams.n_rot(layer.il) != hparams.n_embd_head_k(layer.il)) {
             static std::atomic<bool> told{ false };

@@ -6,7 +6,6 @@
 #include "llama/turbo-layers.h"
 
 #include "llama-graph.h"
-#include "llama-model.h"
 
 #include <algorithm>
 #include <numeric>
@@ -17,7 +16,8 @@ void turbo_window::add_layer(ggml_context * ctx, const llama_model & model, cons
                              ggml_tensor * k, ggml_tensor * v, uint32_t n_stream) {
     ++n_layers_;
     const turbo_layer_types & chosen = turbo_chosen_types();
-    if (chosen.model != &model || &hparams != &model.hparams || chosen.windowed.empty() || !chosen.windowed[il] || !k || !v) {
+    if (chosen.model != &model || !turbo_is_own_cache(model, hparams) || chosen.windowed.empty() ||
+        !chosen.windowed[il] || !k || !v) {
         return;
     }
     if (slots_ == 0) {

@@ -1,6 +1,8 @@
 // Compares turbo_fill_mask with the rule for each cell, on random caches. Compiled against a patched llama.cpp.
 #include "llama/turbo-mask.h"
 
+#include "llama-batch.h"
+#include "llama-hparams.h"
 #include "llama-kv-cells.h"
 
 #include <cstdio>

@@ -560,6 +560,19 @@ def test_the_enum_has_the_listed_ids():
     assert int(count[1]) == max(ids.values()) + 1
 
 
+def test_few_files_include_private_headers_of_libllama():
+    """These headers change with every version of llama.cpp; README.md says what the two files are for."""
+    found = {}
+    for path in sorted(path for path in GGML.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+        names = re.findall(r'#include\s*["<](?:.*/)?(llama-[\w-]+\.h)[">]', path.read_text(encoding="utf-8"))
+        if names:
+            found[path.relative_to(GGML).as_posix()] = names
+    assert found == {
+        "llama/turbo-model.cpp": ["llama-hparams.h", "llama-impl.h", "llama-model.h"],
+        "llama/turbo-window.cpp": ["llama-graph.h"],
+    }
+
+
 @pytest.mark.parametrize("version", sorted(source.PROVEN))
 def test_real_tree_with_crlf(version, tmp_path):
     """As git makes it on Windows."""
