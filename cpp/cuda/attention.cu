@@ -1,4 +1,4 @@
-// Attention: plans, launches, and the merge of what the thread blocks of attention.cuh leave.
+// Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
 #include "launch.h"
 
@@ -10,13 +10,13 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_column_tiles = 4; // beyond that K and V are read so often that decoding them once is faster
+constexpr int most_column_tiles = 4; // with more tiles, decoding K and V once is faster than reading them for each tile
 
 struct Device {
     int version, multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
 
-// In the order of their numbers.
+// The properties of all devices, indexed by the number of the device.
 const std::vector<Device> & all_devices() {
     static const std::vector<Device> devices = [] {
         int count = 0;
@@ -37,16 +37,16 @@ const std::vector<Device> & all_devices() {
     return devices;
 }
 
-// Of the current device; nullptr if there is none.
+// The properties of the current device, whose number is written to id; nullptr if there is none.
 const Device * current_device(int & id) {
     const std::vector<Device> & devices = all_devices();
     return cudaGetDevice(&id) == cudaSuccess && id >= 0 && size_t(id) < devices.size() ? &devices[size_t(id)] : nullptr;
 }
 
-// Kind and Layout of a type that is known at run time.
+// The parts of Kind and Layout that a plan needs, for a type that is known only at run time.
 struct RowType {
     bool turbo, floats;
-    int bytes; // of a row
+    int bytes; // of a row of one head
 };
 template <int D> RowType row_type(KV type) {
     switch (type) {
@@ -59,7 +59,8 @@ template <int D> RowType row_type(KV type) {
 }
 
 
-// Bytes of a row in shared memory: an odd multiple of 16, so that the rows of a tile start in different banks.
+// Bytes of a row in shared memory: an odd multiple of 16, so that eight consecutive rows start in different banks. A
+// row keeps its address modulo 16 there, which takes up to 15 more bytes.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
     const bool aligned = ((reinterpret_cast<uintptr_t>(base) | uint64_t(row) | uint64_t(stream)) & 15) == 0;
     const int units = (chunk + (aligned ? 0 : 15) + 15) / 16;
@@ -70,7 +71,8 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 
 constexpr int most_merge_warps = 32;
 
-// Values of a lane in a part that is read from memory: V at a time, V * lane + 32 * j and those after it.
+// The number V of values that a lane reads from a part at a time: those from V * lane + 32 * j on, where j is a
+// multiple of V.
 template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
 
 // Adds the parts warp, warp + warps, ... of a query row to `own`.
@@ -78,7 +80,7 @@ template <int D>
 __device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * partial, const SoftmaxState * states,
                                           int parts, int warp, int warps, int lane) {
     constexpr int P = D / 32, V = values_at_once<D>;
-    constexpr int batch = 4; // parts whose loads are under way at once
+    constexpr int batch = 4; // parts that are loaded at the same time
 #pragma unroll 1
     for (int first = warp; first < parts; first += batch * warps) {
         SoftmaxState part[batch];
@@ -109,10 +111,11 @@ __device__ __forceinline__ void add_parts(Merged<D / 32> & own, const float * pa
     }
 }
 
-// A thread block merges the parts of one query row and the sink. Warp w takes parts w, w + warps, ...
+// Merges the parts of a query row and its sink, with one thread block for each query row. Warp w adds parts w,
+// w + warps, ...
 //
-// The launch bounds ask for one block per multiprocessor: with registers for two, the compiler waits for each part before
-// it loads the next.
+// The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
+// compiler loads the parts one after the other.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     merge_kernel(const float * partial, const SoftmaxState * states, const float * sinks, float * dst, int heads,
@@ -144,9 +147,9 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         value += sums[i * D + e];
         all.sum += totals[i];
     }
-    sums[e] = value; // its own slot: nobody else reads it any more before the barrier
+    sums[e] = value; // before the barrier only this thread reads element e
     static_assert(D % 32 == 0, "whole warps");
-    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // of the first D threads
+    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // for the first D threads only
     constexpr int N = rotated_block<D>;
     if (warp >= D / N) return;
     float y[N / 32];
@@ -155,9 +158,9 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     finish<N>(y, all.sum, rotated, dst + row * D + warp * N, lane);
 }
 
-// ---- the exact window: the merge computes attention over its rows, too
+// ---- the merge of a call with an exact window
 
-// A warp's elements lane + 32 j of a row, as floats.
+// Loads elements lane + 32 j of an exact row as floats.
 template <int D>
 __device__ __forceinline__ void load_exact(const ExactRows & x, const void * row, bool batch, int lane,
                                            float (&y)[D / 32]) {
@@ -175,7 +178,7 @@ __device__ __forceinline__ void load_exact(const ExactRows & x, const void * row
     }
 }
 
-// The sum over a thread block's warps of element e, which each has left in `sums`.
+// The sum of element e over the warps of a thread block, which have written their sums to [warp][D].
 template <int D> __device__ __forceinline__ float add_warps(const float * sums, int e, int warps) {
     float value = 0;
 #pragma unroll 8
@@ -183,7 +186,8 @@ template <int D> __device__ __forceinline__ float add_warps(const float * sums, 
     return value;
 }
 
-// Does what merge_kernel does, and computes attention over the exact rows. The dynamic shared memory holds their scores.
+// Merges as merge_kernel does, and also computes attention over the exact rows, whose scores are in dynamic shared
+// memory. V of the cache may be in the rotated domain and exact V is not, so their sums are kept apart.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     exact_merge_kernel(const __grid_constant__ AttentionCall call, bool rotated) {
@@ -219,14 +223,14 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     const float slope = a.max_bias <= 0             ? 1.0f
                         : head < call.slope_heads   ? powf(call.slope0, float(head + 1))
                                                     : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
-    constexpr int at_once = D <= 128 ? 4 : 2; // rows whose loads are under way
+    constexpr int at_once = D <= 128 ? 4 : 2; // rows that are loaded at the same time
     for (int first = warp; first < exact_rows; first += at_once * warps) {
         float bias[at_once], k[at_once][P];
 #pragma unroll
         for (int i = 0; i < at_once; ++i) {
             const int r = first + i * warps;
             bias[i] = r < exact_rows ? __half2float(mask[r]) : -INFINITY;
-            if (bias[i] == -INFINITY) continue; // a hidden row is not read
+            if (bias[i] == -INFINITY) continue; // hidden rows are not read
             const bool batch = r >= x.slots;
             load_exact<D>(x, batch ? at(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream, r - int(x.slots))
                                    : at(x.k, x.k_row, x.k_head, x.k_stream, r), batch, lane, k[i]);
@@ -257,12 +261,12 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     for (int h = 16; h > 0; h /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, h));
     largest = fmaxf(largest, top);
 
-    // the cache's rows
+    // Each warp adds its share of the parts over the rows of the cache.
     Merged<P> blocks(largest);
     add_parts<D>(blocks, partial, states, parts, warp, warps, lane);
 #pragma unroll
     for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = blocks.y[j];
-    // the exact rows
+    // Each warp adds its share of the exact rows.
     float exact[P] = {}, total = 0;
     for (int first = warp; first < exact_rows; first += at_once * warps) {
         float score[at_once], v[at_once][P];
@@ -311,7 +315,7 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         a.dst[row * D + warp * N + lane + 32 * j] = (y[j] + sums[warp * N + lane + 32 * j]) * inverse;
 }
 
-constexpr int64_t most_exact_rows = 3072; // their scores fit into a thread block's shared memory beside the sums
+constexpr int64_t most_exact_rows = 3072; // their scores and the sums fit into the 48 KB that need no permission
 
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     const int parts = call.plan.parts;
@@ -326,7 +330,7 @@ template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream
                   row_type<D>(call.a.type_v).turbo);
 }
 
-// What is compiled for each head size.
+// The functions that are compiled for a head size.
 struct Head {
     int size;
     RowType (*row_type)(KV type);
@@ -340,7 +344,7 @@ const Head heads[] = {
 };
 constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
 
-// nullptr if there is none.
+// The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
     for (const Head & head : heads)
         if (head.size == size) return &head;
@@ -351,7 +355,8 @@ const Head * head_of(int size) {
 constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
 #undef TURBOQUANT_ONE_MORE
 
-// A kernel may use more than 48 KB of shared memory only after it was allowed to, once per device.
+// Permits the kernel to use the shared memory of the call. CUDA requires this once per kernel and device for more than
+// 48 KB.
 cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
     static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count];
@@ -370,7 +375,7 @@ cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const Attent
 
 bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
-    const int place = block_index(head < 128 ? head : 128); // among the types of a family
+    const int place = block_index(head < 128 ? head : 128); // the index of the type in its family
 #define TURBOQUANT_CASE(X, ID, name, family, bits, id) \
     if (type == TQ_##ID + place) {                     \
         kv = KV::name;                                 \
@@ -393,7 +398,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
                        a.exact.slots + a.tokens > most_exact_rows))
         return false;
     const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
-    // floats are read as words, everything else as half words
+    // The kernels read f16 in words, and all other types in half words.
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
     const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
     if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
@@ -405,18 +410,19 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     if (p.column_tiles > most_column_tiles) return false;
 
     const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
-    // A short cache is one run of rows, finished by the thread blocks that computed it: all their warps take rows.
+    // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
+    // without an exact window it finishes the query rows itself, so no second kernel is launched.
     const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
     for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
         if (a.kv_heads % heads) continue;
         p.block_heads = heads;
         p.head_groups = a.kv_heads / heads;
-        // the first head of a group may start anywhere
+        // The pitches also depend on the alignment of the first head of each group.
         const uint64_t group_k = p.head_groups > 1 ? uint64_t(heads * a.k_head) : 0;
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
-        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // of each thread block
+        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // thread blocks per multiprocessor; bytes of each
         const int share = device->shared_per_multiprocessor / resident - reserved;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
         p.row_tiles = most_warps / heads;
@@ -434,7 +440,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
         p.parts = p.chunks * p.row_tiles;
         p.merged = p.chunks > 1 || a.windowed;
-        if (!p.merged) { // the warps' results meet in the same memory
+        if (!p.merged) { // the warps exchange their results in the memory of the stages
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
             p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
         }
@@ -464,7 +470,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);
     if (launched != cudaSuccess || !plan.merged)
-        return launched; // a single run of rows is finished where it was computed
+        return launched; // without a merge, the first kernel has written the output
     return head.merge(call, stream);
 }
 

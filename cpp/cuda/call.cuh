@@ -36,9 +36,9 @@ struct Place {
     int head_in_block;     // the warp's KV head, counted from first_head
     int stream, kv_stream; // of the queries; of K and V
     int first_column;      // of the thread block
-    bool paired;   // whether there are four columns: columns 4-7 repeat them, and take the low bytes of the weights
-    int64_t begin; // the first KV row of the thread block
-    int length;    // the number of its KV rows
+    bool paired;           // whether there are four columns: columns 4-7 repeat them, and take the weights' low bytes
+    int64_t begin;         // the first KV row of the thread block
+    int length;            // the number of its KV rows
 
     __device__ __forceinline__ explicit Place(const AttentionCall & call) {
         const Attention & a = call.a;

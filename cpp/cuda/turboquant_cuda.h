@@ -142,16 +142,16 @@ struct AttentionPlan {
     int columns;            // of a KV head: group * tokens
     int column_tile;        // columns of a thread block: 4 or 8
     int column_tiles;       // of a KV head: at most 4
-    int block_heads;      // KV heads of a thread block
-    int head_groups;      // kv_heads / block_heads
-    int row_tiles;        // warps of a KV head in a thread block, which take tiles of rows in turn
-    int stages;           // of the pipeline that copies rows to shared memory: 2 or 3
-    int pitch_k, pitch_v; // bytes of a row in shared memory
-    int chunks;           // runs of KV rows
-    int64_t chunk_rows;   // rows of a run, a multiple of row_tiles * 32
-    int parts;            // partial results of a query row: chunks * row_tiles
-    bool merged;          // whether a second kernel merges them; otherwise the thread block that computed all rows does
-    int shared_bytes;     // dynamic shared memory of a thread block
+    int block_heads;        // KV heads of a thread block
+    int head_groups;        // kv_heads / block_heads
+    int row_tiles;          // warps of a KV head in a thread block, which take tiles of rows in turn
+    int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
+    int pitch_k, pitch_v;   // bytes of a row in shared memory
+    int chunks;             // runs of KV rows
+    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
+    int parts;              // partial results of a query row: chunks * row_tiles
+    bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
+    int shared_bytes;       // dynamic shared memory of a thread block
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
