@@ -422,7 +422,9 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
-        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // thread blocks per multiprocessor; bytes of each
+        // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
+        // of shared memory that CUDA takes for each of them.
+        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024;
         const int share = device->shared_per_multiprocessor / resident - reserved;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
         p.row_tiles = most_warps / heads;

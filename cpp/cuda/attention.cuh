@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         float(&weight)[8] = score;
         const float correction = add_scores(state, largest, weight);
         correct_output<D>(sums, correction, in_quad);
-        // Sparse V: V of the tile is left out if all weights are small, or zero. A NaN compares false and keeps it.
+        // Sparse V leaves out V of a tile whose weights are all at most the threshold. A NaN keeps the tile.
         if (!__any_sync(all_lanes, valid && !(exp2f(largest - state.largest) <= call.a.sparse_v))) continue;
         const uint8_t *row0 = memory + stages.v_row0, *row1 = memory + stages.v_row1;
         if (place.paired) output<TV, D, true>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
