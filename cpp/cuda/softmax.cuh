@@ -63,14 +63,14 @@ __device__ __forceinline__ float largest_of(const SoftmaxState & sink, const Sof
 
 __device__ __forceinline__ bool saw_rows(const SoftmaxState & part) { return !(part.largest <= nothing_seen); }
 
-// The merge of parts: the sum of the weights, relative to the largest score of all parts. The caller computes this score.
+// The merge of parts: the sum of weights relative to the largest score of all parts, which the caller computes.
 struct MergedSum {
     float largest, sum = 0;
 
     __device__ __forceinline__ explicit MergedSum(float largest) : largest(largest) {}
 
-    // Returns the factor of the part. The sum of a part without a largest score is added as well, because it is NaN if a
-    // score was NaN.
+    // Returns the factor of the part. The sum of a part without a largest score is added as well, because it is NaN if
+    // a score was NaN.
     __device__ __forceinline__ float add(const SoftmaxState & part) {
         const float weight = saw_rows(part) ? exp2f(part.largest - largest) : 0.0f;
         sum += weight * part.sum;
