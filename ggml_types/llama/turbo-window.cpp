@@ -170,7 +170,7 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
     const int64_t         tokens  = mask->ne[1];
     const int64_t         columns = near->ne[0];
     const bool            apart   = far != mask;
-    const bool            shown   = apart || attached == scopes;
+    const bool            shown   = apart || attached == scopes; // ops without the window need all cells
     const int64_t *       index   = (const int64_t *) k_idxs->data;
     int64_t *             store   = (int64_t *) slot_idxs->data;
 
