@@ -146,7 +146,7 @@ template <int Bits, int N> __device__ __forceinline__ uint32_t unit_nibbles(cons
         if constexpr (Bits == 3) {
             const uint8_t * high = indices + N / 4 + (word >> 1) + field * (N / 32);
             const int shift = 4 * (word & 1);
-            // The products move four bits to the third bits of every other nibble.
+            // Each product moves four bits to the third bit of every other nibble.
             n |= (((high[0] >> shift) & 15) * 0x00810204u) & 0x04040404;
             n |= (((high[N / 16] >> shift) & 15) * 0x08102040u) & 0x40404040;
         }

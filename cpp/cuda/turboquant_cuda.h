@@ -51,8 +51,8 @@ bool codec_supports(tq_type type);
 cudaError_t encode_rows(const Store & store, cudaStream_t stream);
 cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream);
 
-// Decodes rows to the floats of tq_decode, or of tq_decode_rotated if `rotated`. dst has float32 rows, or binary16 rows
-// if `half`, which are aligned to 16 bytes or 8 bytes. ne[0] is the number of values in a row, and ne[1..3] count the
+// Decodes rows to the floats of tq_decode, or of tq_decode_rotated if `rotated`. dst has float32 rows, aligned to 16
+// bytes, or binary16 rows if `half`, aligned to 8 bytes. ne[0] is the number of values in a row, and ne[1..3] count the
 // rows of dst; the index selects rows of src. The result is cudaErrorNotSupported if the type has no kernels or ne[0]
 // is no multiple of its block.
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
@@ -132,8 +132,8 @@ struct Attention {
     ExactRows exact;
 };
 
-// The division of a call into thread blocks, and the memory that it needs. A thread block has the query columns (query
-// heads of a KV head, times tokens) of some KV heads, and a run of KV rows.
+// The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
+// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows.
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes

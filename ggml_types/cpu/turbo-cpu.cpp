@@ -294,7 +294,7 @@ bool turbo_cpu_refuses(const struct ggml_tensor * op) {
             }
             return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
         case turbo_op::other:
-            // Compared by name, because the oldest proven tree lacks this op, which reads K through vec_dot.
+            // This op reads K through vec_dot. It is compared by name, because the oldest proven tree lacks it.
             return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
     }
     return true;

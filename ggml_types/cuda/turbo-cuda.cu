@@ -175,7 +175,8 @@ __global__ void join_masks(const half * far, int64_t n_far, const half * exact, 
     }
 }
 
-// An attention op whose K and V are replaced by dense f16 tensors. The tensors have no memory yet.
+// A copy of an attention op for ggml's kernels. Operands that must be converted become new tensors, which have no memory
+// yet: Q that must be rotated, K and V that are not f16, and with an exact window K, V and the mask.
 struct HalfAttention {
     ggml_tensor q, k, v, mask, op;
     bool        shared;   // whether V is the front of K's rows
@@ -290,7 +291,7 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     if (!turbo_is_type(t->type)) {
         const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
         const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size;
-        for (int64_t s = 0; s < t->ne[3]; ++s) { // convert leaves no gaps, as in dense_half
+        for (int64_t s = 0; s < t->ne[3]; ++s) { // convert writes dense rows, in the order of dense_half
             const char * from = (const char *) t->data + s * t->nb[3];
             half *       to   = (half *) ((char *) out.data + s * out.nb[3]);
             if (beside) {

@@ -1,7 +1,7 @@
 /*
  * turbo-types.h: the TurboQuant types of ggml: ids, lists, names, and the type that fits a head.
  *
- * The header is C and C++. The functions are exported from ggml-base, which also contains the codec itself (turboquant.h).
+ * The header is C and C++. The functions are exported from ggml-base, which also contains the codec (turboquant.h).
  */
 #ifndef TURBO_TYPES_H
 #define TURBO_TYPES_H
@@ -69,8 +69,8 @@ GGML_API enum ggml_type turbo_type_from_name(const char * name);
 /* As turbo_type_from_name, but "auto" is also a name. Programs with lists of their own for -ctk and -ctv use it. */
 GGML_API enum ggml_type turbo_option_from_name(const char * name);
 
-/* The type of that name among the types that a cache can have, which include some of llama.cpp's own. GGML_TYPE_COUNT if
- * there is none. */
+/* The type of that name among the types that a cache can have, which include some of llama.cpp's own; GGML_TYPE_COUNT
+ * if there is none. */
 GGML_API enum ggml_type turbo_cache_type_from_name(const char * name);
 
 /* The types that a cache can have, with an index from 0 on; GGML_TYPE_COUNT for an index after the last type. */
@@ -81,9 +81,9 @@ GGML_API enum ggml_type turbo_cache_type(int index);
 /* The type with the longest block in the family of a stored type. */
 GGML_API enum ggml_type turbo_family(enum ggml_type type);
 
-/* The type in which heads of `head` values are stored: `type` itself if its block divides the head; otherwise, if `type`
- * is a stored type with the longest block of its family, the type of the family with the longest block that divides the
- * head. GGML_TYPE_COUNT if there is none. */
+/* The type in which heads of `head` values are stored: `type` itself if its block divides the head; otherwise, if
+ * `type` is a stored type with the longest block of its family, the type of the family with the longest block that
+ * divides the head. GGML_TYPE_COUNT if there is none. */
 GGML_API enum ggml_type turbo_type_for_head(enum ggml_type type, int64_t head);
 
 /* The bits per value of any type, scales included. */
