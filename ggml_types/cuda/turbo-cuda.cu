@@ -175,8 +175,8 @@ __global__ void join_masks(const half * far, int64_t n_far, const half * exact, 
     }
 }
 
-// A copy of an attention op for ggml's kernels. Operands that must be converted become new tensors, which have no memory
-// yet: Q that must be rotated, K and V that are not f16, and with an exact window K, V and the mask.
+// A copy of an attention op for ggml's kernels. Operands that must be converted become new tensors, which have no
+// memory yet: Q that must be rotated, K and V that are not f16, and with an exact window K, V and the mask.
 struct HalfAttention {
     ggml_tensor q, k, v, mask, op;
     bool        shared;   // whether V is the front of K's rows
