@@ -1,8 +1,8 @@
-// Attention: plans, launches, and the merge of what the thread blocks of attention.cuh leave.
+// Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
-#include "exact.cuh"
 #include "launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
@@ -11,13 +11,13 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_column_tiles = 4; // beyond that K and V are read so often that decoding them once is faster
+constexpr int most_column_tiles = 4; // with more tiles, decoding K and V once is faster than reading them for each tile
 
 struct Device {
     int version, multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
 
-// In the order of their numbers.
+// The properties of all devices, indexed by the number of the device.
 const std::vector<Device> & all_devices() {
     static const std::vector<Device> devices = [] {
         int count = 0;
@@ -38,16 +38,16 @@ const std::vector<Device> & all_devices() {
     return devices;
 }
 
-// Of the current device; nullptr if there is none.
+// The properties of the current device, whose number is written to id; nullptr if there is none.
 const Device * current_device(int & id) {
     const std::vector<Device> & devices = all_devices();
     return cudaGetDevice(&id) == cudaSuccess && id >= 0 && size_t(id) < devices.size() ? &devices[size_t(id)] : nullptr;
 }
 
-// Kind and Layout of a type that is known at run time.
+// The parts of Kind and Layout that a plan needs, for a type that is known only at run time.
 struct RowType {
     bool turbo, floats;
-    int bytes; // of a row
+    int bytes; // of a row of one head
 };
 template <int D> RowType row_type(KV type) {
     switch (type) {
@@ -60,7 +60,8 @@ template <int D> RowType row_type(KV type) {
 }
 
 
-// Bytes of a row in shared memory: an odd multiple of 16, so that the rows of a tile start in different banks.
+// Bytes of a row in shared memory: an odd multiple of 16, so that eight consecutive rows start in different banks. A
+// row keeps its address modulo 16 there, which takes up to 15 more bytes.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
     const bool aligned = ((reinterpret_cast<uintptr_t>(base) | uint64_t(row) | uint64_t(stream)) & 15) == 0;
     const int units = (chunk + (aligned ? 0 : 15) + 15) / 16;
@@ -71,16 +72,16 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 
 constexpr int most_merge_warps = 32;
 
-// The first query_rows thread blocks merge the parts of one query row and the sink. Warp w takes parts w, w + warps, ...
-// The others store the rows of a window's batch in its slots, which exact_kernel has read by now.
+// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds parts
+// w, w + warps, ... The other thread blocks store the rows of a window's batch in its slots, which no kernel reads any more.
 //
-// The launch bounds ask for one block per multiprocessor: with registers for two, the compiler waits for each part before
-// it loads the next.
+// The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
+// compiler loads the parts one after the other.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     merge_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
     constexpr int P = D / 32, V = values_at_once<D>;
-    constexpr int batch = 4; // parts whose loads are under way at once
+    constexpr int batch = 4; // parts that are loaded at the same time
     __shared__ __align__(16) float sums[most_merge_warps * D];
     __shared__ float totals[most_merge_warps];
     const int64_t row = blockIdx.x;
@@ -140,9 +141,9 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         value += sums[i * D + e];
         all.sum += totals[i];
     }
-    sums[e] = value; // its own slot: nobody else reads it any more before the barrier
+    sums[e] = value; // before the barrier only this thread reads element e
     static_assert(D % 32 == 0, "whole warps");
-    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // of the first D threads
+    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // for the first D threads only
     constexpr int N = rotated_block<D>;
     if (warp >= D / N) return;
     float y[N / 32];
@@ -160,29 +161,21 @@ template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream
                   row_type<D>(call.a.type_v).turbo);
 }
 
-template <int D> cudaError_t launch_exact(const AttentionCall & call, cudaStream_t stream) {
-    const int tiles = (call.plan.columns + exact_columns - 1) / exact_columns;
-    const dim3 grid(unsigned(call.plan.exact_parts), unsigned(call.a.kv_heads * tiles), unsigned(call.a.streams));
-    return launch(exact_kernel<D>, grid, dim3(32 * exact_warps), 0, stream, call, exact_slot_parts(call.a.exact),
-                  row_type<D>(call.a.type_v).turbo);
-}
-
-// What is compiled for each head size.
+// The functions that are compiled for a head size.
 struct Head {
     int size;
     RowType (*row_type)(KV type);
     AttentionKernel (*kernel)(KV type_k, KV type_v);
     cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
-    cudaError_t (*exact)(const AttentionCall & call, cudaStream_t stream);
 };
 const Head heads[] = {
-#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>, launch_exact<D>},
+#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
 constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
 
-// nullptr if there is none.
+// The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
     for (const Head & head : heads)
         if (head.size == size) return &head;
@@ -193,7 +186,8 @@ const Head * head_of(int size) {
 constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
 #undef TURBOQUANT_ONE_MORE
 
-// A kernel may use more than 48 KB of shared memory only after it was allowed to, once per device.
+// Permits the kernel to use the shared memory of the call. CUDA requires this once per kernel and device for more than
+// 48 KB.
 cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
     static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count];
@@ -212,7 +206,7 @@ cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const Attent
 
 bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
-    const int place = block_index(head < 128 ? head : 128); // among the types of a family
+    const int place = block_index(head < 128 ? head : 128); // the index of the type in its family
 #define TURBOQUANT_CASE(X, ID, name, family, bits, id) \
     if (type == TQ_##ID + place) {                     \
         kv = KV::name;                                 \
@@ -233,7 +227,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         return false;
     if (a.windowed && !covers_exact(a)) return false;
     const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
-    // floats are read as words, everything else as half words
+    // The kernels read f16 in words, and all other types in half words.
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
     const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
     if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
@@ -245,18 +239,21 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     if (p.column_tiles > most_column_tiles) return false;
 
     const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
-    // A short cache is one run of rows, finished by the thread blocks that computed it: all their warps take rows.
+    // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
+    // without an exact window it finishes the query rows itself, so no second kernel is launched.
     const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
     for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
         if (a.kv_heads % heads) continue;
         p.block_heads = heads;
         p.head_groups = a.kv_heads / heads;
-        // the first head of a group may start anywhere
+        // The pitches also depend on the alignment of the first head of each group.
         const uint64_t group_k = p.head_groups > 1 ? uint64_t(heads * a.k_head) : 0;
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
-        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024; // of each thread block
+        // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
+        // of shared memory that CUDA takes for each of them.
+        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024;
         const int share = device->shared_per_multiprocessor / resident - reserved;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
         p.row_tiles = most_warps / heads;
@@ -272,10 +269,13 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
         p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-        p.exact_parts = exact_parts(a);
-        p.parts = p.chunks * p.row_tiles + p.exact_parts;
+        if (a.windowed) { // more chunks than the cache has rows for, so that no warp has many exact rows
+            const int64_t exact = (a.exact.slots + a.tokens + most_exact_rows - 1) / most_exact_rows;
+            p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
+        }
+        p.parts = p.chunks * p.row_tiles;
         p.merged = p.chunks > 1 || a.windowed;
-        if (!p.merged) { // the warps' results meet in the same memory
+        if (!p.merged) { // the warps exchange their results in the memory of the stages
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
             p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
         }
@@ -302,15 +302,11 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
     call.stored_groups = stored_groups(a);
-    if (a.windowed) {
-        const cudaError_t exact = head.exact(call, stream);
-        if (exact != cudaSuccess) return exact;
-    }
     const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);
     if (launched != cudaSuccess || !plan.merged)
-        return launched; // a single run of rows is finished where it was computed
+        return launched; // without a merge, the first kernel has written the output
     return head.merge(call, stream);
 }
 

@@ -1,15 +1,16 @@
-// Attention of a few query tokens over a long cache (flash decoding): the kernel template. attention.cu plans, launches
-// and merges what thread blocks leave; the instances are compiled in files of their own.
+// The kernel template for attention of a few query tokens over a long cache (flash decoding). attention.cu plans and
+// launches calls, and merges partial results. The instances of the template are compiled in files of their own.
 //
-// A thread block takes a run of KV rows for several KV heads, whose rows lie side by side, and for up to eight query
-// columns (query heads of the KV head, times tokens). Raw rows arrive in shared memory by cp.async (load.cuh). Each
-// warp takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores
-// (mma.cuh), whose operands come from byte permutes (query.cuh, operands.cuh). Queries are rotated once, and the output
-// is rotated back once, by whoever has merged all parts of it (softmax.cuh).
+// A thread block takes a run of KV rows of several KV heads, whose rows are adjacent, and up to eight query columns of
+// each (query heads of the KV head, times tokens). It copies encoded rows to shared memory with cp.async (load.cuh).
+// Each warp takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores
+// (mma.cuh), or of binary16 matrices for K or V in f16. Byte permutes turn encoded rows into int8 operands
+// (operands.cuh). A thread block rotates its queries once (query.cuh), and the output is rotated back once, after all
+// its parts have been merged (softmax.cuh).
 #ifndef TURBOQUANT_CUDA_ATTENTION_H
 #define TURBOQUANT_CUDA_ATTENTION_H
 
-#include "mask.cuh"
+#include "exact.cuh"
 #include "mma.cuh"
 #include "query.cuh"
 
@@ -17,19 +18,7 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// Of the output a lane has columns 2 * in_quad and the next; of the factors the column `quad`.
-template <int D>
-__device__ __forceinline__ void correct_output(float (&sums)[D / 16][4], float correction, int in_quad) {
-    if (!__any_sync(all_lanes, correction != 1.0f)) return;
-    const float c0 = __shfl_sync(all_lanes, correction, 8 * in_quad),
-                c1 = __shfl_sync(all_lanes, correction, 8 * in_quad + 4);
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] *= j & 1 ? c1 : c0;
-}
-
-// What a warp has of its columns when all its tiles are done: sums over its rows.
+// Adds the lanes' sums after the last tile, so that they are sums over all rows of the warp.
 template <int D>
 __device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&sums)[D / 16][4], bool paired) {
     state.sum += __shfl_xor_sync(all_lanes, state.sum, 1);
@@ -38,10 +27,10 @@ __device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&sums)[D 
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] += __shfl_xor_sync(all_lanes, sums[i][j], 2); // the low bytes' columns
+        for (int j = 0; j < 4; ++j) sums[i][j] += __shfl_xor_sync(all_lanes, sums[i][j], 2); // the low bytes
 }
 
-// A warp's part of its query rows, for merge_kernel.
+// Stores a warp's partial results of its query rows for the merge kernels.
 template <KV TV, int D>
 __device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place, const SoftmaxState & state,
                                            const float (&sums)[D / 16][4], bool has_state, bool has_output) {
@@ -57,7 +46,8 @@ __device__ __forceinline__ void store_part(const AttentionCall & call, const Pla
     }
 }
 
-// A thread block that had all KV rows: its warps' parts meet in shared memory, and each warp finishes query rows.
+// Finishes the query rows of a thread block that has computed all KV rows. The warps exchange their partial results in
+// shared memory, and each warp merges and finishes some of the query rows.
 template <KV TV, int D>
 __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Place & place, uint8_t * shared,
                                             const SoftmaxState & state, const float (&sums)[D / 16][4], bool has_state,
@@ -65,7 +55,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
     const int lane = place.lane, warps = blockDim.x / 32;
-    // [warp][column][D], then [warp][column]
+    // results is [warp][column][D], states is [warp][column]
     float * results = reinterpret_cast<float *>(shared);
     SoftmaxState * states = reinterpret_cast<SoftmaxState *>(results + warps * p.column_tile * D);
     const bool some = __any_sync(all_lanes, saw_rows(state));
@@ -84,7 +74,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
         if (column >= p.columns) continue;
         const int kv_head = place.first_head + h;
         const SoftmaxState sink = sink_state(a.sinks, kv_head * p.group + column % p.group);
-        const int first = h * p.column_tile + c, apart = p.block_heads * p.column_tile; // of the row tiles
+        const int first = h * p.column_tile + c, apart = p.block_heads * p.column_tile; // between row tiles
         Merged<D / 32> row(largest_of(sink, states + first, apart, p.row_tiles, lane));
         row.MergedSum::add(sink);
 #pragma unroll
@@ -116,7 +106,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     const AttentionPlan & plan = call.plan;
     const Place place(call);
     const int quad = place.quad, in_quad = place.in_quad, kv_head = place.kv_head();
-    const int column = place.first_column + (place.paired ? quad % 4 : quad); // the lane's, of scores
+    const int column = place.first_column + (place.paired ? quad % 4 : quad); // of the lane's scores
     const bool valid = column < plan.columns;
     const int token = valid ? column / plan.group : 0;
     const int head = kv_head * plan.group + (valid ? column % plan.group : 0);
@@ -126,24 +116,31 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     stages.prefetch_rows();
     if (threadIdx.x == 0) prefetch(call.a.q);
     if (mask.row && threadIdx.x == 0) prefetch(mask.row);
+    if (call.a.windowed) prefetch_exact(call, place);
     wait_for_previous();
-    float values[4][D / 32];
-    load_queries<D>(call, place, place.row_tile, values);
     stages.start();
+    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
+    SoftmaxState state = {nothing_seen, 0};
+    float sums[D / 16][4] = {};
+    if (call.a.windowed) {
+        float * scratch = reinterpret_cast<float *>(unused) + place.warp * D;
+        attend_exact<TV, D>(call, place, valid ? exact_mask(call.a, place.stream, token, head) : nullptr, mask.slope,
+                            scratch, state, sums);
+        __syncthreads();
+    }
+    float values[4][D / 32];
+    load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
     mask.load(place.begin + place.row_tile * tile_rows);
     uint32_t query[D / 32][4];
-    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // as yet
     const float to_score =
         prepare_queries<TK, D>(call, place, unused + place.head_in_block * query_scratch<D>, values, query);
     const bool capped = call.a.soft_cap != 0;
     const float to_log2 = capped ? log2e : to_score * log2e;
 
-    SoftmaxState state = {nothing_seen, 0};
-    float sums[D / 16][4] = {};
-    const int ahead = (plan.stages - 1) * stages.rows; // as far as rows are under way
+    const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
     for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
         stages.advance(row, stage, ahead);
-        const int first = row + place.row_tile * tile_rows; // of the warp's tile
+        const int first = row + place.row_tile * tile_rows; // row of the warp's tile
         if (first >= place.length) continue;
         if (mask.hides_all()) {
             if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows);
@@ -159,7 +156,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         float(&weight)[8] = score;
         const float correction = add_scores(state, largest, weight);
         correct_output<D>(sums, correction, in_quad);
-        // sparse V: a tile of weights that are all small, or zero
+        // Sparse V leaves out V of a tile whose weights are all at most the threshold. A NaN keeps the tile.
         if (!__any_sync(all_lanes, valid && !(exp2f(largest - state.largest) <= call.a.sparse_v))) continue;
         const uint8_t *row0 = memory + stages.v_row0, *row1 = memory + stages.v_row1;
         if (place.paired) output<TV, D, true>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
@@ -176,7 +173,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
 
 using AttentionKernel = void (*)(AttentionCall);
 
-// The kernel for the types, or nullptr; one function per head size, each in a file of its own.
+// The kernel for a pair of types, or nullptr if there is none. The function of each head size is in a file of its own,
+// so the instances can be compiled in parallel.
 #define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE

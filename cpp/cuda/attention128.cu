@@ -1,4 +1,4 @@
-// Heads of 128.
+// The instances of the attention kernel for heads of 128 values.
 #include "attention.cuh"
 
 namespace turboquant {

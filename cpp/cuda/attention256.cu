@@ -1,4 +1,4 @@
-// Heads of 256.
+// The instances of the attention kernel for heads of 256 values.
 #include "attention.cuh"
 
 namespace turboquant {

@@ -1,4 +1,4 @@
-// Heads of 64.
+// The instances of the attention kernel for heads of 64 values.
 #include "attention.cuh"
 
 namespace turboquant {

@@ -1,4 +1,4 @@
-// A call of the attention kernel, and who does what in it.
+// The parameters of the attention kernel, and the share of each thread in a call.
 #ifndef TURBOQUANT_CUDA_CALL_H
 #define TURBOQUANT_CUDA_CALL_H
 
@@ -8,37 +8,38 @@
 namespace turboquant {
 namespace cuda {
 
-constexpr int tile_rows = 32;   // KV rows of a warp at a time
-constexpr int most_columns = 8; // query columns of a thread block
-constexpr int most_warps = 8;
+constexpr int tile_rows = 32;   // KV rows that a warp computes at a time
+constexpr int most_columns = 8; // maximum query columns of a thread block
+constexpr int most_warps = 8;   // of a thread block
 
 struct AttentionCall {
     Attention a;
     AttentionPlan plan;
     float * partial;       // [query row][part][head]
     SoftmaxState * states; // [query row][part]
-    float slope0, slope1;  // ALiBi
-    int slope_heads;
+    float slope0, slope1;  // ALiBi: the bases of the slopes of heads before slope_heads, and of the other heads
+    int slope_heads;       // the greatest power of two up to `heads`
     int64_t stored_groups; // of 32 values, which the merge stores in the slots of an exact window
 };
 
 namespace {
 
-// x in a register, where the compiler would rather compute it again in every step: a shuffle is not repeated.
+// Returns x, and keeps it in a register. Without the shuffle, which compilers do not repeat, the compiler would compute
+// x again in every step.
 __device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, threadIdx.x % 32); }
 
-// What a thread works on. The lanes of a warp are quads of four, as the tensor cores deal operands out: of a tile's
-// scores a lane has the column `quad`, of the output the columns 2 * in_quad and 2 * in_quad + 1.
+// The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes: a
+// lane has the scores of column `quad`, and the output of columns 2 * in_quad and 2 * in_quad + 1.
 struct Place {
-    int lane, quad, in_quad, warp;
-    int row_tile;      // of the rows beside each other, the warp's
-    int first_head;    // KV heads: of the thread block,
-    int head_in_block; // and the warp's
-    int stream, kv_stream;
-    int first_column;
-    bool paired;   // four columns: those from 4 on repeat them, and take the low bytes of the weights
-    int64_t begin; // KV rows of the thread block
-    int length;
+    int lane, quad, in_quad, warp; // in_quad: the number of the lane in its quad
+    int row_tile;          // the warp's tile among those of its KV head in a stage
+    int first_head;        // the first KV head of the thread block
+    int head_in_block;     // the warp's KV head, counted from first_head
+    int stream, kv_stream; // of the queries; of K and V
+    int first_column;      // of the thread block
+    bool paired;           // whether there are four columns: columns 4-7 repeat them, and take the weights' low bytes
+    int64_t begin;         // the first KV row of the thread block
+    int length;            // the number of its KV rows
 
     __device__ __forceinline__ explicit Place(const AttentionCall & call) {
         const Attention & a = call.a;
@@ -61,14 +62,14 @@ struct Place {
     __device__ __forceinline__ int kv_head() const { return first_head + head_in_block; }
 };
 
-// What a head multiplies the mask by.
+// The factor of the mask of a query head: its ALiBi slope, or 1 without ALiBi.
 __device__ __forceinline__ float alibi_slope(const AttentionCall & call, int head) {
     if (call.a.max_bias <= 0) return 1.0f;
     return head < call.slope_heads ? powf(call.slope0, float(head + 1))
                                    : powf(call.slope1, float(2 * (head - call.slope_heads) + 1));
 }
 
-// A query row of a KV head's columns.
+// The number of the query row, in [stream][token][head], of a column of a KV head.
 __device__ __forceinline__ int64_t query_row(const AttentionCall & call, int stream, int kv_head, int column) {
     const int group = call.plan.group;
     return (int64_t(stream) * call.a.tokens + column / group) * call.a.heads + kv_head * group + column % group;

@@ -1,6 +1,5 @@
-// Encoding, decoding and rotation of rows: one warp to a block of the encoder, eight lanes and more to one of the
-// decoder. The bytes and floats are those of scalar.cpp, so this file must be compiled without contraction and without
-// fast math.
+// Encoding, decoding and rotation of rows. A warp encodes or rotates a block; 4, 8 or 16 lanes decode one. The bytes
+// and floats are those of scalar.cpp, so this file must be compiled without contraction and without fast math.
 #include "turboquant_cuda.h"
 
 #include "device.cuh"
@@ -15,9 +14,10 @@ namespace {
 constexpr int encode_warps = 4; // of a thread block
 constexpr int decode_threads = 256;
 
-// ---- where rows are
+// ---- addresses of rows
 
-// Grids have blocks of work in x, and i2 and i3 in y and z as far as a grid goes.
+// The x dimension of a grid is over the blocks of the rows i1; y and z are over i2 and i3. A grid is limited in y and
+// z, so kernels loop over the remaining i2 and i3.
 constexpr int64_t most_yz = 65535;
 
 __device__ __forceinline__ int64_t row_of(const Index & index, int64_t i1, int64_t i2, int64_t i3) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ char * row_at(const Rows & rows, int64_t i1, int64_t 
 
 // ---- encode
 
-// For each coarse magnitude the centroid's magnitude under each of the search's scales.
+// For each coarse magnitude, the magnitude of the centroid that it is assigned to under each scale of the search.
 struct SearchTable {
     uint2 steps[128];
 };
@@ -55,7 +55,7 @@ template <int Bits> constexpr SearchTable make_search_table() {
 
 static_assert(search_steps == 8, "a table entry has eight bytes");
 
-// The place of a family in TURBOQUANT_FAMILIES.
+// The index of a family in TURBOQUANT_FAMILIES.
 template <typename Family> constexpr int find_family() {
     int index = 0;
 #define TURBOQUANT_FIND(X, ID, name, family, bits, id)           \
@@ -65,7 +65,7 @@ template <typename Family> constexpr int find_family() {
 #undef TURBOQUANT_FIND
     return -1;
 }
-template <typename Family> constexpr int family_index = find_family<Family>(); // a constant for device code, too
+template <typename Family> constexpr int family_index = find_family<Family>(); // a constant in device code as well
 
 template <typename Family> constexpr SearchTable search_table_of() {
     if constexpr (has_kernels<Family>) return make_search_table<Family::bits>();
@@ -77,7 +77,7 @@ __device__ const SearchTable search_tables[] = { // by family
 #undef TURBOQUANT_TABLE
 };
 
-// The scale under which the centroids leave the least squared error. Lanes s, s + 8, ... judge step s.
+// The scale of the centroids with the least squared error. Lanes s, s + 8, ... compute step s.
 template <int P>
 __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lane, const SearchTable & table) {
     uint32_t coarse = 0, low[4] = {}, high[4] = {};
@@ -108,7 +108,7 @@ __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lan
     for (int h = 1; h < search_steps; h *= 2) {
         const double other = __shfl_xor_sync(all_lanes, best, h);
         const int other_step = __shfl_xor_sync(all_lanes, step, h);
-        if (other > best || (other == best && other_step < step)) { // the first of the best
+        if (other > best || (other == best && other_step < step)) { // the first of equal steps
             best = other;
             step = other_step;
         }
@@ -116,7 +116,8 @@ __device__ __forceinline__ float search_scale(const int (&magnitude)[P], int lan
     return __shfl_sync(all_lanes, scale, step);
 }
 
-// Device code reads constants, not host arrays; t is known after unrolling.
+// Device code cannot read arrays of the host, so their elements become constants. t is known after unrolling, which
+// removes the switch.
 template <int Bits, int T> struct Midpoint {
     static constexpr float value =
         T < (1 << (Bits - 1)) - 1 ? Codebook<Bits>::midpoints[T % ((1 << (Bits - 1)) - 1)] : 0;
@@ -133,7 +134,7 @@ template <int Bits> __device__ __forceinline__ float midpoint(int t) {
     }
 }
 
-// index[j] is that of element lane + 32 j.
+// Stores the indices of a block: index[j] belongs to element lane + 32 j.
 template <int Bits, int N>
 __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], uint8_t * q, int lane) {
     constexpr int P = N / 32;
@@ -170,6 +171,7 @@ __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], u
     }
 }
 
+// Encodes a block with a warp, in the steps of FORMAT.md, "Encoder".
 template <int Bits, int N>
 __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int lane, const SearchTable & table) {
     using F = Format<LloydMax<Bits>, N>;
@@ -193,7 +195,7 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
 #pragma unroll
         for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
 
-        // sixteen running sums, as in the specification: lanes l and l + 16 hold every other term of sum l
+        // Sixteen running sums, as in the specification: lanes l and l + 16 hold the terms of sum l in turn.
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < P; ++j) {
@@ -226,7 +228,7 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
         }
 #pragma unroll
         for (int j = 0; j < P; ++j) {
-            // the upper half of the centroids are the magnitudes
+            // The upper half of a codebook has its magnitudes.
             const uint32_t c = Bits == 4   ? prmt(Table<4>::c2, Table<4>::c3, m[j])
                                : Bits == 3 ? prmt(Table<3>::c1, 0, m[j])
                                            : prmt(Table<2>::c0, 0, 2 + m[j]);
@@ -246,7 +248,7 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
     store_indices<Bits, N>(index, dst + 2, lane);
 }
 
-// One or two stores; the thread blocks from `first_groups` on belong to the second.
+// One or two stores. The thread blocks from number first_groups on belong to the second.
 struct Stores {
     Store store[2];
     int64_t blocks[2]; // of a row
@@ -300,8 +302,8 @@ __device__ __forceinline__ void store4(half * dst, const float (&x)[4]) {
         make_uint2(*reinterpret_cast<const uint32_t *>(&a), *reinterpret_cast<const uint32_t *>(&b));
 }
 
-// N / 8 lanes share a block; each decodes one unit. In the transform two int16 travel in one int32: sums and
-// differences of low + 65536 high are right as they are, and every |W| <= 128 * 127 fits.
+// N / 8 lanes decode a block, and each lane decodes a unit. The transform computes with two int16 in an int32,
+// low + 65536 high: sums and differences are right without separating them, and |W| <= 128 * 127 fits an int16.
 template <int Bits, int N, typename T, bool Rotated>
 __global__ void __launch_bounds__(decode_threads)
     decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
@@ -338,7 +340,8 @@ __global__ void __launch_bounds__(decode_threads)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) x[i & 1][i >> 1] = __fmul_rn(scale, float(level[i]));
             } else {
-                // nibbles 2m and 2m + 1 are half a block apart: that stage first, then the pairs are packed
+                // Nibbles 2m and 2m + 1 are half a block apart. The stage of this distance comes first, so that its
+                // sums and differences can be packed in pairs; the order of the stages does not matter for integers.
                 int w[4];
 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
@@ -407,7 +410,8 @@ struct Grid {
     int64_t blocks; // of a row
 };
 
-// False if there is nothing to do.
+// The grid for rows in blocks of `block` values, of which a thread block takes items_per_group. False if there are no
+// values.
 bool grid_for(const int64_t ne[4], int block, int64_t items_per_group, Grid & grid) {
     if (ne[0] <= 0 || ne[1] <= 0 || ne[2] <= 0 || ne[3] <= 0) return false;
     grid.blocks = ne[0] / block;
@@ -416,7 +420,7 @@ bool grid_for(const int64_t ne[4], int block, int64_t items_per_group, Grid & gr
     return true;
 }
 
-// Calls function with the Format of `type`; false if there are no kernels for it.
+// Calls `function` with the Format of `type`. False, without a call, if there are no kernels for the type.
 template <typename Function> bool with_format(tq_type type, const Function & function) {
     switch (type) {
 #define TURBOQUANT_CASE(ID, name, FIRST, family, bits, ...)                                \

@@ -1,4 +1,5 @@
-// What the kernels share: warp primitives, the codebooks as byte-permute tables, the transform across a warp.
+// Functions that the kernels share: warp primitives, the codebooks as tables for byte permutes, and the transform of a
+// block by a warp.
 #ifndef TURBOQUANT_CUDA_DEVICE_H
 #define TURBOQUANT_CUDA_DEVICE_H
 
@@ -12,7 +13,7 @@ namespace {
 
 constexpr unsigned all_lanes = 0xffffffff;
 
-// Whether there are kernels for a family.
+// Whether there are CUDA kernels for a family.
 template <typename Family> constexpr bool has_kernels = false;
 template <int Bits> constexpr bool has_kernels<LloydMax<Bits>> = true;
 
@@ -34,22 +35,24 @@ __device__ __forceinline__ int warp_sum(int x) {
 #endif
 }
 
-// Four centroids as a register, lowest index first.
+// Four centroids in a word, the lowest index in the lowest byte.
 constexpr uint32_t pack4(const int8_t * c) {
     return uint32_t(uint8_t(c[0])) | uint32_t(uint8_t(c[1])) << 8 | uint32_t(uint8_t(c[2])) << 16 |
            uint32_t(uint8_t(c[3])) << 24;
 }
 
-// 32 sign bits of a vector of signs.
+// The sign bits of 32 elements.
 constexpr uint32_t sign_word(const uint8_t * signs, int word) {
     return uint32_t(signs[4 * word]) | uint32_t(signs[4 * word + 1]) << 8 | uint32_t(signs[4 * word + 2]) << 16 |
            uint32_t(signs[4 * word + 3]) << 24;
 }
 
+// The magnitudes of four negative centroids in a word.
 constexpr uint32_t pack4_magnitudes(const int8_t * c) {
     return uint32_t(-c[0]) | uint32_t(-c[1]) << 8 | uint32_t(-c[2]) << 16 | uint32_t(-c[3]) << 24;
 }
 
+// A codebook as words of four centroids.
 template <int Bits> struct Table {
     static constexpr uint32_t c0 = pack4(Codebook<Bits>::centroids), c1 = pack4(Codebook<Bits>::centroids + 4),
                               c2 = pack4(Codebook<Bits>::centroids + 8), c3 = pack4(Codebook<Bits>::centroids + 12);
@@ -60,7 +63,7 @@ struct Signs {
                               s13 = sign_word(signs1, 3), s20 = sign_word(signs2, 0), s21 = sign_word(signs2, 1),
                               s22 = sign_word(signs2, 2), s23 = sign_word(signs2, 3);
 };
-struct Magnitudes4 { // of the lower half of the centroids
+struct Magnitudes4 { // of the negative half of the 4-bit codebook
     static constexpr uint32_t low0 = pack4_magnitudes(centroids4), low1 = pack4_magnitudes(centroids4 + 4);
 };
 
@@ -75,8 +78,9 @@ __device__ __forceinline__ float flip_sign(float x, uint32_t word, int bit) {
     return __uint_as_float(__float_as_uint(x) ^ ((word >> bit) << 31));
 }
 
-// A byte permute: each of the four nibbles in the low 16 bits of `sel` picks a byte of the result, lowest first. Three
-// bits choose among a's bytes, a0 a1 a2 a3 from the lowest, and b's; the fourth bit repeats the byte's sign instead.
+// A byte permute: nibble i of `sel` (i = 0 ... 3) determines byte i of the result. The lower three bits of the nibble
+// select one of the bytes a0 a1 a2 a3 b0 b1 b2 b3, where a0 is the lowest byte of a. If the fourth bit is set, the
+// result is the sign bit of the selected byte, repeated eight times.
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
@@ -90,7 +94,7 @@ constexpr uint32_t interleave_low = 0x5140,  // a0 b0 a1 b1
     lowest_bytes = 0x0040,                   // a0 b0 in the low half
     second_bytes = 0x0051;                   // a1 b1 in the low half
 
-// Four words to the four words of their first, second, ... bytes.
+// Transposes four words of four bytes: word i becomes byte i of each word.
 __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
     const uint32_t a = prmt(w[0], w[1], interleave_low), b = prmt(w[2], w[3], interleave_low);
     const uint32_t c = prmt(w[0], w[1], interleave_high), d = prmt(w[2], w[3], interleave_high);
@@ -100,8 +104,8 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
     w[3] = prmt(c, d, high_halves);
 }
 
-// Eight indices, a nibble each, to eight int8 levels: nibbles 0-3 in lo, 4-7 in hi. The nibbles of turbo3 and turbo2
-// have clear upper bits.
+// Looks up the int8 levels of eight indices, each in a nibble: lo gets those of nibbles 0-3, hi those of nibbles 4-7.
+// Indices of 3 and 2 bits have zeros in the upper bits of their nibbles.
 template <int Bits> __device__ __forceinline__ void lookup(uint32_t nibbles, uint32_t & lo, uint32_t & hi) {
     using T = Table<Bits>;
     if constexpr (Bits == 4) {
@@ -114,23 +118,25 @@ template <int Bits> __device__ __forceinline__ void lookup(uint32_t nibbles, uin
     }
 }
 
-// Four 4-bit indices, in the low 16 bits, to int8 levels = positive - negative: of the two, one byte is a magnitude and
-// the other zero, because a selector's upper bit makes prmt repeat the sign of a positive byte.
+// Looks up the levels of four 4-bit indices in the low 16 bits, as positive - negative, with fewer permutes than
+// lookup. For each index one of the two bytes is the magnitude. The other is zero, because the upper bit of its
+// selector makes prmt repeat the sign of a positive byte.
 __device__ __forceinline__ void lookup_split(uint32_t nibbles, uint32_t & positive, uint32_t & negative) {
     constexpr uint32_t low0 = Magnitudes4::low0, low1 = Magnitudes4::low1;
     negative = prmt(low0, low1, nibbles);
     positive = prmt(Table<4>::c2, Table<4>::c3, nibbles ^ 0x8888);
 }
 
-// A block's bytes start at an even address.
+// Blocks begin at even addresses.
 __device__ __forceinline__ uint32_t load_u16(const uint8_t * p) { return *reinterpret_cast<const uint16_t *>(p); }
 __device__ __forceinline__ uint32_t load_u32(const uint8_t * p) { return load_u16(p) + (load_u16(p + 2) << 16); }
 __device__ __forceinline__ float load_half(const uint8_t * p) {
     return __half2float(__ushort_as_half(uint16_t(load_u16(p))));
 }
 
-// A unit is eight values of a block that are decoded together; a block of N has N / 8 of them. unit_nibbles gives their
-// indices as nibbles, unit_element which element nibble i is: its pairs (2m, 2m + 1) are N / 2 elements apart.
+// A unit is eight values of a block that are decoded together; a block of N values has N / 8 units. unit_nibbles
+// returns the indices of a unit as nibbles. unit_element returns the element that a nibble belongs to: nibbles 2m and
+// 2m + 1 are N / 2 elements apart.
 template <int Bits, int N> __device__ __forceinline__ uint32_t unit_nibbles(const uint8_t * indices, int unit) {
     if constexpr (Bits == 4) {
         return load_u32(indices + 4 * unit);
@@ -140,7 +146,7 @@ template <int Bits, int N> __device__ __forceinline__ uint32_t unit_nibbles(cons
         if constexpr (Bits == 3) {
             const uint8_t * high = indices + N / 4 + (word >> 1) + field * (N / 32);
             const int shift = 4 * (word & 1);
-            // four bits to the third bit of every other nibble
+            // Each product moves four bits to the third bit of every other nibble.
             n |= (((high[0] >> shift) & 15) * 0x00810204u) & 0x04040404;
             n |= (((high[N / 16] >> shift) & 15) * 0x08102040u) & 0x40404040;
         }
@@ -153,13 +159,13 @@ template <int Bits, int N> __device__ __forceinline__ int unit_element(int unit,
     return 4 * (unit >> 1) + byte + N / 4 * ((unit & 1) + 2 * half);
 }
 
-// H_N of a warp's N values: lane l holds elements l, l + 32, ... The stages are in the order that the specification
-// demands.
+// Applies H_N, unnormalised, to a block: lane l holds elements l, l + 32, ... The order of the stages is part of the
+// specification.
 template <int N> __device__ __forceinline__ void hadamard_warp(float (&y)[N / 32]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int h = 1; h < 32; h *= 2) {
-        const float sign = lane & h ? -1.0f : 1.0f; // the product is exact: one rounding, as of a sum
+        const float sign = lane & h ? -1.0f : 1.0f; // the product is exact, so the FMA rounds as a sum does
 #pragma unroll
         for (int j = 0; j < N / 32; ++j) y[j] = __fmaf_rn(sign, y[j], __shfl_xor_sync(all_lanes, y[j], h));
     }
@@ -174,7 +180,7 @@ template <int N> __device__ __forceinline__ void hadamard_warp(float (&y)[N / 32
             }
 }
 
-// The transform of a warp's block, or its inverse; the signs' order is that of the specification.
+// Rotates a block as the specification says, or applies the inverse. Lane l holds elements l, l + 32, ...
 template <int N, bool Inverse> __device__ __forceinline__ void transform_warp(float (&y)[N / 32]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll

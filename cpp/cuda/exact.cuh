@@ -1,248 +1,173 @@
-// The exact window: attention over rows that are stored with high precision. Its results are parts of query rows, as those
-// of the cache's rows are, so that one merge adds all of them. What a batch leaves in the slots is stored by that merge's
-// kernel, after every read of them.
+// The exact window: rows of K and V with high precision, which a warp adds to its columns before the tiles of the cache,
+// while the first of these are copied to shared memory. What a batch leaves in the slots is stored by the kernel that
+// merges the parts, after all reads of the slots.
 #ifndef TURBOQUANT_CUDA_EXACT_H
 #define TURBOQUANT_CUDA_EXACT_H
 
-#include "call.cuh"
-#include "launch.h"
+#include "mask.cuh"
+#include "mma.cuh"
+#include "query.cuh"
 
 namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int exact_columns = 4; // query columns of a thread block
-constexpr int exact_warps = 4;
-constexpr int exact_quads = 8; // of a warp; a quad of lanes computes the scores of one row
+constexpr int most_exact_rows = 4; // of a warp, if more thread blocks can take them
 
-enum class Exact { f16, q8_0, f32 }; // types of rows
+// The exact rows of a KV head: first the slots, then the batch's own rows.
+struct ExactHead {
+    const char *k, *v, *batch_k, *batch_v; // row 0
+    int slots, rows;
 
-// Values e to e + N - 1 of a row; e is a multiple of N, which divides 32.
-template <Exact T, int N> __device__ __forceinline__ void load_exact(const char * row, int e, float (&y)[N]) {
-    if constexpr (T == Exact::f32) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) y[i] = reinterpret_cast<const float *>(row)[e + i];
-    } else if constexpr (T == Exact::f16) {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            const float2 two = __half22float2(reinterpret_cast<const half2 *>(row)[(e + i) / 2]);
-            y[i] = two.x;
-            y[i + 1] = two.y;
-        }
-    } else {
-        const uint8_t * block = reinterpret_cast<const uint8_t *>(row) + e / 32 * 34;
-        const float scale = load_half(block);
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            const uint32_t two = load_u16(block + 2 + e % 32 + i);
-            y[i] = scale * float(int8_t(two & 0xff));
-            y[i + 1] = scale * float(int8_t(two >> 8));
-        }
+    __device__ __forceinline__ ExactHead(const Attention & a, int kv_stream, int kv_head)
+        : slots(int(a.exact.slots)), rows(int(a.exact.slots) + a.tokens) {
+        const ExactRows & x = a.exact;
+        const auto at = [&](const void * base, int64_t stream_bytes, int64_t head_bytes) {
+            return static_cast<const char *>(base) + kv_stream * stream_bytes + kv_head * head_bytes;
+        };
+        k = at(x.k, x.k_stream, x.k_head);
+        v = at(x.v, x.v_stream, x.v_head);
+        batch_k = at(x.batch_k, x.batch_k_stream, x.batch_k_head);
+        batch_v = at(x.batch_v, x.batch_v_stream, x.batch_v_head);
     }
-}
-
-// Rows of a KV head: the slots of a stream, or the rows of the batch.
-struct ExactSide {
-    const char *k, *v;
-    int64_t k_row, v_row;
-    int rows, column; // the first one's in the mask
 };
 
-template <int D> struct ExactShared {
-    static constexpr int share = D / 4;               // values of a row that a lane of a quad multiplies
-    static constexpr int pitch = share * exact_columns + 4; // the shares start in different banks
-    __align__(16) float queries[4 * pitch];           // [share][value][column]
-    float scores[exact_columns][32];
-    __align__(16) float sums[exact_warps][exact_columns][D];
-};
+// A lane's elements lane, lane + 32, ... of an exact row of K and of V, as they lie in memory: K and V are read at the
+// same time.
+template <int P> struct ExactRow {
+    enum { q8_0, f16, f32 } type;
+    uint32_t k[P], v[P], scale_k[P], scale_v[P];
 
-// A thread block computes exact_columns query columns of a KV head over 32 rows, from `first` on: one part of these query
-// rows.
-template <Exact T, int D>
-__device__ __forceinline__ void exact_part(const AttentionCall & call, const ExactSide & side, int first, int kv_head,
-                                           int first_column, int stream, bool rotated, ExactShared<D> & shared) {
-    using Shared = ExactShared<D>;
-    constexpr int P = D / 32, C = exact_columns, share = Shared::share, V = values_at_once<D>;
-    constexpr int N = share < 32 ? share : 32;
-    const Attention & a = call.a;
-    const ExactRows & x = a.exact;
-    const AttentionPlan & p = call.plan;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, in_quad = lane % 4;
-
-    // Scores: the lane's share of a row, then, of the quad's columns, the lane's.
-    const int row = first + warp * exact_quads + quad, column = first_column + in_quad;
-    const int token = column / p.group, head = kv_head * p.group + column % p.group;
-    float bias = -INFINITY;
-    if (column < p.columns && row < side.rows)
-        bias = __half2float(reinterpret_cast<const half *>(
-            static_cast<const char *>(x.mask) + token * x.mask_token + head % x.mask_heads * x.mask_head +
-            stream % x.mask_streams * x.mask_stream)[side.column + row]);
-    const int readable = min(row, side.rows - 1);
-    float k[share];
+    __device__ __forceinline__ ExactRow(const ExactRows & x, const ExactHead & head, int row, int lane) {
+        if (row >= head.slots) {
+            type = f32;
+            const char *from_k = head.batch_k + (row - head.slots) * x.batch_k_row,
+                       *from_v = head.batch_v + (row - head.slots) * x.batch_v_row;
 #pragma unroll
-    for (int i = 0; i < share; i += N) {
-        float some[N];
-        load_exact<T, N>(side.k + readable * side.k_row, in_quad * share + i, some);
-#pragma unroll
-        for (int n = 0; n < N; ++n) k[i + n] = some[n];
-    }
-    const uint32_t seen = __ballot_sync(all_lanes, bias != -INFINITY);
-    float dots[C] = {};
-#pragma unroll
-    for (int i = 0; i < share; ++i) {
-        const float4 q = *reinterpret_cast<const float4 *>(shared.queries + in_quad * Shared::pitch + i * C);
-        dots[0] += q.x * k[i];
-        dots[1] += q.y * k[i];
-        dots[2] += q.z * k[i];
-        dots[3] += q.w * k[i];
-    }
-    float own = 0;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-        dots[c] += __shfl_xor_sync(all_lanes, dots[c], 1);
-        dots[c] += __shfl_xor_sync(all_lanes, dots[c], 2);
-        own = in_quad == c ? dots[c] : own;
-    }
-    float score = own * a.scale;
-    if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
-    score = (score + alibi_slope(call, head) * bias) * log2e;
-    shared.scores[in_quad][warp * exact_quads + quad] = bias == -INFINITY ? -INFINITY : score; // whatever the row's bytes
-
-    // The values of a warp's rows are on their way meanwhile: a lane has those from V * lane + 32 * j on.
-    constexpr int at_once = D <= 128 ? exact_quads : exact_quads / 2;
-    float v[at_once][P];
-    const auto load_values = [&](int from) {
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-            const char * at = side.v + min(first + warp * exact_quads + from + i, side.rows - 1) * side.v_row;
-#pragma unroll
-            for (int j = 0; j < P; j += V) {
-                float some[V];
-                load_exact<T, V>(at, V * lane + 32 * j, some);
-#pragma unroll
-                for (int n = 0; n < V; ++n) v[i][j + n] = some[n];
+            for (int j = 0; j < P; ++j) {
+                k[j] = reinterpret_cast<const uint32_t *>(from_k)[lane + 32 * j];
+                v[j] = reinterpret_cast<const uint32_t *>(from_v)[lane + 32 * j];
             }
+            return;
         }
-    };
-    load_values(0);
-    __syncthreads();
-
-    // Weights: every warp has those of all rows, a row per lane.
-    SoftmaxState state[C];
-    float weights[C];
+        const uint8_t *from_k = reinterpret_cast<const uint8_t *>(head.k + row * x.k_row),
+                      *from_v = reinterpret_cast<const uint8_t *>(head.v + row * x.v_row);
+        type = x.type == KV::f16 ? f16 : q8_0;
+        if (type == f16) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-        const float s = shared.scores[c][lane];
-        float top = fmaxf(s, nothing_seen);
+            for (int j = 0; j < P; ++j) {
+                k[j] = load_u16(from_k + 2 * (lane + 32 * j));
+                v[j] = load_u16(from_v + 2 * (lane + 32 * j));
+            }
+        } else {
 #pragma unroll
-        for (int h = 16; h > 0; h /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, h));
-        weights[c] = s == -INFINITY ? 0.0f : exp2f(s - top);
-        float sum = weights[c];
-#pragma unroll
-        for (int h = 16; h > 0; h /= 2) sum += __shfl_xor_sync(all_lanes, sum, h);
-        state[c] = {top, sum};
-    }
-
-    float y[C][P] = {};
-#pragma unroll
-    for (int from = 0; from < exact_quads; from += at_once) {
-        if (from > 0) load_values(from);
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) {
-#pragma unroll
-            for (int c = 0; c < C; ++c) {
-                const float weight = __shfl_sync(all_lanes, weights[c], warp * exact_quads + from + i);
-                if (!(seen >> (4 * (from + i) + c) & 1)) continue; // whatever values the row has
-#pragma unroll
-                for (int j = 0; j < P; ++j) y[c][j] += weight * v[i][j];
+            for (int j = 0; j < P; ++j) {
+                k[j] = from_k[34 * j + 2 + lane];
+                v[j] = from_v[34 * j + 2 + lane];
+                scale_k[j] = load_u16(from_k + 34 * j);
+                scale_v[j] = load_u16(from_v + 34 * j);
             }
         }
     }
-#pragma unroll
-    for (int c = 0; c < C; ++c)
-#pragma unroll
-        for (int j = 0; j < P; ++j) shared.sums[warp][c][32 * (j / V * V) + V * lane + j % V] = y[c][j];
-    __syncthreads();
 
-    // Column c is finished by warp c, in the domain in which the cache has V.
-    if (first_column + warp >= p.columns) return;
-    const int64_t part =
-        query_row(call, stream, kv_head, first_column + warp) * p.parts + p.parts - p.exact_parts + blockIdx.x;
-    SoftmaxState total = state[0];
-#pragma unroll
-    for (int c = 1; c < C; ++c) total = warp == c ? state[c] : total;
-    if (lane == 0) call.states[part] = total;
-    constexpr int B = rotated_block<D>;
-#pragma unroll
-    for (int b = 0; b < D / B; ++b) {
-        float block[B / 32];
-#pragma unroll
-        for (int j = 0; j < B / 32; ++j) {
-            block[j] = 0;
-#pragma unroll
-            for (int w = 0; w < exact_warps; ++w) block[j] += shared.sums[w][warp][b * B + lane + 32 * j];
-        }
-        if (rotated) transform_warp<B, false>(block);
-#pragma unroll
-        for (int j = 0; j < B / 32; ++j) call.partial[part * D + b * B + lane + 32 * j] = block[j];
+    __device__ __forceinline__ float value(uint32_t bits, uint32_t scale) const {
+        if (type == f32) return __uint_as_float(bits);
+        const float half_value = __half2float(__ushort_as_half(uint16_t(type == f16 ? bits : scale)));
+        return type == f16 ? half_value : half_value * float(int8_t(bits));
     }
-}
+};
 
-inline int exact_slot_parts(const ExactRows & x) { return int((x.slots + 31) / 32); }
-// Parts of a query row: the slots', then the batch's.
-inline int exact_parts(const Attention & a) { return a.windowed ? exact_slot_parts(a.exact) + (a.tokens + 31) / 32 : 0; }
-
-template <int D>
-__global__ void __launch_bounds__(32 * exact_warps)
-    exact_kernel(const __grid_constant__ AttentionCall call, int slot_parts, bool rotated) {
-    __shared__ ExactShared<D> shared;
-    const Attention & a = call.a;
+// The mask of a query in the exact rows.
+__device__ __forceinline__ const half * exact_mask(const Attention & a, int stream, int token, int head) {
     const ExactRows & x = a.exact;
-    const AttentionPlan & p = call.plan;
-    const int column_tile = blockIdx.y / a.kv_heads, kv_head = blockIdx.y - column_tile * a.kv_heads;
-    const int first_column = column_tile * exact_columns;
-    const int stream = blockIdx.z, kv_stream = stream / (a.streams / a.kv_streams);
-    const auto at = [&](const void * base, int64_t head_bytes, int64_t stream_bytes) {
-        return static_cast<const char *>(base) + kv_stream * stream_bytes + kv_head * head_bytes;
-    };
-    const int part = blockIdx.x;
-    const ExactSide slots = {at(x.k, x.k_head, x.k_stream), at(x.v, x.v_head, x.v_stream), x.k_row, x.v_row,
-                             int(x.slots), 0};
-    if (part < slot_parts) { // a quad of lanes for each row, of f16 at most: past the end of a row is another one
-        const int row = min(part * 32 + int(threadIdx.x) / 4, slots.rows - 1), in_row = threadIdx.x % 4 * (D / 2);
-        prefetch(slots.k + row * slots.k_row + in_row);
-        prefetch(slots.v + row * slots.v_row + in_row);
-    }
-    wait_for_previous();
-    let_next_start();
-    for (int i = threadIdx.x; i < exact_columns * D; i += blockDim.x) {
-        const int e = i % D, c = i / D, column = first_column + c;
-        float value = 0;
-        if (column < p.columns) {
-            const char * token = reinterpret_cast<const char *>(a.q) + column / p.group * a.q_token;
-            value = reinterpret_cast<const float *>(token + (kv_head * p.group + column % p.group) * a.q_head +
-                                                    stream * a.q_stream)[e];
-        }
-        constexpr int share = ExactShared<D>::share;
-        shared.queries[e / share * ExactShared<D>::pitch + e % share * exact_columns + c] = value;
-    }
-    __syncthreads();
-    if (part >= slot_parts) {
-        const ExactSide batch = {at(x.batch_k, x.batch_k_head, x.batch_k_stream),
-                                 at(x.batch_v, x.batch_v_head, x.batch_v_stream), x.batch_k_row, x.batch_v_row,
-                                 a.tokens, int(x.slots)};
-        exact_part<Exact::f32, D>(call, batch, (part - slot_parts) * 32, kv_head, first_column, stream, rotated, shared);
-        return;
-    }
-    if (x.type == KV::f16)
-        exact_part<Exact::f16, D>(call, slots, part * 32, kv_head, first_column, stream, rotated, shared);
-    else
-        exact_part<Exact::q8_0, D>(call, slots, part * 32, kv_head, first_column, stream, rotated, shared);
+    return reinterpret_cast<const half *>(static_cast<const char *>(x.mask) + token * x.mask_token +
+                                          head % x.mask_heads * x.mask_head + stream % x.mask_streams * x.mask_stream);
 }
-static_assert(exact_columns == exact_warps, "a warp finishes a column");
-static_assert(exact_quads * exact_warps == 32, "a lane has the weight of a row");
 
-// The rows' alignment is that of what is read from them at once.
+// Sums each of eight values over the warp, and leaves sum number lane / 4 in a lane.
+__device__ __forceinline__ float sum_for_quads(float (&x)[most_columns], int lane) {
+#pragma unroll
+    for (int n = most_columns / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool upper = lane & 4 * n;
+            const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], 4 * n);
+            x[i] = (upper ? x[i + n] : x[i]) + other;
+        }
+    x[0] += __shfl_xor_sync(all_lanes, x[0], 2);
+    return x[0] + __shfl_xor_sync(all_lanes, x[0], 1);
+}
+
+// Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may write
+// the batch's rows, but not the slots.
+__device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const Place & place) {
+    const ExactHead rows(call.a, place.kv_stream, place.kv_head());
+    const ExactRows & x = call.a.exact;
+    const int part = blockIdx.x * call.plan.row_tiles + place.row_tile;
+    const int row = part + place.lane / 8 * call.plan.parts, unit = place.lane % 4 * 64; // bytes of f16, at most
+    if (row < rows.slots && unit < (x.type == KV::f16 ? 2 : 1) * call.a.head)
+        prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
+}
+
+// Attention of the warp's columns over its exact rows, which are those numbered as its part, and every `parts` further
+// on. `mask` is that of the lane's column, or nullptr if there is none; `scratch` takes D floats.
+template <KV TV, int D>
+__device__ __forceinline__ void attend_exact(const AttentionCall & call, const Place & place, const half * mask,
+                                             float slope, float * scratch, SoftmaxState & state,
+                                             float (&sums)[D / 16][4]) {
+    constexpr int P = D / 32;
+    const Attention & a = call.a;
+    const int lane = place.lane;
+    const ExactHead rows(a, place.kv_stream, place.kv_head());
+    int row = blockIdx.x * call.plan.row_tiles + place.row_tile;
+    if (row >= rows.rows) return;
+    float q[most_columns][P];
+    load_queries<D>(call, place, 0, 1, q);
+#pragma unroll 1
+    for (; row < rows.rows; row += call.plan.parts) {
+        const float bias = mask ? __half2float(mask[row]) : -INFINITY;
+        const ExactRow<P> bytes(a.exact, rows, row, lane);
+        if (!__any_sync(all_lanes, bias != -INFINITY)) continue;
+        float dots[most_columns] = {};
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            const float k = bytes.value(bytes.k[j], bytes.scale_k[j]);
+#pragma unroll
+            for (int c = 0; c < most_columns; ++c) dots[c] += q[c][j] * k;
+        }
+        float score = sum_for_quads(dots, lane) * a.scale;
+        if (place.paired) score = __shfl_sync(all_lanes, score, lane % 16);
+        if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
+        score = score * log2e + slope * bias;
+        if (bias == -INFINITY) score = -INFINITY; // whatever bytes the row has
+        const float before = state.largest;
+        state.largest = fmaxf(before, score);
+        const float correction = exp2f(before - state.largest), weight = exp2f(score - state.largest);
+        state.sum = state.sum * correction + (place.in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
+        correct_output<D>(sums, correction, place.in_quad);
+
+        constexpr int B = rotated_block<D>;
+#pragma unroll
+        for (int b = 0; b < D / B; ++b) {
+            float v[B / 32];
+#pragma unroll
+            for (int j = 0; j < B / 32; ++j) v[j] = bytes.value(bytes.v[b * B / 32 + j], bytes.scale_v[b * B / 32 + j]);
+            if constexpr (Layout<TV, D>::turbo) transform_warp<B, false>(v);
+#pragma unroll
+            for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
+        }
+        __syncwarp();
+        const bool low = place.paired && place.in_quad >= 2; // the column has its values from another lane
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float w = __shfl_sync(all_lanes, weight, (8 * place.in_quad + 4 * j) % 32);
+            if (w != 0 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
+        }
+        __syncwarp();
+    }
+}
+
+// The alignment of rows must be that of the words in which they are read.
 inline bool covers_exact(const Attention & a) {
     const ExactRows & x = a.exact;
     const auto bits = [](const void * base, int64_t row, int64_t head, int64_t stream) {
@@ -253,17 +178,17 @@ inline bool covers_exact(const Attention & a) {
     const uint64_t batch = bits(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream) |
                            bits(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream);
     return (x.type == KV::q8_0 || x.type == KV::f16) && x.slots >= 0 && x.slots <= 1 << 20 && a.tokens <= 1 << 20 &&
-           (slots & (x.type == KV::f16 ? 3 : 1)) == 0 && (batch & 3) == 0;
+           (slots & 1) == 0 && (batch & 3) == 0;
 }
 
 // ---- stores
 
-// Groups of 32 values of the call's own rows of K and V, which a warp stores at a time.
+// Groups of 32 values of the batch's rows of K and V, which a warp stores at a time.
 inline int64_t stored_groups(const Attention & a) {
     return a.windowed && a.exact.store_rows ? int64_t(2) * a.kv_streams * a.tokens * a.kv_heads * (a.head / 32) : 0;
 }
 
-// Stores one of them in its slot, as float32 is rounded to q8_0 or f16.
+// Stores group number `group` in its slot, rounded to q8_0 or f16.
 __device__ __forceinline__ void store_exact(const Attention & a, int64_t group, int lane) {
     const ExactRows & x = a.exact;
     const int per_head = a.head / 32, j = int(group % per_head);

@@ -1,5 +1,6 @@
-// Launches that may overlap the end of the kernel before them (programmatic dependent launch, Hopper and newer).
-// Kernels launched so call wait_for_previous first.
+// Launches that may overlap the end of the preceding kernel (programmatic dependent launch, on Hopper and newer). A
+// kernel that is launched in this way must call wait_for_previous before it reads or writes memory that earlier kernels
+// use.
 #ifndef TURBOQUANT_CUDA_LAUNCH_H
 #define TURBOQUANT_CUDA_LAUNCH_H
 
@@ -12,30 +13,34 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
+// Waits until the preceding kernels in the stream have ended and their writes are visible. Older GPUs start the kernel
+// only then.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next kernel in the stream may be launched as soon as all thread blocks have called this, if it was launched for
-// that; such kernels, ours and ggml's, wait for the end of those before them.
+// Allows the next kernel in the stream to start as soon as all thread blocks have called this function or ended, if its
+// launch permits the overlap. Kernels with such launches, ours and ggml's, wait for the end of the preceding kernels.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Starts the address translation of p and its way to the L2 cache. What is there may still change: nothing is read.
+// Prefetches the memory at p into the L2 cache, which includes the translation of the address. An earlier kernel may
+// still write to this memory, because no value is read here.
 __device__ __forceinline__ void prefetch(const void * p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Whether the kernel's code for the current device has the instruction: not if it was compiled for an older one.
+// Whether the kernel's code for the current device contains the instructions above. It does not if it was compiled for
+// an older architecture.
 inline bool can_overlap(const void * kernel) {
     int device = 0, major = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9)
         return false;
-    static thread_local std::map<std::pair<const void *, int>, bool> known; // GPUs of one machine may differ
+    static thread_local std::map<std::pair<const void *, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
     if (found != known.end()) return found->second;
     cudaFuncAttributes attributes;
@@ -44,6 +49,7 @@ inline bool can_overlap(const void * kernel) {
     return can;
 }
 
+// Launches a kernel that calls wait_for_previous, and returns the error of the launch.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    Arguments... arguments) {

@@ -1,4 +1,4 @@
-// Rows of K and V: how they lie in a cache, and their way from there to shared memory.
+// Rows of K and V: their layout in a cache, and the pipeline that copies them to shared memory.
 #ifndef TURBOQUANT_CUDA_LOAD_H
 #define TURBOQUANT_CUDA_LOAD_H
 
@@ -11,8 +11,8 @@ namespace {
 
 // ---- cache types
 
-// Turbo types hold indices of levels, in blocks that D decides; of the others, blocks that share a scale hold int8
-// levels, and all else is floats.
+// The properties of a row type. A turbo type has indices of levels, in blocks whose length depends on the head size D.
+// The other types have int8 levels in blocks that share a scale, or floats.
 template <typename Family> struct TurboKind {
     static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
     static constexpr int bits = Family::bits;
@@ -36,14 +36,14 @@ TURBOQUANT_FAMILIES(TURBOQUANT_KIND, )
 template <> struct Kind<KV::q8_0> : PlainKind<32, 34, false> {};
 template <> struct Kind<KV::f16> : PlainKind<32, 64, true> {};
 
-// A pair without a turbo type is the host's own.
+// Whether there is a kernel for a pair of types. Hosts have kernels of their own for pairs without a turbo type.
 template <KV TK, KV TV>
 constexpr bool covers_pair = Kind<TK>::covered && Kind<TV>::covered && (Kind<TK>::turbo || Kind<TV>::turbo);
 
-// A row of one head as the kernels see it: blocks of `block` values that share a scale.
+// The layout of a row of one head: blocks of `block` values, which share a scale unless they are floats.
 template <KV T, int D> struct Layout {
     static constexpr int bits = Kind<T>::bits;
-    static constexpr float step = Kind<T>::step; // what a level counts: the block's stored scale times this
+    static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
     static constexpr bool split = turbo && bits == 4; // see lookup_split
     static constexpr int block = Kind<T>::template block<D>;
@@ -53,7 +53,7 @@ template <KV T, int D> struct Layout {
 
 // ---- copies to shared memory
 
-// 16 bytes from global to shared memory, of which those from `valid` on become zeros.
+// Copies 16 bytes from global to shared memory. Only `valid` bytes are read; the others become zeros.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void * global, int valid) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid)
@@ -71,31 +71,32 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
-// As copy_async where only `valid` bytes, an even number, may be read; if none, `any` is a readable address.
+// As copy_async, for any even number `valid`, negative ones and those above 16 included. `any` is a readable address
+// for the case that nothing is valid.
 __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
     if (valid >= 16 || valid <= 0) {
         copy_async(shared, valid > 0 ? global : any, valid > 0 ? 16 : 0);
         return;
     }
-    uint16_t x[8]; // all on their way before the first is stored
+    uint16_t x[8]; // all loads are issued before the first store
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 2 * i < valid ? uint16_t(load_u16(global + 2 * i)) : uint16_t(0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * i), "h"(x[i]) : "memory");
 }
 
-// The rows of the thread block's heads in K or V.
+// The rows of K or V of a thread block's heads.
 struct Side {
-    const uint8_t * base;
-    int64_t stride;
-    int chunk, pitch; // bytes of a row, there and in shared memory
+    const uint8_t * base; // row 0
+    int64_t stride;       // bytes between rows
+    int chunk, pitch;     // bytes of a row in the cache, and in shared memory
 };
 
-// Rows first .. first + rows to shared memory; rows from n_kv on become zeros. A row keeps its address modulo 16, which
-// row_offset gives back.
+// Starts to copy rows first ... first + rows - 1 to shared memory; rows from n_kv on become zeros. A row keeps its
+// address modulo 16 (row_offset).
 __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv) {
     const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
-    if (side.stride == side.pitch && side.chunk == side.pitch) { // rows that follow each other: one run
+    if (side.stride == side.pitch && side.chunk == side.pitch) { // rows without gaps are one run of bytes
         const uint8_t * from = side.base + first * side.stride + threadIdx.x * 16;
         const int step = blockDim.x * 16, all = rows * side.pitch;
         if (first + rows <= n_kv) {
@@ -109,14 +110,14 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
         }
         return;
     }
-    const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // of a row
+    const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // that copy a row
     const int apart = blockDim.x >> log_lanes, unit = (threadIdx.x & (lanes - 1)) * 16;
     int r = threadIdx.x >> log_lanes;
     const uint8_t * from = side.base + (first + r) * side.stride + unit;
     shared += r * side.pitch + unit;
     const int64_t from_step = apart * side.stride;
     const int to_step = apart * side.pitch;
-    const int left = int(n_kv - 1 - first); // rows before the cache's last one: what follows these may be read
+    const int left = int(n_kv - 1 - first); // rows before the last one: the bytes behind them may be read
     const int simple = min(left, rows);
     if (side.pitch <= 512) {
 #pragma unroll 4
@@ -142,26 +143,26 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
     }
 }
 
-// The address of row r of a tile modulo 16. With an even stride it depends on r mod 8 only.
+// The address of row r of a tile, modulo 16; `low` is that of row 0. Strides are even, so it depends only on r mod 8.
 __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
     return int((low + uint32_t(r) * stride) & 15);
 }
 
 // ---- the pipeline
 
-// The thread block's rows of K and V pass through `plan.stages` pieces of shared memory: while one is computed on, the
-// next ones arrive. A stage holds the rows of K, then those of V.
+// The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
+// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
 template <KV TK, KV TV, int D> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     const AttentionCall & call;
     const Place & place;
-    const uint8_t *k, *v; // the thread block's heads in row 0
+    const uint8_t *k, *v; // row 0 of the thread block's heads
     int rows;             // of a stage
-    int bytes;
+    int bytes;            // of a stage
     uint32_t shared_address;
-    // Where a lane finds its rows of its warp's tile, in a stage: K's row `quad`, as operand; of each side rows
-    // 2 * in_quad and 2 * in_quad + 1, which have the scales that it needs. Rows 8, 16 and 24 further on are likewise.
+    // The offsets in a stage of a lane's rows of its warp's tile. The operands of K are in row `quad`. The scales of K,
+    // and V, are in rows 2 * in_quad and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
     int k_operand, k_scale0, k_scale1, v_row0, v_row1;
 
     __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
@@ -173,7 +174,7 @@ template <KV TK, KV TV, int D> struct Stages {
         rows = p.row_tiles * tile_rows;
         bytes = rows * (p.pitch_k + p.pitch_v);
         shared_address = uint32_t(__cvta_generic_to_shared(shared));
-        // a step advances by a multiple of 32 rows: the same modulo 16
+        // A step advances by a multiple of 32 rows, so the addresses of later tiles are the same modulo 16.
         const uint32_t row = uint32_t(place.begin + place.row_tile * tile_rows);
         const uint32_t k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
         const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
@@ -189,14 +190,15 @@ template <KV TK, KV TV, int D> struct Stages {
         v_row1 = keep(v_at + odd * p.pitch_v + row_offset(v_low, v_stride, odd));
     }
 
-    // Before the kernel that computed them has ended.
+    // Prefetches the rows of the first stage. The preceding kernel may still be running and store some of them.
     __device__ __forceinline__ void prefetch_rows() const {
         if (int(threadIdx.x) >= min(rows, place.length)) return;
         prefetch(k + (place.begin + threadIdx.x) * call.a.k_row);
         prefetch(v + (place.begin + threadIdx.x) * call.a.v_row);
     }
 
-    // The thread block's rows from `at` on, to the memory of that stage.
+    // Starts to load the thread block's rows from `at` on into a stage. A group of copies without rows is committed as
+    // well, because copy_wait counts groups.
     __device__ __forceinline__ void load(int at, int stage) const {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
@@ -210,12 +212,14 @@ template <KV TK, KV TV, int D> struct Stages {
         }
         copy_commit();
     }
+    // Starts to load all stages but the last.
     __device__ __forceinline__ void start() const {
 #pragma unroll 1
         for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
     }
-    // Waits for `stage`, which has the rows from `at` on, and fills the one that was computed on before, `ahead` rows on.
-    // (Computed here, `ahead` costs some instances registers that they spill.)
+    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the
+    // preceding stage, which all warps have read. The caller computes `ahead` in advance; computed here, it makes some
+    // instances spill registers.
     __device__ __forceinline__ void advance(int at, int stage, int ahead) const {
         const int stages = call.plan.stages;
         if (stages == 3) copy_wait<1>();

@@ -1,4 +1,4 @@
-// Masks, ALiBi and the soft cap: what becomes of a tile's scores before the softmax.
+// Masks, ALiBi and the soft cap, which are applied to the scores of a tile before the softmax.
 #ifndef TURBOQUANT_CUDA_MASK_H
 #define TURBOQUANT_CUDA_MASK_H
 
@@ -10,16 +10,17 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// The mask of a lane's column; its rows of a tile are 2 * in_quad, 2 * in_quad + 1, and those 8, 16 and 24 further on.
+// The mask of a lane's column. The lane has rows 2 * in_quad and 2 * in_quad + 1 of a tile, and those 8, 16 and 24 rows
+// further on.
 struct Mask {
-    const char * row; // of the query; nullptr: none
+    const char * row; // the mask row of the query, or nullptr without a mask
     int64_t n_kv;
-    bool pairs; // two values are a word in memory
+    bool pairs; // whether the row is aligned to words of two values
     int in_quad;
-    float slope;
-    uint32_t words[4] = {0, 0, 0, 0}; // of the tile at hand: two binary16 values each
+    float slope; // of ALiBi, or 1; times log2e, because weights are computed as powers of two
+    uint32_t words[4] = {0, 0, 0, 0}; // of the loaded tile: two binary16 values each
 
-    // `column` and its token and head are the lane's.
+    // token and head are those of the lane's column.
     __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, int token, int head)
         : n_kv(call.a.n_kv), in_quad(place.in_quad), slope(log2e * alibi_slope(call, head)) {
         const Attention & a = call.a;
@@ -29,6 +30,7 @@ struct Mask {
         pairs = (reinterpret_cast<uintptr_t>(row) & 3) == 0;
     }
 
+    // Loads the mask of the tile from row `first` on. Rows from n_kv on are hidden.
     __device__ __forceinline__ void load(int64_t first) {
         if (first + tile_rows <= n_kv && pairs) {
             if (row) {
@@ -55,14 +57,15 @@ struct Mask {
         }
     }
 
-    // Whether no column of the warp sees any row of the tile.
+    // Whether no column of the warp sees any row of the loaded tile.
     __device__ __forceinline__ bool hides_all() const {
         constexpr uint32_t hidden = 0xfc00fc00; // two minus infinities
         const bool sees = words[0] != hidden || words[1] != hidden || words[2] != hidden || words[3] != hidden;
         return !__any_sync(all_lanes, sees);
     }
 
-    // Scores times `factor`, and biases. A hidden row's score is minus infinity, whatever bytes the row has.
+    // Multiplies the scores by `factor` and adds the biases. The score of a hidden row is minus infinity, even if the
+    // bytes of the row give a NaN.
     __device__ __forceinline__ void apply(float factor, float (&s)[8]) const {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -73,6 +76,7 @@ struct Mask {
     }
 };
 
+// Applies the soft cap to the scores, which are s * factor.
 __device__ __forceinline__ void cap_scores(float cap, float factor, float (&s)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i] = cap * tanhf(s[i] * factor / cap);

@@ -1,4 +1,4 @@
-// The two products of attention on the tensor cores: queries with K, weights with V.
+// The two matrix products of attention on the tensor cores: queries times K, and weights times V.
 #ifndef TURBOQUANT_CUDA_MMA_H
 #define TURBOQUANT_CUDA_MMA_H
 
@@ -30,8 +30,8 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1,
 
 // ---- scores
 
-// Scores of rows 2 * in_quad and 2 * in_quad + 1 of a group of eight KV rows for column `quad`, without the query's
-// factor. `row` is row `quad` of the eight, row0 and row1 those two.
+// Computes the scores of column `quad` and rows 2 * in_quad and 2 * in_quad + 1 of eight KV rows, without the factor of
+// the query. `row` is row `quad` of the eight; row0 and row1 are the two rows.
 template <KV TK, int D>
 __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const uint8_t * row, const uint8_t * row0,
                                            const uint8_t * row1, int in_quad, float & s0, float & s1) {
@@ -64,7 +64,8 @@ __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const
     }
 }
 
-// The lane's scores of a tile: of rows 2 * in_quad, 2 * in_quad + 1, and those 8, 16 and 24 further on.
+// Computes the lane's scores of a tile: those of rows 2 * in_quad and 2 * in_quad + 1, and those 8, 16 and 24 rows
+// further on.
 template <KV TK, int D, typename Stages>
 __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uint8_t * memory, const Stages & stages,
                                        int pitch, int in_quad, float (&s)[8]) {
@@ -81,11 +82,24 @@ __device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uin
 
 // ---- output
 
+// Multiplies the sums of the output by the corrections of their columns. A lane has the sums of columns 2 * in_quad and
+// 2 * in_quad + 1, but the correction of column `quad`.
+template <int D>
+__device__ __forceinline__ void correct_output(float (&sums)[D / 16][4], float correction, int in_quad) {
+    if (!__any_sync(all_lanes, correction != 1.0f)) return;
+    const float c0 = __shfl_sync(all_lanes, correction, 8 * in_quad),
+                c1 = __shfl_sync(all_lanes, correction, 8 * in_quad + 4);
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i][j] *= j & 1 ? c1 : c0;
+}
+
 struct OutputScale {
-    float s0, s1, low0, low1; // of columns 2 * in_quad and the next; of their low bytes, if these come separately
+    float s0, s1, low0, low1; // of columns 2 * in_quad and 2 * in_quad + 1; of their low bytes, unless paired
 };
 
-// o += one 16 x 8 product of V's levels and the weights.
+// o += a 16 x 8 product of V's levels and the weights. The sums start as magic_bits, so they can be read as floats.
 template <bool Split, bool Paired>
 __device__ __forceinline__ void accumulate(float (&o)[4], const Levels<4> & v, const Weights & w,
                                            const OutputScale & s) {
@@ -105,8 +119,8 @@ __device__ __forceinline__ void accumulate(float (&o)[4], const Levels<4> & v, c
     }
 }
 
-// o += V of a tile's 32 rows times the weights p of the lane's eight rows: row0, row1, then 8, 16 and 24 further on.
-// o[i] is one of the D / 16 products; store_output knows which elements.
+// o += V times weights of the 32 rows of a tile. p has the weights of the lane's rows: row0, row1, and those 8, 16 and
+// 24 rows further on. o[i] is one of the D / 16 products; store_output maps their elements to those of the row.
 template <KV TV, int D, bool Paired>
 __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8], const uint8_t * row0,
                                        const uint8_t * row1, int pitch, int quad, int in_quad) {

@@ -1,15 +1,15 @@
-// From rows in shared memory to operands of the tensor cores: K's and V's levels, and the softmax's weights.
+// The operands of the tensor cores: levels of K and V, made from rows in shared memory, and the weights of the softmax.
 //
-// A product's inner index may be summed in any order, as long as both operands have the same. So operands keep the
-// order in which values lie packed: eight indices of a unit become eight nibbles, and byte permutes look levels up with
-// nibbles as selectors.
+// The inner index of a matrix product may have any order that is the same in both operands. So the operands keep the
+// order in which values are packed: the eight indices of a unit become eight nibbles, and these are the selectors of
+// the byte permutes that look up levels.
 //
-//   scores: A = queries, rows 0-7 their high bytes, 8-15 their low bytes;  B = K; inner index = elements
-//     One unit of one KV row is a lane's operand: nibbles 0-3 its first register, 4-7 its second.
+//   scores: A = queries (rows 0-7 high bytes, rows 8-15 low bytes); B = K; inner index = elements
+//     A unit of a KV row is the operand of a lane: nibbles 0-3 give its first register, nibbles 4-7 its second.
 //
-//   output: A = V transposed;  B = weights times V's scales; inner index = KV rows
-//     The same unit of four KV rows a, b, c, d is transposed first, so that each half word of a register selects one
-//     element of the four rows. a0 is nibble 0 of row a; bytes are in brackets, lowest first:
+//   output: A = V transposed; B = weights times V's scales; inner index = KV rows
+//     The nibbles of a unit in four KV rows a, b, c, d are transposed first, so that each half word of a register
+//     selects one element of the four rows. a0 is nibble 0 of row a; bytes are in brackets, lowest first:
 //
 //       n[0] = [a0a1][a2a3][a4a5][a6a7]           even nibbles of a and b: [a0b0][a2b2][a4b4][a6b6]
 //       n[1] = [b0b1][b2b3][b4b5][b6b7]           odd ones:                [a1b1][a3b3][a5b5][a7b7]
@@ -24,14 +24,14 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// int8 levels of one product, positive - negative; R registers of each. negative is used if Layout::split.
+// The int8 levels of an operand, positive - negative, in R registers each. `negative` is used only if Layout::split.
 template <int R> struct Levels {
     uint32_t positive[R], negative[R];
 };
 
 // ---- K
 
-// A lane's 8 of the 32 elements of a block that belong to product `step`.
+// The levels of a lane's eight elements, of the 32 elements of a block that product `step` takes.
 template <KV TK, int D>
 __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step, int in_quad) {
     using L = Layout<TK, D>;
@@ -43,7 +43,7 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
     } else if constexpr (L::turbo) {
         const int unit = 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
         lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, unit), k.positive[0], k.positive[1]);
-    } else { // a block of 32 is one product
+    } else { // one product takes a block of 32
         k.positive[0] = load_u32(block + 2 + 4 * in_quad);
         k.positive[1] = load_u32(block + 18 + 4 * in_quad);
     }
@@ -52,20 +52,21 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
 
 // ---- V
 
-// Of a block of V a lane computes whole units: eight elements of a turbo type, four of q8_0; a product has two.
+// A lane computes whole units of a block of V: eight elements of a turbo type, or four of q8_0. A product takes two
+// elements of a unit.
 template <KV TV, int D> struct ValueUnits {
     using L = Layout<TV, D>;
-    static constexpr int count = L::turbo ? L::block / 64 : 1; // of a lane
+    static constexpr int count = L::turbo ? L::block / 64 : 1; // units of a lane in a block
     static constexpr int products = L::turbo ? 4 : 2;          // of a unit
 
-    // The number in the block of a lane's j-th unit.
+    // The number of a lane's unit j in the block.
     static __device__ __forceinline__ int unit(int quad, int j) {
         return L::bits == 4 || count == 1 ? quad + 8 * j : count * quad + j;
     }
 };
 
-// Nibbles of one unit in four rows to selectors by element; see above. The low half of out[i] is that of nibble 0, 4,
-// 1, 5 for i = 0, 1, 2, 3, the high half that of the nibble two further on.
+// Transposes the nibbles of a unit in four rows to selectors of single elements, as shown above. For i = 0, 1, 2, 3 the
+// low half of out[i] is the selector of nibble 0, 4, 1, 5; the high half is that of nibble 2, 6, 3, 7.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
     const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
                    odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
@@ -77,10 +78,10 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
     out[3] = prmt(odd01, odd23, interleave_high);
 }
 
-// A lane's unit in its eight rows of a tile: row[i] + offset is the block.
+// A unit of V in the eight rows of a lane; row[i] + offset is the block.
 template <KV TV, int D> struct ValueUnit {
     using L = Layout<TV, D>;
-    uint32_t first[4], second[4]; // of rows 0-3 and 4-7: selectors, or of q8_0 levels by element
+    uint32_t first[4], second[4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 the levels of each element
 
     __device__ __forceinline__ ValueUnit(const uint8_t * const (&row)[8], int offset, int unit) {
         uint32_t x[4];
@@ -90,7 +91,7 @@ template <KV TV, int D> struct ValueUnit {
         transpose(x, second);
     }
 
-    // Operand A of product m: registers 0 and 2 have one element of the unit, 1 and 3 another.
+    // The operand A of product m. Registers 0 and 2 have one element of the unit, registers 1 and 3 have another.
     __device__ __forceinline__ Levels<4> levels(int m) const {
         Levels<4> v;
         if constexpr (L::turbo) { // nibbles 2m and 2m + 1
@@ -131,7 +132,7 @@ private:
     }
 };
 
-// The lane's elements of column 2 * in_quad + j, as the products leave them in o, to out[D].
+// Stores the lane's elements of column 2 * in_quad + j to out[D]; `o` has them in the order of the products.
 template <KV TV, int D>
 __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
     using L = Layout<TV, D>;
@@ -157,14 +158,53 @@ __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 1
     }
 }
 
+// Adds w times a row of V, in the domain of its type, to the sums of column 2 * in_quad + j. The order of elements is that
+// of store_output.
+template <KV TV, int D>
+__device__ __forceinline__ void add_output(float (&o)[D / 16][4], const float * v, float w, int j, int quad) {
+    using L = Layout<TV, D>;
+    if constexpr (L::floats) {
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m) {
+            const float2 two = *reinterpret_cast<const float2 *>(v + 2 * (quad + 8 * m));
+            o[m][j] += w * two.x;
+            o[m][2 + j] += w * two.y;
+        }
+    } else if constexpr (L::turbo) {
+        using Units = ValueUnits<TV, D>;
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 4) {
+            const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float4 four = *reinterpret_cast<const float4 *>(v + b * L::block + unit_element<L::bits, L::block>(unit, h));
+                o[m][2 * h + j] += w * four.x;
+                o[m + 1][2 * h + j] += w * four.y;
+                o[m + 2][2 * h + j] += w * four.z;
+                o[m + 3][2 * h + j] += w * four.w;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int m = 0; m < D / 16; m += 2) {
+            const float4 four = *reinterpret_cast<const float4 *>(v + 16 * m + 4 * quad);
+            o[m][j] += w * four.x;
+            o[m][2 + j] += w * four.y;
+            o[m + 1][j] += w * four.z;
+            o[m + 1][2 + j] += w * four.w;
+        }
+    }
+}
+
 // ---- weights
 
-// Added to a float of at most 22 bits it leaves the nearest integer, as two's complement, in the low bits. An int32
-// that starts as its bits is, read as a float, this number plus what was added to the int32.
+// The sum of `magic` and a float of magnitude below 2^22 has the nearest integer in its low bits, in two's complement.
+// Likewise, an int32 that starts as magic_bits, and to which integers are added, has the bits of the float magic + sum.
 constexpr float magic = 12582912.0f; // 1.5 * 2^23
 constexpr int magic_bits = 0x4b400000;
 
-// The greater magnitude; NaN if one of the two is none. `a` is a magnitude already.
+// The greater of a and |b|, or NaN if one of the two is NaN; a is not negative. fmaxf would ignore NaNs, but attention
+// does not run on the older devices that use it.
 __device__ __forceinline__ float greater_magnitude(float a, float b) {
 #if __CUDA_ARCH__ >= 800
     float out;
@@ -175,9 +215,9 @@ __device__ __forceinline__ float greater_magnitude(float a, float b) {
 #endif
 }
 
-// Weights times V's scales, which may be negative, as 16-bit integers of a common scale: operands of their high and
-// low bytes. With four columns, columns 4-7 take the low bytes and `low` is not used. Where a scale is no number, the
-// common one is none either.
+// Weights times V's scales, which may be negative, as 16-bit integers with a common scale: the operands have their high
+// and low bytes. If there are four columns, columns 4-7 take the low bytes and `low` is not used. If a scale of V is
+// NaN, the common scale is NaN.
 struct Weights {
     uint32_t high[2], low[2];
     float scale; // of the lane's column

@@ -1,4 +1,4 @@
-// Queries: loaded, rotated as K is, rounded, and dealt out as operand A of the scores.
+// Queries: they are loaded, rotated as K is, rounded, and arranged as the operand A of the scores.
 #ifndef TURBOQUANT_CUDA_QUERY_H
 #define TURBOQUANT_CUDA_QUERY_H
 
@@ -8,11 +8,11 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// Where element e of a query lies among the bytes of its column, so that a lane's four registers of a product follow
-// each other: [product][in_quad][half of the inner index: high bytes, low bytes][4]. The place of the high byte.
+// The position of the high byte of element e among the bytes of its column, which are arranged so that the four
+// registers of a lane in a product are adjacent: [product][in_quad][half of the inner index][high bytes, low bytes][4].
 template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
     using L = Layout<TK, D>;
-    int product, in_quad, nibble; // nibble: of the unit's eight elements
+    int product, in_quad, nibble; // nibble: the number of the element among the eight of a unit
     if constexpr (L::turbo) {
         constexpr int N = L::block, steps = N / 32;
         const int in_block = e % N, half = in_block / (N / 2);
@@ -36,18 +36,19 @@ template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
     return ((product * 4 + in_quad) * 4 + nibble / 4 * 2) * 4 + nibble % 4;
 }
 
-// Columns c0, c0 + row_tiles, ... of the thread block: a lane has elements lane, lane + 32, ...
-template <int D>
-__device__ __forceinline__ void load_queries(const AttentionCall & call, const Place & place, int c0,
-                                             float (&y)[4][D / 32]) {
+// Loads columns c0, c0 + apart, c0 + 2 * apart, ... of the warp's KV head, zeros for columns that do not exist. A lane
+// gets elements lane, lane + 32, ...
+template <int D, int C>
+__device__ __forceinline__ void load_queries(const AttentionCall & call, const Place & place, int c0, int apart,
+                                             float (&y)[C][D / 32]) {
     const Attention & a = call.a;
-    const int lane = place.lane, apart = call.plan.row_tiles, group = call.plan.group;
-    // lane i finds out where column i is
-    const int own = place.first_column + c0 + lane % 4 * apart, token = own / group;
+    const int lane = place.lane, group = call.plan.group;
+    // Lane i computes the address of column c0 + i * apart.
+    const int own = place.first_column + c0 + lane % C * apart, token = own / group;
     const uint64_t own_row = reinterpret_cast<uintptr_t>(a.q) + token * a.q_token +
                              (place.kv_head() * group + own - token * group) * a.q_head + place.stream * a.q_stream;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < C; ++i) {
         const int c = c0 + i * apart;
         const float * row = reinterpret_cast<const float *>(uintptr_t(__shfl_sync(all_lanes, own_row, i)));
         const bool some = c < call.plan.column_tile && place.first_column + c < call.plan.columns;
@@ -56,11 +57,12 @@ __device__ __forceinline__ void load_queries(const AttentionCall & call, const P
     }
 }
 
-template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float)); // bytes
+// The bytes of scratch memory of a KV head: 16 bits for each element of the columns, and a factor for each column.
+template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float));
 
-// The columns of a KV head as operands: of int8 matrices, if K is integer; else of binary16 ones. The warps of the head
-// share the work; y has what load_queries loaded for c0 = row_tile. `bytes` is the head's scratch memory. Returns the
-// factor that turns products into scores (of column `quad`).
+// Prepares the columns of a KV head as operands of int8 matrices, or of binary16 matrices if K is f16. The warps of the
+// head share the work. y has the columns that load_queries loads for c0 = row_tile, and `bytes` is the head's scratch
+// memory. Returns the factor of the lane's column, by which products become scores.
 template <KV TK, int D>
 __device__ __forceinline__ float prepare_queries(const AttentionCall & call, const Place & place, uint8_t * bytes,
                                                  float (&y)[4][D / 32], uint32_t (&operand)[D / 32][4]) {
@@ -71,7 +73,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
     float * factors = reinterpret_cast<float *>(bytes + 16 * D);
 #pragma unroll 1
     for (int c0 = place.row_tile; c0 < call.plan.column_tile; c0 += 4 * apart) {
-        if (c0 != place.row_tile) load_queries<D>(call, place, c0, y);
+        if (c0 != place.row_tile) load_queries<D>(call, place, c0, apart, y);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = c0 + i * apart;
@@ -96,7 +98,7 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
                 uint32_t largest = 0;
 #pragma unroll
                 for (int j = 0; j < P; ++j) largest = max(largest, __float_as_uint(y[i][j]) & 0x7fffffff);
-                const float top = __uint_as_float(warp_max(largest));  // NaN stays: the scores are NaN
+                const float top = __uint_as_float(warp_max(largest));  // if it is NaN, the scores are NaN
                 const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
                 if (lane == 0) factors[c] = top * (a.scale * L::step / 32512.0f);
 #pragma unroll
@@ -114,14 +116,14 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
     if constexpr (L::floats) {
         const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
 #pragma unroll
-        for (int s = 0; s < D / 16; ++s) { // two of each operand's registers
+        for (int s = 0; s < D / 16; ++s) { // two registers for each product: rows 8-15 of A are zero
             operand[s / 2][s % 2 * 2] = words[8 * s + place.in_quad];
             operand[s / 2][s % 2 * 2 + 1] = words[8 * s + 4 + place.in_quad];
         }
         return 1;
     } else {
 #pragma unroll
-        for (int s = 0; s < D / 32; ++s) { // registers 0, 2: high bytes, 1, 3: low bytes; 0, 1: the first half
+        for (int s = 0; s < D / 32; ++s) { // registers 0 and 2 have high bytes, 0 and 1 the first half
             const uint4 four = *reinterpret_cast<const uint4 *>(bytes + c * 2 * D + (s * 4 + place.in_quad) * 16);
             operand[s][0] = four.x;
             operand[s][1] = four.y;

@@ -1,5 +1,5 @@
-// The softmax of a query row, computed over any part of the KV rows at a time; how parts are merged, and how the sum of
-// all becomes the output.
+// The softmax of a query row, which is computed in parts over the KV rows; the merge of the parts, and the step from
+// their sum to the output.
 #ifndef TURBOQUANT_CUDA_SOFTMAX_H
 #define TURBOQUANT_CUDA_SOFTMAX_H
 
@@ -8,20 +8,20 @@
 namespace turboquant {
 namespace cuda {
 
-// The largest score where no row was seen; finite, so that the difference of two of them is no NaN.
+// The largest score of a part that has seen no row. It is finite, so that the difference of two such scores is not NaN.
 constexpr float nothing_seen = -1e30f;
 
-// What was seen of the KV rows. A NaN among the scores makes the sum NaN, and is no largest score.
+// The state of the softmax over the KV rows seen so far. A NaN score makes the sum NaN and is ignored by `largest`.
 struct __align__(8) SoftmaxState {
-    float largest; // score, as a power of two
-    float sum;     // of the weights, 2^(score - largest)
+    float largest; // score; scores are multiplied by log2e
+    float sum;     // of the weights 2^(score - largest)
 };
 
 namespace {
 
 constexpr float log2e = 1.44269504f;
 
-// The largest score of a column in a tile: lanes of a quad have eight rows each.
+// The largest score of a column in a tile. Each lane of a quad has the scores of eight rows.
 __device__ __forceinline__ float largest_score(const float (&s)[8]) {
     float top = -INFINITY;
 #pragma unroll
@@ -30,8 +30,8 @@ __device__ __forceinline__ float largest_score(const float (&s)[8]) {
     return fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
 }
 
-// The lane's scores of a tile, whose largest is `top`, to weights. `state` is that of the lane's rows, under the
-// column's largest score. Returns the factor for what was summed so far.
+// Replaces the lane's scores of a tile by weights. `top` is the largest score of the column in the tile. `state` has
+// the largest score of the column, and the sum over the lane's rows. Returns the factor of all earlier sums.
 __device__ __forceinline__ float add_scores(SoftmaxState & state, float top, float (&s)[8]) {
     const float before = state.largest;
     state.largest = fmaxf(state.largest, top);
@@ -45,12 +45,12 @@ __device__ __forceinline__ float add_scores(SoftmaxState & state, float top, flo
     return correction;
 }
 
-// An attention sink counts as a row that has a score and no values.
+// An attention sink counts as a row with a score and without values.
 __device__ __forceinline__ SoftmaxState sink_state(const float * sinks, int head) {
     return {sinks ? sinks[head] * log2e : -INFINITY, 1.0f};
 }
 
-// The largest score of the sink and of `count` parts, `stride` apart. Every warp finds it for itself.
+// The largest score of the sink and of `count` parts at a distance of `stride`. Every warp computes it.
 __device__ __forceinline__ float largest_of(const SoftmaxState & sink, const SoftmaxState * parts, int stride,
                                             int count, int lane) {
     float top = fmaxf(sink.largest, nothing_seen);
@@ -63,13 +63,14 @@ __device__ __forceinline__ float largest_of(const SoftmaxState & sink, const Sof
 
 __device__ __forceinline__ bool saw_rows(const SoftmaxState & part) { return !(part.largest <= nothing_seen); }
 
-// The merge: sums over parts, of which the caller knows the largest score.
+// The merge of parts: the sum of weights relative to the largest score of all parts, which the caller computes.
 struct MergedSum {
     float largest, sum = 0;
 
     __device__ __forceinline__ explicit MergedSum(float largest) : largest(largest) {}
 
-    // Returns the part's factor. The sum may be NaN where no score was a number, too: it is added in any case.
+    // Returns the factor of the part. The sum of a part without a largest score is added as well, because it is NaN if
+    // a score was NaN.
     __device__ __forceinline__ float add(const SoftmaxState & part) {
         const float weight = saw_rows(part) ? exp2f(part.largest - largest) : 0.0f;
         sum += weight * part.sum;
@@ -77,14 +78,14 @@ struct MergedSum {
     }
 };
 
-// With P of a row's values.
+// The merge of parts with P values of a row.
 template <int P> struct Merged : MergedSum {
     float y[P] = {};
 
     using MergedSum::MergedSum;
 
-    // x: the part's values; of a part that saw no row they need not be there. Else a NaN stays, however small the
-    // factor is.
+    // x: the part's values, which are ignored if the part has seen no row. Otherwise a NaN is kept, even if the factor
+    // is 0.
     __device__ __forceinline__ void add(const SoftmaxState & part, const float (&x)[P]) {
         const float weight = MergedSum::add(part);
         if (!saw_rows(part)) return;
@@ -93,16 +94,18 @@ template <int P> struct Merged : MergedSum {
     }
 };
 
-// Values of a row that are rotated together, where the type is turbo.
+// The block length of turbo types in heads of D values.
 template <int D> constexpr int rotated_block = D < 128 ? D : 128;
 
-// Values of a lane in a part in memory: V at a time, V * lane + 32 * j and those after it.
+// The number V of values that a lane reads from a part at a time: those from V * lane + 32 * j on, where j is a
+// multiple of V.
 template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
 
-// The finish: a warp's values of one block, lane + 32 j each, over the sum of the row's weights, and rotated back.
+// Finishes a block of a query row: divides the values by the sum of the weights, rotates them back, and stores them. A
+// lane has elements lane + 32 j.
 template <int N>
 __device__ __forceinline__ void finish(float (&y)[N / 32], float sum, bool rotated, float * out, int lane) {
-    const float inverse = sum == 0 ? 0.0f : 1.0f / sum; // zeros where nothing is seen; a NaN stays
+    const float inverse = sum == 0 ? 0.0f : 1.0f / sum; // zeros if no row was seen; a NaN stays NaN
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) y[j] *= inverse;
     if (rotated) transform_warp<N, true>(y);

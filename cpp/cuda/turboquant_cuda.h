@@ -1,6 +1,12 @@
-// The CUDA kernels' host interface: raw device pointers and a stream, no ggml. Strides are in bytes. The functions
-// that return an error only launch: it is the launch's, or cudaErrorNotSupported for a type, shape or device that the
-// kernels do not cover (nothing was launched then). All memory is the caller's.
+// The host interface of the CUDA kernels. It takes raw device pointers and a stream, and does not depend on ggml.
+//
+// Conventions
+//  - The caller owns all memory. Pointers to data are device pointers, and strides are in bytes.
+//  - A function that returns a cudaError_t launches kernels on the current device and does not wait for them. It
+//    returns the error of a launch, or cudaErrorNotSupported, without a launch, if the kernels do not cover the call.
+//  - Addresses and strides of rows are multiples of 4 bytes for float32, and of 2 bytes for encoded blocks, q8_0 and
+//    binary16, unless stated otherwise.
+//  - Every function is thread-safe.
 #ifndef TURBOQUANT_CUDA_H
 #define TURBOQUANT_CUDA_H
 
@@ -14,49 +20,54 @@
 namespace turboquant {
 namespace cuda {
 
-// Rows of ne[0] values at data + i1 * nb[0] + i2 * nb[1] + i3 * nb[2]; the values of a row follow each other.
+// Rows of contiguous values. Row (i1, i2, i3) begins at data + i1 * nb[0] + i2 * nb[1] + i3 * nb[2].
 struct Rows {
     void * data;
     int64_t nb[3];
 };
 
-// Which rows of the other side a row goes to (encode) or comes from (decode): the element (i1, i2 mod ne[1], i3 mod
-// ne[2]) of a tensor of int32 or int64. data = nullptr: row i1.
+// The rows of the other side: row i1 is encoded to, or decoded from, the row that element (i1, i2 mod ne[1], i3 mod
+// ne[2]) of a tensor names; i2 and i3 are the same on both sides. The elements are not checked.
 struct Index {
-    const void * data;
-    bool is64;
-    int64_t ne[3], nb[3];
+    const void * data;    // nullptr: row i1
+    bool is64;            // whether the elements are int64, else int32
+    int64_t ne[3], nb[3]; // shape and strides of the tensor
 };
 
-// Float32 rows of ne[0] values to encode; ne[1..3] count the rows of src.
+// A call of the encoder.
 struct Store {
-    tq_type type;
-    Rows src, dst;
-    int64_t ne[4];
-    Index index;
+    tq_type type;  // of dst
+    Rows src, dst; // float32 rows, and their blocks
+    int64_t ne[4]; // ne[0] values in a row, a multiple of the type's block; ne[1..3] count the rows of src
+    Index index;   // selects rows of dst
 };
 
-// Whether encode_rows and decode_rows cover the type.
+// Whether encode_rows and decode_rows support the type.
 bool codec_supports(tq_type type);
 
-// Encode: the bytes are those of tq_encode. Two stores, of K and of V, take one launch if their types' blocks have
-// the same length; else cudaErrorNotSupported.
+// Encodes rows to the bytes of tq_encode. Two stores, for example of K and of V, take one launch and must not overlap.
+// The result is cudaErrorNotSupported if a type has no kernels, if ne[0] is no multiple of its block, if the types of
+// the two stores have different blocks, or if ne[1] rows have 2^32 blocks or more.
 cudaError_t encode_rows(const Store & store, cudaStream_t stream);
 cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream);
 
-// Decode to float32, or to binary16 if half; ne[1..3] count the rows of dst. The floats are those of tq_decode, or of
-// tq_decode_rotated if rotated. With an index, row (i1, i2, i3) of dst is row (index, i2, i3) of src.
+// Decodes rows to the floats of tq_decode, or of tq_decode_rotated if `rotated`. dst has float32 rows, aligned to 16
+// bytes, or binary16 rows if `half`, aligned to 8 bytes. ne[0] is the number of values in a row, and ne[1..3] count the
+// rows of dst; the index selects rows of src. The result is cudaErrorNotSupported if the type has no kernels or ne[0]
+// is no multiple of its block.
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                         bool half, bool rotated, cudaStream_t stream);
 
-// The transform of a block's length and its inverse, per block: floats of tq_rotate and tq_unrotate. src and
-// dst may be the same.
+// Rotates the blocks of float32 rows, or applies the inverse, with the floats of tq_rotate and tq_unrotate. block is
+// 128, 64 or 32. ne[0] is the number of values in a row, and ne[1..3] count the rows. src and dst may be the same rows.
+// The result is cudaErrorNotSupported if there is no such block or ne[0] is no multiple of it.
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream);
 
 // ---- attention of a few query tokens over a long cache
 
-// X(name): the types of rows, which are the families of turboquant_formats.h, in blocks of min(head, 128), and ggml's.
+// X(name): the types of rows of K and V: the families of turboquant_formats.h, in blocks of min(head, 128) values, and
+// two of ggml's types.
 #define TURBOQUANT_KV(X) TURBOQUANT_FAMILIES(TURBOQUANT_KV_FAMILY, X) X(q8_0) X(f16)
 #define TURBOQUANT_KV_FAMILY(X, ID, name, family, bits, id) X(name)
 enum class KV {
@@ -65,87 +76,95 @@ enum class KV {
 #undef TURBOQUANT_ENUMERATOR
 };
 
-// X(head): values in a row.
+// X(head): the numbers of values in a head.
 #define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
 
-// The kernels' name for a tq_type or TQ_ROW_... in rows of that head; false if they do not take it.
+// Sets kv to the row type of `type`, a tq_type or TQ_ROW_..., in heads of `head` values. False if there are no kernels
+// for the type, for its block in such heads, or for the head.
 bool kv_of_type(int type, int head, KV & kv);
 
-// Rows of an exact window, which attention reads besides those of the cache: slots, and the call's own rows of K and V. A
-// mask row has their columns, first the slots'.
+// The rows of an exact window, which attention reads in addition to the rows of the cache: the window's slots, and the
+// rows of K and V of the call's own tokens. The strides are those of rows, KV heads and KV streams.
 struct ExactRows {
-    KV type;       // of the slots: q8_0 or f16
-    int64_t slots; // of a stream
-    const void * k;
+    KV type;        // of the slots: q8_0 or f16
+    int64_t slots;  // of a KV stream
+    const void * k; // [kv_streams][slots][kv_heads] rows of a head
     int64_t k_row, k_head, k_stream;
-    const void * v;
+    const void * v; // as k
     int64_t v_row, v_head, v_stream;
-    const float * batch_k; // [kv_streams][tokens of a stream][kv_heads][head] by strides
+    const float * batch_k; // [kv_streams][tokens][kv_heads][head]
     int64_t batch_k_row, batch_k_head, batch_k_stream;
-    const float * batch_v;
+    const float * batch_v; // as batch_k
     int64_t batch_v_row, batch_v_head, batch_v_stream;
-    const void * mask; // binary16 [..][tokens][slots + tokens]
+    const void * mask; // binary16 [mask_streams][mask_heads][tokens][slots + tokens], as Attention::mask; not nullptr
     int64_t mask_token, mask_head, mask_stream;
-    int mask_heads, mask_streams; // broadcast
-    // After all reads, row i of the batch (of all KV streams) is stored in row store_rows[i] of store_k and of store_v, whose
-    // strides are those of the slots. nullptr: the batch is not stored.
+    int mask_heads, mask_streams;
+    // Row i of the batch, [kv_streams][tokens], is stored in row store_rows[i] of store_k and of store_v after all reads of
+    // the slots, whose row and head strides these have. nullptr: the batch is not stored.
     const int64_t * store_rows;
     void *store_k, *store_v;
 };
 
-// A row that the mask hides from a query does not count for it, whatever the row's bytes are. One exception: where V is
-// f16, a value that is not finite reaches every query that sees one of the 32 rows which are computed together, because
-// the tensor cores multiply hidden values by zero.
+// A call: softmax(scale * Q K^T [soft cap] + slope * mask) V for every query. A query that sees no row gets zeros. The
+// shapes name the dimensions of an array; the strides determine its layout.
+//
+// A row that the mask hides (-inf) from a query does not affect the query, whatever the bytes of the row are. There is
+// one exception: if V is f16, tensor cores multiply hidden values by zero. So if a query sees one of the 32 rows of a
+// tile, a value in this tile that is not finite may reach all queries that are computed together with this query.
 struct Attention {
-    KV type_k, type_v;
-    int head;            // of K and of V: one of TURBOQUANT_KV_HEADS
-    int heads, kv_heads; // heads is a multiple of kv_heads
-    int tokens, streams; // of the queries
-    int kv_streams;      // divides streams
-    int64_t n_kv;        // KV rows
-    const float * q;     // [streams][heads][tokens][head] by strides
+    KV type_k, type_v;   // at least one of the two is a turbo type
+    int head;            // values in a head of K and of V: one of TURBOQUANT_KV_HEADS
+    int heads, kv_heads; // query heads and KV heads; heads is a multiple of kv_heads (GQA)
+    int tokens, streams; // of the queries; heads / kv_heads * tokens is at most 32, streams at most 65535
+    int kv_streams;      // divides streams; consecutive streams share a KV stream
+    int64_t n_kv;        // KV rows of a KV stream: 1 ... 2^30
+    const float * q;     // [streams][heads][tokens][head]
     int64_t q_token, q_head, q_stream;
-    const void * k;
+    const void * k; // [kv_streams][n_kv][kv_heads] rows of a head; f16 is aligned to 4 bytes
     int64_t k_row, k_head, k_stream;
-    const void * v;
+    const void * v; // as k
     int64_t v_row, v_head, v_stream;
-    const void * mask; // binary16 [..][tokens][n_kv], or nullptr
+    const void * mask; // binary16 [mask_streams][mask_heads][tokens][n_kv], added to the scores, or nullptr
     int64_t mask_token, mask_head, mask_stream;
-    int mask_heads, mask_streams;    // broadcast
-    const float * sinks;             // [heads], or nullptr
-    float scale, max_bias, soft_cap; // soft_cap 0 = none
-    float sparse_v; // tiles of V whose weights are all at most this, relative to the largest, are left out
-    float * dst;    // [streams][tokens][heads][head], dense
-    bool windowed;  // `exact` is there
+    int mask_heads, mask_streams;    // head h and stream s have the mask of h % mask_heads and s % mask_streams
+    const float * sinks;             // [heads] scores that count in the softmax without a row of V, or nullptr
+    float scale, max_bias, soft_cap; // max_bias > 0: ALiBi, else slope = 1; soft_cap 0 = none
+    float sparse_v; // V of a tile of 32 rows is left out of the sum (but counts in the softmax) if its weights,
+                    // relative to the largest so far, are at most this for all queries that are computed together
+    float * dst;    // [streams][tokens][heads][head] without gaps
+    bool windowed;  // whether `exact` is read
     ExactRows exact;
 };
 
-// How a call is cut into thread blocks, and what it needs: made once per call and passed on.
+// The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
+// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows.
 struct AttentionPlan {
-    int device;             // that was current
-    size_t workspace_bytes; // of device memory, aligned to 16
-    size_t states_at;       // of these, behind the partial results
+    int device;             // the current device when the plan was made
+    size_t workspace_bytes; // of device memory, aligned to 16 bytes
+    size_t states_at;       // offset of the softmax states in the workspace, behind the partial results
     int group;              // query heads of a KV head
-    int columns;            // group * tokens
-    int column_tile;        // 4 or 8: columns of a thread block
-    int column_tiles;
-    int block_heads;      // KV heads of a thread block
-    int head_groups;      // thread blocks beside each other
-    int row_tiles;        // warps beside each other on the rows of a head
-    int stages;           // of the pipeline
-    int pitch_k, pitch_v; // bytes of a row in shared memory
-    int chunks;           // runs of KV rows
-    int64_t chunk_rows;   // a multiple of row_tiles times a warp's rows
-    int parts;            // partial results of a query row: chunks * row_tiles, then those of an exact window
-    int exact_parts;
-    bool merged;          // they are merged by a kernel of their own, else by the thread block that had all rows
-    int shared_bytes;
+    int columns;            // of a KV head: group * tokens
+    int column_tile;        // columns of a thread block: 4 or 8
+    int column_tiles;       // of a KV head: at most 4
+    int block_heads;        // KV heads of a thread block
+    int head_groups;        // kv_heads / block_heads
+    int row_tiles;          // warps of a KV head in a thread block, which take tiles of rows in turn
+    int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
+    int pitch_k, pitch_v;   // bytes of a row in shared memory
+    int chunks;             // runs of KV rows
+    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
+    int parts;              // partial results of a query row: chunks * row_tiles
+    bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
+    int shared_bytes;       // dynamic shared memory of a thread block
 };
 
-// False if attention() does not cover the call on the current device.
+// Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
+// result is false if attention() does not cover the call: because of the device (compute capability below 8.0), the
+// types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// With the plan that was made of the same call for the device that is current.
+// Computes attention with the plan of the same call for the current device. The result is cudaErrorNotSupported if the
+// number of the device is 64 or greater.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream);
 
 } // namespace cuda

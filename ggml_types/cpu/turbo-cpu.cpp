@@ -1,12 +1,12 @@
-// turbo-cpu.cpp: which ops ggml's CPU backend supports for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache with
-// the codec's tile engine. Part of ggml-cpu.
+// turbo-cpu.cpp: which ops ggml's CPU backend supports for the types, and GGML_OP_FLASH_ATTN_EXT over a turbo cache
+// with the codec's tile engine. Part of ggml-cpu.
 //
-// A unit of work is a stream's KV head and a run of tokens: all query rows that read the head share every decoded tile.
-// A prefill has many units, which are distributed over the threads. A decode has one run of tokens, and most of its time
-// is spent reading the cache. So the KV range is divided into chunks, which are distributed over the threads. A thread
-// works through all heads of a chunk, whose rows lie side by side in the cache, and meanwhile prefetches the next chunk.
-// With an exact window there are three sources of rows. Partial results over exact rows are kept apart from those over
-// blocks, because V of blocks may be in the rotated domain.
+// A unit of work is a KV head of a stream and a run of tokens: all query rows that read the head share every decoded
+// tile. A prefill has many units, which are distributed over the threads. A decode step has one run of tokens, and most
+// of its time is spent reading the cache. So the KV range is divided into chunks, which are distributed over the
+// threads. A thread computes the heads of a chunk one after the other, because their rows are adjacent in the cache,
+// and prefetches the next chunk at the same time. With an exact window there are three sources of rows. Partial results
+// over exact rows are kept apart from those over blocks, because V of blocks may be in the rotated domain.
 
 #include "cpu/turbo-cpu.h"
 #include "ggml/turbo-ops.h"
@@ -23,50 +23,51 @@
 namespace {
 
 constexpr int64_t rows_per_unit  = 128; // query rows that share a decoded tile
-constexpr int64_t chunk_bytes    = 256 << 10; // of K and V, so that this chunk and the next fit into the L2 cache
+constexpr int64_t chunk_bytes    = 256 << 10; // of K and V, so that a chunk and the next one fit into the L2 cache
 constexpr int64_t chunk_rows_max = 512;
 
+// A range of KV rows of a stream, for all KV heads.
 struct Chunk {
-    int32_t stream, source, index;
+    int32_t stream, source, index; // index: of the chunk in the source
 };
 
-// Rows that attention reads: the cache's blocks, and with an exact window its slots and the batch's own rows.
+// Rows that attention reads: the cache's blocks, and with an exact window the slots and the batch's own rows.
 struct Source {
     turbo_source    rows;
-    tq_attention_kv kv;
-    int64_t         chunks; // of the rows
+    tq_attention_kv kv;     // without the addresses of a KV head
+    int64_t         chunks; // of a stream
 };
 
 struct Plan {
     turbo_attention a;
     Source  sources[3];
     int     n_sources;
-    int     kinds;        // of partial results: over blocks, whose V may be rotated, and over exact rows
+    int     kinds;        // of partial results: those over blocks, whose V may be rotated, and those over exact rows
     int64_t tokens;       // of a unit
     int64_t token_runs;   // units of a KV head
-    int64_t units;
-    int64_t chunk_rows;   // KV rows; chunks are used if there is one run of tokens
+    int64_t units;        // of all KV heads and streams
+    int64_t chunk_rows;   // KV rows of a chunk; chunks are used if there is one run of tokens
     int64_t unit_rows;    // maximum query rows of a unit
-    size_t  engine;       // bytes of the engine's scratch
+    size_t  engine;       // bytes of the engine's scratch memory
     size_t  list;         // bytes of the list of chunks
     size_t  scratch;      // bytes of a thread: the engine's, the query rows', the list of chunks
     size_t  partial;      // bytes of a unit's partial results
-    size_t  results;      // bytes of a thread: partial results of each kind, of all units, and those of a chunk
-    size_t  total;        // bytes
+    size_t  results;      // bytes of a thread: partial results of all units (or of one), by kind, and of a chunk
+    size_t  total;        // bytes of all threads
 };
 
 size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
-// False if the engine does not cover op; ggml's generic path computes it in this case.
+// False if the engine does not cover op. In this case ggml's generic path computes op, unless it has an exact window.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     turbo_attention & a = plan.a;
     if (turbo_generic_attention() || !turbo_describe_attention(op, a)) {
         return false;
     }
     if (a.type_k == GGML_TYPE_F32 || a.type_v == GGML_TYPE_F32) {
-        return false; // the engine rounds it, as it does a batch's own rows
+        return false; // the engine would round f32 to int8, as it rounds the batch's own rows
     }
     plan.n_sources = a.windowed ? 3 : 1;
     plan.kinds     = a.windowed ? 2 : 1;
@@ -121,7 +122,8 @@ Unit unit_at(const Plan & plan, int64_t index) {
     return unit;
 }
 
-// Returns the number of rows of V that were left out. `next` is the chunk to prefetch meanwhile, or null.
+// Computes the partial results of a unit over rows first ... last-1 of a source. `next` is the chunk to prefetch at the
+// same time, or null. Returns the number of rows of V that were left out.
 int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit, int64_t first, int64_t last,
                      float * partial, char * memory, const Chunk * next, bool next_v) {
     const turbo_attention & a = plan.a;
@@ -145,9 +147,9 @@ int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit
         const turbo_source & after = plan.sources[next->source].rows;
         const turbo_rows &   t     = i == 0 ? after.k : after.v;
         if (t.row_bytes < a.kv_heads * t.head_bytes) {
-            continue; // in this layout the heads of a chunk do not lie side by side
+            continue; // in this layout the heads of a chunk are not adjacent
         }
-        // the computation of each head prefetches its share
+        // The computation of each head prefetches an equal share.
         const int64_t begin = next->index * plan.chunk_rows, end = std::min(begin + plan.chunk_rows, after.n_kv);
         const size_t  share = ((end - begin) * t.row_bytes / a.kv_heads + 63) / 64 * 64;
         kv.ahead[i]       = t.at(begin, 0, a.kv_stream(next->stream)) + unit.head * share;
@@ -157,7 +159,7 @@ int64_t compute_rows(const Plan & plan, const Source & source, const Unit & unit
     return tq_attention_partial(&kv, &queries, first, last, partial, memory);
 }
 
-// Whether a query may attend to one of the rows of a chunk. Other chunks are not read.
+// Whether a query may attend to one of the rows of a chunk. Chunks without such rows are not read.
 bool visible(const Plan & plan, const Chunk & chunk) {
     const turbo_source & rows = plan.sources[chunk.source].rows;
     const int64_t first = chunk.index * plan.chunk_rows, last = std::min(first + plan.chunk_rows, rows.n_kv);
@@ -172,7 +174,7 @@ bool visible(const Plan & plan, const Chunk & chunk) {
     return false;
 }
 
-// blocks: the row's partial result over the cache; exact: over exact rows, or null.
+// Finishes a query row of a unit. blocks: its partial result over blocks; exact: that over exact rows, or null.
 void finish_row(const Plan & plan, const Unit & unit, int64_t row, float * blocks, const float * exact) {
     const turbo_attention & a = plan.a;
     const int64_t head   = unit.head * a.group + row % a.group;
@@ -186,6 +188,7 @@ void finish_row(const Plan & plan, const Unit & unit, int64_t row, float * block
     tq_attention_finish(type_v, blocks, a.head_v, a.sinks ? a.sinks + head : nullptr, a.result(token, head, unit.stream));
 }
 
+// Sets partial results to those over no KV rows.
 void clear_rows(float * row, int64_t rows, int64_t head) {
     for (int64_t m = 0; m < rows; ++m, row += head + 2) {
         std::fill(row, row + head + 2, 0.0f);
@@ -235,13 +238,13 @@ void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_
         const int64_t  last   = std::min(first + plan.chunk_rows, source.rows.n_kv);
         const int64_t  left_out =
             compute_rows(plan, source, unit_at(plan, u), first, last, chunk_result, scratch, next, fetch_v);
-        fetch_v = left_out < (last - first) / 2; // sparse V
+        fetch_v = left_out < (last - first) / 2; // unless sparse V left out half of the rows
         const int64_t kind = chunk.source > 0;
         merge_rows((float *) (results + (kind * plan.units + u) * plan.partial), chunk_result, plan.unit_rows, head_v);
     }
 }
 
-// Computes units over the rows first[i] ... last[i]-1 of source i, each in one thread.
+// Computes and finishes whole units, each in one thread, over rows first[i] ... last[i]-1 of source i.
 void compute_units(const Plan & plan, const int64_t * first, const int64_t * last, int64_t thread, int64_t threads,
                    char * scratch, char * results) {
     const int64_t head_v = plan.a.head_v;
@@ -285,13 +288,13 @@ bool turbo_cpu_refuses(const struct ggml_tensor * op) {
         case turbo_op::multiply:
             return b->type != GGML_TYPE_F32;
         case turbo_op::attention:
-            if (op->src[TURBO_SRC_SLOTS_K]) { // ggml's own attention would leave the window out
+            if (op->src[TURBO_SRC_SLOTS_K]) { // ggml's own attention would ignore the window
                 Plan plan;
                 return !plan_attention(op, 1, plan);
             }
             return a->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32;
         case turbo_op::other:
-            // Compared by name, because the oldest proven tree lacks this op, which reads K through vec_dot.
+            // This op reads K through vec_dot. It is compared by name, because the oldest proven tree lacks it.
             return strcmp(ggml_op_name(op->op), "LIGHTNING_INDEXER") != 0;
     }
     return true;
@@ -318,13 +321,13 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     }
     Chunk *       list  = (Chunk *) (scratch + plan.scratch - plan.list);
     const int64_t count = list_chunks(plan, list);
-    bool          brief = plan.a.streams == 1; // a chunk of each source, or none
+    bool          brief = plan.a.streams == 1; // whether each source has at most one visible chunk
     for (const Chunk * chunk = list; chunk < list + count && brief; ++chunk) {
         brief                = last[chunk->source] == 0;
         first[chunk->source] = chunk->index * plan.chunk_rows;
         last[chunk->source]  = std::min(first[chunk->source] + plan.chunk_rows, plan.sources[chunk->source].rows.n_kv);
     }
-    if (brief) { // in a short context threads have nothing to merge, so no thread waits for others
+    if (brief) { // in a short context a thread computes whole units, so no thread waits for others
         compute_units(plan, first, last, params->ith, params->nth, scratch, mine);
         return true;
     }

@@ -1,8 +1,8 @@
 // turbo-cuda.cu: the turbo types in ggml's CUDA backend, with the kernels of cpp/cuda. Part of ggml-cuda.
 //
-// There are two paths for attention. For a few query tokens, a kernel reads the blocks directly. For everything else,
-// mainly prefill, K and V are decoded to f16 once, in the rotated domain, and ggml's own attention is called on them. The
-// queries are rotated before that, and the output is rotated back after it.
+// There are two paths for attention. For a few query tokens, the decode kernel reads the blocks directly. For all other
+// calls, mainly prefill, K and V are decoded to f16 in the rotated domain, and ggml's own attention is called with
+// them. The queries are rotated before this call, and the output is rotated back after it.
 
 #include "cuda/turbo-cuda.h"
 
@@ -26,7 +26,7 @@ tq::Rows rows_of(const ggml_tensor * t) {
     return { t->data, { (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3] } };
 }
 
-// The rows of a tensor with rows of `row` bytes and the shape of t, without gaps.
+// The rows of a tensor that has the shape of t, rows of `row` bytes, and no gaps.
 tq::Rows dense_rows(void * data, const ggml_tensor * t, int64_t row) {
     return { data, { row, row * t->ne[1], row * t->ne[1] * t->ne[2] } };
 }
@@ -40,7 +40,7 @@ tq::Index index_of(const ggml_tensor * t) {
 
 const tq::Index no_index = { nullptr, false, { 1, 1, 1 }, { 0, 0, 0 } };
 
-// Whether all formats of op have CUDA kernels; some may have only CPU kernels.
+// Whether there are CUDA kernels for all turbo types of op. A format may have only CPU kernels.
 bool is_covered(const ggml_tensor * op) {
     bool covered = !turbo_is_type(op->type) || tq::codec_supports(to_tq(op->type));
     for (const ggml_tensor * src : op->src) {
@@ -49,7 +49,7 @@ bool is_covered(const ggml_tensor * op) {
     return covered;
 }
 
-// The decoder stores vectors of four values, which must be aligned.
+// Whether the rows are aligned to the vectors of four values that the decoder stores.
 bool aligned_rows(const ggml_tensor * t) {
     return t->nb[1] % 16 == 0 && t->nb[2] % 16 == 0 && t->nb[3] % 16 == 0 && t->view_offs % 16 == 0;
 }
@@ -83,7 +83,7 @@ tq::Store store_of(const ggml_tensor * set_rows) {
     return store_of(set_rows->src[0], set_rows, index_of(set_rows->src[1]));
 }
 
-// If tensors overlap, the order in which they are written matters.
+// Whether the memory of two tensors overlaps, so that the order in which they are written matters.
 bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * at_a = static_cast<const char *>(a->data);
     const char * at_b = static_cast<const char *>(b->data);
@@ -97,7 +97,7 @@ bool can_get_rows(const ggml_tensor * op) {
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-// The address and the strides of rows, as the kernels take them.
+// Copies the address and the strides of rows to the arguments of the kernels.
 template <typename T>
 void take_rows(const turbo_rows & from, const T *& data, int64_t & row, int64_t & head, int64_t & stream) {
     data   = (const T *) from.data;
@@ -106,7 +106,7 @@ void take_rows(const turbo_rows & from, const T *& data, int64_t & row, int64_t 
     stream = from.stream_bytes;
 }
 
-// The exact rows as the decode kernel takes them; false if it does not.
+// Describes the exact rows for the decode kernel. False if the kernel does not support them.
 bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
     if (a.slots.type_k != a.slots.type_v || !tq::kv_of_type(turbo_to_row(a.slots.type_k), (int) a.head_k, exact.type)) {
         return false;
@@ -122,7 +122,7 @@ bool describe_exact(const turbo_attention & a, tq::ExactRows & exact) {
     return a.batch.n_kv == a.tokens;
 }
 
-// The call for the decode kernel, and its plan; false if that does not cover it.
+// Describes the call for the decode kernel, and plans it. False if the kernel does not cover the call.
 bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionPlan & plan) {
     if (a.head_k != a.head_v || !tq::kv_of_type(turbo_to_row(a.type_k), (int) a.head_k, call.type_k) ||
         !tq::kv_of_type(turbo_to_row(a.type_v), (int) a.head_v, call.type_v)) {
@@ -157,20 +157,20 @@ void compute_decode(ggml_backend_cuda_context & ctx, const tq::Attention & call,
     CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
 }
 
-// Rows of K or V of an exact window, those of a batch after those of slots, as the float32 rows of all heads.
+// K or V of an exact window: [head, rows, KV heads, streams]. The rows of the batch come after the slots.
 struct ExactSide {
     const ggml_tensor * slots;
     const ggml_tensor * batch;
 
-    int64_t rows() const { return slots->ne[1] + batch->ne[1]; }
-    int64_t values() const { return slots->ne[0] * slots->ne[2]; } // of a row
+    int64_t rows() const { return slots->ne[1] + batch->ne[1]; }   // of a stream
+    int64_t values() const { return slots->ne[0] * slots->ne[2]; } // of all heads of a row
 };
 
 ExactSide exact_side(const ggml_tensor * op, bool keys) {
     return { op->src[keys ? TURBO_SRC_SLOTS_K : TURBO_SRC_SLOTS_V], op->src[keys ? TURBO_SRC_BATCH_K : TURBO_SRC_BATCH_V] };
 }
 
-// The mask of the cache's rows, then that of the exact ones, then what fills the row up.
+// Joins mask rows: the n_far columns of the cache, the n_exact columns of the exact rows, and hidden columns up to n.
 __global__ void join_masks(const half * far, int64_t n_far, const half * exact, int64_t n_exact, half * to, int64_t n) {
     const int64_t row = blockIdx.y;
     for (int64_t i = blockIdx.x * (int64_t) blockDim.x + threadIdx.x; i < n; i += (int64_t) gridDim.x * blockDim.x) {
@@ -180,18 +180,19 @@ __global__ void join_masks(const half * far, int64_t n_far, const half * exact, 
     }
 }
 
-// K and V of an op as dense f16 tensors, and the same op on these tensors.
+// A copy of an attention op for ggml's kernels. Operands that must be converted become new tensors, which have no
+// memory yet: Q that must be rotated, K and V that are not f16, and with an exact window K, V and the mask.
 struct HalfAttention {
     ggml_tensor q, k, v, mask, op;
-    bool        shared;   // V is the front of K's rows
-    bool        windowed; // the rows of an exact window follow those of the cache, then zeros
+    bool        shared;   // whether V is the front of K's rows
+    bool        windowed; // whether the rows of an exact window, and then rows of zeros, follow those of the cache
 
     explicit HalfAttention(const ggml_tensor * original)
         : q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
         const ggml_tensor *k_src = original->src[1], *v_src = original->src[2];
         windowed = original->src[TURBO_SRC_SLOTS_K];
         if (windowed) {
-            const int64_t rows = GGML_PAD(k.ne[1] + exact_side(original, true).rows(), 256); // ggml's kernels' step
+            const int64_t rows = GGML_PAD(k.ne[1] + exact_side(original, true).rows(), 256); // FATTN_KQ_STRIDE of ggml
             k.ne[1] = v.ne[1] = rows;
             dense_half(k);
             dense_half(v);
@@ -235,13 +236,13 @@ struct HalfAttention {
         t.view_offs = 0;
     }
 
-    // The layout is [row][KV head][value], as in a cache, so that contiguous rows of a cache are decoded in order.
     static void to_half(ggml_tensor & t) {
         if (t.type != GGML_TYPE_F16) {
             dense_half(t);
         }
     }
 
+    // The layout is [row][KV head][value], as in a cache, so that contiguous rows of a cache are decoded in order.
     static void dense_half(ggml_tensor & t) {
         t.type      = GGML_TYPE_F16;
         t.nb[0]     = sizeof(half);
@@ -281,10 +282,10 @@ bool half_supports(int device, const ggml_tensor * op) {
     return ggml_cuda_flash_attn_ext_supported(device, &halves.op);
 }
 
-// Decodes t, a cache of a turbo type or another type, to the tensor that HalfAttention describes, whose streams may have
-// more rows.
+// Decodes t, a cache of any type, to the rotated domain if its type is turbo. `out` is the tensor of HalfAttention,
+// whose streams may have more rows.
 void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t stream) {
-    const bool beside = heads_adjacent(t); // rows of all heads
+    const bool beside = heads_adjacent(t); // if so, the heads of a row are decoded as one row
     if (t->type == GGML_TYPE_F16) {
         for (int64_t s = 0; s < t->ne[3]; ++s) {
             CUDA_CHECK(cudaMemcpy2DAsync((char *) out.data + s * out.nb[3], out.nb[1], (const char *) t->data + s * t->nb[3],
@@ -295,7 +296,7 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     if (!turbo_is_type(t->type)) {
         const to_fp16_nc_cuda_t convert = ggml_get_to_fp16_nc_cuda(t->type);
         const int64_t size = ggml_type_size(t->type), s1 = t->nb[1] / size, s2 = t->nb[2] / size;
-        for (int64_t s = 0; s < t->ne[3]; ++s) { // convert writes dense rows in the order of its arguments
+        for (int64_t s = 0; s < t->ne[3]; ++s) { // convert writes dense rows, in the order of dense_half
             const char * from = (const char *) t->data + s * t->nb[3];
             half *       to   = (half *) ((char *) out.data + s * out.nb[3]);
             if (beside) {
@@ -314,7 +315,8 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     }
 }
 
-// The exact rows after those of the cache, in the domain of its type, and zeros up to the end.
+// Appends the exact rows, rotated if the cache has a turbo type, to the rows of the cache in `out`, and fills the
+// remaining rows with zeros.
 void add_exact_rows(ggml_backend_cuda_context & ctx, const ExactSide & side, const ggml_tensor * cache,
                     const ggml_tensor & out, cudaStream_t stream) {
     const int64_t               values = side.values(), slots = side.slots->ne[1], rows = side.rows();
@@ -338,6 +340,7 @@ void add_exact_rows(ggml_backend_cuda_context & ctx, const ExactSide & side, con
     }
 }
 
+// Computes attention with ggml's kernels, on K and V in f16.
 void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
     cudaStream_t                stream = ctx.stream();
@@ -482,7 +485,8 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
-    // with several streams, the source of a later op may not be computed yet
+    // On a stream other than 0, ggml computes branches of the graph concurrently, and the source of a later op may not be
+    // computed yet.
     if (ctx.curr_stream_no != 0) {
         return 0;
     }

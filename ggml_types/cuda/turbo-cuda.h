@@ -1,6 +1,6 @@
 // turbo-cuda.h: the functions that the hooks in ggml-cuda call. turbo-cuda.cu, a part of ggml-cuda, defines them.
 //
-// HIP and MUSA compile the same sources of ggml, but without the turbo kernels, so there the types are refused.
+// HIP and MUSA builds compile the same sources of ggml without the turbo kernels, so they refuse the types.
 #pragma once
 
 #include "ggml/turbo-ops.h"
@@ -8,7 +8,7 @@
 struct ggml_backend_cuda_context;
 struct ggml_cgraph;
 
-// True if op reads or writes a turbo type; only turbo_cuda_supports_op decides about such an op.
+// True if op reads or writes a turbo type. Then turbo_cuda_supports_op alone determines whether it is supported.
 inline bool turbo_cuda_touches(const ggml_tensor * op) { return turbo_op_kind(op) != turbo_op::untouched; }
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
@@ -22,16 +22,19 @@ inline int  turbo_cuda_try_fuse(ggml_backend_cuda_context &, const ggml_cgraph *
 
 #else
 
-// True for exactly those ops that the functions below compute on the device.
+// True if CUDA device number `device` can compute op, which must have a turbo type: if op is a view, a copy of bytes,
+// which ggml computes, or one of the ops that the functions below compute. The tensors of op need no memory.
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op);
 
-// Each of these computes an op with a turbo type. It returns false, and does nothing, for other ops.
+// Each of these functions computes an op with a turbo type, which must be supported. It returns false, and does
+// nothing, if the op has no turbo type or only copies bytes. It aborts on errors, as ggml does.
 bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
 bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// Computes node `at` together with nodes after it, and returns their number: one kernel stores both K and V.
+// If node `at` and the next node that computes something store K and V in turbo types, one kernel computes both.
+// Returns the number of nodes after `at` that the caller must skip, or 0 if nothing was computed.
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at);
 
 #endif

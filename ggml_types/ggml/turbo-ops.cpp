@@ -1,4 +1,4 @@
-// turbo-ops.cpp: see turbo-ops.h. Part of ggml-base.
+// turbo-ops.cpp: which ops use the types, and the description of attention. Part of ggml-base.
 
 #include "ggml/turbo-ops.h"
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Includes the types of prepared queries, which no tensor of a graph should have.
+// True also for the types of prepared queries, which no tensor of a graph should have.
 bool is_any_turbo(ggml_type type) {
     switch ((int) type) {
         TURBO_QUERY_TYPES(TURBO_CASE) return true;
@@ -28,7 +28,8 @@ turbo_rows rows_of(const ggml_tensor * t) {
     return { (const char *) t->data, (int64_t) t->nb[1], (int64_t) t->nb[2], (int64_t) t->nb[3] };
 }
 
-// False if the tensors do not belong together.
+// Describes K, V and their mask, which may be null. False if their shapes differ, if the values of a row are not
+// contiguous, or if the mask is not float16.
 bool describe_source(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask, turbo_source & source) {
     if (!turbo_whole_rows(k) || !turbo_whole_rows(v) || k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] ||
         k->ne[3] != v->ne[3] || (mask && (mask->type != GGML_TYPE_F16 || !turbo_whole_rows(mask)))) {
@@ -46,7 +47,7 @@ bool describe_source(const ggml_tensor * k, const ggml_tensor * v, const ggml_te
     return true;
 }
 
-// The exact window of an op; false if its sources are not complete, or no window's.
+// Describes the exact window of an op. False if its sources are incomplete or not those of a window.
 bool describe_window(const ggml_tensor * op, turbo_attention & attention) {
     const ggml_tensor *slots_k = op->src[TURBO_SRC_SLOTS_K], *slots_v = op->src[TURBO_SRC_SLOTS_V];
     const ggml_tensor *batch_k = op->src[TURBO_SRC_BATCH_K], *batch_v = op->src[TURBO_SRC_BATCH_V];
@@ -120,7 +121,7 @@ bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attentio
         attention.windowed = attention.windowed || op->src[i];
     }
     if (attention.windowed && !describe_window(op, attention)) {
-        return false; // whatever it is, it would be left out
+        return false; // an unknown operand would be ignored
     }
     attention.head_k     = k->ne[0];
     attention.head_v     = v->ne[0];
@@ -145,7 +146,7 @@ float turbo_mask_slope(const turbo_attention & attention, int64_t head) {
     if (attention.max_bias <= 0.0f) {
         return 1.0f;
     }
-    const int64_t whole = 1ll << (int64_t) floor(log2((double) attention.heads)); // a power of two
+    const int64_t whole = 1ll << (int64_t) floor(log2((double) attention.heads)); // the greatest power of two <= heads
     const float   m0    = powf(2.0f, -attention.max_bias / whole);
     const float   m1    = powf(2.0f, -(attention.max_bias / 2.0f) / whole);
     return head < whole ? powf(m0, head + 1) : powf(m1, 2 * (head - whole) + 1);

@@ -1,5 +1,6 @@
 // turbo-ops.h: which ops of a graph use the types, and a description of attention over them: shapes, masks, ALiBi,
-// sinks, streams, types. The glue of every backend uses it. C++; the functions are exported from ggml-base.
+// sinks, streams, types. The glue of every backend uses it. The header is C++; the functions are exported from
+// ggml-base.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -10,16 +11,16 @@
 // ---- ops -----------------------------------------------------------------------------------------------------------
 
 enum class turbo_op {
-    untouched, // no operand has a turbo type
+    untouched, // neither the op nor a source has a turbo type
     view,      // computes nothing
     bytes,     // a copy from a type to itself
-    encode,    // a copy of src[0] to a stored type
-    decode,    // a copy of src[0], which has a stored type
+    encode,    // a copy of src[0], which has no stored type, to a stored type
+    decode,    // a copy of src[0], which has a stored type, to another type
     store,     // SET_ROWS into a stored type
     load,      // GET_ROWS from a stored type
     multiply,  // MUL_MAT or MUL_MAT_ID with weights of a stored type
     attention, // FLASH_ATTN_EXT; turbo_describe_attention checks whether turbo kernels may compute it
-    other,
+    other,     // any other op on the types
 };
 
 // How op uses the types. A backend supports the kinds for which it has kernels, within the limits of its kernels.
@@ -45,50 +46,55 @@ struct turbo_rows {
 // Rows of K and V that attention reads, and their mask.
 struct turbo_source {
     ggml_type  type_k, type_v;
-    int64_t    n_kv;                   // rows of K and V
-    turbo_rows k, v;                   // (KV row, KV head, KV stream)
+    int64_t    n_kv;                   // rows of K and V of a KV stream
+    turbo_rows k, v;                   // rows (KV row, KV head, KV stream)
     bool       masked;
-    turbo_rows mask;                   // float16, n_kv values: (token, head, stream), see mask_row
+    turbo_rows mask;                   // float16 rows (token, head, stream) of n_kv values; see mask_row
     int64_t    mask_heads, mask_streams;
 
-    // Null without a mask. Heads and streams without a mask of their own share one.
+    // The mask row of a query, or null without a mask. Heads and streams share masks if there are fewer masks.
     const ggml_fp16_t * mask_row(int64_t token, int64_t head, int64_t stream) const {
         return masked ? (const ggml_fp16_t *) mask.at(token, head % mask_heads, stream % mask_streams) : nullptr;
     }
 };
 
-// The sources of FLASH_ATTN_EXT with an exact window, after the five that ggml knows: the window's slots, their mask
-// with that of the batch beside it, and the batch's own rows.
+// The sources of FLASH_ATTN_EXT with an exact window, after the five that ggml knows:
+//   slots K, V   q8_0 or f16 [head, slots, KV heads, KV streams]
+//   exact mask   float16 [slots + tokens, tokens, mask heads, mask streams], with the columns of the slots first
+//   batch K, V   float32 [head, tokens, KV heads, KV streams]: the batch's own rows
 enum { TURBO_SRC_SLOTS_K = 5, TURBO_SRC_SLOTS_V, TURBO_SRC_EXACT_MASK, TURBO_SRC_BATCH_K, TURBO_SRC_BATCH_V };
 
-// FLASH_ATTN_EXT over a cache with a turbo type, which is the source that this begins with. Tensors may have no memory yet:
-// then the pointers are null, or mean nothing.
+// FLASH_ATTN_EXT over a cache with a turbo type; the base describes the cache. Pointers may be dereferenced only if the
+// tensors have memory.
 struct turbo_attention : turbo_source {
     int64_t    head_k, head_v;         // values of a head
     int64_t    heads, kv_heads, group; // query heads, KV heads, query heads of a KV head
     int64_t    tokens, streams;        // of the queries
     int64_t    kv_streams;             // divides streams; see kv_stream
-    bool       windowed;               // more rows are read, with high precision:
-    turbo_source slots;                // those of an exact window, q8_0 or f16
-    turbo_source batch;                // the batch's own, float32
-    turbo_rows q;                      // float32: (token, query head, stream)
+    bool       windowed;               // whether there is an exact window; otherwise slots and batch are empty
+    turbo_source slots;                // the window's slots, q8_0 or f16
+    turbo_source batch;                // the batch's own rows, float32
+    turbo_rows q;                      // float32 rows (token, query head, stream)
     const float * sinks;               // one for each query head, or null
-    float *    out;                    // dense float32: [stream][token][query head][head_v]
-    float      scale, max_bias, soft_cap; // max_bias > 0: ALiBi; soft_cap 0: none
+    float *    out;                    // float32 [stream][token][query head][head_v] without gaps
+    float      scale, max_bias, soft_cap; // max_bias > 0: ALiBi; soft_cap 0 = none
 
+    // The KV stream of a stream of queries.
     int64_t kv_stream(int64_t stream) const { return stream / (streams / kv_streams); }
 
+    // The values of a query row.
     const float * query(int64_t token, int64_t head, int64_t stream) const {
         return (const float *) q.at(token, head, stream);
     }
 
+    // The output row of a query.
     float * result(int64_t token, int64_t head, int64_t stream) const {
         return out + ((stream * tokens + token) * heads + head) * head_v;
     }
 };
 
-// Describes op. False if op is not attention over a turbo type, or if it has operands or element types that the
-// description does not cover, or rows with gaps.
+// Describes op. False if op is not attention over a turbo type, if it has operands, element types or shapes that the
+// description does not cover, or if the values of a row are not contiguous.
 GGML_API bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attention);
 
 // The factor of the mask of a query head: its ALiBi slope, or 1 without ALiBi.

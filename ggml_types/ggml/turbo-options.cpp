@@ -1,4 +1,4 @@
-// turbo-options.cpp: the rows and their parsers. Part of ggml-base.
+// turbo-options.cpp: the options' rows and parsers, and the other environment variables. Part of ggml-base.
 
 #include "ggml/turbo-options.h"
 
@@ -40,7 +40,8 @@ bool parse_guard(const std::string & text, turbo_options & options, std::string 
     return text == "off" || (!*end && options.guard > 0.0f && options.guard < INFINITY);
 }
 
-// "N" or "N:TYPE". False if N is no number of at most six digits; without a type the name is empty.
+// Splits "N" or "N:TYPE"; without a type the name is empty. False if N is not a number of at most six digits, or if
+// nothing follows the colon.
 bool split_count(const std::string & text, int & count, std::string & name) {
     const size_t      colon  = text.find(':');
     const std::string number = text.substr(0, colon);

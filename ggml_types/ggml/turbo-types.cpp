@@ -31,7 +31,7 @@ ggml_type from_tq(tq_type type) {
     return info ? (ggml_type) info->file_id : GGML_TYPE_COUNT;
 }
 
-// llama.cpp's own types for a cache, and the stored types.
+// llama.cpp's own types for a cache, then the stored types.
 const ggml_type k_cache_types[] = {
     GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
     GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q5_1, TURBO_TYPE_LIST

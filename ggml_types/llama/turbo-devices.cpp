@@ -1,4 +1,4 @@
-// turbo-devices.cpp: see turbo-devices.h.
+// turbo-devices.cpp: asks devices for the ops on a cache of the selected types. Part of libllama.
 
 #include "llama/turbo-devices.h"
 
@@ -68,7 +68,7 @@ bool turbo_check_devices(const turbo_layer_types & chosen, bool flash_attention)
             ops.emplace_back(ggml_mul_mat(ctx, k, q), type_any);
         } else {
             ggml_tensor * v;
-            if (mla) { // V is the first part of K's rows
+            if (mla) { // V is the front of K's rows
                 v = ggml_view_4d(ctx, k, head_v, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
             } else {
                 v = ggml_permute(ctx, ggml_new_tensor_3d(ctx, type_v, head_v, n_kv_h, n_kv), 0, 2, 1, 3);
@@ -89,7 +89,7 @@ bool turbo_check_devices(const turbo_layer_types & chosen, bool flash_attention)
     return true;
 }
 
-// True if the device's attention reads a window of this layer.
+// True if attention on the device reads an exact window of this layer with this number of slots.
 static bool reads_window(ggml_backend_dev_t dev, const turbo_layer & layer, ggml_type type_k, ggml_type type_v,
                          int64_t slots, ggml_type slot_type) {
     ggml_context_ptr ctx_ptr{ ggml_init({ 32 * ggml_tensor_overhead(), nullptr, true }) };
@@ -120,7 +120,7 @@ void turbo_choose_windows(turbo_layer_types & chosen, bool offloaded) {
         const turbo_layer & layer = model.layers[il];
         ggml_backend_dev_t  dev =
             offloaded && layer.device ? layer.device : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        // A layer that others read would have stored its batch before they do.
+        // If other layers read the cache of a layer, the batch would overwrite its slots before they read these.
         if ((!turbo_is_type(chosen.k[il]) && !turbo_is_type(chosen.v[il])) || turbo_readers(model, il).size() > 1) {
             continue;
         }

@@ -1,13 +1,19 @@
-// turbo-devices.h: refuses devices that hold a cache but cannot use it. Part of libllama.
+// turbo-devices.h: refuses devices that hold a cache but cannot use it, and gives exact windows to the layers whose
+// devices can read them. Part of libllama.
 #pragma once
 
 struct turbo_layer_types;
 
-// Asks the devices that hold the cache whether they can write and read it; false, with a line in the log, if one cannot.
-// Without this check the scheduler aborts at the first graph: it cannot fall back to the CPU, because the cache is already
-// allocated.
+// Asks the devices of the layers whether they can store rows in a cache of the selected types and compute attention
+// over it. False, with a line in the log, if one cannot, or if it is a remote device (RPC), which cannot be asked, and
+// TURBOQUANT_RPC is not set. Without this check the scheduler would abort at the first graph: it cannot fall back to
+// the CPU, because the cache is already allocated. flash_attention: whether attention is FLASH_ATTN_EXT, else a matrix
+// product with K.
 bool turbo_check_devices(const turbo_layer_types & chosen, bool flash_attention);
 
-// Gives an exact window to the layers that can have one: with a turbo type, read by no other layer, and with a cache on a
-// device whose attention reads windows. `offloaded`: caches are on their layers' devices, else in the CPU's memory.
+// Sets chosen.windowed: which layers have an exact window. A layer has one if its K or V has a turbo type, no other
+// layer reads its cache, and attention on the device of its cache reads windows; a line in the log names the layers
+// whose devices do not. There are no windows if their length is 0, for multi-head latent attention, and for
+// architectures with attention code of their own. offloaded: whether caches are on the devices of their layers, else in
+// the CPU's memory.
 void turbo_choose_windows(turbo_layer_types & chosen, bool offloaded);

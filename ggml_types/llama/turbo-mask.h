@@ -1,4 +1,4 @@
-// turbo-mask.h: a faster way to fill the mask of a decode step. Part of libllama.
+// turbo-mask.h: a template that fills the mask of a decode step faster than llama.cpp. Part of libllama.
 #pragma once
 
 #include "ggml/turbo-types.h"
@@ -9,10 +9,13 @@
 #include <cmath>
 #include <vector>
 
-// Hook in set_input_kq_mask, for the single token of a decode step. llama.cpp tests every cell of the cache, which at long
-// contexts takes longer than attention on a GPU. If the used cells come first and all belong to the token's sequence, and
-// no position is after that of the token, these cells are visible and the others are not. The result is false if this is
-// not certain, or if the cache has no turbo type; llama.cpp's own code then fills the mask.
+// Hook in set_input_kq_mask, for the single token of a decode step. llama.cpp tests every cell, which takes longer than
+// attention on a GPU at long contexts. If the used cells are the first ones, belong to the token's sequence alone, and
+// have no later position than the token, these cells are visible and the others are not.
+//
+// mask: F16 or F32, of which one row is filled. window: whether the cache has a sliding window. The other arguments are
+// those of set_input_kq_mask and members of the cache. The result is false, and the mask stays unchanged, if it is not
+// certain which cells are visible, or if the cache has no turbo type; llama.cpp's own code then fills the mask.
 template <typename Ubatch, typename Layers, typename Hparams, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,
                      const Hparams & hparams, bool window, const Cells & v_cells,

@@ -26,7 +26,7 @@ void turbo_window::add_layer(ggml_context * ctx, const llama_model & model, cons
         tags_.assign(n_stream, std::vector<owner>(slots_));
     }
     const auto slots = [&](ggml_tensor * cache, const char * what) {
-        // one row more, for what gets no slot
+        // One more row receives the rows that get no slot.
         ggml_tensor * t = ggml_new_tensor_2d(ctx, chosen.window_type, cache->ne[0], slots_ * n_stream + 1);
         ggml_format_name(t, "cache_%s_l%u_window", what, il);
         return t;
@@ -91,7 +91,7 @@ void turbo_window::assign(int64_t stream, const std::vector<int64_t> & cells, st
     for (size_t i = 0; i < cells.size(); ++i) {
         stored[cells[i]] = i;
     }
-    // A cell that has a slot keeps it: what speculation rolls back costs no older token its slot.
+    // A cell that has a slot keeps it, so tokens that speculation rolls back and stores again displace no older tokens.
     for (size_t s = 0; s < owners.size(); ++s) {
         const auto found = owners[s].cell < 0 ? stored.end() : stored.find(owners[s].cell);
         if (found == stored.end()) {
@@ -122,7 +122,8 @@ void turbo_window::assign(int64_t stream, const std::vector<int64_t> & cells, st
 
 // ---- the graph's inputs --------------------------------------------------------------------------------------------
 
-// One per graph and cache. It runs after the input that fills the blocks' mask.
+// The inputs of a graph for the window of a cache. set_input reads the mask of the blocks, which an earlier input
+// fills.
 class turbo_window_input : public llm_graph_input_i {
 public:
     turbo_window_input(turbo_window & window, ggml_context * ctx, ggml_tensor * k_idxs, ggml_tensor * mask)
@@ -134,7 +135,7 @@ public:
 
     void set_input(const llama_ubatch * ubatch) override;
 
-    // The shapes are those of the other inputs, which are asked, too.
+    // The shapes follow from those of the input with the blocks' mask, which llama.cpp asks as well.
     bool can_reuse(const llm_graph_params & params) override {
         (void) params;
         return true;
@@ -143,11 +144,11 @@ public:
     turbo_window & window;
     ggml_tensor *  k_idxs;    // I64 [tokens]: stream * cells + cell
     ggml_tensor *  mask;      // F16 [cells, tokens of a stream, 1, streams]
-    ggml_tensor *  far;       // the same without what `near` shows
+    ggml_tensor *  far;       // `mask` without the cells that `near` shows; the same tensor if every layer has a window
     ggml_tensor *  near;      // F16 [slots + tokens of a stream, tokens of a stream, 1, streams]
-    ggml_tensor *  slot_idxs; // I64 [tokens]
+    ggml_tensor *  slot_idxs; // I64 [tokens]: stream * slots + slot, or the additional row
     int            scopes   = 0; // attention ops that read the mask
-    int            attached = 0; // and slots
+    int            attached = 0; // those of them that read slots
 
 private:
     static ggml_tensor * input(ggml_context * ctx, ggml_type type, int64_t n0, int64_t n1, int64_t n3,
@@ -169,11 +170,11 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
     const int64_t         tokens  = mask->ne[1];
     const int64_t         columns = near->ne[0];
     const bool            apart   = far != mask;
-    const bool            shown   = apart || attached == scopes;
+    const bool            shown   = apart || attached == scopes; // ops without the window need all cells
     const int64_t *       index   = (const int64_t *) k_idxs->data;
     int64_t *             store   = (int64_t *) slot_idxs->data;
 
-    std::vector<int64_t> column(columns); // the cell that it shows, or -1
+    std::vector<int64_t> column(columns); // the cell that a column of `near` shows, or -1
     std::vector<int64_t> cells(tokens), slot;
     for (int64_t s = 0; s < mask->ne[3]; ++s, index += tokens, store += tokens) {
         const int64_t stream = index[0] / window.cells();
@@ -215,7 +216,7 @@ namespace {
 
 thread_local turbo_window_scope * t_scope = nullptr;
 
-// The graph's input for a mask, or null.
+// The graph's input with this mask, or null.
 turbo_window_input * find_input(const llm_graph_result & res, const ggml_tensor * mask) {
     for (const auto & input : res.inputs) {
         auto * one = dynamic_cast<turbo_window_input *>(input.get());
@@ -226,7 +227,7 @@ turbo_window_input * find_input(const llm_graph_result & res, const ggml_tensor 
     return nullptr;
 }
 
-// [head, rows, heads, streams] of rows that lie as a cache's do.
+// The view [head, rows, heads, streams] of slots t, [head * heads, all rows], from row `first` on.
 ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * t, int64_t head, int64_t heads, int64_t rows, int64_t streams,
                       int64_t first) {
     const size_t row = ggml_row_size(t->type, head * heads);
@@ -234,6 +235,7 @@ ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * t, int64_t head, int64_t
                                           row * rows, row * first), 0, 2, 1, 3);
 }
 
+// The view [head, tokens, heads, streams] of the batch's rows t, [head, heads, tokens of all streams].
 ggml_tensor * batch_of(ggml_context * ctx, ggml_tensor * t, int64_t tokens) {
     return ggml_permute(ctx, ggml_view_4d(ctx, t, t->ne[0], t->ne[1], tokens, t->ne[2] / tokens, t->nb[1], t->nb[2],
                                           t->nb[2] * tokens, 0), 0, 2, 1, 3);
@@ -261,7 +263,7 @@ turbo_window_scope::turbo_window_scope(turbo_window & window, llm_graph_result &
 
 void turbo_window_scope::attach(ggml_tensor * attention) {
     const ggml_tensor * k = attention->src[1];
-    // the cache's own rows, and not those of a batch
+    // The window belongs to the rows of the cache. Other ops attend to the batch alone.
     if (!layer_ || attached_ || k->view_src != layer_->cache_k) {
         return;
     }
