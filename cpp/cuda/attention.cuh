@@ -98,7 +98,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     }
 }
 
-template <KV TK, KV TV, int D>
+template <KV TK, KV TV, int D, bool Windowed>
 __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     attention_kernel(const __grid_constant__ AttentionCall call) {
     extern __shared__ __align__(16) uint8_t shared[];
@@ -116,20 +116,18 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     stages.prefetch_rows();
     if (threadIdx.x == 0) prefetch(call.a.q);
     if (mask.row && threadIdx.x == 0) prefetch(mask.row);
-    if (call.a.windowed) prefetch_exact(call, place);
+    if constexpr (Windowed) prefetch_exact(call, place);
     wait_for_previous();
-    stages.start();
-    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
-    SoftmaxState state = {nothing_seen, 0};
-    float sums[D / 16][4] = {};
-    if (call.a.windowed) {
-        float * scratch = reinterpret_cast<float *>(unused) + place.warp * D;
-        attend_exact<TV, D>(call, place, valid ? exact_mask(call.a, place.stream, token, head) : nullptr, mask.slope,
-                            scratch, state, sums);
-        __syncthreads();
-    }
     float values[4][D / 32];
     load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
+    stages.start();
+    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
+    ExactSums<D> exact;
+    if constexpr (Windowed) {
+        attend_exact<TV, D>(call, reinterpret_cast<float *>(unused) + place.warp * D, exact);
+        __syncthreads();
+        load_queries<D>(call, place, place.row_tile, plan.row_tiles, values); // again, instead of keeping them in registers
+    }
     mask.load(place.begin + place.row_tile * tile_rows);
     uint32_t query[D / 32][4];
     const float to_score =
@@ -137,6 +135,15 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     const bool capped = call.a.soft_cap != 0;
     const float to_log2 = capped ? log2e : to_score * log2e;
 
+    SoftmaxState state = {nothing_seen, 0};
+    float sums[D / 16][4] = {};
+    if constexpr (Windowed) {
+        state = exact.state;
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[i][j] = exact.sums[i][j];
+    }
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
     for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
         stages.advance(row, stage, ahead);
@@ -175,17 +182,17 @@ using AttentionKernel = void (*)(AttentionCall);
 
 // The kernel for a pair of types, or nullptr if there is none. The function of each head size is in a file of its own,
 // so the instances can be compiled in parallel.
-#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v);
+#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v, bool windowed);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
 
 namespace {
 
-template <int D, KV TK> AttentionKernel kernel_for(KV type_v) {
+template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
     switch (type_v) {
 #define TURBOQUANT_CASE(name)                                                                     \
     case KV::name:                                                                                \
-        if constexpr (covers_pair<TK, KV::name>) return attention_kernel<TK, KV::name, D>;        \
+        if constexpr (covers_pair<TK, KV::name>) return windowed ? attention_kernel<TK, KV::name, D, true> : attention_kernel<TK, KV::name, D, false>; \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -193,10 +200,10 @@ template <int D, KV TK> AttentionKernel kernel_for(KV type_v) {
     return nullptr;
 }
 
-template <int D> AttentionKernel kernel_for(KV type_k, KV type_v) {
+template <int D> AttentionKernel kernel_for(KV type_k, KV type_v, bool windowed) {
     switch (type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return kernel_for<D, KV::name>(type_v);
+    case KV::name: return kernel_for<D, KV::name>(type_v, windowed);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

@@ -4,7 +4,9 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_64(KV type_k, KV type_v) { return kernel_for<64>(type_k, type_v); }
+AttentionKernel attention_kernel_64(KV type_k, KV type_v, bool windowed) {
+    return kernel_for<64>(type_k, type_v, windowed);
+}
 
 } // namespace cuda
 } // namespace turboquant

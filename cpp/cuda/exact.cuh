@@ -12,7 +12,7 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_exact_rows = 4; // of a warp, if more thread blocks can take them
+constexpr int most_exact_rows = 1; // of a warp, if more thread blocks can take them
 
 // The exact rows of a KV head: first the slots, then the batch's own rows.
 struct ExactHead {
@@ -109,25 +109,38 @@ __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const
         prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
-// Attention of the warp's columns over its exact rows, which are those numbered as its part, and every `parts` further
-// on. `mask` is that of the lane's column, or nullptr if there is none; `scratch` takes D floats.
+// What a warp has of its columns after the exact rows, in the lanes' order of the kernel.
+template <int D> struct ExactSums {
+    SoftmaxState state;
+    float sums[D / 16][4];
+};
+
+// Attention of the warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
+// `scratch` takes D floats of the warp. A function of its own, because inlined it costs the loop over the cache's tiles
+// registers, with and without a window.
 template <KV TV, int D>
-__device__ __forceinline__ void attend_exact(const AttentionCall & call, const Place & place, const half * mask,
-                                             float slope, float * scratch, SoftmaxState & state,
-                                             float (&sums)[D / 16][4]) {
+__device__ __noinline__ void attend_exact(const AttentionCall & call, float * scratch, ExactSums<D> & result) {
     constexpr int P = D / 32;
     const Attention & a = call.a;
-    const int lane = place.lane;
+    const Place place(call);
     const ExactHead rows(a, place.kv_stream, place.kv_head());
+    const int lane = place.lane, in_quad = place.in_quad, group = call.plan.group;
+    const int column = place.first_column + (place.paired ? place.quad % 4 : place.quad); // of the lane's scores
+    const bool valid = column < call.plan.columns;
+    const int token = valid ? column / group : 0, head = place.kv_head() * group + (valid ? column % group : 0);
+    const half * mask = valid ? exact_mask(a, place.stream, token, head) : nullptr;
+    const float slope = log2e * alibi_slope(call, head);
+    SoftmaxState state = {nothing_seen, 0};
+    float sums[D / 16][4] = {};
     int row = blockIdx.x * call.plan.row_tiles + place.row_tile;
-    if (row >= rows.rows) return;
     float q[most_columns][P];
-    load_queries<D>(call, place, 0, 1, q);
+    if (row < rows.rows) load_queries<D>(call, place, 0, 1, q);
 #pragma unroll 1
     for (; row < rows.rows; row += call.plan.parts) {
         const float bias = mask ? __half2float(mask[row]) : -INFINITY;
         const ExactRow<P> bytes(a.exact, rows, row, lane);
-        if (!__any_sync(all_lanes, bias != -INFINITY)) continue;
+        const uint32_t seen = __ballot_sync(all_lanes, bias != -INFINITY);
+        if (seen == 0) continue;
         float dots[most_columns] = {};
 #pragma unroll
         for (int j = 0; j < P; ++j) {
@@ -143,8 +156,8 @@ __device__ __forceinline__ void attend_exact(const AttentionCall & call, const P
         const float before = state.largest;
         state.largest = fmaxf(before, score);
         const float correction = exp2f(before - state.largest), weight = exp2f(score - state.largest);
-        state.sum = state.sum * correction + (place.in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
-        correct_output<D>(sums, correction, place.in_quad);
+        state.sum = state.sum * correction + (in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
+        correct_output<D>(sums, correction, in_quad);
 
         constexpr int B = rotated_block<D>;
 #pragma unroll
@@ -157,14 +170,21 @@ __device__ __forceinline__ void attend_exact(const AttentionCall & call, const P
             for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
         }
         __syncwarp();
-        const bool low = place.paired && place.in_quad >= 2; // the column has its values from another lane
+        const bool low = place.paired && in_quad >= 2; // the column has its values from another lane
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float w = __shfl_sync(all_lanes, weight, (8 * place.in_quad + 4 * j) % 32);
-            if (w != 0 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
+            const int from = 8 * in_quad + 4 * j; // a lane with the weight of the column
+            const float w = __shfl_sync(all_lanes, weight, from);
+            // A NaN in a row that is hidden from the column must not reach it.
+            if (seen >> from & 1 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
         }
         __syncwarp();
     }
+    result.state = state;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) result.sums[i][j] = sums[i][j];
 }
 
 // The alignment of rows must be that of the words in which they are read.
