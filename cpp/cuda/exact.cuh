@@ -116,10 +116,9 @@ template <int D> struct ExactSums {
 };
 
 // Attention of the warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
-// `scratch` takes D floats of the warp. A function of its own, because inlined it costs the loop over the cache's tiles
-// registers, with and without a window.
+// `scratch` takes D floats of the warp.
 template <KV TV, int D>
-__device__ __noinline__ void attend_exact(const AttentionCall & call, float * scratch, ExactSums<D> & result) {
+__device__ __forceinline__ void attend_exact(const AttentionCall & call, float * scratch, ExactSums<D> & result) {
     constexpr int P = D / 32;
     const Attention & a = call.a;
     const Place place(call);
