@@ -218,6 +218,28 @@ int64_t list_chunks(const Plan & plan, Chunk * list) {
     return count;
 }
 
+int64_t rows_of(const Plan & plan, const Chunk & chunk) {
+    return std::min(plan.chunk_rows, plan.sources[chunk.source].rows.n_kv - chunk.index * plan.chunk_rows);
+}
+
+// The first item of a thread, where an item is a chunk of the list for one KV head; the end of the list for thread
+// `threads`. Threads get nearly equal numbers of rows, although chunks differ: those of a window are shorter.
+int64_t first_item(const Plan & plan, const Chunk * list, int64_t count, int64_t thread, int64_t threads) {
+    int64_t total = 0;
+    for (const Chunk * chunk = list; chunk < list + count; ++chunk) {
+        total += rows_of(plan, *chunk);
+    }
+    const int64_t heads = plan.a.kv_heads, before = total * heads * thread / threads;
+    int64_t       row = 0;
+    for (int64_t i = 0; i < count; row += rows_of(plan, list[i++]) * heads) {
+        const int64_t rows = rows_of(plan, list[i]);
+        if (row + rows * heads >= before) {
+            return i * heads + (before - row + rows - 1) / rows;
+        }
+    }
+    return count * heads;
+}
+
 // Computes this thread's share of the chunks. `results` gets the partial result of each unit over blocks, then that of
 // each unit over exact rows, merged over the chunks of the thread.
 void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_t thread, int64_t threads, char * scratch,
@@ -227,7 +249,8 @@ void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_
     for (int64_t u = 0; u < plan.kinds * plan.units; ++u) {
         clear_rows((float *) (results + u * plan.partial), plan.unit_rows, head_v);
     }
-    const int64_t items = count * heads, begin = items * thread / threads, end = items * (thread + 1) / threads;
+    const int64_t begin = first_item(plan, list, count, thread, threads);
+    const int64_t end   = first_item(plan, list, count, thread + 1, threads);
     bool fetch_v = true;
     for (int64_t item = begin; item < end; ++item) {
         const Chunk &  chunk  = list[item / heads];
@@ -235,7 +258,7 @@ void compute_chunks(const Plan & plan, const Chunk * list, int64_t count, int64_
         const Chunk *  next   = (item / heads + 1) * heads < end ? &chunk + 1 : nullptr;
         const int64_t  u      = chunk.stream * heads + item % heads;
         const int64_t  first  = chunk.index * plan.chunk_rows;
-        const int64_t  last   = std::min(first + plan.chunk_rows, source.rows.n_kv);
+        const int64_t  last   = first + rows_of(plan, chunk);
         const int64_t  left_out =
             compute_rows(plan, source, unit_at(plan, u), first, last, chunk_result, scratch, next, fetch_v);
         fetch_v = left_out < (last - first) / 2; // unless sparse V left out half of the rows
