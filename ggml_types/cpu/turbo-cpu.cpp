@@ -15,6 +15,7 @@
 #include "turboquant.h"
 
 #include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -48,6 +49,7 @@ struct Plan {
     int64_t units;        // of all KV heads and streams
     int64_t chunk_rows;   // KV rows of a chunk; chunks are used if there is one run of tokens
     int64_t unit_rows;    // maximum query rows of a unit
+    size_t  rounded;      // bytes of the batch's own rows in q8_0; 0: they are read as they are
     size_t  engine;       // bytes of the engine's scratch memory
     size_t  list;         // bytes of the list of chunks
     size_t  scratch;      // bytes of a thread: the engine's, the query rows', the list of chunks
@@ -60,6 +62,35 @@ size_t align(size_t n) {
     return (n + 63) & ~(size_t) 63;
 }
 
+// The batch's own rows as q8_0, dense in `data`: those of K, then those of V.
+turbo_source rounded_batch(const turbo_attention & a, const char * data) {
+    turbo_source batch = a.batch;
+    const auto   place = [&](turbo_rows & rows, ggml_type & type, int64_t head) {
+        type              = GGML_TYPE_Q8_0;
+        rows.data         = data;
+        rows.head_bytes   = ggml_row_size(type, head);
+        rows.row_bytes    = rows.head_bytes * a.kv_heads;
+        rows.stream_bytes = rows.row_bytes * batch.n_kv;
+        data += rows.stream_bytes * a.kv_streams;
+    };
+    place(batch.k, batch.type_k, a.head_k);
+    place(batch.v, batch.type_v, a.head_v);
+    return batch;
+}
+
+// Computes a thread's share of them.
+void round_batch(const turbo_attention & a, const turbo_source & to, char * data, int64_t thread, int64_t threads) {
+    const auto           round = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
+    const turbo_source & from  = a.batch;
+    for (int64_t i = thread; i < a.kv_streams * from.n_kv; i += threads) {
+        const int64_t stream = i / from.n_kv, row = i % from.n_kv;
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            round((const float *) from.k.at(row, head, stream), data + (to.k.at(row, head, stream) - data), a.head_k);
+            round((const float *) from.v.at(row, head, stream), data + (to.v.at(row, head, stream) - data), a.head_v);
+        }
+    }
+}
+
 // False if the engine does not cover op. In this case ggml's generic path computes op, unless it has an exact window.
 bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     turbo_attention & a = plan.a;
@@ -69,11 +100,17 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     if (a.type_k == GGML_TYPE_F32 || a.type_v == GGML_TYPE_F32) {
         return false; // the engine would round f32 to int8, as it rounds the batch's own rows
     }
-    plan.n_sources = a.windowed ? 3 : 1;
-    plan.kinds     = a.windowed ? 2 : 1;
+    plan.tokens     = std::max<int64_t>(1, std::min(a.tokens, rows_per_unit / a.group));
+    plan.token_runs = (a.tokens + plan.tokens - 1) / plan.tokens;
+    plan.n_sources  = a.windowed ? 3 : 1;
+    plan.kinds      = a.windowed ? 2 : 1;
+    // Every run of tokens reads the batch's own rows, so these are rounded once.
+    const turbo_source rounded = a.windowed ? rounded_batch(a, nullptr) : turbo_source();
+    plan.rounded = a.windowed && plan.token_runs > 1 ?
+                       align((rounded.k.stream_bytes + rounded.v.stream_bytes) * a.kv_streams) : 0;
     int64_t n_kv = 0;
     for (int i = 0; i < plan.n_sources; ++i) {
-        const turbo_source & rows   = i == 0 ? a : i == 1 ? a.slots : a.batch;
+        const turbo_source & rows   = i == 0 ? a : i == 1 ? a.slots : plan.rounded ? rounded : a.batch;
         const int            type_k = turbo_to_row(rows.type_k);
         const int            type_v = turbo_to_row(rows.type_v);
         if (type_k < 0 || type_v < 0 || !tq_attention_supports(type_k, type_v, a.head_k, a.head_v)) {
@@ -86,8 +123,6 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
         n_kv += rows.n_kv;
     }
 
-    plan.tokens     = std::max<int64_t>(1, std::min(a.tokens, rows_per_unit / a.group));
-    plan.token_runs = (a.tokens + plan.tokens - 1) / plan.tokens;
     plan.units      = a.streams * a.kv_heads * plan.token_runs;
     plan.unit_rows  = plan.tokens * a.group;
     const int64_t token_bytes = a.kv_heads * (ggml_row_size(a.type_k, a.head_k) + ggml_row_size(a.type_v, a.head_v));
@@ -105,7 +140,7 @@ bool plan_attention(const ggml_tensor * op, int n_threads, Plan & plan) {
     plan.scratch = plan.engine + align(plan.unit_rows * (sizeof(float *) + sizeof(void *) + sizeof(float))) + plan.list;
     plan.partial = align(plan.unit_rows * (a.head_v + 2) * sizeof(float));
     plan.results = plan.partial * ((plan.token_runs == 1 ? plan.units : 1) * plan.kinds + 1);
-    plan.total   = 64 + n_threads * (plan.scratch + plan.results);
+    plan.total   = 64 + n_threads * (plan.scratch + plan.results) + plan.rounded;
     return true;
 }
 
@@ -336,6 +371,13 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
 
     int64_t first[3] = {}, last[3] = {};
     if (plan.token_runs > 1) {
+        if (plan.rounded > 0) {
+            char *         data  = base + params->nth * (plan.scratch + plan.results);
+            turbo_source & batch = plan.sources[2].rows;
+            batch                = rounded_batch(plan.a, data);
+            round_batch(plan.a, batch, data, params->ith, params->nth);
+            ggml_barrier(params->threadpool);
+        }
         for (int i = 0; i < plan.n_sources; ++i) {
             last[i] = plan.sources[i].rows.n_kv;
         }
