@@ -175,6 +175,10 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
     int64_t *             store   = (int64_t *) slot_idxs->data;
 
     std::vector<int64_t> column(columns); // the cell that a column of `near` shows, or -1
+    struct run {
+        int64_t column, cell, length; // cell: the first one, or -1
+    };
+    std::vector<run>     runs;
     std::vector<int64_t> cells(tokens), slot;
     for (int64_t s = 0; s < mask->ne[3]; ++s, index += tokens, store += tokens) {
         const int64_t stream = index[0] / window.cells();
@@ -187,6 +191,16 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
             const int64_t cell = window.tag(stream, i);
             column[i] = cell < n_kv && !std::binary_search(stored.begin(), stored.end(), cell) ? cell : -1;
         }
+        // Columns mostly show cells that follow each other, and a prompt has a row of the mask for each of its tokens.
+        runs.clear();
+        for (int64_t i = 0; i < columns; ++i) {
+            const run * last = runs.empty() ? nullptr : &runs.back();
+            if (last && column[i] == (last->cell < 0 ? -1 : last->cell + last->length)) {
+                ++runs.back().length;
+            } else {
+                runs.push_back({ i, column[i], 1 });
+            }
+        }
         for (int64_t t = 0; t < tokens; ++t) {
             ggml_fp16_t * all   = (ggml_fp16_t *) ((char *) mask->data + t * mask->nb[1] + s * mask->nb[3]);
             ggml_fp16_t * exact = (ggml_fp16_t *) ((char *) near->data + t * near->nb[1] + s * near->nb[3]);
@@ -194,12 +208,16 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
             if (apart) {
                 std::copy(all, all + n_kv, rest);
             }
-            for (int64_t i = 0; i < columns; ++i) {
-                exact[i] = column[i] < 0 || !shown ? hidden : all[column[i]];
+            for (const run & r : runs) {
+                if (r.cell < 0 || !shown) {
+                    std::fill_n(exact + r.column, r.length, hidden);
+                } else {
+                    std::copy_n(all + r.cell, r.length, exact + r.column);
+                }
             }
-            for (int64_t i = 0; i < columns && shown; ++i) {
-                if (column[i] >= 0) {
-                    rest[column[i]] = hidden;
+            for (const run & r : runs) {
+                if (r.cell >= 0 && shown) {
+                    std::fill_n(rest + r.cell, r.length, hidden);
                 }
             }
         }
