@@ -36,6 +36,8 @@
 #ifndef TURBOQUANT_GENERIC_CODEC_H
 #define TURBOQUANT_GENERIC_CODEC_H
 
+#include "trellis.h"
+
 namespace turboquant {
 namespace {
 
@@ -148,7 +150,7 @@ TURBOQUANT_INLINE void pack(Format<Family, N>, const uint8_t * index, uint8_t * 
 
 template <typename Family, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Family, N>, const uint8_t * q) {
     alignas(64) int8_t level[N > 4 * lanes ? N : 4 * lanes] = {};
-    for (int i = 0; i < N; ++i) level[i] = Family::centroids[Family::template index_at<N>(q, i)];
+    Family::template expand<N>(q, level);
     Levels<N> out;
     for (int r = 0; r < Levels<N>::registers; ++r) out.v[r] = load_bytes(level + 4 * lanes * r);
     return out;
@@ -236,6 +238,26 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
     pack(F(), index, dst + 2);
 }
 
+template <int Bits, int N>
+TURBOQUANT_INLINE void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * work, int8_t * coarse, int count, uint8_t * dst,
+                                     tq_encode_report * report) {
+    using F = Format<LloydMax<Bits>, N>;
+    if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
+    search<F>(work, coarse, count);
+    for (int g = 0; g < count; ++g) assign<F>(work[g], dst + g * F::bytes, report);
+}
+
+template <int Bits, int N>
+TURBOQUANT_INLINE void encode_blocks(Format<Trellis<Bits>, N>, Encoding<N> * work, int8_t *, int count, uint8_t * dst,
+                                     tq_encode_report * report) {
+    using F = Format<Trellis<Bits>, N>;
+    for (int g = 0; g < count; ++g) {
+        alignas(64) int16_t z[N];
+        std::memcpy(z, work[g].z, sizeof(z));
+        encode_trellis<F>(z, work[g], dst + g * F::bytes, report);
+    }
+}
+
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     constexpr int N = F::block;
     for (int64_t first = 0; first < blocks; first += encode_group) { // groups, so that latencies overlap
@@ -243,16 +265,14 @@ template <typename F> void encode(const float * src, uint8_t * dst, int64_t bloc
         Encoding<N> work[encode_group];
         alignas(64) int8_t coarse[encode_group * N];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g], coarse + g * N);
-        if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
-        search<F>(work, coarse, count);
-        for (int g = 0; g < count; ++g) assign<F>(work[g], dst + (first + g) * F::bytes, report);
+        encode_blocks(F(), work, coarse, count, dst + first * F::bytes, report);
     }
 }
 
 template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const floats scale = all(load_scale(src) * F::step_n);
+        const floats scale = all(F::load_scale(src) * F::step_n);
         words w[N / (2 * lanes)];
         transform_levels<N>(expand(F(), src + 2), w);
         for (int r = 0; r < N / (2 * lanes); ++r) {
@@ -266,7 +286,7 @@ template <typename F> void decode(const uint8_t * src, float * dst, int64_t bloc
 template <typename F> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N)
-        store_scaled<N>(dst, expand(F(), src + 2), all(load_scale(src) * F::step));
+        store_scaled<N>(dst, expand(F(), src + 2), all(F::load_scale(src) * F::step));
 }
 
 template <int N> TURBOQUANT_INLINE int32_t dot_block(const Levels<N> & level, const typename QueryBlock<N>::type & q) {
@@ -281,7 +301,7 @@ template <typename F> float dot(const uint8_t * src, const void * query, int64_t
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
-        sum += load_scale(src) * F::step * q->scale * float(dot_block<N>(expand(F(), src + 2), *q));
+        sum += F::load_scale(src) * F::step * q->scale * float(dot_block<N>(expand(F(), src + 2), *q));
     return sum;
 }
 
