@@ -40,41 +40,41 @@ def load_reference():
 reference = load_reference()
 
 
-def butterfly(y: np.ndarray) -> np.ndarray:
-    """H y in float32, with the stages in the order 1, 2, 4, ..., which determines the rounding."""
-    n, h = len(y), 1
+def butterflies(y: np.ndarray) -> np.ndarray:
+    """H y for each row in float32, with the stages in the order 1, 2, 4, ..., which determines the rounding."""
+    n, h = y.shape[-1], 1
     while h < n:
-        pairs = y.reshape(-1, 2, h)
-        a, b = pairs[:, 0], pairs[:, 1]
-        y = np.stack([a + b, a - b], axis=1).reshape(n)
+        pairs = y.reshape(len(y), -1, 2, h)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = np.stack([a + b, a - b], axis=2).reshape(len(y), n)
         h *= 2
     return y
 
 
 def encode(name: str, x: np.ndarray) -> np.ndarray:
-    """One block encoded as FORMAT.md describes, uint8 [block_bytes]."""
+    """Blocks, float32 [blocks, n], encoded as FORMAT.md describes: uint8 [blocks, block_bytes]."""
     family, n = reference.FORMATS[name]
-    empty = np.zeros(reference.FORMATS[name].block_bytes, np.uint8)
-    largest = np.abs(x).max()
-    if not np.isfinite(largest) or largest == 0:
-        return empty
+    largest = np.abs(x).max(axis=1)
+    encoded = np.isfinite(largest) & (largest > 0)
+    x, largest = np.where(encoded[:, None], x, F32(1)), np.where(encoded, largest, F32(1))
     # Scale to [1, 4), rotate, round to integers.
-    k = min(max(int(np.frexp(largest)[1]) - 1, -126), 126)
-    y = butterfly(F32(x * F32(2.0**-k)) * reference.signs(1, n).astype(F32)) * reference.signs(2, n).astype(F32)
-    lanes = np.zeros(16, F32)
-    for part in (y * y).reshape(-1, 16):
+    k = np.clip(np.frexp(largest)[1] - 1, -126, 126)
+    y = np.ldexp(x, -k[:, None]) * reference.signs(1, n).astype(F32)
+    y = butterflies(y) * reference.signs(2, n).astype(F32)
+    lanes = np.zeros((len(y), 16), F32)
+    for part in np.split(y * y, n // 16, axis=1):
         lanes = lanes + part
-    while len(lanes) > 1:
-        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
-    rms = np.sqrt(F32(lanes[0] * F32(1.0 / n)))
-    z = np.rint(y * F32(F32(reference.RMS_UNIT) / rms)).astype(np.int64)
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+    rms = np.sqrt(lanes * F32(1.0 / n))
+    z = np.rint(y * (F32(reference.RMS_UNIT) / rms)).astype(np.int64)
     # Assign levels; compute the scale that preserves inner products.
     assigned, levels = family.assign(z)
-    product = int(z @ levels)
-    if product <= 0:
-        return empty
+    product, energy = (z * levels).sum(axis=1), (z * z).sum(axis=1)
+    encoded &= product > 0
     unit = 1.0 / (float(reference.RMS_UNIT) * float(F32(family.step / math.sqrt(n))) * n)
-    return family.with_scale(assigned, np.float64(float(z @ z) / float(product) * float(rms) * unit * 2.0**k))
+    d = energy / np.where(encoded, product, 1) * rms[:, 0].astype(np.float64) * unit * np.exp2(k)
+    return family.with_scale(assigned, np.where(encoded, d, 0.0))
 
 
 # Scales of every kind, as the families store them.
@@ -141,7 +141,7 @@ def render(name: str) -> str:
     for case, block in blocks_to_decode(form.family, form.block_bytes - 2, rng):
         lines.append(line("decode", case, block, reference.dequantize(block, name)))
     for case, x in blocks_to_encode(form.block, rng):
-        lines.append(line("encode", case, encode(name, x), x))
+        lines.append(line("encode", case, encode(name, x[None])[0], x))
     return "".join(lines)
 
 

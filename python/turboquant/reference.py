@@ -126,7 +126,7 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def assign(self, z: Integers) -> tuple[Bytes, Integers]:
-        """The encoder: from rotated values (..., n) in units of RMS / 2048 to blocks without scale, and their levels."""
+        """The encoder: rotated values (..., n), in units of RMS / 2048, to blocks without scale, and their levels."""
 
     @abc.abstractmethod
     def with_scale(self, blocks: Bytes, d: Floats) -> Bytes:

@@ -104,7 +104,7 @@ template <int N> int best_path(const int16_t (*metric)[4], uint8_t * path) {
     return s;
 }
 
-// The scale's ten bits, rounded to nearest, ties upwards; 63488, the greatest, for those that exceed it.
+// The scale's ten bits, rounded to nearest, ties upwards; 64512, the greatest, for those that exceed it.
 constexpr int greatest_scale_code = 0x3df;
 inline int scale_code(double d, int64_t * saturated) {
     const int code = d >= 65520.0 ? greatest_scale_code + 1 : (float_to_half(float(d)) + 16) >> 5;
