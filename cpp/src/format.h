@@ -161,13 +161,13 @@ constexpr int encode_group = 4; // blocks that are encoded together
 // The stored scale of a block. a = sum |z| c of the final assignment. energy / a preserves inner products:
 // <x, decoded x> = <x, x>.
 template <typename F> inline uint16_t block_scale(const EncodingBase & work, int32_t a, int64_t * saturated) {
-    const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit *
-                     double(power_of_two(work.k));
-    if (d >= 65520.0) { // rounds above fp16's largest finite value
+    const float d = float(double(work.energy) / double(a) * double(work.rms) * F::scale_unit *
+                          double(power_of_two(work.k)));
+    if (d >= 65520.0f) { // rounds above fp16's largest finite value
         ++*saturated;
         return 0x7bff;
     }
-    return float_to_half(float(d));
+    return float_to_half(d);
 }
 
 } // namespace

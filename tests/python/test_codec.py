@@ -378,6 +378,21 @@ def test_scale_above_fp16_saturates(type_name, kernels):
     assert np.isfinite(turboquant.dequantize(q, type_name)).all()
 
 
+def test_scales_next_to_the_limit_are_finite(type_name):
+    """The greatest blocks that are not counted as saturated: their scale must not be rounded to infinity."""
+    block, most = BLOCKS[type_name], np.finfo(np.float16).max
+    for x in np.random.default_rng(18).standard_normal((40, block)).astype(np.float32):
+        low, high = np.float32(1e3), np.float32(1e6)  # factors, the second saturates
+        while (middle := np.float32((float(low) + float(high)) / 2)) not in (low, high):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                turboquant.quantize(x * middle, type_name)
+            low, high = (low, middle) if caught else (middle, high)
+        q = turboquant.quantize(x * low, type_name)
+        scale, _ = reference.FORMATS[type_name].family.split(q)
+        assert 0.97 * float(most) < scale <= most
+
+
 def test_blocks_below_fp16_are_zero(type_name, kernels):
     x = np.random.default_rng(17).standard_normal((1, BLOCKS[type_name])).astype(np.float32) * np.float32(1e-12)
     q = turboquant.quantize(x, type_name)
