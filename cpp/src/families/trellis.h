@@ -56,6 +56,15 @@ template <int Bits> struct TrellisLevels {
 };
 template <int Bits> struct TrellisTable { static constexpr TrellisLevels<Bits> levels{}; };
 
+// The levels as a table for lookups in registers of any width: repeated, as the lookups ignore the upper bits of an index.
+template <int Bits> struct RepeatedLevels {
+    alignas(64) int8_t level[64];
+    constexpr RepeatedLevels() : level() {
+        for (int i = 0; i < 64; ++i) level[i] = TrellisTable<Bits>::levels.level[i % (2 << Bits)];
+    }
+};
+template <int Bits> constexpr RepeatedLevels<Bits> repeated_levels{};
+
 // The six upper bits of a block's first two bytes are the path bits before the first element: bit 15 is the last one.
 // The ten lower bits are the scale, as binary16 without its sign and its five lowest bits.
 constexpr int scale_bits = 10;

@@ -1,0 +1,157 @@
+// Functions for AVX2 and AVX-512: the levels of the trellis-coded types in registers of 32 bytes.
+//
+// A plane has one bit of each element: bit b of byte l belongs to element b * N/8 + l. So a register of levels consists of
+// lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is copied to all lanes, and shifted in each
+// so that its bits are where the lane's elements need them: in nibbles, the lower with the elements of one register and
+// the upper with those of another. The two lower bits of a nibble are the subset, the two upper ones the rest without its
+// third bit.
+//
+// The subset's bits come from the path, an integer of N bits, shifted up by the steps of its taps. The bits before the
+// path, which shift in, are the upper ones of the block's first two bytes.
+#ifndef TURBOQUANT_X86_TRELLIS_H
+#define TURBOQUANT_X86_TRELLIS_H
+
+#include "x86.h"
+
+namespace turboquant {
+namespace {
+
+static_assert(path_taps0 == (1 << 2 | 1 << 5) && path_taps1 == (1 << 0 | 1 << 1 | 1 << 6), "the shifts below");
+
+// The bytes of a plane in every lane.
+template <int N> TURBOQUANT_INLINE __m256i every_lane(const void * p) {
+    return N == 128  ? _mm256_broadcastsi128_si256(load16_bytes(p))
+           : N == 64 ? _mm256_broadcastq_epi64(_mm_loadl_epi64(static_cast<const __m128i *>(p)))
+                     : _mm256_set1_epi32(four_bytes(p));
+}
+
+// Lane h is shifted by first + h * change bits.
+template <int N, int First, int Change> TURBOQUANT_INLINE __m256i lane_counts() {
+    constexpr int f = First, c = Change;
+    return N == 128  ? _mm256_setr_epi64x(f, f, f + c, f + c)
+           : N == 64 ? _mm256_setr_epi64x(f, f + c, f + 2 * c, f + 3 * c)
+                     : _mm256_setr_epi32(f, f + c, f + 2 * c, f + 3 * c, f + 4 * c, f + 5 * c, f + 6 * c, f + 7 * c);
+}
+template <int N, int First, int Change> TURBOQUANT_INLINE __m256i lanes_up(__m256i x) {
+    return N == 32 ? _mm256_sllv_epi32(x, lane_counts<N, First, Change>()) : _mm256_sllv_epi64(x, lane_counts<N, First, Change>());
+}
+template <int N, int First, int Change> TURBOQUANT_INLINE __m256i lanes_down(__m256i x) {
+    return N == 32 ? _mm256_srlv_epi32(x, lane_counts<N, First, Change>()) : _mm256_srlv_epi64(x, lane_counts<N, First, Change>());
+}
+
+#ifdef __GFNI__
+// A bit of a byte that gf2p8affineqb computes is the parity of the source byte masked by a byte of the matrix, which has
+// bit 0 in the highest byte.
+constexpr uint64_t matrix_row(int bit, unsigned mask) { return uint64_t(mask) << (8 * (7 - bit)); }
+
+// Copies `count` bits.
+constexpr uint64_t copy_bits(int count, int from, int to) {
+    uint64_t matrix = 0;
+    for (int k = 0; k < count; ++k) matrix |= matrix_row(to + k, 1u << (from + k));
+    return matrix;
+}
+
+// The subset at bit b of a path byte to the bits `to` and to + 1: the part from that byte, and from the byte before.
+constexpr uint64_t subset_matrix(int b, int to, bool before) {
+    uint64_t matrix = 0;
+    for (int c = 0; c < 2; ++c) {
+        unsigned mask = 0;
+        for (int k = 0; k <= path_memory; ++k)
+            if ((c ? path_taps1 : path_taps0) >> k & 1 && (k > b) == before) mask |= 1u << ((b - k) & 7);
+        matrix |= matrix_row(to + c, mask);
+    }
+    return matrix;
+}
+
+// The matrices for the nibbles of the elements of bits b, lower, and c, upper.
+struct NibbleMatrices {
+    uint64_t own, before, rest;
+};
+template <int Bits, int N> constexpr NibbleMatrices nibble_matrices(int b, int c) {
+    // a crumb has the bits 2 j and 2 j + 1 of two neighbouring b
+    const auto rest = [](int bit, int to) { return Bits == 2 ? copy_bits(1, bit, to) : copy_bits(2, bit / 2 * 2, to); };
+    return {subset_matrix(b, 0, false) | subset_matrix(c, 4, false), subset_matrix(b, 0, true) | subset_matrix(c, 4, true),
+            rest(b, 2) | rest(c, 6)};
+}
+
+// `Second` selects the nibbles of the second and the fourth register instead of the first and the third. Without a second
+// register, the nibbles are those of neighbouring lanes.
+template <int Bits, int N, int Second> TURBOQUANT_INLINE __m256i nibbles(const uint8_t * q) {
+    static_assert(Second == 0 || N == 128, "registers of a block");
+    constexpr NibbleMatrices m[4] = {
+        N == 128  ? nibble_matrices<Bits, N>(2 * Second, 4 + 2 * Second)
+        : N == 64 ? nibble_matrices<Bits, N>(0, 4)
+                  : nibble_matrices<Bits, N>(0, 1),
+        N == 128  ? nibble_matrices<Bits, N>(2 * Second, 4 + 2 * Second)
+        : N == 64 ? nibble_matrices<Bits, N>(1, 5)
+                  : nibble_matrices<Bits, N>(2, 3),
+        N == 128  ? nibble_matrices<Bits, N>(2 * Second + 1, 5 + 2 * Second)
+        : N == 64 ? nibble_matrices<Bits, N>(2, 6)
+                  : nibble_matrices<Bits, N>(4, 5),
+        N == 128  ? nibble_matrices<Bits, N>(2 * Second + 1, 5 + 2 * Second)
+        : N == 64 ? nibble_matrices<Bits, N>(3, 7)
+                  : nibble_matrices<Bits, N>(6, 7)};
+    const __m256i own = _mm256_setr_epi64x(int64_t(m[0].own), int64_t(m[1].own), int64_t(m[2].own), int64_t(m[3].own));
+    const __m256i before = _mm256_setr_epi64x(int64_t(m[0].before), int64_t(m[1].before), int64_t(m[2].before), int64_t(m[3].before));
+    const __m256i rest = _mm256_setr_epi64x(int64_t(m[0].rest), int64_t(m[1].rest), int64_t(m[2].rest), int64_t(m[3].rest));
+    const uint8_t * r = q + N / 8;
+    const __m256i rests = Bits == 2 ? every_lane<N>(r) : N == 128 ? load32_bytes(r) : every_lane<2 * N>(r);
+    const __m256i x = _mm256_xor_si256(_mm256_gf2p8affine_epi64_epi8(every_lane<N>(q), own, 0),
+                                       _mm256_gf2p8affine_epi64_epi8(every_lane<N>(q - 1), before, 0));
+    const __m256i index = _mm256_xor_si256(x, _mm256_gf2p8affine_epi64_epi8(rests, rest, 0));
+    return N == 32 ? _mm256_srlv_epi32(index, _mm256_set1_epi64x(int64_t(4) << 32)) : index;
+}
+#else
+// The path by K steps before. x: the bytes from the block's first on, y: those of the path's upper half, or of what remains
+// of a lane.
+template <int N, int K> TURBOQUANT_INLINE __m256i path_before(__m256i x, __m256i y) {
+    constexpr int rest_of_lane = N == 32 ? 16 : 48;
+    return _mm256_xor_si256(lanes_down<N, 16 - K, 1>(x), lanes_up<N, rest_of_lane + K, -1>(y));
+}
+
+template <int Bits, int N, int Second> TURBOQUANT_INLINE __m256i nibbles(const uint8_t * q) {
+    const __m256i x = every_lane<N>(q - 2), y = every_lane<N>(q + (N == 32 ? 2 : 6));
+    // the second bit of a subset is beside the first, so the path is shifted by one more
+    const __m256i both = path_before<N, 2>(x, y), c0 = _mm256_xor_si256(both, path_before<N, 5>(x, y));
+    const __m256i c1 = _mm256_xor_si256(_mm256_xor_si256(both, path_before<N, 1>(x, y)), path_before<N, 7>(x, y));
+    const __m256i even = _mm256_set1_epi8(0x55), low = _mm256_set1_epi8(0x33);
+    const __m256i subsets = _mm256_or_si256(_mm256_and_si256(c0, even), _mm256_andnot_si256(even, c1)); // crumbs
+    const uint8_t * r = q + N / 8;
+    const __m256i rests = Bits == 2  ? _mm256_and_si256(lanes_down<N, 0, 1>(every_lane<N>(r)), even)
+                          : N == 128 ? load32_bytes(r)
+                                     : _mm256_srlv_epi64(every_lane<2 * N>(r), lane_counts<2 * N == 64 ? 64 : 128, 0, 2>());
+    return Second ? _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(subsets, 2), low), _mm256_andnot_si256(low, rests))
+                  : _mm256_or_si256(_mm256_and_si256(subsets, low), _mm256_slli_epi16(_mm256_and_si256(rests, low), 2));
+}
+#endif
+
+// The levels of the elements whose nibbles are the lower ones in `index`. Four bits: those in register Register of levels,
+// for the plane with the third bits of the rests, which are the signs of the levels.
+template <int Bits, int N, int Register> TURBOQUANT_INLINE __m256i look_up_levels(__m256i index, __m256i signs) {
+    const int8_t * table = repeated_levels<Bits>.level;
+    const __m256i nibble = _mm256_and_si256(index, _mm256_set1_epi8(15));
+    const __m256i level = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16_bytes(table)), nibble);
+    if constexpr (Bits < 4) return level;
+    const __m256i positive = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16_bytes(table + 16)), nibble);
+    constexpr int lanes_of = 256 / N; // of a register
+    return _mm256_blendv_epi8(level, positive, lanes_up<N, 7 - Register * lanes_of, -1>(signs)); // by the highest bits
+}
+
+template <int Bits, int N> TURBOQUANT_INLINE void expand_trellis(const uint8_t * q, __m256i * level) {
+    __m256i signs = _mm256_setzero_si256();
+    if constexpr (Bits == 4) signs = every_lane<N>(q + N / 8 + N / 4);
+    const __m256i first = nibbles<Bits, N, 0>(q);
+    level[0] = look_up_levels<Bits, N, 0>(first, signs);
+    if constexpr (N == 64) level[1] = look_up_levels<Bits, N, 1>(_mm256_srli_epi16(first, 4), signs);
+    if constexpr (N == 128) {
+        const __m256i second = nibbles<Bits, N, 1>(q);
+        level[1] = look_up_levels<Bits, N, 1>(second, signs);
+        level[2] = look_up_levels<Bits, N, 2>(_mm256_srli_epi16(first, 4), signs);
+        level[3] = look_up_levels<Bits, N, 3>(_mm256_srli_epi16(second, 4), signs);
+    }
+}
+
+} // namespace
+} // namespace turboquant
+
+#endif
