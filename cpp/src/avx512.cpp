@@ -271,6 +271,8 @@ template <int N, typename F> TURBOQUANT_INLINE __m512i for_lanes(F f) {
     return _mm512_setr_epi64(q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]);
 }
 
+TURBOQUANT_INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+
 #ifdef __GFNI__
 template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
     constexpr int upper = N == 128 ? 4 : 0; // blocks of 64 have no second register
@@ -278,9 +280,9 @@ template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * 
     const __m512i before = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).before); });
     const __m512i rest = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).rest); });
     const __m512i rests = Bits == 2 ? every_lane512<N>(q + N / 8) : every_lane512<2 * N>(q + N / 8);
-    return _mm512_ternarylogic_epi32(_mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q), own, 0),
-                                     _mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q - 1), before, 0),
-                                     _mm512_gf2p8affine_epi64_epi8(rests, rest, 0), 0x96); // exclusive or
+    return xor3(_mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q), own, 0),
+                _mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q - 1), before, 0),
+                _mm512_gf2p8affine_epi64_epi8(rests, rest, 0));
 }
 #else
 template <int Select> TURBOQUANT_INLINE __m512i select_bits(__m512i a, __m512i b) { // those of a where Select is set
@@ -295,7 +297,7 @@ template <int N, int K> TURBOQUANT_INLINE __m512i path_before512(__m512i x, __m5
 template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
     const __m512i x = every_lane512<N>(q - 2), y = every_lane512<N>(q + 6);
     const __m512i both = path_before512<N, 2>(x, y), c0 = _mm512_xor_si512(both, path_before512<N, 5>(x, y));
-    const __m512i c1 = _mm512_ternarylogic_epi32(both, path_before512<N, 1>(x, y), path_before512<N, 7>(x, y), 0x96);
+    const __m512i c1 = xor3(both, path_before512<N, 1>(x, y), path_before512<N, 7>(x, y));
     const __m512i rests =
         Bits == 2 ? _mm512_rorv_epi64(every_lane512<N>(q + N / 8), for_lanes<N>([](int h) { return (h - 2) & 63; }))
                   : _mm512_rorv_epi64(every_lane512<2 * N>(q + N / 8), for_lanes<N>([](int h) { return (h / 2 * 2 - 2) & 63; }));

@@ -93,7 +93,8 @@ template <int N> constexpr StepTable<N> step_table{};
 // comes from state 32 + j, and clear if it comes from state j. Returns the best state at the end.
 template <int N> int find_costs(const int16_t * metric, uint64_t * decisions) {
     constexpr int half = state_registers / 2;
-    words same[half], other[half], cost[state_registers];
+    bytes same[half], other[half];
+    words cost[state_registers];
     for (int r = 0; r < half; ++r) {
         same[r] = word_index(load_words(branch_table.same + 2 * lanes * r));
         other[r] = word_index(load_words(branch_table.other + 2 * lanes * r));
@@ -213,7 +214,7 @@ template <int Bits, int N> void store_rest(const words * grid, uint8_t * q) {
     find_subsets<N>(q, subset);
     words m[N / (2 * lanes)]; // the number of the nearest level of the subset
     for (int r = 0; r < N / (2 * lanes); ++r) {
-        const words index = word_index(load_words(subset + 2 * lanes * r));
+        const bytes index = word_index(load_words(subset + 2 * lanes * r));
         m[r] = all_words(0);
         for (int t = 0; t + 1 < Grid<Bits>::in_subset; ++t)
             m[r] = add_greater(m[r], grid[r], look_up_word(load_four(midpoint_table<Bits>.row[t]), index));
