@@ -271,9 +271,9 @@ template <int N, typename F> TURBOQUANT_INLINE __m512i for_lanes(F f) {
     return _mm512_setr_epi64(q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]);
 }
 
+#ifdef __GFNI__
 TURBOQUANT_INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 
-#ifdef __GFNI__
 template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
     constexpr int upper = N == 128 ? 4 : 0; // blocks of 64 have no second register
     const __m512i own = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).own); });
@@ -285,23 +285,15 @@ template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * 
                 _mm512_gf2p8affine_epi64_epi8(rests, rest, 0));
 }
 #else
-template <int Select> TURBOQUANT_INLINE __m512i select_bits(__m512i a, __m512i b) { // those of a where Select is set
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(Select)), a, b, 0xCA);
-}
-
-template <int N, int K> TURBOQUANT_INLINE __m512i path_before512(__m512i x, __m512i y) {
-    return _mm512_xor_si512(_mm512_srlv_epi64(x, for_lanes<N>([](int h) { return 16 - K + h; })),
-                            _mm512_sllv_epi64(y, for_lanes<N>([](int h) { return 48 + K - h; })));
-}
-
+// Halves are as fast as whole registers, whose shifts and logic run on fewer ports.
 template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
-    const __m512i x = every_lane512<N>(q - 2), y = every_lane512<N>(q + 6);
-    const __m512i both = path_before512<N, 2>(x, y), c0 = _mm512_xor_si512(both, path_before512<N, 5>(x, y));
-    const __m512i c1 = xor3(both, path_before512<N, 1>(x, y), path_before512<N, 7>(x, y));
-    const __m512i rests =
-        Bits == 2 ? _mm512_rorv_epi64(every_lane512<N>(q + N / 8), for_lanes<N>([](int h) { return (h - 2) & 63; }))
-                  : _mm512_rorv_epi64(every_lane512<2 * N>(q + N / 8), for_lanes<N>([](int h) { return (h / 2 * 2 - 2) & 63; }));
-    return select_bits<0x33>(select_bits<0x55>(c0, c1), rests);
+    const __m256i low = nibbles<Bits, N, 0>(q);
+    __m256i high;
+    if constexpr (N == 128)
+        high = nibbles<Bits, N, 1>(q);
+    else
+        high = _mm256_srli_epi16(low, 4);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 #endif
 

@@ -102,26 +102,45 @@ template <int Bits, int N, int Second> TURBOQUANT_INLINE __m256i nibbles(const u
     return N == 32 ? _mm256_srlv_epi32(index, _mm256_set1_epi64x(int64_t(4) << 32)) : index;
 }
 #else
-// The path by K steps before. x: the bytes from the block's first on, y: those of the path's upper half, or of what remains
-// of a lane.
-template <int N, int K> TURBOQUANT_INLINE __m256i path_before(__m256i x, __m256i y) {
-    constexpr int rest_of_lane = N == 32 ? 16 : 48;
-    return _mm256_xor_si256(lanes_down<N, 16 - K, 1>(x), lanes_up<N, rest_of_lane + K, -1>(y));
+TURBOQUANT_INLINE __m256i xor3(__m256i a, __m256i b, __m256i c) {
+#ifdef __AVX512VL__
+    return _mm256_ternarylogic_epi32(a, b, c, 0x96);
+#else
+    return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+#endif
+}
+
+// The bits of a where `mask` is set, and those of b elsewhere.
+TURBOQUANT_INLINE __m256i select_bits(__m256i mask, __m256i a, __m256i b) {
+#ifdef __AVX512VL__
+    return _mm256_ternarylogic_epi32(mask, a, b, 0xCA);
+#else
+    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
+#endif
+}
+
+// The path by K steps before consists of two parts: from the bytes from the block's first on, and from those of the path's
+// upper half, or of the upper part of a lane.
+template <int N, int K> TURBOQUANT_INLINE __m256i lower_before(__m256i x) { return lanes_down<N, 16 - K, 1>(x); }
+template <int N, int K> TURBOQUANT_INLINE __m256i upper_before(__m256i y) {
+    return lanes_up<N, (N == 32 ? 16 : 48) + K, -1>(y);
 }
 
 template <int Bits, int N, int Second> TURBOQUANT_INLINE __m256i nibbles(const uint8_t * q) {
     const __m256i x = every_lane<N>(q - 2), y = every_lane<N>(q + (N == 32 ? 2 : 6));
     // the second bit of a subset is beside the first, so the path is shifted by one more
-    const __m256i both = path_before<N, 2>(x, y), c0 = _mm256_xor_si256(both, path_before<N, 5>(x, y));
-    const __m256i c1 = _mm256_xor_si256(_mm256_xor_si256(both, path_before<N, 1>(x, y)), path_before<N, 7>(x, y));
+    const __m256i both = _mm256_xor_si256(lower_before<N, 2>(x), upper_before<N, 2>(y));
+    const __m256i c0 = xor3(both, lower_before<N, 5>(x), upper_before<N, 5>(y));
+    const __m256i c1 = xor3(xor3(both, lower_before<N, 1>(x), upper_before<N, 1>(y)), lower_before<N, 7>(x),
+                            upper_before<N, 7>(y));
     const __m256i even = _mm256_set1_epi8(0x55), low = _mm256_set1_epi8(0x33);
-    const __m256i subsets = _mm256_or_si256(_mm256_and_si256(c0, even), _mm256_andnot_si256(even, c1)); // crumbs
+    const __m256i subsets = select_bits(even, c0, c1); // crumbs
     const uint8_t * r = q + N / 8;
     const __m256i rests = Bits == 2  ? _mm256_and_si256(lanes_down<N, 0, 1>(every_lane<N>(r)), even)
                           : N == 128 ? load32_bytes(r)
-                                     : _mm256_srlv_epi64(every_lane<2 * N>(r), lane_counts<2 * N == 64 ? 64 : 128, 0, 2>());
-    return Second ? _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(subsets, 2), low), _mm256_andnot_si256(low, rests))
-                  : _mm256_or_si256(_mm256_and_si256(subsets, low), _mm256_slli_epi16(_mm256_and_si256(rests, low), 2));
+                                     : _mm256_srlv_epi64(every_lane<2 * N>(r), lane_counts<N == 32 ? 64 : 128, 0, 2>());
+    return Second ? select_bits(low, _mm256_srli_epi16(subsets, 2), rests)
+                  : select_bits(low, subsets, _mm256_slli_epi16(rests, 2));
 }
 #endif
 
