@@ -303,7 +303,8 @@ template <int Bits, int N, int R> TURBOQUANT_INLINE __m512i look_up_levels512(__
 #ifdef TURBOQUANT_VBMI
     const __m512i all_levels = _mm512_load_si512(table); // six bits of an index count
     if constexpr (Bits == 4) {
-        const __m512i bit4 = _mm512_rorv_epi64(every_lane512<N>(signs), for_lanes<N>([](int h) { return (h + 4 * R - 4) & 63; }));
+        const __m512i counts = for_lanes<N>([](int h) { return (h + 4 * R - 4) & 63; });
+        const __m512i bit4 = _mm512_rorv_epi64(every_lane512<N>(signs), counts);
         index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), index, bit4, 0xCA);
     }
     return _mm512_permutexvar_epi8(index, all_levels);

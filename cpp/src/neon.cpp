@@ -250,9 +250,9 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
     return out;
 }
 
-// The trellis-coded types. A plane has bit b of element b * N/8 + l in byte l. So a register of levels consists of lanes
-// of N/8 bytes, and the elements of a lane have the same b. Each plane is copied to all lanes, and shifted down in each by
-// the number of the lane: bit r * lanes then belongs to register r.
+// The trellis-coded types. A plane has one bit of each element: bit b of byte l belongs to element b * N/8 + l. So a
+// register of levels consists of 128/N lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is copied
+// to all lanes, and shifted down in each by the number of the lane: bit r * 128/N then belongs to register r.
 static_assert(path_taps0 == (1 << 2 | 1 << 5) && path_taps1 == (1 << 0 | 1 << 1 | 1 << 6), "the shifts below");
 
 template <int N> TURBOQUANT_INLINE uint8x16_t every_lane(const uint8_t * p) {

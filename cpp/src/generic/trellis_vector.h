@@ -12,9 +12,9 @@
 //   word_index, look_up_word(four, index)
 //                             the words 0 ... 3 of `four` that the numbers in another register select
 //   flags, greater(a, b), store_flags
-//                             comparison of words; stores those of the first and of the last path_states / 2 states as bits
-//   state_at                  the costs of states are kept in `state_registers` registers, the first half of the states in
-//                             the first half of these; the state at a position of the first half
+//                             comparison of words; stores those of the first and of the last half of the states as bits
+//   state_at                  the costs of states are kept in `state_registers` registers, the first half of the states
+//                             in the first half of these; the state at a position of the first half
 //   interleave_states         arranges the costs of states 2 j and of states 2 j + 1, j < path_states / 2
 //   least_lane(x)             the least of all words
 #ifndef TURBOQUANT_GENERIC_TRELLIS_VECTOR_H
@@ -53,7 +53,7 @@ template <int Bits> TURBOQUANT_INLINE void store_metrics(words g, int16_t * out)
     words metric[4];
     for (int c = 0; c < 4; ++c) {
         words least = all_words(most_distance);
-        for (int r = Grid<Bits>::in_subset / 2 - 1; r < Grid<Bits>::in_subset; ++r) // of the negative levels only the last
+        for (int r = Grid<Bits>::in_subset / 2 - 1; r < Grid<Bits>::in_subset; ++r) // the last negative level
             least = min_words(least, abs_words(sub(magnitude, all_words(Grid<Bits>::level(c, r)))));
         metric[c] = square_shifted<metric_shift>(least);
     }
@@ -89,8 +89,8 @@ template <int N> struct StepTable { // where the metrics of a step are
 };
 template <int N> constexpr StepTable<N> step_table{};
 
-// Finds the least costs of all states step by step. Bit 32 u + j of decisions[t] is set if the best path to state 2 j + u
-// comes from state 32 + j, and clear if it comes from state j. Returns the best state at the end.
+// Finds the least costs of all states step by step. Bit 32 u + j of decisions[t] is set if the best path to state
+// 2 j + u comes from state 32 + j, and clear if it comes from state j. Returns the best state at the end.
 template <int N> int find_costs(const int16_t * metric, uint64_t * decisions) {
     constexpr int half = state_registers / 2;
     bytes same[half], other[half];
@@ -126,8 +126,8 @@ template <int N> int find_costs(const int16_t * metric, uint64_t * decisions) {
     return __builtin_ctzll(~others);
 }
 
-// Follows the best paths of Together blocks back at once, so that latencies overlap. Writes for each step the number of its
-// decision, whose bit 5 is the path bit, and replaces the states at the end by those at the start.
+// Follows the best paths of Together blocks back at once, so that latencies overlap. Writes for each step the number of
+// its decision, whose bit 5 is the path bit, and replaces the states at the end by those at the start.
 template <int N, int Together> void follow(const uint64_t (*decisions)[N], uint8_t (*visited)[N], int * state) {
     uint64_t at[Together]; // the path bit, then the five bits before, the latest lowest; garbage above
     for (int g = 0; g < Together; ++g) at[g] = uint64_t(state[g] >> 1 | state[g] << 5);
