@@ -108,8 +108,6 @@ void levels_q8_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
     }
 }
 
-constexpr uint64_t each_byte = 0x0101010101010101;
-
 void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     for (int r = 0; r < rows.count; ++r) {
         const uint8_t * src = rows[r];

@@ -104,6 +104,8 @@ inline float half_to_float(uint16_t h) {
 #endif
 }
 
+constexpr uint64_t each_byte = 0x0101010101010101;
+
 inline uint16_t load16(const uint8_t * p) { return uint16_t(p[0] | (p[1] << 8)); }
 inline void store16(uint8_t * p, uint16_t v) { p[0] = uint8_t(v); p[1] = uint8_t(v >> 8); }
 inline float load_scale(const uint8_t * block) { return half_to_float(load16(block)); }

@@ -24,8 +24,16 @@ constexpr int parity(unsigned x) {
     for (; x; x >>= 1) p ^= int(x & 1);
     return p;
 }
-// The subset of an element; `window` has the path bits of the element (bit 0) and of the six steps before.
-constexpr int subset_of(unsigned window) { return 2 * parity(window & path_taps1) + parity(window & path_taps0); }
+struct SubsetTable {
+    int8_t subset[2 * path_states];
+    constexpr SubsetTable() : subset() {
+        for (unsigned w = 0; w < 2 * path_states; ++w)
+            subset[w] = int8_t(2 * parity(w & path_taps1) + parity(w & path_taps0));
+    }
+};
+constexpr SubsetTable subset_table{};
+// The subset of an element; the lower bits of `window` are the path bits of the element (bit 0) and of the six steps before.
+constexpr int subset_of(unsigned window) { return subset_table.subset[window % (2 * path_states)]; }
 
 // The positive half of the codebooks, the decoder's step, and the granular error of the encoder's choice of a scale.
 template <int Bits> struct TrellisBook;
@@ -55,6 +63,15 @@ template <int Bits> struct TrellisLevels {
     }
 };
 template <int Bits> struct TrellisTable { static constexpr TrellisLevels<Bits> levels{}; };
+
+// The levels as a table for lookups in registers of any width: repeated, as the lookups ignore the upper bits of an index.
+template <int Bits> struct RepeatedLevels {
+    alignas(64) int8_t level[64];
+    constexpr RepeatedLevels() : level() {
+        for (int i = 0; i < 64; ++i) level[i] = TrellisTable<Bits>::levels.level[i % (2 << Bits)];
+    }
+};
+template <int Bits> constexpr RepeatedLevels<Bits> repeated_levels{};
 
 // The six upper bits of a block's first two bytes are the path bits before the first element: bit 15 is the last one.
 // The ten lower bits are the scale, as binary16 without its sign and its five lowest bits.

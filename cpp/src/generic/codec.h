@@ -25,7 +25,7 @@
 //   look_up<Family>           the centroid for each number of exceeded thresholds
 //   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the scale of the best step
 //   Levels                    the int8 levels of a block
-//   pack, expand              overloads for LloydMax's index layout; other families use their own plain code
+//   pack, expand              overloads for the families' layouts; families without them use their own plain code
 //   transform_levels          applies S2 and the Hadamard transform to levels, in words
 //   floats_of<Half>           half a register of words as floats
 //   store_scaled, store_levels
@@ -35,8 +35,6 @@
 // queries
 #ifndef TURBOQUANT_GENERIC_CODEC_H
 #define TURBOQUANT_GENERIC_CODEC_H
-
-#include "trellis.h"
 
 namespace turboquant {
 namespace {
@@ -222,7 +220,7 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
     words m[work.registers];
     for (int r = 0; r < work.registers; ++r) {
         m[r] = all_words(0);
-        for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], thresholds[t]);
+        for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], all_words(thresholds[t]));
         a = multiply_add_words(a, work.magnitude[r], look_up<typename F::family>(m[r]));
         // M - 1 - m is M + m with all bits inverted
         m[r] = xor_words(add(m[r], all_words(M)), select_negative(work.z[r], all_words(2 * M - 1)));
@@ -245,17 +243,6 @@ TURBOQUANT_INLINE void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * wo
     if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
     search<F>(work, coarse, count);
     for (int g = 0; g < count; ++g) assign<F>(work[g], dst + g * F::bytes, report);
-}
-
-template <int Bits, int N>
-TURBOQUANT_INLINE void encode_blocks(Format<Trellis<Bits>, N>, Encoding<N> * work, int8_t *, int count, uint8_t * dst,
-                                     tq_encode_report * report) {
-    using F = Format<Trellis<Bits>, N>;
-    for (int g = 0; g < count; ++g) {
-        alignas(64) int16_t z[N];
-        std::memcpy(z, work[g].z, sizeof(z));
-        encode_trellis<F>(z, work[g], dst + g * F::bytes, report);
-    }
 }
 
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {

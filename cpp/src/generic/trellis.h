@@ -113,6 +113,23 @@ inline int scale_code(double d, int64_t * saturated) {
     return greatest_scale_code;
 }
 
+// The first two bytes of a block without the scale: the path bits before the first step.
+inline uint16_t start_bits(int state) {
+    int word = 0;
+    for (int k = 0; k < path_memory; ++k) word |= (state >> k & 1) << (15 - k);
+    return uint16_t(word);
+}
+
+// Adds the scale to an encoded block; a = sum z * level. As in block_scale.
+template <typename F> void store_trellis_scale(const EncodingBase & work, int32_t a, uint8_t * dst, tq_encode_report * report) {
+    const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit * double(power_of_two(work.k));
+    const int code = a > 0 ? scale_code(d, &report->saturated) : 0; // a <= 0: all values are near zero on the grid
+    if (code == 0)
+        std::memset(dst, 0, F::bytes);
+    else
+        store16(dst, uint16_t(load16(dst) | code));
+}
+
 // Encodes a block of values z in units of RMS / 2048, as the encoder of all families has them after the transform.
 template <typename F> void encode_trellis(const int16_t * z, const EncodingBase & work, uint8_t * dst, tq_encode_report * report) {
     constexpr int N = F::block, B = F::bits;
@@ -140,16 +157,8 @@ template <typename F> void encode_trellis(const int16_t * z, const EncodingBase 
         F::template set_rest<N>(q, i, rest);
         a += z[i] * F::centroids[4 * rest + c];
     }
-    // As in block_scale. a <= 0 is impossible except for values that are all near zero on the grid.
-    const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit * double(power_of_two(work.k));
-    const int code = a > 0 ? scale_code(d, &report->saturated) : 0;
-    if (code == 0) {
-        std::memset(dst, 0, F::bytes);
-        return;
-    }
-    int word = code;
-    for (int k = 0; k < path_memory; ++k) word |= (start >> k & 1) << (15 - k);
-    store16(dst, uint16_t(word));
+    store16(dst, start_bits(start));
+    store_trellis_scale<F>(work, a, dst, report);
 }
 
 } // namespace
