@@ -46,10 +46,6 @@ double norm(const std::vector<double> & v) {
     return std::sqrt(sum);
 }
 
-bool is_trellis(const tq_type_info & t) {
-    return t.family == TQ_TURBO4_TCQ || t.family == TQ_TURBO3_TCQ || t.family == TQ_TURBO2_TCQ;
-}
-
 // The first two bytes without what is not the scale.
 int scale_word(const tq_type_info & t, const uint8_t * block) {
     return (block[0] | block[1] << 8) & (is_trellis(t) ? 0x3ff : 0xffff);
@@ -247,8 +243,8 @@ void grid_points_come_back() {
     }
 }
 
-// Scaling the input by a power of two scales d and leaves the indices. In the Lloyd-Max types negating the input mirrors
-// the indices. (The mirror image of a trellis's path is not a path.)
+// Scaling the input by a power of two scales d and leaves the indices. In the Lloyd-Max types negating the input
+// mirrors the indices. (The mirror image of a trellis's path is not a path.)
 void encoder_symmetries() {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type_info & info = *tq_type_get(tq_type(t));
