@@ -31,8 +31,8 @@ PAIRS = [
     ("turbo4_tcq", "turbo3_tcq"), ("turbo2_tcq_32", "turbo4_tcq_32"), ("turbo3_tcq", "turbo2"), ("q8_0", "turbo2_tcq"),
     ("turbo4_tcq", "f16"),
 ]  # fmt: skip
-#: The trellis-coded types, which share all but the decoder, are tested with one head of each block size, and mixed pairs
-#: with one head.
+#: The trellis-coded types, which share all but the decoder, are tested with few heads: some of each block size, and one
+#: for mixed pairs.
 SHAPES = [(head, pair) for head in HEADS for pair in PAIRS[:5]]
 SHAPES += [(head, pair) for head in (64, 96, 256) for pair in PAIRS[5:7]] + [(128, pair) for pair in PAIRS[5:]]
 TOKENS = random_tokens(600, seed=11)
