@@ -36,11 +36,11 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_
     include(CheckCXXCompilerFlag)
     check_cxx_compiler_flag(-mavxvnni TURBOQUANT_HAS_AVXVNNI) # GCC 11, Clang 12
     if(TURBOQUANT_HAS_AVXVNNI)
-        _tq_isa(TURBOQUANT_AVXVNNI SOURCES avxvnni.cpp FLAGS ${_tq_avx2} -mavxvnni)
+        _tq_isa(TURBOQUANT_AVXVNNI SOURCES avxvnni.cpp FLAGS ${_tq_avx2} -mavxvnni -mgfni)
     endif()
     _tq_isa(TURBOQUANT_X86 SOURCES avx512.cpp FLAGS ${_tq_avx512})
     _tq_isa(TURBOQUANT_X86 SOURCES avx512vnni.cpp FLAGS ${_tq_avx512} -mavx512vnni)
-    _tq_isa(TURBOQUANT_X86 SOURCES avx512vbmi.cpp FLAGS ${_tq_avx512} -mavx512vnni -mavx512vbmi)
+    _tq_isa(TURBOQUANT_X86 SOURCES avx512vbmi.cpp FLAGS ${_tq_avx512} -mavx512vnni -mavx512vbmi -mgfni)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     _tq_isa(TURBOQUANT_ARM64 SOURCES neon.cpp FLAGS -march=armv8-a)
     _tq_isa(TURBOQUANT_ARM64 SOURCES neon_dotprod.cpp FLAGS -march=armv8.2-a+dotprod)

@@ -232,9 +232,9 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
             index[j] = uint32_t(z[j] < 0 ? M - 1 - m[j] : M + m[j]);
         }
         a = warp_sum(a);
-        const double exact =
-            double(energy) / double(a) * double(rms) * F::scale_unit * double(__uint_as_float(uint32_t(127 + k) << 23));
-        d = exact >= 65520.0 ? uint16_t(0x7bff) : __half_as_ushort(__float2half_rn(float(exact)));
+        const float exact = float(double(energy) / double(a) * double(rms) * F::scale_unit *
+                                  double(__uint_as_float(uint32_t(127 + k) << 23)));
+        d = exact >= 65520.0f ? uint16_t(0x7bff) : __half_as_ushort(__float2half_rn(exact));
     }
     if (d == 0) {
 #pragma unroll

@@ -2,8 +2,8 @@
  * turboquant.h: the whole public interface of the TurboQuant core (C ABI, no dependencies).
  *
  * A row of floats is divided into blocks of 128, 64 or 32 values. Each block is rotated (random signs, Walsh-Hadamard
- * transform, random signs), and every rotated value is replaced by the index of its nearest Lloyd-Max centroid; one
- * fp16 scale is shared by the block. FORMAT.md specifies the bytes.
+ * transform, random signs), and every rotated value is replaced by the index of its nearest Lloyd-Max centroid, or by a
+ * step of the best path through a trellis; one scale is shared by the block. FORMAT.md specifies the bytes.
  *
  * Conventions
  *  - Every function is thread-safe, allocates no memory unless stated, and never prints, aborts or throws.
@@ -65,12 +65,12 @@ typedef enum tq_type {
 
 typedef struct tq_type_info {
     const char *   name;        /* "turbo4", "turbo4_64", ... */
-    int            bits;        /* bits of one index: 4, 3, 2 */
+    int            bits;        /* bits of one value beside the scale: 4, 3, 2 */
     int            block;       /* values in a block: 128, 64, 32 */
     int            block_bytes; /* bytes of an encoded block */
-    int            levels;      /* 1 << bits */
-    float          step;        /* rotated value = d * step * codebook[index] */
-    const int8_t * codebook;    /* `levels` centroids, ascending */
+    int            levels;      /* of the codebook: 1 << bits, and 2 << bits in the trellis-coded types */
+    float          step;        /* rotated value = d * step * level */
+    const int8_t * codebook;    /* the levels, ascending */
     tq_type        family;      /* the type of the same family with the longest block, whose name has no suffix */
     int            file_id;     /* the type's number in files: GGUF, saved states */
 } tq_type_info;
@@ -104,7 +104,7 @@ TURBOQUANT_API tq_status tq_encode(tq_type type, const float * src, int64_t src_
 TURBOQUANT_API tq_status tq_decode(tq_type type, const void * src, size_t src_stride, float * dst, int64_t dst_stride,
                                    int64_t rows, int64_t n, int threads);
 
-/* As tq_decode, but returns the values in the rotated domain: d * step * codebook[index], without inverse transform. */
+/* As tq_decode, but returns the values in the rotated domain: d * step * level, without inverse transform. */
 TURBOQUANT_API tq_status tq_decode_rotated(tq_type type, const void * src, size_t src_stride, float * dst,
                                            int64_t dst_stride, int64_t rows, int64_t n, int threads);
 

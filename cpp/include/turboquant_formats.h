@@ -15,7 +15,10 @@
 #define TURBOQUANT_FAMILIES(F, X)              \
     F(X, TURBO4, turbo4, LloydMax, 4, 512) \
     F(X, TURBO3, turbo3, LloydMax, 3, 515) \
-    F(X, TURBO2, turbo2, LloydMax, 2, 518)
+    F(X, TURBO2, turbo2, LloydMax, 2, 518) \
+    F(X, TURBO4_TCQ, turbo4_tcq, Trellis, 4, 525) \
+    F(X, TURBO3_TCQ, turbo3_tcq, Trellis, 3, 528) \
+    F(X, TURBO2_TCQ, turbo2_tcq, Trellis, 2, 531)
 
 /* X(block): the block lengths, longest first. */
 #define TURBOQUANT_BLOCKS(X) X(128) X(64) X(32)

@@ -91,7 +91,7 @@ template <typename F> void levels(const CacheRows & rows, int64_t blocks, int8_t
     for (int r = 0; r < rows.count; ++r) {
         const uint8_t * src = rows[r];
         for (int64_t b = 0; b < blocks; ++b, src += F::bytes, level += F::block) {
-            scale[b * tile_rows + r] = load_scale(src) * F::step;
+            scale[b * tile_rows + r] = F::load_scale(src) * F::step;
             block_levels(F(), src + 2, level);
         }
     }
@@ -107,8 +107,6 @@ void levels_q8_0(const CacheRows & rows, int64_t blocks, int8_t * level, float *
         }
     }
 }
-
-constexpr uint64_t each_byte = 0x0101010101010101;
 
 void levels_q4_0(const CacheRows & rows, int64_t blocks, int8_t * level, float * scale) {
     for (int r = 0; r < rows.count; ++r) {

@@ -1,10 +1,11 @@
 // AVX2, FMA and F16C: the primitives of generic/, and algorithms that differ for AVX2. avxvnni.cpp compiles this file
-// again with AVX-VNNI.
+// again with AVX-VNNI and GFNI.
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/signs.h"
 #include "kernels.h"
 #include "x86.h"
+#include "x86_trellis.h"
 
 #include <immintrin.h>
 
@@ -37,8 +38,8 @@ TURBOQUANT_INLINE words xor_words(words a, words b) { return _mm256_xor_si256(a,
 TURBOQUANT_INLINE words select_negative(words z, words flags) {
     return _mm256_and_si256(_mm256_srai_epi16(z, 15), flags);
 }
-TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
-    return _mm256_sub_epi16(m, _mm256_cmpgt_epi16(x, _mm256_set1_epi16(threshold)));
+TURBOQUANT_INLINE words add_greater(words m, words x, words threshold) {
+    return _mm256_sub_epi16(m, _mm256_cmpgt_epi16(x, threshold));
 }
 
 TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) {
@@ -228,6 +229,12 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
     return out;
 }
 
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Trellis<Bits>, N>, const uint8_t * q) {
+    Levels<N> out;
+    expand_trellis<Bits, N>(q, out.v);
+    return out;
+}
+
 template <int N> TURBOQUANT_INLINE void store_levels(int8_t * dst, const Levels<N> & level) {
     for (int r = 0; r < Levels<N>::registers; ++r) store_bytes(dst + 32 * r, level.v[r]);
 }
@@ -286,6 +293,56 @@ TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
+
+// ---- the encoder of the trellis-coded types
+
+TURBOQUANT_INLINE words min_words(words a, words b) { return _mm256_min_epi16(a, b); }
+TURBOQUANT_INLINE words max_words(words a, words b) { return _mm256_max_epi16(a, b); }
+TURBOQUANT_INLINE words excess(words x, words t) { return _mm256_subs_epu16(x, t); }
+TURBOQUANT_INLINE words multiply_rounded(words a, words b) { return _mm256_mulhrs_epi16(a, b); }
+template <int S> TURBOQUANT_INLINE words square_shifted(words x) {
+    return _mm256_srli_epi16(_mm256_mullo_epi16(x, x), S);
+}
+TURBOQUANT_INLINE words load_words(const int8_t * p) { return _mm256_cvtepi8_epi16(load16_bytes(p)); }
+
+// In this order no words cross lanes of 128 bits.
+constexpr int fours_offset(int i) { return i / 16 * 64 + i % 8 / 2 * 16 + i % 16 / 8 * 8 + i % 2 * 4; }
+TURBOQUANT_INLINE void store_fours(const words * m, int16_t * out) {
+    const words low01 = _mm256_unpacklo_epi16(m[0], m[1]), high01 = _mm256_unpackhi_epi16(m[0], m[1]);
+    const words low23 = _mm256_unpacklo_epi16(m[2], m[3]), high23 = _mm256_unpackhi_epi16(m[2], m[3]);
+    store_bytes(out, _mm256_unpacklo_epi32(low01, low23));
+    store_bytes(out + 16, _mm256_unpackhi_epi32(low01, low23));
+    store_bytes(out + 32, _mm256_unpacklo_epi32(high01, high23));
+    store_bytes(out + 48, _mm256_unpackhi_epi32(high01, high23));
+}
+TURBOQUANT_INLINE words load_four(const int16_t * p) { return _mm256_set1_epi64x(eight_bytes(p)); }
+TURBOQUANT_INLINE bytes word_index(words number) { // of its two bytes
+    return _mm256_add_epi16(_mm256_mullo_epi16(number, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
+}
+TURBOQUANT_INLINE words look_up_word(words four, bytes index) { return _mm256_shuffle_epi8(four, index); }
+
+// Of two registers the first has the states 0-7 and 16-23, the second 8-15 and 24-31: packing compared words, which
+// works in lanes of 128 bits, then gives the order of the states.
+using flags = __m256i;
+constexpr int state_at(int position) { return position % 16 / 8 * 16 + position / 16 * 8 + position % 8; }
+TURBOQUANT_INLINE flags greater(words a, words b) { return _mm256_cmpgt_epi16(a, b); }
+TURBOQUANT_INLINE void store_flags(const flags * first, const flags * last, uint64_t * out) {
+    const int bits[2] = {_mm256_movemask_epi8(_mm256_packs_epi16(first[0], first[1])),
+                         _mm256_movemask_epi8(_mm256_packs_epi16(last[0], last[1]))};
+    std::memcpy(out, bits, sizeof(bits));
+}
+TURBOQUANT_INLINE void interleave_states(const words * even, const words * odd, words * cost) {
+    words low[2], high[2];
+    for (int r = 0; r < 2; ++r) {
+        low[r] = _mm256_unpacklo_epi16(even[r], odd[r]);
+        high[r] = _mm256_unpackhi_epi16(even[r], odd[r]);
+    }
+    cost[0] = _mm256_permute2x128_si256(low[0], low[1], 0x20);
+    cost[1] = _mm256_permute2x128_si256(high[0], high[1], 0x20);
+    cost[2] = _mm256_permute2x128_si256(low[0], low[1], 0x31);
+    cost[3] = _mm256_permute2x128_si256(high[0], high[1], 0x31);
+}
+TURBOQUANT_INLINE int least_lane(words x) { return least_word(x); }
 
 // ---- attention
 
@@ -347,6 +404,7 @@ TURBOQUANT_INLINE void interleave(const int8_t * level, int64_t stride, int8_t *
 } // namespace turboquant
 
 #include "generic/codec.h"
+#include "generic/trellis_vector.h"
 #include "generic/attention.h"
 #ifdef TURBOQUANT_VNNI
 #include "generic/scores.h"

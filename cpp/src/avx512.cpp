@@ -5,6 +5,7 @@
 #include "generic/signs.h"
 #include "kernels.h"
 #include "x86.h"
+#include "x86_trellis.h"
 
 #include <immintrin.h>
 
@@ -36,8 +37,8 @@ TURBOQUANT_INLINE words xor_words(words a, words b) { return _mm512_xor_si512(a,
 TURBOQUANT_INLINE words select_negative(words z, words flags) {
     return _mm512_and_si512(_mm512_srai_epi16(z, 15), flags);
 }
-TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
-    return _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(x, _mm512_set1_epi16(threshold)), m, _mm512_set1_epi16(1));
+TURBOQUANT_INLINE words add_greater(words m, words x, words threshold) {
+    return _mm512_mask_add_epi16(m, _mm512_cmpgt_epi16_mask(x, threshold), m, _mm512_set1_epi16(1));
 }
 
 TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) { return _mm512_xor_ps(x, _mm512_load_ps(bits)); }
@@ -255,6 +256,83 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
     return out;
 }
 
+// The trellis-coded types as in x86_trellis.h: a register has 4 lanes of 16 bytes or 8 lanes of 8 bytes, and the upper
+// nibbles are those of the second register. Blocks of 32 use registers of 32 bytes.
+template <int N> TURBOQUANT_INLINE __m512i every_lane512(const void * p) {
+    return N == 256   ? _mm512_broadcast_i64x4(load32_bytes(p))
+           : N == 128 ? _mm512_broadcast_i32x4(load16_bytes(p))
+                      : _mm512_set1_epi64(eight_bytes(p));
+}
+
+// f(h) in each lane h.
+template <int N, typename F> TURBOQUANT_INLINE __m512i for_lanes(F f) {
+    constexpr int per = N / 64; // qwords of a lane
+    constexpr int64_t q[8] = {f(0), f(1 / per), f(2 / per), f(3 / per), f(4 / per), f(5 / per), f(6 / per), f(7 / per)};
+    return _mm512_setr_epi64(q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]);
+}
+
+#ifdef __GFNI__
+TURBOQUANT_INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+
+template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
+    constexpr int upper = N == 128 ? 4 : 0; // blocks of 64 have no second register
+    const __m512i own = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).own); });
+    const __m512i before = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).before); });
+    const __m512i rest = for_lanes<N>([](int h) { return int64_t(nibble_matrices<Bits, N>(h, h + upper).rest); });
+    const __m512i rests = Bits == 2 ? every_lane512<N>(q + N / 8) : every_lane512<2 * N>(q + N / 8);
+    return xor3(_mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q), own, 0),
+                _mm512_gf2p8affine_epi64_epi8(every_lane512<N>(q - 1), before, 0),
+                _mm512_gf2p8affine_epi64_epi8(rests, rest, 0));
+}
+#else
+// Halves are as fast as whole registers, whose shifts and logic run on fewer ports.
+template <int Bits, int N> TURBOQUANT_INLINE __m512i nibbles512(const uint8_t * q) {
+    const __m256i low = nibbles<Bits, N, 0>(q);
+    __m256i high;
+    if constexpr (N == 128)
+        high = nibbles<Bits, N, 1>(q);
+    else
+        high = _mm256_srli_epi16(low, 4);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+#endif
+
+// The levels of the elements of register R, whose nibbles are the lower ones in `index`.
+template <int Bits, int N, int R> TURBOQUANT_INLINE __m512i look_up_levels512(__m512i index, const uint8_t * signs) {
+    const int8_t * table = repeated_levels<Bits>.level;
+#ifdef TURBOQUANT_VBMI
+    const __m512i all_levels = _mm512_load_si512(table); // six bits of an index count
+    if constexpr (Bits == 4) {
+        const __m512i counts = for_lanes<N>([](int h) { return (h + 4 * R - 4) & 63; });
+        const __m512i bit4 = _mm512_rorv_epi64(every_lane512<N>(signs), counts);
+        index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), index, bit4, 0xCA);
+    }
+    return _mm512_permutexvar_epi8(index, all_levels);
+#else
+    const __m512i nibble = _mm512_and_si512(index, _mm512_set1_epi8(15));
+    const __m512i level = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load16_bytes(table)), nibble);
+    if constexpr (Bits < 4) return level;
+    const __m512i bit = for_lanes<N>([](int h) { return int64_t(each_byte << (h + 4 * R)); });
+    return _mm512_mask_shuffle_epi8(level, _mm512_test_epi8_mask(every_lane512<N>(signs), bit),
+                                    _mm512_broadcast_i32x4(load16_bytes(table + 16)), nibble);
+#endif
+}
+
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Trellis<Bits>, N>, const uint8_t * q) {
+    Levels<N> out;
+    if constexpr (N == 32) {
+        __m256i level[1];
+        expand_trellis<Bits, N>(q, level);
+        out.v[0] = _mm512_castsi256_si512(level[0]);
+    } else {
+        const uint8_t * signs = q + N / 8 + N / 4; // only with four bits
+        const __m512i index = nibbles512<Bits, N>(q);
+        out.v[0] = look_up_levels512<Bits, N, 0>(index, signs);
+        if constexpr (N == 128) out.v[1] = look_up_levels512<Bits, N, 1>(_mm512_srli_epi16(index, 4), signs);
+    }
+    return out;
+}
+
 template <int N> TURBOQUANT_INLINE void store_levels(int8_t * dst, const Levels<N> & level) {
     if constexpr (N == 32)
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(dst), _mm512_castsi512_si256(level.v[0]));
@@ -312,6 +390,49 @@ TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) {
     return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #endif
+
+// ---- the encoder of the trellis-coded types
+
+TURBOQUANT_INLINE words min_words(words a, words b) { return _mm512_min_epi16(a, b); }
+TURBOQUANT_INLINE words max_words(words a, words b) { return _mm512_max_epi16(a, b); }
+TURBOQUANT_INLINE words excess(words x, words t) { return _mm512_subs_epu16(x, t); }
+TURBOQUANT_INLINE words multiply_rounded(words a, words b) { return _mm512_mulhrs_epi16(a, b); }
+template <int S> TURBOQUANT_INLINE words square_shifted(words x) {
+    return _mm512_srli_epi16(_mm512_mullo_epi16(x, x), S);
+}
+TURBOQUANT_INLINE words load_words(const int8_t * p) { return _mm512_cvtepi8_epi16(load32_bytes(p)); }
+
+// In this order no words cross lanes of 128 bits.
+constexpr int fours_offset(int i) { return i / 32 * 128 + i % 8 / 2 * 32 + i % 32 / 8 * 8 + i % 2 * 4; }
+TURBOQUANT_INLINE void store_fours(const words * m, int16_t * out) {
+    const words low01 = _mm512_unpacklo_epi16(m[0], m[1]), high01 = _mm512_unpackhi_epi16(m[0], m[1]);
+    const words low23 = _mm512_unpacklo_epi16(m[2], m[3]), high23 = _mm512_unpackhi_epi16(m[2], m[3]);
+    _mm512_store_si512(out, _mm512_unpacklo_epi32(low01, low23));
+    _mm512_store_si512(out + 32, _mm512_unpackhi_epi32(low01, low23));
+    _mm512_store_si512(out + 64, _mm512_unpacklo_epi32(high01, high23));
+    _mm512_store_si512(out + 96, _mm512_unpackhi_epi32(high01, high23));
+}
+TURBOQUANT_INLINE words load_four(const int16_t * p) { return _mm512_set1_epi64(eight_bytes(p)); }
+TURBOQUANT_INLINE bytes word_index(words number) { // of its two bytes
+    return _mm512_add_epi16(_mm512_mullo_epi16(number, _mm512_set1_epi16(0x0202)), _mm512_set1_epi16(0x0100));
+}
+TURBOQUANT_INLINE words look_up_word(words four, bytes index) { return _mm512_shuffle_epi8(four, index); }
+
+using flags = __mmask32;
+constexpr int state_at(int position) { return position; }
+TURBOQUANT_INLINE flags greater(words a, words b) { return _mm512_cmpgt_epi16_mask(a, b); }
+TURBOQUANT_INLINE void store_flags(const flags * first, const flags * last, uint64_t * out) {
+    const uint32_t bits[2] = {first[0], last[0]};
+    std::memcpy(out, bits, sizeof(bits));
+}
+TURBOQUANT_INLINE void interleave_states(const words * even, const words * odd, words * cost) {
+    const words low = _mm512_unpacklo_epi16(even[0], odd[0]), high = _mm512_unpackhi_epi16(even[0], odd[0]);
+    cost[0] = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
+    cost[1] = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
+}
+TURBOQUANT_INLINE int least_lane(words x) {
+    return least_word(_mm256_min_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1)));
+}
 
 // ---- attention
 
@@ -382,6 +503,7 @@ TURBOQUANT_INLINE void interleave(const int8_t * level, int64_t stride, int8_t *
 } // namespace turboquant
 
 #include "generic/codec.h"
+#include "generic/trellis_vector.h"
 #include "generic/attention.h"
 #include "generic/scores.h"
 #ifdef TURBOQUANT_VNNI

@@ -6,6 +6,7 @@
 #define TURBOQUANT_FORMAT_H
 
 #include "families/lloyd_max.h"
+#include "families/trellis.h"
 #include "turboquant.h"
 
 #include <cmath>
@@ -55,8 +56,9 @@ template <typename Family, int N> struct Format : Family, Block<N> {
     // in block_scale: d = energy / a * rms * 2^k * scale_unit; see FORMAT.md, "Encoder"
     static constexpr double scale_unit = 1.0 / (double(rms_unit) * double(step_n) * N);
 
-    static void pack(const uint8_t * index, uint8_t * q) { Family::template pack<N>(index, q); }
-    static int index_at(const uint8_t * q, int i) { return Family::template index_at<N>(q, i); }
+    // q: the bytes after the scale
+    static void expand(const uint8_t * q, int8_t * level) { Family::template expand<N>(q, level); }
+    static float load_scale(const uint8_t * block);
 };
 
 template <tq_type> struct FormatRow;
@@ -102,9 +104,15 @@ inline float half_to_float(uint16_t h) {
 #endif
 }
 
+constexpr uint64_t each_byte = 0x0101010101010101;
+
 inline uint16_t load16(const uint8_t * p) { return uint16_t(p[0] | (p[1] << 8)); }
 inline void store16(uint8_t * p, uint16_t v) { p[0] = uint8_t(v); p[1] = uint8_t(v >> 8); }
 inline float load_scale(const uint8_t * block) { return half_to_float(load16(block)); }
+
+template <typename Family, int N> inline float Format<Family, N>::load_scale(const uint8_t * block) {
+    return half_to_float(Family::scale_half(load16(block)));
+}
 
 // Before the rotation a block is scaled by 2^-k, so that its largest magnitude is in [1, 4), or less if it is
 // subnormal. The transform and the sum of squares then cannot overflow or underflow.
@@ -155,13 +163,13 @@ constexpr int encode_group = 4; // blocks that are encoded together
 // The stored scale of a block. a = sum |z| c of the final assignment. energy / a preserves inner products:
 // <x, decoded x> = <x, x>.
 template <typename F> inline uint16_t block_scale(const EncodingBase & work, int32_t a, int64_t * saturated) {
-    const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit *
-                     double(power_of_two(work.k));
-    if (d >= 65520.0) { // rounds above fp16's largest finite value
+    const float d = float(double(work.energy) / double(a) * double(work.rms) * F::scale_unit *
+                          double(power_of_two(work.k)));
+    if (d >= 65520.0f) { // rounds above fp16's largest finite value
         ++*saturated;
         return 0x7bff;
     }
-    return float_to_half(float(d));
+    return float_to_half(d);
 }
 
 } // namespace

@@ -35,8 +35,8 @@ TURBOQUANT_INLINE words sub(words a, words b) { return vsubq_s16(a, b); }
 TURBOQUANT_INLINE words abs_words(words x) { return vabsq_s16(x); }
 TURBOQUANT_INLINE words xor_words(words a, words b) { return veorq_s16(a, b); }
 TURBOQUANT_INLINE words select_negative(words z, words flags) { return vandq_s16(vshrq_n_s16(z, 15), flags); }
-TURBOQUANT_INLINE words add_greater(words m, words x, int16_t threshold) {
-    return vsubq_s16(m, vreinterpretq_s16_u16(vcgtq_s16(x, vdupq_n_s16(threshold))));
+TURBOQUANT_INLINE words add_greater(words m, words x, words threshold) {
+    return vsubq_s16(m, vreinterpretq_s16_u16(vcgtq_s16(x, threshold)));
 }
 
 TURBOQUANT_INLINE floats flip_signs(floats x, const uint32_t * bits) {
@@ -250,6 +250,86 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
     return out;
 }
 
+// The trellis-coded types. A plane has one bit of each element: bit b of byte l belongs to element b * N/8 + l. So a
+// register of levels consists of 128/N lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is
+// copied to all lanes, and shifted down in each by the number of the lane: bit r * 128/N then belongs to register r.
+static_assert(path_taps0 == (1 << 2 | 1 << 5) && path_taps1 == (1 << 0 | 1 << 1 | 1 << 6), "the shifts below");
+
+template <int N> TURBOQUANT_INLINE uint8x16_t every_lane(const uint8_t * p) {
+    if constexpr (N == 128) return vld1q_u8(p);
+    if constexpr (N == 64) return vcombine_u8(vld1_u8(p), vld1_u8(p));
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    return vreinterpretq_u8_u32(vdupq_n_u32(four));
+}
+
+template <int N> TURBOQUANT_INLINE uint8x16_t shift_lanes(uint8x16_t x) {
+    const int64_t by2[2] = {0, -1};
+    const int32_t by4[4] = {0, -1, -2, -3};
+    if constexpr (N == 64) return vreinterpretq_u8_u64(vshlq_u64(vreinterpretq_u64_u8(x), vld1q_s64(by2)));
+    if constexpr (N == 32) return vreinterpretq_u8_u32(vshlq_u32(vreinterpretq_u32_u8(x), vld1q_s32(by4)));
+    return x;
+}
+
+// The path bits of K steps before, from the path's bytes and the bytes before each.
+template <int K> TURBOQUANT_INLINE uint8x16_t path_before(uint8x16_t path, uint8x16_t before) {
+    return vsliq_n_u8(vshrq_n_u8(before, 8 - K), path, K);
+}
+
+// The levels of register R, whose nibbles are the lower ones in `index`. With four bits, the plane with the third bits
+// of the rests, which are the signs of the levels, is the fifth bit of an index.
+template <int Bits, int N, int R> TURBOQUANT_INLINE int8x16_t look_up_levels(uint8x16_t index, uint8x16_t signs) {
+    const int8_t * table = repeated_levels<Bits>.level;
+    if constexpr (Bits < 4) return vqtbl1q_s8(vld1q_s8(table), index);
+    constexpr int place = R * 128 / N;
+    uint8x16_t sign = signs;
+    if constexpr (place < 4) sign = vshlq_n_u8(signs, 4 - place);
+    if constexpr (place > 4) sign = vshrq_n_u8(signs, place - 4);
+    const int8x16x2_t all = {{vld1q_s8(table), vld1q_s8(table + 16)}};
+    return vqtbl2q_s8(all, vbslq_u8(vdupq_n_u8(16), sign, index));
+}
+
+// Looks up the registers First and First + Step, which are in the nibbles of `index`.
+template <int Bits, int N, int First, int Step>
+TURBOQUANT_INLINE void look_up_nibbles(uint8x16_t index, uint8x16_t signs, bytes * level) {
+    level[First] = look_up_levels<Bits, N, First>(vandq_u8(index, vdupq_n_u8(15)), signs);
+    level[First + Step] = look_up_levels<Bits, N, First + Step>(vshrq_n_u8(index, 4), signs);
+}
+
+template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Trellis<Bits>, N>, const uint8_t * q) {
+    const uint8x16_t path = every_lane<N>(q), before = every_lane<N>(q - 1);
+    const uint8x16_t c0 = shift_lanes<N>(veorq_u8(path_before<2>(path, before), path_before<5>(path, before)));
+    const uint8x16_t c1 = shift_lanes<N>(
+        veorq_u8(veorq_u8(path, path_before<1>(path, before)), path_before<6>(path, before)));
+    const uint8_t * r = q + N / 8;
+    const uint8x16_t plane = Bits == 2 ? shift_lanes<N>(every_lane<N>(r)) : c0; // of the rests
+    const uint8x16_t signs = Bits == 4 ? shift_lanes<N>(every_lane<N>(r + N / 4)) : c0;
+    const uint8x16_t even = vdupq_n_u8(0x55), low = vdupq_n_u8(0x33);
+    const auto lower = [&](uint8x16_t subset, uint8x16_t rest) { return vbslq_u8(low, subset, vshlq_n_u8(rest, 2)); };
+    const auto upper = [&](uint8x16_t subset, uint8x16_t rest) { return vbslq_u8(low, vshrq_n_u8(subset, 2), rest); };
+
+    Levels<N> out;
+    const uint8x16_t subsets = vbslq_u8(even, c0, vshlq_n_u8(c1, 1)); // crumbs, of the even bits
+    uint8x16_t rests = vandq_u8(plane, even);
+    if constexpr (Bits > 2 && N == 32) rests = vcombine_u8(vld1_u8(r), vshr_n_u8(vld1_u8(r), 2));
+    if constexpr (Bits > 2 && N > 32) rests = vld1q_u8(r);
+    if constexpr (N == 32) {
+        look_up_nibbles<Bits, N, 0, 1>(lower(subsets, rests), signs, out.v);
+    } else if constexpr (N == 64) {
+        look_up_nibbles<Bits, N, 0, 2>(lower(subsets, rests), signs, out.v);
+        look_up_nibbles<Bits, N, 1, 2>(upper(subsets, rests), signs, out.v);
+    } else {
+        const uint8x16_t odd_subsets = vbslq_u8(even, vshrq_n_u8(c0, 1), c1);
+        uint8x16_t odd_rests = vandq_u8(vshrq_n_u8(plane, 1), even);
+        if constexpr (Bits > 2) odd_rests = vld1q_u8(r + 16);
+        look_up_nibbles<Bits, N, 0, 4>(lower(subsets, rests), signs, out.v);
+        look_up_nibbles<Bits, N, 1, 4>(lower(odd_subsets, odd_rests), signs, out.v);
+        look_up_nibbles<Bits, N, 2, 4>(upper(subsets, rests), signs, out.v);
+        look_up_nibbles<Bits, N, 3, 4>(upper(odd_subsets, odd_rests), signs, out.v);
+    }
+    return out;
+}
+
 template <int N> TURBOQUANT_INLINE void store_levels(int8_t * dst, const Levels<N> & level) {
     for (int r = 0; r < Levels<N>::registers; ++r) vst1q_s8(dst + 16 * r, level.v[r]);
 }
@@ -292,6 +372,57 @@ constexpr int level_offset = 0;
 TURBOQUANT_INLINE bytes offset_levels(bytes level) { return level; }
 TURBOQUANT_INLINE ints multiply_add_levels(ints sum, bytes level, bytes q) { return multiply_add_bytes(sum, level, q); }
 
+// ---- the encoder of the trellis-coded types
+
+TURBOQUANT_INLINE words min_words(words a, words b) { return vminq_s16(a, b); }
+TURBOQUANT_INLINE words max_words(words a, words b) { return vmaxq_s16(a, b); }
+TURBOQUANT_INLINE words excess(words x, words t) {
+    return vreinterpretq_s16_u16(vqsubq_u16(vreinterpretq_u16_s16(x), vreinterpretq_u16_s16(t)));
+}
+TURBOQUANT_INLINE words multiply_rounded(words a, words b) { return vqrdmulhq_s16(a, b); }
+template <int S> TURBOQUANT_INLINE words square_shifted(words x) {
+    const uint16x8_t u = vreinterpretq_u16_s16(x);
+    return vreinterpretq_s16_u16(vshrq_n_u16(vmulq_u16(u, u), S));
+}
+TURBOQUANT_INLINE words load_words(const int8_t * p) { return vmovl_s8(vld1_s8(p)); }
+
+constexpr int fours_offset(int i) { return 4 * i; }
+TURBOQUANT_INLINE void store_fours(const words * m, int16_t * out) {
+    const int16x8x4_t all = {{m[0], m[1], m[2], m[3]}};
+    vst4q_s16(out, all);
+}
+TURBOQUANT_INLINE words load_four(const int16_t * p) {
+    int64_t four;
+    std::memcpy(&four, p, 8);
+    return vreinterpretq_s16_s64(vdupq_n_s64(four));
+}
+TURBOQUANT_INLINE bytes word_index(words number) { // of its two bytes
+    return vreinterpretq_s8_s16(vaddq_s16(vmulq_n_s16(number, 0x0202), vdupq_n_s16(0x0100)));
+}
+TURBOQUANT_INLINE words look_up_word(words four, bytes index) {
+    return vreinterpretq_s16_s8(vqtbl1q_s8(vreinterpretq_s8_s16(four), vreinterpretq_u8_s8(index)));
+}
+
+using flags = uint16x8_t;
+constexpr int state_at(int position) { return position; }
+TURBOQUANT_INLINE flags greater(words a, words b) { return vcgtq_s16(a, b); }
+TURBOQUANT_INLINE void store_flags(const flags * first, const flags * last, uint64_t * out) {
+    const uint8x16_t place = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    const auto bits = [&](const flags * f) {
+        return vandq_u8(vuzp1q_u8(vreinterpretq_u8_u16(f[0]), vreinterpretq_u8_u16(f[1])), place);
+    };
+    // Three pairwise additions combine eight bytes with different bits to one byte.
+    const uint8x16_t sum = vpaddq_u8(vpaddq_u8(bits(first), bits(first + 2)), vpaddq_u8(bits(last), bits(last + 2)));
+    *out = vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(sum, sum)), 0);
+}
+TURBOQUANT_INLINE void interleave_states(const words * even, const words * odd, words * cost) {
+    for (int r = 0; r < 4; ++r) {
+        cost[2 * r] = vzip1q_s16(even[r], odd[r]);
+        cost[2 * r + 1] = vzip2q_s16(even[r], odd[r]);
+    }
+}
+TURBOQUANT_INLINE int least_lane(words x) { return vminvq_s16(x); }
+
 // ---- attention
 
 TURBOQUANT_INLINE floats load_half(const uint8_t * p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
@@ -303,6 +434,7 @@ template <int Rows> constexpr int accumulated_registers = 4;
 } // namespace turboquant
 
 #include "generic/codec.h"
+#include "generic/trellis_vector.h"
 #include "generic/attention.h"
 #include "generic/scores_plain.h" // compilers convert its loop to sdot or smlal
 

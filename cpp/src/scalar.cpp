@@ -3,6 +3,7 @@
 #include "attention_tile.h"
 #include "format.h"
 #include "generic/scores_plain.h"
+#include "generic/trellis.h"
 #include "kernels.h"
 
 namespace turboquant {
@@ -48,11 +49,6 @@ template <int N> float sum_of_squares(const float * y) {
     for (int h = 8; h > 0; h /= 2)
         for (int l = 0; l < h; ++l) lane[l] += lane[l + h];
     return lane[0];
-}
-
-// The int8 levels of a block. Decoders depend on the layout of indices only here.
-template <typename F> void expand(const uint8_t * q, int8_t * level) {
-    for (int i = 0; i < F::block; ++i) level[i] = F::centroids[F::index_at(q, i)];
 }
 
 template <int N> void rotate(const float * src, float * dst, int64_t blocks) {
@@ -163,7 +159,20 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
     const uint16_t d = block_scale<F>(work, a, &report->saturated);
     if (d == 0) return; // too small for fp16: a zero block
     store16(dst, d);
-    F::pack(index, dst + 2);
+    F::family::template pack<N>(index, dst + 2);
+}
+
+template <int Bits, int N>
+void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * work, int count, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<LloydMax<Bits>, N>;
+    search<F>(work, count);
+    for (int g = 0; g < count; ++g) assign<F>(work[g], dst + g * F::bytes, report);
+}
+
+template <int Bits, int N>
+void encode_blocks(Format<Trellis<Bits>, N>, Encoding<N> * work, int count, uint8_t * dst, tq_encode_report * report) {
+    using F = Format<Trellis<Bits>, N>;
+    for (int g = 0; g < count; ++g) encode_trellis<F>(work[g].z, work[g], dst + g * F::bytes, report);
 }
 
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
@@ -172,8 +181,7 @@ template <typename F> void encode(const float * src, uint8_t * dst, int64_t bloc
         const int count = int(blocks - first < encode_group ? blocks - first : encode_group);
         Encoding<N> work[encode_group];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g]);
-        search<F>(work, count);
-        for (int g = 0; g < count; ++g) assign<F>(work[g], dst + (first + g) * F::bytes, report);
+        encode_blocks(F(), work, count, dst + first * F::bytes, report);
     }
 }
 
@@ -181,9 +189,9 @@ template <typename F> void encode(const float * src, uint8_t * dst, int64_t bloc
 template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const float scale = load_scale(src) * F::step_n;
+        const float scale = F::load_scale(src) * F::step_n;
         int8_t level[N];
-        expand<F>(src + 2, level);
+        F::expand(src + 2, level);
         int16_t w[N];
         for (int i = 0; i < N; ++i) w[i] = int16_t(sign_bit(signs2, i) ? -level[i] : level[i]);
         hadamard<N>(w);
@@ -194,9 +202,9 @@ template <typename F> void decode(const uint8_t * src, float * dst, int64_t bloc
 template <typename F> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const float scale = load_scale(src) * F::step;
+        const float scale = F::load_scale(src) * F::step;
         int8_t level[N];
-        expand<F>(src + 2, level);
+        F::expand(src + 2, level);
         for (int i = 0; i < N; ++i) dst[i] = scale * float(level[i]);
     }
 }
@@ -207,15 +215,15 @@ template <typename F> float dot(const uint8_t * src, const void * query, int64_t
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q) {
         int8_t level[N];
-        expand<F>(src + 2, level);
+        F::expand(src + 2, level);
         int32_t product = 0;
         for (int i = 0; i < N; ++i) product += int32_t(level[i]) * q->q[i];
-        sum += load_scale(src) * F::step * q->scale * float(product);
+        sum += F::load_scale(src) * F::step * q->scale * float(product);
     }
     return sum;
 }
 
-template <typename F> void block_levels(F, const uint8_t * q, int8_t * level) { expand<F>(q, level); }
+template <typename F> void block_levels(F, const uint8_t * q, int8_t * level) { F::expand(q, level); }
 
 constexpr decltype(Kernels::softmax) softmax = softmax_tile;
 

@@ -19,6 +19,19 @@ TURBOQUANT_INLINE int32_t four_bytes(const void * p) {
     return four;
 }
 
+// The eight bytes at p.
+TURBOQUANT_INLINE int64_t eight_bytes(const void * p) {
+    int64_t eight;
+    std::memcpy(&eight, p, 8);
+    return eight;
+}
+
+// The least of 16 words that are not negative.
+TURBOQUANT_INLINE int least_word(__m256i x) {
+    const __m128i least = _mm_min_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    return _mm_extract_epi16(_mm_minpos_epu16(least), 0);
+}
+
 // Adds the upper half to the lower half until one lane is left.
 TURBOQUANT_INLINE float reduce_add8(__m256 x) {
     const __m128 l4 = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -1,4 +1,4 @@
-"""TurboQuant: Lloyd-Max indices of rotated blocks, 2 to 4 bits per value plus one fp16 scale per block.
+"""TurboQuant: rotated blocks in 2 to 4 bits per value plus one scale per block, by Lloyd-Max or trellis quantization.
 
     >>> import numpy as np, turboquant
     >>> x = np.random.default_rng(0).standard_normal((2, 256), dtype=np.float32)

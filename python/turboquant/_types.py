@@ -15,15 +15,18 @@ from . import _core
 class TypeInfo:
     """One row of the type table.
 
-    Rotated values are decoded as ``d * step * levels[index]``, where ``d`` is the block's fp16 scale.
+    Rotated values are decoded as ``d * step * levels[i]``, where ``d`` is the block's scale. In turbo4, turbo3 and
+    turbo2, i is a value's index. In turbo4_tcq, turbo3_tcq and turbo2_tcq, the trellis-coded types, i follows from a
+    value's bits and from those of other values before it.
     """
 
     name: str  #: "turbo4", "turbo4_64", ...
-    bits: int  #: bits of one index: 4, 3 or 2
+    bits: int  #: bits of one value beside the scale: 4, 3 or 2
     block: int  #: values in a block: 128, 64 or 32
-    block_bytes: int  #: bytes of an encoded block: 2 for the fp16 scale, then the indices
+    block_bytes: int  #: bytes of an encoded block: 2 with the scale, then the bits of the values
     step: float  #: value of one unit of `levels`, relative to the block's RMS
-    levels: NDArray[np.int8] = field(repr=False, compare=False)  #: the 2**bits int8 centroids, ascending, read-only
+    #: the int8 levels, ascending, read-only: 2**bits centroids, or 2 * 2**bits in a trellis-coded type
+    levels: NDArray[np.int8] = field(repr=False, compare=False)
     id: int = field(repr=False)  #: tq_type of the C ABI
     family: str = field(repr=False)  #: name of the type of the same family with the longest block
     file_id: int = field(repr=False)  #: the type's number in files: GGUF, llama.cpp's saved states
@@ -61,7 +64,7 @@ _TABLE = _read_table()
 
 
 def types() -> tuple[TypeInfo, ...]:
-    """All types, in the order of their ids: turbo4, turbo4_64, turbo4_32, turbo3, ... turbo2_32."""
+    """All types, in the order of their ids: turbo4, turbo4_64, turbo4_32, turbo3, ... turbo2_32, turbo4_tcq, ..."""
     return tuple(_TABLE.values())
 
 
@@ -129,10 +132,12 @@ def type_for_head(type: str | TypeInfo, head: int) -> TypeInfo:
 
 
 def codebook(type: str | TypeInfo) -> NDArray[np.float32]:
-    """The type's centroids, float32 (2**bits,), ascending: the Lloyd-Max levels of N(0,1), rounded to int8 multiples.
+    """The type's levels in units of the block's RMS, float32, ascending: ``float32(step) * levels`` of `TypeInfo`.
 
-    They equal ``float32(step) * levels`` of `TypeInfo`, in units of the block's RMS.
-    Source: Max, "Quantizing for minimum distortion", 1960, table I; TurboQuant (arXiv 2504.19874), section 3.1.
+    Those of turbo4, turbo3 and turbo2 are the 2**bits Lloyd-Max levels of N(0,1), rounded to multiples of the step. The
+    trellis-coded types have twice as many levels, of which a value can have every fourth, as its path bits determine.
+    Source: Max, "Quantizing for minimum distortion", 1960, table I; TurboQuant (arXiv 2504.19874), section 3.1;
+    Marcellin and Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", 1990.
     """
     info = resolve(type)
     return np.float32(info.step) * info.levels.astype(np.float32)

@@ -2,7 +2,8 @@
 
 The import registers, once per process:
 
-- the members TURBO4 = 512, TURBO4_64, TURBO4_32, TURBO3, ... TURBO2_32 = 520 of ``gguf.GGMLQuantizationType``,
+- the members TURBO4 = 512, TURBO4_64, TURBO4_32, TURBO3, ... TURBO2_32 = 520, and TURBO4_TCQ = 525, ...
+  TURBO2_TCQ_32 = 533 of ``gguf.GGMLQuantizationType``,
 - their (block, bytes) in ``gguf.GGML_QUANT_SIZES``,
 - their conversions in ``gguf.quants``, through the C++ core.
 

@@ -61,6 +61,10 @@ inline int64_t first_difference(const uint8_t * a, const uint8_t * b, size_t n) 
     return -1;
 }
 
+inline bool is_trellis(const tq_type_info & t) {
+    return t.family == TQ_TURBO4_TCQ || t.family == TQ_TURBO3_TCQ || t.family == TQ_TURBO2_TCQ;
+}
+
 struct Input {
     const char * name;
     void (*fill)(Random & r, float * x, int64_t n, int block); // n values, blocks of `block`
@@ -104,6 +108,38 @@ inline void one_hot_rotated(Random & r, float * x, int64_t n, int block) { // al
         const float amplitude = r.normal();
         for (int64_t i = 0; i < block; ++i) x[b + i] = amplitude * sign_of(1, i) * walsh(row, i);
     }
+}
+inline void alternating(Random & r, float * x, int64_t n, int block) {
+    float c = 0;
+    each(x, n, [&](int64_t i) { return i % block == 0 ? c = r.normal() : i % 2 ? -c : c; });
+}
+
+// Values whose rotation is y.
+template <typename F> void each_rotated(float * x, int64_t n, int block, F y) {
+    each(x, n, y);
+    tq_unrotate(block, x, x, n, 1);
+}
+inline void equal_rotated(Random & r, float * x, int64_t n, int block) { // equal magnitudes: ties between paths
+    each_rotated(x, n, block, [&](int64_t) { return r.below(2) ? 1.0f : -1.0f; });
+}
+inline void alternating_rotated(Random &, float * x, int64_t n, int block) {
+    each_rotated(x, n, block, [](int64_t i) { return i % 2 ? 1.0f : -1.0f; });
+}
+inline void small_integers_rotated(Random & r, float * x, int64_t n, int block) {
+    each_rotated(x, n, block, [&](int64_t) { return float(r.below(5) - 2); });
+}
+inline void spikes_rotated(Random & r, float * x, int64_t n, int block) { // around the outermost levels of all scales
+    float size = 0;
+    each_rotated(x, n, block, [&](int64_t i) {
+        if (i % block == 0) size = float(1 + 11 * r.uniform());
+        return r.below(block / 2) ? r.normal() : r.below(2) ? size : -size;
+    });
+}
+inline void outliers_rotated(Random & r, float * x, int64_t n, int block) { // heavy tails after the rotation
+    each_rotated(x, n, block, [&](int64_t) {
+        const float v = r.normal();
+        return v * v * v;
+    });
 }
 inline void small_integers(Random & r, float * x, int64_t n, int) { // every sum is exact, many ties
     each(x, n, [&](int64_t) { return float(r.below(9) - 4); });
@@ -155,7 +191,11 @@ inline const std::vector<Input> & inputs() {
     static const std::vector<Input> list = {
         {"gaussian", gaussian}, {"heavy-tailed", heavy_tailed}, {"channel outliers", channel_outliers},
         {"zeros", zeros}, {"signed zeros", signed_zeros}, {"constant", constant}, {"one-hot", one_hot},
-        {"one-hot after rotation", one_hot_rotated}, {"small integers", small_integers}, {"denormals", denormals},
+        {"one-hot after rotation", one_hot_rotated}, {"alternating", alternating},
+        {"equal magnitudes after rotation", equal_rotated}, {"alternating after rotation", alternating_rotated},
+        {"small integers after rotation", small_integers_rotated}, {"spikes after rotation", spikes_rotated},
+        {"heavy-tailed after rotation", outliers_rotated},
+        {"small integers", small_integers}, {"denormals", denormals},
         {"smallest denormal", smallest_denormal}, {"around fp16's smallest", below_half},
         {"around fp16's largest", around_half_limit}, {"saturating", saturating}, {"1e30", huge},
         {"largest float", largest_float}, {"any exponent", any_exponent}, {"any bits", any_bits},

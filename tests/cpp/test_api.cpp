@@ -17,7 +17,11 @@ void released_types() {
         {"turbo4_32", TQ_TURBO4_32, 4, 32, 18, 514}, {"turbo3", TQ_TURBO3, 3, 128, 50, 515},
         {"turbo3_64", TQ_TURBO3_64, 3, 64, 26, 516}, {"turbo3_32", TQ_TURBO3_32, 3, 32, 14, 517},
         {"turbo2", TQ_TURBO2, 2, 128, 34, 518}, {"turbo2_64", TQ_TURBO2_64, 2, 64, 18, 519},
-        {"turbo2_32", TQ_TURBO2_32, 2, 32, 10, 520}};
+        {"turbo2_32", TQ_TURBO2_32, 2, 32, 10, 520}, {"turbo4_tcq", TQ_TURBO4_TCQ, 4, 128, 66, 525},
+        {"turbo4_tcq_64", TQ_TURBO4_TCQ_64, 4, 64, 34, 526}, {"turbo4_tcq_32", TQ_TURBO4_TCQ_32, 4, 32, 18, 527},
+        {"turbo3_tcq", TQ_TURBO3_TCQ, 3, 128, 50, 528}, {"turbo3_tcq_64", TQ_TURBO3_TCQ_64, 3, 64, 26, 529},
+        {"turbo3_tcq_32", TQ_TURBO3_TCQ_32, 3, 32, 14, 530}, {"turbo2_tcq", TQ_TURBO2_TCQ, 2, 128, 34, 531},
+        {"turbo2_tcq_64", TQ_TURBO2_TCQ_64, 2, 64, 18, 532}, {"turbo2_tcq_32", TQ_TURBO2_TCQ_32, 2, 32, 10, 533}};
     int place = 0;
     for (const auto & w : want) {
         check::Case type_case(w.name);

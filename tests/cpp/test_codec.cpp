@@ -46,14 +46,36 @@ double norm(const std::vector<double> & v) {
     return std::sqrt(sum);
 }
 
-// The index of element i, bit by bit as the layout is written in FORMAT.md.
-int index_of(const tq_type_info & t, const uint8_t * q, int i) {
-    const int quarter = t.block / 4;
-    const auto low = [&] { return (q[i % quarter] >> (2 * (i / quarter))) & 3; };
+// The first two bytes without what is not the scale.
+int scale_word(const tq_type_info & t, const uint8_t * block) {
+    return (block[0] | block[1] << 8) & (is_trellis(t) ? 0x3ff : 0xffff);
+}
+// The difference of the words of two scales of which one is the double of the other.
+int scale_octave(const tq_type_info & t) { return is_trellis(t) ? 1 << 5 : 1 << 10; }
+
+double scale_of(const tq_type_info & t, const uint8_t * block) {
+    const int word = scale_word(t, block);
+    return float_of_binary16(uint16_t(is_trellis(t) ? word << 5 : word));
+}
+
+// The number of element i's level, bit by bit as the layout is written in FORMAT.md.
+int level_number(const tq_type_info & t, const uint8_t * block, int i) {
+    const int n = t.block;
+    // the bit, or the two bits, of element i in a field that begins at byte `first`
+    const auto bit = [&](int first) { return (block[first + i % (n / 8)] >> (i / (n / 8))) & 1; };
+    const auto crumb = [&](int first) { return (block[first + i % (n / 4)] >> (2 * (i / (n / 4)))) & 3; };
+    const auto subset = [&] {
+        const int step = i % (n / 8) * 8 + i / (n / 8);
+        const auto u = [&](int back) { return (block[(16 + step - back) / 8] >> ((16 + step - back) % 8)) & 1; };
+        return (u(2) ^ u(5)) + 2 * (u(0) ^ u(1) ^ u(6));
+    };
     switch (t.family) {
-        case TQ_TURBO4: return i < t.block / 2 ? q[i] & 15 : q[i - t.block / 2] >> 4;
-        case TQ_TURBO3: return low() + 4 * ((q[quarter + i / 8] >> (i % 8)) & 1);
-        case TQ_TURBO2: return low();
+        case TQ_TURBO4: return i < n / 2 ? block[2 + i] & 15 : block[2 + i - n / 2] >> 4;
+        case TQ_TURBO3: return crumb(2) + 4 * ((block[2 + n / 4 + i / 8] >> (i % 8)) & 1);
+        case TQ_TURBO2: return crumb(2);
+        case TQ_TURBO4_TCQ: return subset() + 4 * crumb(2 + n / 8) + 16 * bit(2 + n / 8 + n / 4);
+        case TQ_TURBO3_TCQ: return subset() + 4 * crumb(2 + n / 8);
+        case TQ_TURBO2_TCQ: return subset() + 4 * bit(2 + n / 8);
         default:
             std::fprintf(stderr, "test_codec: the layout of %s is to be written here\n", t.name);
             std::exit(EXIT_FAILURE);
@@ -62,8 +84,8 @@ int index_of(const tq_type_info & t, const uint8_t * q, int i) {
 
 std::vector<double> rotated_values(const tq_type_info & t, const uint8_t * block) {
     std::vector<double> y(static_cast<size_t>(t.block));
-    const double d = float_of_binary16(block[0] | block[1] << 8);
-    for (int i = 0; i < t.block; ++i) y[size_t(i)] = d * double(t.step) * t.codebook[index_of(t, block + 2, i)];
+    const double d = scale_of(t, block);
+    for (int i = 0; i < t.block; ++i) y[size_t(i)] = d * double(t.step) * t.codebook[level_number(t, block, i)];
     return y;
 }
 
@@ -93,7 +115,8 @@ void decoding_is_the_formula() {
         float x[128], y[128];
         for (int repeat = 0; repeat < 100; ++repeat) {
             for (int i = 0; i < info.block_bytes; ++i) block[i] = uint8_t(r.bits());
-            if ((block[1] & 0x7c) == 0x7c) block[1] &= 0xbf; // finite
+            const int exponent = 31 * scale_octave(info);
+            if ((scale_word(info, block) & exponent) == exponent) block[1] &= is_trellis(info) ? 0xfd : 0xbf; // finite
             const std::vector<double> want_y = rotated_values(info, block);
             const std::vector<double> want_x = unrotated(want_y.data(), info.block);
             tq_decode_row(tq_type(t), block, x, info.block);
@@ -169,10 +192,10 @@ void query_keeps_magnitude() {
     }
 }
 
-// Mean squared error on N(0,1): the encoder may search the scale, so it may do better than the plain Lloyd-Max
-// quantizer, but never noticeably worse.
-void error_is_lloyd_max() {
-    const double theory[] = {0, 0, 0.1175, 0.0345, 0.0095};
+// Mean squared error on N(0,1). The encoders search the scale, so those of the Lloyd-Max types may do better than the
+// plain quantizer, but never noticeably worse. Those of the trellis types must keep most of what a trellis gains.
+void error_is_that_of_theory() {
+    const double lloyd_max[] = {0, 0, 0.1175, 0.0345, 0.0095}, trellis[] = {0, 0, 0.0835, 0.0240, 0.0066};
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type_info & info = *tq_type_get(tq_type(t));
         check::Case type_case(info.name);
@@ -188,16 +211,22 @@ void error_is_lloyd_max() {
             error += (double(x[i]) - y[i]) * (double(x[i]) - y[i]);
             energy += double(x[i]) * x[i];
         }
-        std::printf("%-10s relative MSE %.5f, Lloyd-Max %.4f\n", info.name, error / energy, theory[info.bits]);
-        CHECK(error / energy <= theory[info.bits] * 1.15); // an inner-product-preserving scale costs up to 1 / (1 - D)
-        CHECK(error / energy >= theory[info.bits] * 0.5);  // less would mean that the test measures nothing
+        // An inner-product-preserving scale costs up to 1 / (1 - D).
+        const double most = is_trellis(info) ? trellis[info.bits] : lloyd_max[info.bits] * 1.15;
+        const double shannon = std::exp2(-2.0 * 8 * info.block_bytes / info.block); // for all stored bits
+        std::printf("%-14s relative MSE %.5f, at most %.4f, Shannon's limit %.5f\n", info.name, error / energy, most,
+                    shannon);
+        CHECK(error / energy <= most);
+        CHECK(error / energy >= shannon); // less would mean that the test measures nothing
     }
 }
 
-// Points of the format: what was decoded encodes to the same indices, and to the same scale within one fp16 step.
+// Points of a Lloyd-Max type: what was decoded encodes to the same indices, and to the same scale within one fp16 step.
+// (The encoder of the trellis types chooses the path under a scale of its own, so that other paths are better there.)
 void grid_points_come_back() {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type_info & info = *tq_type_get(tq_type(t));
+        if (is_trellis(info)) continue;
         check::Case type_case(info.name);
         Random r(uint64_t(80 + t));
         uint8_t first[66], second[66];
@@ -214,7 +243,8 @@ void grid_points_come_back() {
     }
 }
 
-// Scaling the input by a power of two scales d and leaves the indices; negating the input mirrors the indices.
+// Scaling the input by a power of two scales d and leaves the indices. In the Lloyd-Max types negating the input
+// mirrors the indices. (The mirror image of a trellis's path is not a path.)
 void encoder_symmetries() {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type_info & info = *tq_type_get(tq_type(t));
@@ -228,7 +258,8 @@ void encoder_symmetries() {
             for (int i = 0; i < info.block; ++i) scaled[i] = x[i] * 8;
             tq_encode_row(tq_type(t), scaled, b, info.block);
             CHECK(std::memcmp(a + 2, b + 2, size_t(info.block_bytes) - 2) == 0);
-            CHECK_EQ(b[0] | b[1] << 8, (a[0] | a[1] << 8) + (3 << 10));
+            CHECK_EQ(b[0] | b[1] << 8, (a[0] | a[1] << 8) + 3 * scale_octave(info));
+            if (is_trellis(info)) continue;
             for (int i = 0; i < info.block; ++i) scaled[i] = -x[i];
             tq_encode_row(tq_type(t), scaled, b, info.block);
             CHECK(a[0] == b[0] && a[1] == b[1]);
@@ -252,25 +283,26 @@ void scale_saturates() {
         uint8_t block[66];
         for (int i = 0; i < info.block; ++i) x[i] = r.normal();
         tq_encode_row(tq_type(t), x, block, info.block);
-        const double d = float_of_binary16(block[0] | block[1] << 8);
-        int before = 0;
+        const double d = scale_of(info, block), largest = is_trellis(info) ? 64512 : 65504;
+        const double precision = 2.0 / scale_octave(info); // half for d, half for the scale that is stored
+        double before = 0;
         int64_t saturated = 0;
-        for (int want = 65300; want < 65700; ++want) { // the scale aimed at; d is known to one part in 2048
+        for (int want = 60000; want < 68000; want += 10) { // the scale aimed at
             check::Case scale_case("scale ", want);
             for (int i = 0; i < info.block; ++i) scaled[i] = float(x[i] * (want / d));
             tq_encode_report report;
             CHECK_EQ(tq_encode(tq_type(t), scaled, 0, block, 0, 1, info.block, 1, &report), TQ_OK);
-            const int stored = block[0] | block[1] << 8;
-            CHECK(stored <= 0x7bff);
+            const double stored = scale_of(info, block);
+            CHECK(stored <= largest);
             CHECK(stored >= before);
             CHECK(report.saturated >= saturated);
             CHECK_EQ(report.nonfinite, 0);
-            if (report.saturated) CHECK_EQ(stored, 0x7bff);
-            CHECK(std::fabs(float_of_binary16(stored) - want) <= want / 1000.0 || report.saturated);
+            if (report.saturated) CHECK_EQ(stored, largest);
+            CHECK(std::fabs(stored - want) <= want * precision || report.saturated);
             before = stored;
             saturated = report.saturated;
         }
-        CHECK_EQ(before, 0x7bff);
+        CHECK_EQ(before, largest);
         CHECK_EQ(saturated, 1);
     }
 }
@@ -332,7 +364,7 @@ int main() {
     decoding_is_the_formula();
     dot_is_the_formula();
     query_keeps_magnitude();
-    error_is_lloyd_max();
+    error_is_that_of_theory();
     grid_points_come_back();
     encoder_symmetries();
     scale_saturates();

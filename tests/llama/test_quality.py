@@ -23,6 +23,18 @@ KLD = {
     ("q8_0", "turbo2"): 0.0588,
     ("f16", "turbo2"): 0.0572,
     ("q4_0", "turbo4"): 0.0153,
+    ("turbo4_tcq", "turbo4_tcq"): 0.0096,
+    ("turbo4_tcq_64", "turbo4_tcq_64"): 0.0089,
+    ("turbo4_tcq_32", "turbo4_tcq_32"): 0.0092,
+    ("turbo3_tcq", "turbo3_tcq"): 0.039,
+    ("turbo3_tcq_64", "turbo3_tcq_64"): 0.032,
+    ("turbo3_tcq_32", "turbo3_tcq_32"): 0.037,
+    ("turbo2_tcq", "turbo2_tcq"): 0.173,
+    ("turbo2_tcq_64", "turbo2_tcq_64"): 0.141,
+    ("turbo2_tcq_32", "turbo2_tcq_32"): 0.141,
+    ("turbo4_tcq", "turbo3_tcq"): 0.0162,
+    ("q8_0", "turbo2_tcq"): 0.038,
+    ("turbo3_tcq", "f16"): 0.0286,
 }
 #: Greatest difference between the likelihoods of the greedy texts of an f16 cache and another cache under the f16
 #: cache, in nats per token. Measured: up to 0.35; texts differ between CPUs. Text of a broken cache is several nats
@@ -80,7 +92,7 @@ def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
 SECRET = "48213"
 
 
-FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2")]
+FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2"), ("turbo3_tcq", "turbo3_tcq")]
 
 
 @pytest.mark.parametrize("pair", FINDERS, ids="/".join)
@@ -98,7 +110,10 @@ def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str
     assert SECRET in result.out
 
 
-@pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3")], ids="/".join)
+WRITERS = [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo3_tcq", "turbo2_tcq")]
+
+
+@pytest.mark.parametrize("pair", WRITERS, ids="/".join)
 def test_greedy_text(prose, pair: tuple[str, str]) -> None:
     """Greedy text is repeatable, and with an f16 cache it is as likely as the greedy text of that cache."""
     probe, chunks, _ = prose

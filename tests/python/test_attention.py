@@ -42,7 +42,8 @@ def near(n_kv):
 
 
 PAIRS = [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("turbo2", "turbo4_64"), ("turbo4_32", "turbo3"),
-         ("turbo3_64", "turbo3_32"), ("turbo2_32", "turbo2_64")]
+         ("turbo3_64", "turbo3_32"), ("turbo2_32", "turbo2_64"), ("turbo3_tcq", "turbo2_tcq_64"),
+         ("turbo4_tcq_64", "turbo4_tcq_32"), ("turbo2_tcq_32", "turbo4")]
 
 
 @pytest.mark.parametrize("type_k, type_v", PAIRS)

@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import turboquant
-from turboquant import _arrays
+from turboquant import _arrays, reference
 
 BLOCKS = {info.name: info.block for info in turboquant.types()}
 ROWS = [1, 2, 3, 127, 128, 129]
@@ -59,7 +59,10 @@ def test_released_types_are_those_of_the_format():
         "turbo3": (3, 128, 50, 3.125, 8), "turbo3_64": (3, 64, 26, 3.25, 8), "turbo3_32": (3, 32, 14, 3.5, 8),
         "turbo2": (2, 128, 34, 2.125, 4), "turbo2_64": (2, 64, 18, 2.25, 4), "turbo2_32": (2, 32, 10, 2.5, 4),
     }
-    assert table.items() >= released.items() and list(table)[:9] == list(released)
+    # The trellis types have the same sizes, and twice as many levels.
+    released |= {name.replace(f"turbo{bits}", f"turbo{bits}_tcq"): (bits, *row, 2 * levels)
+                 for name, (bits, *row, levels) in released.items()}
+    assert table.items() >= released.items() and list(table)[:18] == list(released)
     assert [t.id for t in turboquant.types()] == list(range(len(table)))
 
 
@@ -367,9 +370,27 @@ def test_scale_above_fp16_saturates(type_name, kernels):
     x[1] *= 1e30
     with pytest.warns(RuntimeWarning, match="the scale of 1 of 2 blocks is above fp16's largest value"):
         q = turboquant.quantize(x, type_name)
-    assert q[1, :2].copy().view("<f2")[0] == 65504
-    np.testing.assert_array_equal(q[1, 2:], turboquant.quantize(x[1:] / np.float32(1e30) * 4, type_name)[0, 2:])
+    family = reference.FORMATS[type_name].family
+    scale, level = family.split(q)
+    assert scale[1] == (64512 if isinstance(family, reference.Trellis) else 65504)
+    ordinary = turboquant.quantize(x[1:] / np.float32(1e30) * 4, type_name)
+    np.testing.assert_array_equal(level[1:], family.split(ordinary)[1])
     assert np.isfinite(turboquant.dequantize(q, type_name)).all()
+
+
+def test_scales_next_to_the_limit_are_finite(type_name):
+    """The greatest blocks that are not counted as saturated: their scale must not be rounded to infinity."""
+    block, most = BLOCKS[type_name], np.finfo(np.float16).max
+    for x in np.random.default_rng(18).standard_normal((40, block)).astype(np.float32):
+        low, high = np.float32(1e3), np.float32(1e6)  # factors, the second saturates
+        while (middle := np.float32((float(low) + float(high)) / 2)) not in (low, high):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                turboquant.quantize(x * middle, type_name)
+            low, high = (low, middle) if caught else (middle, high)
+        q = turboquant.quantize(x * low, type_name)
+        scale, _ = reference.FORMATS[type_name].family.split(q)
+        assert 0.97 * float(most) < scale <= most
 
 
 def test_blocks_below_fp16_are_zero(type_name, kernels):
@@ -393,7 +414,7 @@ X, Q = np.zeros((2, 128), dtype=np.float32), np.zeros((2, 66), dtype=np.uint8)
 REFUSED = [
     (lambda: turboquant.quantize(X, "turbo5"), ValueError, r"type: got 'turbo5', wanted one of turbo4, .*; did you"),
     (lambda: turboquant.quantize(X, "TURBO4_64"), ValueError, r"did you mean 'turbo4_64'\?"),
-    (lambda: turboquant.quantize(X, "q8"), ValueError, r"type: got 'q8', wanted one of turbo4, .*turbo2_32$"),
+    (lambda: turboquant.quantize(X, "q8"), ValueError, r"type: got 'q8', wanted one of turbo4, .*turbo2_tcq_32$"),
     (lambda: turboquant.quantize(X, 4), TypeError, r"type: got 4 \(int\), wanted a type's name"),
     (lambda: turboquant.quantize(X.astype(float), "turbo4"), TypeError, r"x: got an array of float64, wanted float32"),
     (lambda: turboquant.quantize(X.astype(int), "turbo4"), TypeError, r"x: got an array of int64"),
@@ -438,7 +459,7 @@ def test_core_checks_what_memory_safety_needs():
     with pytest.raises(ValueError, match="_core"):
         _core.decode(0, small, np.zeros((2, 128), dtype=np.float32), False, 1)
     with pytest.raises(ValueError, match="no such TurboQuant type"):
-        _core.encode(9, X, good, 1)
+        _core.encode(len(turboquant.types()), X, good, 1)
     with pytest.raises(TypeError):
         _core.encode(0, X.astype(np.float64), good, 1)
     with pytest.raises(ValueError, match="_core"):

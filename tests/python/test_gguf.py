@@ -31,7 +31,9 @@ def test_members(type_name):
 
 def test_ids_are_frozen():
     frozen = {"turbo4": 512, "turbo4_64": 513, "turbo4_32": 514, "turbo3": 515, "turbo3_64": 516, "turbo3_32": 517,
-              "turbo2": 518, "turbo2_64": 519, "turbo2_32": 520}
+              "turbo2": 518, "turbo2_64": 519, "turbo2_32": 520, "turbo4_tcq": 525, "turbo4_tcq_64": 526,
+              "turbo4_tcq_32": 527, "turbo3_tcq": 528, "turbo3_tcq_64": 529, "turbo3_tcq_32": 530, "turbo2_tcq": 531,
+              "turbo2_tcq_64": 532, "turbo2_tcq_32": 533}
     assert IDS.items() >= frozen.items() and len(set(IDS.values())) == len(IDS)
 
 

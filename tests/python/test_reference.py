@@ -1,6 +1,8 @@
 """The NumPy reference compared with theory, and the scalar kernels of the core compared with the reference."""
 import doctest
 import hashlib
+import importlib.util
+import itertools
 import math
 import re
 import subprocess
@@ -18,6 +20,13 @@ ROWS = [1, 2, 3, 127, 128, 129]
 
 #: Mean squared error of the optimal quantizer of N(0,1): Max 1960, table I.
 THEORY = {2: 0.1175, 3: 0.03454, 4: 0.009497}
+
+#: Mean squared error on N(0,1) that the trellis types must not exceed in blocks of 128. Their encoder reaches 0.0823,
+#: 0.0202 and 0.00498.
+TRELLIS_ERROR = {2: 0.0835, 3: 0.0240, 4: 0.0066}
+
+LLOYD_MAX = [name for name, form in reference.FORMATS.items() if isinstance(form.family, reference.LloydMax)]
+TRELLIS = [name for name, form in reference.FORMATS.items() if isinstance(form.family, reference.Trellis)]
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +111,10 @@ def test_pack_is_the_documented_layout(bits, n):
         assert value == index[i]
 
 
+def test_every_type_has_a_family():
+    assert [*LLOYD_MAX, *TRELLIS] == list(reference.FORMATS)
+
+
 @pytest.mark.parametrize("type_name", [f"turbo{bits}" for bits in (4, 3, 2)])
 def test_gaussian_distortion_is_that_of_the_codebook(type_name):
     """1 - cos^2 of the angle between block and reconstruction is the distortion that no choice of scale changes.
@@ -115,6 +128,138 @@ def test_gaussian_distortion_is_that_of_the_codebook(type_name):
         distortion = (1 - cosine**2).mean()
         theory = THEORY[reference.FORMATS[type_name].bits]
         assert 0.8 * theory < distortion < theory
+
+
+# ---- the oracle of the trellis types against the definition ----------------------------------------------------------
+
+def fields_of(type_name, block):
+    """Scale, path bits u(-6) ... u(n-1) by step, and rests by element, of one block: bit by bit as in FORMAT.md."""
+    bits, n = reference.FORMATS[type_name].bits, reference.FORMATS[type_name].block
+    number = int.from_bytes(bytes(block), "little")
+    u = {t: number >> (16 + t) & 1 for t in range(-6, n)}
+    scale = float(np.array((number & 0x3FF) << 5, "<u2").view("<f2"))
+    rest_bits = 16 + n  # the first bit of the rests
+    rests = []
+    for i in range(n):
+        low = number >> (rest_bits + 8 * (i % (n // 4)) + 2 * (i // (n // 4))) & 3 if bits >= 3 else 0
+        high_bits = rest_bits + (2 * n if bits >= 3 else 0)
+        high = number >> (high_bits + 8 * (i % (n // 8)) + i // (n // 8)) & 1 if bits != 3 else 0
+        rests.append(low | high << 2 if bits == 4 else low | high)
+    return scale, u, rests
+
+
+def levels_of(type_name, block):
+    """The levels of one block from the definition."""
+    n, book = reference.FORMATS[type_name].block, reference.FORMATS[type_name].family.levels
+    _, u, rests = fields_of(type_name, block)
+    level = [0] * n
+    for t in range(n):
+        i = t % 8 * (n // 8) + t // 8
+        c0, c1 = u[t - 2] ^ u[t - 5], u[t] ^ u[t - 1] ^ u[t - 6]
+        level[i] = int(book[4 * rests[i] + 2 * c1 + c0])
+    return level
+
+
+@pytest.mark.parametrize("type_name", TRELLIS)
+def test_trellis_split_is_the_documented_layout(type_name):
+    form = reference.FORMATS[type_name]
+    q = np.random.default_rng(1).integers(0, 256, (20, form.block_bytes), dtype=np.uint8)
+    scale, level = form.family.split(q)
+    for block, d, levels in zip(q, scale, level):
+        assert levels.tolist() == levels_of(type_name, block)
+        np.testing.assert_array_equal(np.float64(d), fields_of(type_name, block)[0])
+
+
+def test_subsets_are_in_ungerboecks_form():
+    """The two branches that leave a state, and the two that enter one, have subsets that differ in c1 alone, as far
+    apart as possible; and a path bit changes exactly the steps in which it has a tap."""
+    rng = np.random.default_rng(2)
+    path = rng.integers(0, 2, (100, 6 + 20))
+    for step, after in ((10, 0), (4, 6)):  # the newest bit of step 10's subset, the oldest
+        flipped = path.copy()
+        flipped[:, 6 + step] ^= 1
+        assert (reference.subsets(path) ^ reference.subsets(flipped))[:, step + after].tolist() == [2] * 100
+    changed = (reference.subsets(path) ^ reference.subsets(flipped)).tolist()
+    assert changed == [[0] * 4 + [2, 2, 1, 0, 0, 1, 2] + [0] * 9] * 100
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_path_is_the_best_of_all_paths(seed):
+    """Compared with all 2^(6 + n) paths of n = 6 steps. Small metrics have many ties."""
+    n = 6
+    metric = np.random.default_rng(seed).integers(0, 255 if seed else 3, (4, n, 4))
+    every = np.array(list(itertools.product((0, 1), repeat=6 + n)))
+    costs = metric[:, np.arange(n), reference.subsets(every)].sum(-1)  # (4, paths)
+    found = reference.best_path(metric)
+    cost = np.take_along_axis(metric, reference.subsets(found)[..., None], axis=-1)[..., 0].sum(-1)
+    np.testing.assert_array_equal(cost, costs.min(-1))
+    # Of equal paths the final state is the smallest, and then each bit, backwards, is 0 where it can be.
+    newest_first = every[:, ::-1]
+    for one, row in zip(found, costs):
+        ties = newest_first[row == row.min()].tolist()
+        final = min(ties, key=lambda bits: sum(bit << j for j, bit in enumerate(bits[:6])))[:6]
+        assert one[::-1].tolist() == min(bits for bits in ties if bits[:6] == final)
+
+
+@pytest.mark.parametrize("type_name", TRELLIS)
+def test_trellis_error_and_inner_products(type_name):
+    form = reference.FORMATS[type_name]
+    x = np.random.default_rng(4).standard_normal((2048, 128)).astype(np.float32)
+    for encode in (turboquant.quantize, reference.quantize):
+        q = encode(x, type_name)
+        assert squared_errors(x, q, type_name).sum() / energies(x, type_name).sum() <= TRELLIS_ERROR[form.bits]
+        back = reference.dequantize(q, type_name).astype(np.float64)
+        gain = (x * back).reshape(-1, form.block).sum(-1) / energies(x, type_name)
+        # The scale has five bits of mantissa: half a step is between 1/64 and 1/128.
+        assert np.abs(gain - 1).max() < 1 / 64 + 1e-3 and abs(gain.mean() - 1) < 2e-3
+        # and the same for inner products with other vectors
+        other = np.random.default_rng(5).standard_normal(x.shape)
+        products, wanted = (other * back).sum(-1), (other * x).sum(-1)
+        assert (products * wanted).sum() / np.square(wanted).sum() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("type_name", TRELLIS)
+def test_trellis_scale(type_name):
+    """Rounded to ten bits with halves upwards; limited to 64512; a zero scale is a block of zeros."""
+    form = reference.FORMATS[type_name]
+    empty = np.random.default_rng(6).integers(0, 256, form.block_bytes, dtype=np.uint8)
+    empty[0], empty[1] = 0, empty[1] & 0xFC
+    step = 2.0**-19  # of the subnormal scales
+    for d, stored in ((1, 1), (1 + 1 / 32, 1 + 1 / 32), (1 + 1 / 64, 1 + 1 / 32), (1 + 1 / 68, 1), (step / 2, step),
+                      (0.4 * step, 0), (0, 0), (64512, 64512), (65520, 64512), (1e30, 64512)):
+        block = form.family.with_scale(empty, np.float64(d))
+        assert form.family.split(block)[0] == stored
+        if stored:
+            assert (block[2:] == empty[2:]).all() and block[1] >> 2 == empty[1] >> 2
+        else:
+            assert not block.any()
+
+
+def test_trellis_constants_are_those_of_the_core():
+    """The oracle repeats them; the core has them in two headers."""
+    family = (ROOT / "cpp" / "src" / "families" / "trellis.h").read_text(encoding="utf-8")
+    encoder = (ROOT / "cpp" / "src" / "generic" / "trellis.h").read_text(encoding="utf-8")
+
+    def constant(name, text, form=r"([^;]+?)"):
+        return re.search(rf"\b{name}(?:\[\w+\])? = {form};", text).group(1)
+
+    for bits in (2, 3, 4):
+        book = re.search(rf"struct TrellisBook<{bits}> {{(.*?)\n}};", family, re.S).group(1)
+        positive = constant("positive", book, r"{(.*?)}")
+        assert tuple(int(level) for level in positive.split(",")) == reference.TRELLIS_LEVELS[bits]
+        assert float(constant("step", book).rstrip("f")) == reference.TRELLIS_STEP[bits]
+        assert float(constant("granular", book)) == reference.GRANULAR[bits]
+    scales = re.search(r"trellis_scale\[\w+\] = {(.*?)};", encoder, re.S).group(1).split("\n", 1)[1]
+    assert tuple(float(scale) for scale in scales.split(",")) == reference.SCALES
+    tapped = [int(reference.subsets(np.eye(7, dtype=int)[6 - ago])[0]) for ago in range(7)]
+    for place, mask in enumerate(re.search(r"path_taps0 = (\d+), path_taps1 = (\d+);", family).groups()):
+        assert int(mask, 8) == sum((subset >> place & 1) << ago for ago, subset in enumerate(tapped))
+    assert int(constant("path_memory", family)) == reference.MEMORY
+    assert int(constant("scale_bits", family)) == reference.SCALE_BITS
+    assert int(constant("most_distance", encoder)) == reference.MOST_DISTANCE
+    assert int(constant("metric_shift", encoder)) == reference.METRIC_SHIFT
+    assert int(constant("grid_margin", encoder)) == reference.GRID_MARGIN
+    assert int(constant("greatest_scale_code", encoder), 16) == reference.LARGEST_SCALE_CODE
 
 
 # ---- the core against the oracle -------------------------------------------------------------------------------------
@@ -141,8 +286,8 @@ def test_tables_match(type_name):
     info = next(t for t in turboquant.types() if t.name == type_name)
     form = reference.FORMATS[type_name]
     assert (info.bits, info.block, info.block_bytes) == (form.bits, form.block, form.block_bytes)
-    np.testing.assert_array_equal(info.levels, reference.levels(form.bits))
-    assert np.float32(info.step) == np.float32(reference.step(form.bits))
+    np.testing.assert_array_equal(info.levels, form.family.levels)
+    assert np.float32(info.step) == np.float32(form.family.step)
     np.testing.assert_array_equal(turboquant.codebook(type_name), reference.codebook(type_name))
     assert list(reference.FORMATS) == [t.name for t in turboquant.types()]
 
@@ -173,8 +318,13 @@ def test_decode_is_the_formula(type_name):
     """x = R^T (d * step * level) in float64; the format's two float32 roundings leave 2^-24 each."""
     form = reference.FORMATS[type_name]
     q = reference.quantize(np.random.default_rng(3).standard_normal((64, form.block)), type_name)
-    scale = q[:, :2].copy().view("<f2").astype(np.float64)
-    y = scale * reference.step(form.bits) * reference.levels(form.bits)[reference.unpack(q[:, 2:], form.bits)]
+    if type_name in TRELLIS:
+        scale = np.array([[fields_of(type_name, block)[0]] for block in q])
+        level = np.array([levels_of(type_name, block) for block in q])
+    else:
+        scale = q[:, :2].copy().view("<f2").astype(np.float64)
+        level = reference.levels(form.bits)[reference.unpack(q[:, 2:], form.bits)]
+    y = scale * form.family.step * level
     np.testing.assert_allclose(reference.dequantize(q, type_name), reference.unrotate(y, form.block), rtol=3 * 2**-24,
                                atol=1e-12)
     np.testing.assert_allclose(reference.dequantize(q, type_name, rotated=True), y, rtol=3 * 2**-24)
@@ -208,12 +358,54 @@ def grid_rows(type_name, seed):
     return np.concatenate([scale[:, None].view(np.uint8), reference.pack(index, form.bits)], axis=1)
 
 
+@pytest.mark.parametrize("type_name", LLOYD_MAX)
 def test_grid_points_survive(type_name):
-    """Reconstructions encode to the bytes they came from, in the core and in the oracle."""
+    """Reconstructions encode to the bytes they came from, in the core and in the oracle.
+
+    In a trellis type they get another path: the encoder searches it on a grid that is not that of the stored scale.
+    """
     q = grid_rows(type_name, 4)
     x = turboquant.dequantize(q, type_name)
     np.testing.assert_array_equal(reference.quantize(x, type_name), q)
     np.testing.assert_array_equal(turboquant.quantize(x, type_name), q)
+
+
+def exact_oracle():
+    """The encoder of tools/make_vectors.py, which has the transform of the core in float32."""
+    spec = importlib.util.spec_from_file_location("make_vectors", ROOT / "tools" / "make_vectors.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.encode
+
+
+def hard_blocks(rng, count, n):
+    """Name -> blocks (count, n) in which many values are equal, near boundaries, far out or on the edges of fp16."""
+    normal = rng.standard_normal((count, n))
+    sign, one_hot = rng.choice([-1, 1], (count, 1)), np.eye(n)[rng.integers(0, n, count)]
+    some = rng.random((count, 1)) < 0.5
+    return {
+        "normal": normal,
+        "spike": one_hot * sign * np.exp(rng.uniform(-10, 10, (count, 1))),
+        "spike after the rotation": reference.unrotate(one_hot * sign, n) + 1e-3 * normal * some,
+        "constant": np.repeat(normal[:, :1], n, axis=1),
+        "alternating": np.where(np.arange(n) % 2, 1, -1) * normal[:, :1],
+        "equal magnitudes after the rotation": reference.unrotate(np.sign(normal), n),
+        "integers": rng.integers(-3, 4, (count, n)),
+        "Cauchy": rng.standard_cauchy((count, n)),
+        "heavy tails after the rotation": reference.unrotate(rng.standard_t(1.5, (count, n)), n),
+        "every magnitude": normal * 2.0 ** rng.uniform(-149, 126, (count, 1)),
+        "the smallest scales": normal * 2.0 ** rng.uniform(-26, -10, (count, 1)),
+        "the largest scales": normal * 2.0 ** rng.uniform(15.5, 16.5, (count, 1)),
+    }
+
+
+def test_encode_gives_the_bytes_of_the_exact_oracle(type_name):
+    encode = exact_oracle()
+    for name, values in hard_blocks(np.random.default_rng(10), 40, reference.FORMATS[type_name].block).items():
+        x = values.astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # some saturate
+            np.testing.assert_array_equal(turboquant.quantize(x, type_name), encode(type_name, x), err_msg=name)
 
 
 SPECIAL = {
@@ -329,11 +521,9 @@ def test_format_document_lists_the_types():
     assert listed == [(t.name, t.block, t.bits, t.block_bytes, t.bits_per_value) for t in turboquant.types()]
 
 
-@pytest.mark.parametrize("type_name", ["turbo4_32", "turbo3_32", "turbo2_32"])
-def test_format_document_decodes_its_blocks_rightly(type_name):
-    """The worked examples of FORMAT.md: bytes, indices, centroids, W and the two decoded values."""
-    form = reference.FORMATS[type_name]
-    text = re.search(rf"^### {type_name}\n(.*?)^#", FORMAT, re.M | re.S).group(1)
+def worked_example(type_name):
+    """The text of a worked example, its bytes, the decoded block, and a function that reads the numbers of a line."""
+    text = re.search(rf"^####? {type_name}\n(.*?)^#", FORMAT, re.M | re.S).group(1)
     q = np.frombuffer(hex_after("bytes", text), dtype=np.uint8)
     x = ((7 * np.arange(32) % 32) - 15.5) / 4
     np.testing.assert_array_equal(q, reference.quantize(x, type_name))
@@ -343,17 +533,50 @@ def test_format_document_decodes_its_blocks_rightly(type_name):
         line = re.search(rf"^    {label} +([-0-9 |]+)$", text, re.M).group(1)
         return [int(number) for number in line.replace("|", "").split()]
 
+    return text.replace("\u2212", "-"), q, numbers
+
+
+def check_decoded_values(type_name, text, q, level):
+    """W, s and the two decoded values."""
+    form = reference.FORMATS[type_name]
+    integers = reference.hadamard(32) @ (reference.signs(2, 32) * level)
+    decoded = reference.dequantize(q, type_name)
+    scale, step, product = re.search(r"s = ([\d.]+) \u00b7\s(0x[\da-f.p-]+) =\s([\d.]+\d)", text).groups()
+    assert float(scale) == form.family.split(q)[0]
+    assert float.fromhex(step) == np.float32(form.family.step / math.sqrt(32))
+    assert float(product) == pytest.approx(float(scale) * float.fromhex(step), rel=2e-6)
+    for i in (0, 1):
+        stated_integer = re.findall(rf"W_{i}[^.:]*?(?:: | = )(-?\d+)", text)
+        assert [int(n) for n in stated_integer] == [int(integers[i])]
+        stated = re.search(rf"x_{i} = -?\d+ s = (-?[\d.]*\d)", text).group(1)
+        assert float(stated) == pytest.approx(decoded[i], rel=2e-6)
+
+
+@pytest.mark.parametrize("type_name", ["turbo4_32", "turbo3_32", "turbo2_32"])
+def test_format_document_decodes_its_blocks_rightly(type_name):
+    """The worked examples of FORMAT.md: bytes, indices, centroids, W and the two decoded values."""
+    form = reference.FORMATS[type_name]
+    text, q, numbers = worked_example(type_name)
     index = reference.unpack(q[2:], form.bits)
     assert numbers("index") == index.tolist()
     assert numbers("k") == reference.levels(form.bits)[index].tolist()
-    written = text.replace("\u2212", "-")
-    integers = reference.hadamard(32) @ (reference.signs(2, 32) * reference.levels(form.bits)[index])
-    decoded = reference.dequantize(q, type_name)
-    for i in (0, 1):
-        stated_integer = re.findall(rf"W_{i}[^.:]*?(?:: | = )(-?\d+)", written)
-        assert [int(n) for n in stated_integer] == [int(integers[i])]
-        stated = re.search(rf"x_{i} = -?\d+ s = (-?[\d.]*\d)", written).group(1)
-        assert float(stated) == pytest.approx(decoded[i], rel=2e-6)
+    check_decoded_values(type_name, text, q, reference.levels(form.bits)[index])
+
+
+@pytest.mark.parametrize("type_name", ["turbo4_tcq_32", "turbo3_tcq_32", "turbo2_tcq_32"])
+def test_format_document_decodes_its_trellis_blocks_rightly(type_name):
+    """The worked examples of FORMAT.md: bytes, scale, path, subsets, rests, levels, W and the two decoded values."""
+    text, q, numbers = worked_example(type_name)
+    scale, u, rests = fields_of(type_name, q)
+    path = list(u.values())
+    assert numbers("start") == path[:6] and numbers("u") == path[6:]
+    assert numbers("c") == reference.subsets(np.array(path)).tolist()
+    assert numbers("rest") == rests
+    assert numbers("k") == levels_of(type_name, q)
+    word = int(q[0]) | int(q[1]) << 8
+    assert f"`word` = {word:#x}" in text and f"{word & 0x3FF:#x}" in text
+    assert re.search(rf"{(word & 0x3FF) << 5:#x} = {scale}\b", text)
+    check_decoded_values(type_name, text, q, np.array(levels_of(type_name, q)))
 
 
 def test_format_document_has_the_constants():
@@ -365,6 +588,19 @@ def test_format_document_has_the_constants():
         assert float.fromhex(step) == np.float32(reference.step(bits))
         half = reference.levels(bits)[1 << (bits - 1):]
         assert levels == " ".join(f"\u00b1{level}" for level in half)
+
+
+def test_format_document_has_the_constants_of_the_trellis():
+    text = FORMAT[FORMAT.index("## 6. Trellis-coded types"):]
+    for bits in (2, 3, 4):
+        family = reference.Trellis(bits)
+        row = rf"^\| {bits} \| (0x[0-9a-fp.-]+) \u2248 ([\d.]+) \| ([\d.]+) \| (.*) \|$"
+        step, rounded, granular, levels = re.search(row, text, re.M).groups()
+        assert float.fromhex(step) == family.step and float(rounded) == reference.TRELLIS_STEP[bits]
+        assert float(granular) == reference.GRANULAR[bits]
+        assert levels == " ".join(f"\u00b1{level}" for level in reference.TRELLIS_LEVELS[bits])
+    listed = re.search(r"f = ([\d., \n]+),\s+the outermost", text).group(1)
+    assert tuple(float(scale) for scale in listed.split(",")) == reference.SCALES
 
 
 def golden(type_name):

@@ -35,6 +35,14 @@ template <typename Function> bool with_format(int type, const Function & functio
     return false;
 }
 
+// The index of element i in the first block; in the trellis-coded types the number of its level in the subset.
+template <int Bits, int N> int index_at(tq::Format<tq::LloydMax<Bits>, N>, int i) {
+    return tq::LloydMax<Bits>::template index_at<N>(encoded + 2, i);
+}
+template <int Bits, int N> int index_at(tq::Format<tq::Trellis<Bits>, N>, int i) {
+    return tq::Trellis<Bits>::template rest_at<N>(encoded + 2, i);
+}
+
 template <int N> struct Constant { static constexpr int value = N; };
 
 // Calls `function` with the block length as a Constant. Returns false if there is no such length.
@@ -96,7 +104,7 @@ EXPORT(unrotate) bool exported_unrotate(int block, int blocks) {
 // The first block's bytes -> its indices.
 EXPORT(unpack) bool exported_unpack(int type) {
     return with_format(type, [&](auto f) {
-        for (int i = 0; i < f.block; ++i) index_of[i] = uint8_t(f.index_at(encoded + 2, i));
+        for (int i = 0; i < f.block; ++i) index_of[i] = uint8_t(index_at(f, i));
     });
 }
 

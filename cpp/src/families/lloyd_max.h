@@ -52,6 +52,14 @@ template <int Bits> struct LloydMax : Codebook<Bits> {
         }
     }
 
+    // The scale of a block as binary16, from its first two bytes.
+    static constexpr uint16_t scale_half(uint16_t word) { return word; }
+
+    // The int8 levels of a block.
+    template <int N> static void expand(const uint8_t * q, int8_t * level) {
+        for (int i = 0; i < N; ++i) level[i] = Codebook<Bits>::centroids[index_at<N>(q, i)];
+    }
+
     // The index of element i.
     template <int N> static int index_at(const uint8_t * q, int i) {
         if (Bits == 4) return (q[i % (N / 2)] >> (i / (N / 2) * 4)) & 15;

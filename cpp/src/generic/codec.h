@@ -25,7 +25,7 @@
 //   look_up<Family>           the centroid for each number of exceeded thresholds
 //   reduce_steps, choose      the sums of each step for the blocks of a register; keeps the scale of the best step
 //   Levels                    the int8 levels of a block
-//   pack, expand              overloads for LloydMax's index layout; other families use their own plain code
+//   pack, expand              overloads for the families' layouts; families without them use their own plain code
 //   transform_levels          applies S2 and the Hadamard transform to levels, in words
 //   floats_of<Half>           half a register of words as floats
 //   store_scaled, store_levels
@@ -148,7 +148,7 @@ TURBOQUANT_INLINE void pack(Format<Family, N>, const uint8_t * index, uint8_t * 
 
 template <typename Family, int N> TURBOQUANT_INLINE Levels<N> expand(Format<Family, N>, const uint8_t * q) {
     alignas(64) int8_t level[N > 4 * lanes ? N : 4 * lanes] = {};
-    for (int i = 0; i < N; ++i) level[i] = Family::centroids[Family::template index_at<N>(q, i)];
+    Family::template expand<N>(q, level);
     Levels<N> out;
     for (int r = 0; r < Levels<N>::registers; ++r) out.v[r] = load_bytes(level + 4 * lanes * r);
     return out;
@@ -220,7 +220,7 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
     words m[work.registers];
     for (int r = 0; r < work.registers; ++r) {
         m[r] = all_words(0);
-        for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], thresholds[t]);
+        for (int t = 0; t < M - 1; ++t) m[r] = add_greater(m[r], work.magnitude[r], all_words(thresholds[t]));
         a = multiply_add_words(a, work.magnitude[r], look_up<typename F::family>(m[r]));
         // M - 1 - m is M + m with all bits inverted
         m[r] = xor_words(add(m[r], all_words(M)), select_negative(work.z[r], all_words(2 * M - 1)));
@@ -236,6 +236,15 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
     pack(F(), index, dst + 2);
 }
 
+template <int Bits, int N>
+TURBOQUANT_INLINE void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * work, int8_t * coarse, int count,
+                                     uint8_t * dst, tq_encode_report * report) {
+    using F = Format<LloydMax<Bits>, N>;
+    if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
+    search<F>(work, coarse, count);
+    for (int g = 0; g < count; ++g) assign<F>(work[g], dst + g * F::bytes, report);
+}
+
 template <typename F> void encode(const float * src, uint8_t * dst, int64_t blocks, tq_encode_report * report) {
     constexpr int N = F::block;
     for (int64_t first = 0; first < blocks; first += encode_group) { // groups, so that latencies overlap
@@ -243,16 +252,14 @@ template <typename F> void encode(const float * src, uint8_t * dst, int64_t bloc
         Encoding<N> work[encode_group];
         alignas(64) int8_t coarse[encode_group * N];
         for (int g = 0; g < count; ++g) transform(src + (first + g) * N, work[g], coarse + g * N);
-        if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
-        search<F>(work, coarse, count);
-        for (int g = 0; g < count; ++g) assign<F>(work[g], dst + (first + g) * F::bytes, report);
+        encode_blocks(F(), work, coarse, count, dst + first * F::bytes, report);
     }
 }
 
 template <typename F> void decode(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N) {
-        const floats scale = all(load_scale(src) * F::step_n);
+        const floats scale = all(F::load_scale(src) * F::step_n);
         words w[N / (2 * lanes)];
         transform_levels<N>(expand(F(), src + 2), w);
         for (int r = 0; r < N / (2 * lanes); ++r) {
@@ -266,7 +273,7 @@ template <typename F> void decode(const uint8_t * src, float * dst, int64_t bloc
 template <typename F> void decode_rotated(const uint8_t * src, float * dst, int64_t blocks) {
     constexpr int N = F::block;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, dst += N)
-        store_scaled<N>(dst, expand(F(), src + 2), all(load_scale(src) * F::step));
+        store_scaled<N>(dst, expand(F(), src + 2), all(F::load_scale(src) * F::step));
 }
 
 template <int N> TURBOQUANT_INLINE int32_t dot_block(const Levels<N> & level, const typename QueryBlock<N>::type & q) {
@@ -281,7 +288,7 @@ template <typename F> float dot(const uint8_t * src, const void * query, int64_t
     auto * q = static_cast<const typename QueryBlock<N>::type *>(query);
     float sum = 0;
     for (int64_t b = 0; b < blocks; ++b, src += F::bytes, ++q)
-        sum += load_scale(src) * F::step * q->scale * float(dot_block<N>(expand(F(), src + 2), *q));
+        sum += F::load_scale(src) * F::step * q->scale * float(dot_block<N>(expand(F(), src + 2), *q));
     return sum;
 }
 
