@@ -587,8 +587,8 @@ def explore(
     """Write an interactive page about the codec, and show it in the browser.
 
     The page has experiments on outliers and bits, the rotation step by step, the bell curve, Lloyd-Max levels, the
-    stored bytes, and random signs. It is one HTML file with the codec as WebAssembly, and needs no server and no
-    network.
+    stored bytes, random signs, and the path of a trellis-coded type. It is one HTML file with the codec as WebAssembly,
+    and needs no server and no network.
     """
     from .explore import page, show, write_page
 
