@@ -187,9 +187,8 @@ class Measurer:
         reasons = {}
         for run in runs:
             if known and (name := next((one for one in (run.pair.k, run.pair.v) if one not in known), None)):
-                why = f"{self.programs.folder} knows no cache type {name!r}"
-                older = ": the build is older than this type; run `turboquant build` again"
-                reasons[run] = why + (older if block_of(name) else f"; it has {', '.join(known)}")
+                way_out = "; `turboquant build` makes one that has it" if block_of(name) else ""
+                reasons[run] = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}{way_out}"
         return reasons
 
     # ---- needles ----
