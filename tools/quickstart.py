@@ -36,7 +36,8 @@ CHAT_MODEL = "smollm2"
 EXPLANATION = f"""\
 what it does
   1  makes a virtual environment (.venv) and installs the package from this checkout
-  2  builds llama.cpp with the cache types turbo4, turbo3 and turbo2, in the cache folder
+  2  builds llama.cpp with the cache types turbo4, turbo3, turbo2, turbo4_tcq, turbo3_tcq and turbo2_tcq, in the cache
+     folder
   3  generates a story with a {CACHE} cache (K/V), or an answer of a chat model, and asks the model for a number
      that is hidden 6,000 characters before the question
   4  prints a table with bits per value, MiB, perplexity, KL divergence from the f16 cache, the share of tokens whose

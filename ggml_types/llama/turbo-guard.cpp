@@ -9,6 +9,16 @@
 #include <algorithm>
 #include <map>
 
+// The type with 4 bits of the same kind: trellis-coded or not.
+static ggml_type four_bits(ggml_type type) {
+    switch ((int) turbo_family(type)) {
+        case GGML_TYPE_TURBO4_TCQ:
+        case GGML_TYPE_TURBO3_TCQ:
+        case GGML_TYPE_TURBO2_TCQ: return GGML_TYPE_TURBO4_TCQ;
+        default: return GGML_TYPE_TURBO4;
+    }
+}
+
 void turbo_apply_guard(turbo_layer_types & chosen, const std::vector<turbo_layer_power> & powers) {
     const turbo_model & model = chosen.about;
     std::map<std::string, std::vector<uint32_t>> unknown;
@@ -31,7 +41,7 @@ void turbo_apply_guard(turbo_layer_types & chosen, const std::vector<turbo_layer
         // Keys that a bias makes large are nearly equal, and so are their errors in q8_0, and softmax ignores an equal
         // error of all keys. So the prediction for q8_0 counts half.
         const auto limit = [&](ggml_type type) { return type == GGML_TYPE_Q8_0 ? 2 * chosen.limit : chosen.limit; };
-        for (const ggml_type wanted : { GGML_TYPE_TURBO4, GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+        for (const ggml_type wanted : { four_bits(chosen.asked_k), GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
             const ggml_type better = turbo_type_for_head(wanted, model.layers[il].head_k);
             if (sigma <= limit(chosen.k[il])) {
                 break;

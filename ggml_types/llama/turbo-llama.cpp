@@ -77,8 +77,12 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     }
     const bool plan_k = planned == turbo_plan_state::found && auto_k;
     const bool plan_v = planned == turbo_plan_state::found && auto_v;
-    params.type_k = auto_k ? GGML_TYPE_TURBO4 : params.type_k;
-    params.type_v = auto_v ? GGML_TYPE_TURBO4 : params.type_v;
+    const bool flash_attention = params.flash_attn_type != LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    if (auto_k || auto_v) {
+        const ggml_type type = turbo_auto_type(about, params.offload_kqv, flash_attention);
+        params.type_k = auto_k ? type : params.type_k;
+        params.type_v = auto_v ? type : params.type_v;
+    }
 
     // llama.cpp requires the same type for K and V of multi-head latent attention.
     const bool same = about.mla && params.type_k == params.type_v;
@@ -113,7 +117,6 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     if (guarded) {
         turbo_apply_guard(chosen, powers);
     }
-    const bool flash_attention = params.flash_attn_type != LLAMA_FLASH_ATTN_TYPE_DISABLED;
     if (!turbo_apply_boundary(chosen, options) ||
         (params.offload_kqv && !turbo_check_devices(chosen, flash_attention))) {
         return false;

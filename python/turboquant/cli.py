@@ -347,7 +347,7 @@ def tune(
     types: Annotated[
         str | None,
         typer.Option("--types", metavar="LIST", help="Cache types to choose from.",
-                     show_default="turbo2,turbo3,turbo4,q8_0, and f16 for K"),
+                     show_default="turbo2_tcq,turbo3_tcq,turbo4_tcq,q8_0, and f16 for K"),
     ] = None,
     write_into: Annotated[
         Path | None,
@@ -441,7 +441,7 @@ def compare(
     ] = None,
     types: Annotated[
         str, typer.Option("--types", metavar="LIST", help="Cache types: TYPE or TYPE_K:TYPE_V, comma-separated.")
-    ] = "f16,q8_0,q4_0,turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3",
+    ] = "f16,q8_0,q4_0,turbo4,turbo3,turbo4_tcq,turbo3_tcq,turbo2_tcq,q8_0:turbo4_tcq,q8_0:turbo3_tcq",
     ctx: Annotated[
         int, typer.Option("--ctx", "-c", min=128, help="Tokens in a chunk, whose second half is scored.")
     ] = 2048,
@@ -537,7 +537,8 @@ def analyze(
     types: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Cache types, comma-separated.", show_default="turbo4,turbo3,turbo2,q8_0,q4_0"
+            metavar="LIST", help="Cache types, comma-separated.",
+            show_default="turbo4,turbo3,turbo2, the same with _tcq, q8_0,q4_0",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -587,8 +588,8 @@ def explore(
     """Write an interactive page about the codec, and show it in the browser.
 
     The page has experiments on outliers and bits, the rotation step by step, the bell curve, Lloyd-Max levels, the
-    stored bytes, and random signs. It is one HTML file with the codec as WebAssembly, and needs no server and no
-    network.
+    stored bytes, random signs, and the path of a trellis-coded type. It is one HTML file with the codec as WebAssembly,
+    and needs no server and no network.
     """
     from .explore import page, show, write_page
 

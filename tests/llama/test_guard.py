@@ -122,6 +122,8 @@ def test_better_type_is_the_next_that_suffices(probe, tiny) -> None:
     noise = noises(p.log)
     assert noise[0] > 0.4 > noise[0] * np.sqrt(ERROR["turbo4"] / ERROR["turbo2"])
     assert types(p.log)[0] == ["turbo4_64", "q8_0", "turbo4_64"]
+    p.context("turbo2_tcq", "turbo4_tcq")  # with its trellis-coded counterpart
+    assert types(p.log) == (["turbo4_tcq_64", "q8_0", "turbo4_tcq_64"], ["turbo4_tcq_64"] * 3)
     p = probe(tiny("biased"), LLAMA_ARG_CACHE_GUARD="0.0001")
     p.context("turbo4", "turbo4")
     assert types(p.log)[0] == ["f16"] * 3

@@ -274,12 +274,12 @@ class TestMetadata:
         assert types(p.log)[0] == ["turbo4"] * 6
         p = probe(model, LLAMA_ARG_CACHE_PLAN="off")
         p.context("auto", "auto")
-        assert types(p.log) == (["turbo4"] * 6, ["turbo4"] * 6)
+        assert types(p.log) == (["turbo4_tcq"] * 6, ["turbo4_tcq"] * 6)
 
-    def test_auto_without_one_is_turbo4_with_the_guard(self, probe, tiny) -> None:
+    def test_auto_without_one_is_turbo4_tcq_with_the_guard(self, probe, tiny) -> None:
         p = probe(tiny("biased"))
         p.context("auto", "auto")
-        assert types(p.log) == (["turbo4_64", "q8_0", "turbo4_64"], ["turbo4_64"] * 3)
+        assert types(p.log) == (["turbo4_tcq_64", "q8_0", "turbo4_tcq_64"], ["turbo4_tcq_64"] * 3)
 
     @pytest.mark.parametrize(
         ("broken", "said"),
@@ -299,7 +299,7 @@ class TestMetadata:
         """A damaged plan in the metadata is ignored and the guard is used; a damaged plan file would be refused."""
         p = probe(with_metadata(prose_model, tmp_path / "m.gguf", {**self.PLAN, **broken}))
         p.context("auto", "auto")
-        assert types(p.log) == (["turbo4"] * 6, ["turbo4"] * 6)
+        assert types(p.log) == (["turbo4_tcq"] * 6, ["turbo4_tcq"] * 6)
         assert said in p.log and "is not used" in p.log
 
     def test_survives_quantization(self, build, probe, prose_model, tmp_path) -> None:

@@ -3,8 +3,8 @@
 The KLD of a plan is the noise floor plus, for each layer and side, the cost times the relative error of the type,
 limited to 2 nats. For the text of the check (chunk 0) it is 1.5 times as high. Every plan is appended to runs.txt.
 Files in the folder of the program change its behaviour: with "stop" it waits in the run with that number until it is
-killed, with "refuse" it refuses plans with that type, with "windows" it appends the environment variable of the exact
-window to that file, with "other" it reports other types, and "short" is the number of chunks.
+killed, with "refuse" it refuses plans with types that contain that text, with "windows" it appends the environment
+variable of the exact window to that file, with "other" it reports other types, and "short" is the number of chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ERRORS = {"f16": 0.0, "q8_0": 3e-5, "q4_0": 0.006, "turbo4": 0.0095, "turbo3": 0.0345, "turbo2": 0.1175}
+ERRORS = {
+    "f16": 0.0, "q8_0": 3e-5, "q4_0": 0.006, "turbo4": 0.0095, "turbo3": 0.0345, "turbo2": 0.1175,
+    "turbo4_tcq": 0.006, "turbo3_tcq": 0.0212, "turbo2_tcq": 0.0747,
+}  # fmt: skip
 
 SCRIPT = '''#!{python}
 import json, math, os, sys, time
@@ -62,7 +65,7 @@ for line in sys.stdin:
     if (stop := option("stop")) and len((here / "runs.txt").read_text().splitlines()) == int(stop):
         (here / "waiting").touch()
         time.sleep(600)
-    if (refused := option("refuse")) and refused in plan["k"] + plan["v"]:
+    if (refused := option("refuse")) and any(one and refused in one for one in plan["k"] + plan["v"]):
         say(record="failure", why=f"turboquant: no {{refused}} today")
         continue
     kld = 0

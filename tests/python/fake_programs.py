@@ -3,8 +3,8 @@
 `perplexity` has a KLD for every pair and path, `completion` finds the hidden number unless V is turbo2, and `bench` is
 slower at greater depths. Each appends its arguments to runs.txt, and `perplexity` the sizes of its batches to
 batches.txt. Files in the folder of the programs change their behaviour: the pair named in "broken" has a wrong
-one-token path, the pair in "nan" has no finite predictions, and llama-completion and llama-bench fail for the pair in
-"unasked". With "window" the build has an exact window, of 256 tokens by default, which divides a KLD by 10 in batches
+one-token path, the pair in "nan" has no finite predictions, llama-completion and llama-bench fail for the pair in
+"unasked", and llama-perplexity fails for types that contain the text in "unsupported". With "window" the build has an exact window, of 256 tokens by default, which divides a KLD by 10 in batches
 and by 5 token by token. With "damaged" the model predicts NaN, with "types" the log has these types of the layers, and
 with "slow" llama-perplexity waits, token by token, until it is killed.
 """
@@ -24,8 +24,13 @@ KLD = {
     "turbo3": (0.0434, 0.0441),
     "turbo2": (0.19, 0.192),
     "q8_0/turbo3": (0.0112, 0.0111),
+    "turbo4_tcq": (0.0058, 0.0059),
+    "turbo3_tcq": (0.0266, 0.0271),
+    "turbo2_tcq": (0.121, 0.122),
+    "q8_0/turbo3_tcq": (0.0069, 0.0068),
 }
 MIB = {"f16": 8.0, "q8_0": 4.25, "q4_0": 2.25, "turbo4": 2.0625, "turbo3": 1.5625, "turbo2": 1.0625}
+MIB |= {f"{name}_tcq": size for name, size in MIB.items() if name.startswith("turbo")}
 
 SCRIPT = '''#!{python}
 import json, os, re, sys, time
@@ -69,6 +74,9 @@ elif name == "llama-completion":
     print("", "00000" if v == "turbo2" else number)
     log("I common_perf_print: total time = 119.14 ms / 217 tokens")
 else:
+    if (here / "unsupported").exists() and (here / "unsupported").read_text() in k + v:
+        log(f"E turboquant: GPU0 holds the KV cache of layer 0 and cannot run SET_ROWS on {{k}}")
+        sys.exit(1)
     if k == "q5_0":
         log("E llama_init_from_model: K type q5_0 does not work with this model: use -ctk f16")
         log("E common_init_from_params: failed to create context")

@@ -147,6 +147,15 @@ def test_tables_and_verdict(dumped: Path) -> None:
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
+def test_the_table_of_all_types_has_whole_names(dumped: Path) -> None:
+    """K and V are one below the other if their columns do not fit side by side."""
+    done = run(dumped)
+    assert done.exit_code == 0, done.stderr
+    headings = [line.split() for line in done.stdout.splitlines() if line.startswith("layer   turbo4")]
+    assert headings == [["layer", *measure.TYPES]] * 5  # errors of K and V, scores, KLD, output
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
+
+
 def test_json_is_all_that_is_printed(dumped: Path) -> None:
     done = run(dumped, "--json", "--types", "turbo3")
     said = json.loads(done.stdout)

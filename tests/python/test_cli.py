@@ -172,3 +172,20 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("turboquant: no llama.cpp with the turbo types")
+
+
+def test_the_types_of_defaults_exist():
+    import inspect
+
+    from turboquant.analyze import measure
+    from turboquant.convert.run import CANDIDATES
+    from turboquant.evaluate.__main__ import TYPES
+    from turboquant.measure.pairs import bits_per_value, parse_pairs
+    from turboquant.tune.run import DEFAULT_TYPES, GPU_TYPES, UNIFORM
+
+    compared = inspect.signature(cli.compare).parameters["types"].default
+    pairs = [parse_pairs(text) for text in (TYPES, compared, ",".join(UNIFORM))]
+    names = {name for pair in sum(pairs, []) for name in (pair.k, pair.v)}
+    names |= {*measure.TYPES, *DEFAULT_TYPES, *GPU_TYPES, *(name for pair in CANDIDATES for name in pair)}
+    assert "turbo4_tcq" in names and all(bits_per_value(name) for name in names)
+    assert not any("tcq" in name for name in GPU_TYPES)

@@ -547,8 +547,17 @@ def converting(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_posix
 def test_the_check_passes(converting: Callable[..., Any], tmp_path: Path) -> None:
-    assert converting().recommended == ("turbo4", "turbo4")
+    assert converting().recommended == ("turbo4_tcq", "turbo4_tcq")
     assert (tmp_path / "out" / "out.gguf").is_file()
+
+
+@needs_posix
+def test_a_device_without_the_trellis_coded_types(converting: Callable[..., Any], tmp_path: Path) -> None:
+    """The types with as many bits are tried in their place."""
+    (tmp_path / "bin" / "unsupported").write_text("_tcq")
+    assert converting().recommended == ("turbo4", "turbo4")
+    tried = [line.split()[1] for line in (tmp_path / "bin" / "runs.txt").read_text().splitlines()]
+    assert tried.index("turbo3_tcq") < tried.index("turbo3") < tried.index("turbo4_tcq") < tried.index("turbo4")
 
 
 @needs_posix
@@ -562,7 +571,7 @@ def test_caches_are_tried_without_a_window(
     scaling = {"blk.0.attn_q.weight": [Scaling("rows", np.ones(512))]}
     monkeypatch.setattr(convert_run, "make_plan", lambda *_: Plan(scaling, [Balanced(0, "K", before=2.0, after=1.0)]))
     done = converting()
-    assert done.recommended == ("turbo4", "turbo4")
+    assert done.recommended == ("turbo4_tcq", "turbo4_tcq")
     tried = [line for line in (tmp_path / "bin" / "runs.txt").read_text().splitlines() if "turbo" in line]
     assert tried and all(line.endswith(" window 0") for line in tried)
     # 257 rows of two heads of 128 values, K and V
@@ -590,8 +599,8 @@ def test_predictions_that_are_no_numbers_exceed_the_limit(
 
 @needs_posix
 def test_a_cache_without_predictions_is_not_recommended(converting: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "bin" / "nan").write_text("turbo4")
-    assert converting().recommended == ("q8_0", "turbo3")
+    (tmp_path / "bin" / "nan").write_text("turbo4_tcq")
+    assert converting().recommended == ("q8_0", "turbo3_tcq")
 
 
 @needs_posix
@@ -618,15 +627,15 @@ def test_the_file_has_a_plan_of_what_is_recommended(
     scaling = {"blk.0.attn_q.weight": [Scaling("rows", np.ones(512))]}
     monkeypatch.setattr(convert_run, "make_plan", lambda *_: Plan(scaling, [Balanced(0, "K", before=2.0, after=1.0)]))
     write_measure(tmp_path / "bin", [{"k": 1, "v": 1}] * 3)
-    if guarded:
-        (tmp_path / "bin" / "types").write_text("K q8_0,turbo4*2; V turbo4*3")
-    k = ("q8_0" if guarded else "turbo4", "turbo4", "turbo4")
-    assert converting().layers == (k, ("turbo4",) * 3)
+    if guarded:  # names as long as they can be, and no two neighbours alike
+        (tmp_path / "bin" / "types").write_text("K turbo4_tcq_32,turbo4_tcq_64,turbo4_tcq_32; V turbo4_tcq*3")
+    k = ("turbo4_tcq_32", "turbo4_tcq_64", "turbo4_tcq_32") if guarded else ("turbo4_tcq",) * 3
+    assert converting().layers == (k, ("turbo4_tcq",) * 3)
     with ModelFile(tmp_path / "out" / "out.gguf") as written:
         found = CachePlan.from_metadata(written.metadata, "out.gguf")
-        assert found is not None and (found.k, found.v) == (k, ("turbo4",) * 3)
+        assert found is not None and (found.k, found.v) == (k, ("turbo4_tcq",) * 3)
         assert found.model == {"architecture": "llama", "layers": 3}
-        assert written.metadata["turboquant.cache_type_k"] == "turbo4"
+        assert written.metadata["turboquant.cache_type_k"] == "turbo4_tcq"
 
 
 # ---- files that appear whole -----------------------------------------------------------------------------------------

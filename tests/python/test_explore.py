@@ -362,15 +362,18 @@ def test_butterfly_ends_at_the_codecs_rotation(browser):
     assert "512 of 896 additions are done; a dense matrix would need 16,384" in result(browser, "butterfly")
 
 
-def test_play_goes_on_by_itself(browser):
-    put(browser, stage=0, stage_play=True)
-    browser.wait("explore.state.stage >= 2")
-    assert browser.run("return document.querySelector('#stage-play').textContent;") == "Stop"
-    put(browser, stage_play=True)
-    assert browser.run("return document.querySelector('#stage-play').textContent;") == "Play"
-    put(browser, stage=9, stage_play=True)  # from the start again
-    settled = browser.run("return explore.state.stage;")
-    put(browser, stage_play=True)
+@pytest.mark.parametrize("name", ["stage", "step"])
+def test_play_goes_on_by_itself(browser, name):
+    play, place = {f"{name}_play": True}, f"return explore.state.{name};"
+    label = f"return document.querySelector('#{name}-play').textContent;"
+    put(browser, **{name: 0}, **play)
+    browser.wait(f"explore.state.{name} >= 2")
+    assert browser.run(label) == "Stop"
+    put(browser, **play)
+    assert browser.run(label) == "Play"
+    put(browser, **{name: 999}, **play)  # from the start again
+    settled = browser.run(place)
+    put(browser, **play)
     assert settled == 0
 
 
@@ -452,6 +455,80 @@ def test_collisions(browser):
     assert result(browser, "signs") == "A and B are the same vector now."
 
 
+def test_trellis(browser):
+    for bits, n, step in ((4, 128, 54), (4, 64, 0), (3, 32, 31), (2, 128, 5), (3, 128, 127)):
+        choose(browser, "n", n)
+        put(browser, trellis_bits=bits, step=step)
+        settle(browser)
+        x, name = vector(browser), f"turbo{bits}_tcq" + ("" if n == 128 else f"_{n}")
+        block = turboquant.quantize(x, name)
+        shown = browser.run("return document.querySelector('#trellis-bytes').textContent;")
+        assert shown.replace(" ", "") == block.tobytes().hex()
+
+        path = np.unpackbits(block, bitorder="little")[10 : 16 + n]
+        element = step % 8 * (n // 8) + step // 8  # FORMAT.md, section 6
+        subset = reference.subsets(path)[step]
+        _, levels = reference.FORMATS[name].family.split(block)
+        value = turboquant.dequantize(block, name, rotated=True)[element]
+        text = result(browser, "trellis").replace("−", "-")
+        assert text.startswith(f"{name}: step {step} is value {element} of the rotated vector")
+        assert f"It is {path[6 + step]}: subset {subset}. " in text
+        assert f"The nearest level there is {levels[element]}, " in text
+        decoded = re.search(rf"decoded as \S+ · \S+ · {levels[element]} = (\S+)\. ", text)
+        assert decoded and float(decoded[1]) == pytest.approx(value, rel=6e-3)
+
+        window = "".join(str(bit) for bit in path[step : step + 7])  # of steps -6 ... step; the start state is first
+        register = browser.run("return document.querySelector('#register-chart svg').getAttribute('aria-label');")
+        assert register == f"Path bits of steps {step - 6} to {step}: {window}, subset {subset}"
+
+        errors = facts(browser, "trellis-facts")
+        assert errors.pop("The path of this page and that of the codec") == "the same"
+        shares = {label: float(share.removesuffix(" %")) / 100 for label, share in errors.items()}
+        free, greedy, best, coded, finer = shares.values()
+        for share, type in ((free, name.replace("_tcq", "")), (coded, name)):
+            error = turboquant.dequantize(turboquant.quantize(x, type), type) - x
+            assert share == pytest.approx(np.sum(error**2) / np.sum(x**2), rel=6e-3)
+        assert finer < best < greedy
+
+
+def test_costs_of_the_trellis_are_those_of_the_encoder(browser):
+    # A path that the encoder did not choose costs at least as much as its own.
+    rng = np.random.default_rng(8)
+    for bits, n in ((4, 128), (3, 64), (2, 32)):
+        x = rng.standard_normal(n).astype(np.float32)
+        unit, metric = browser.run(
+            "const { unit, metric } = explore.codec.metrics(arguments[0], arguments[1], new Float32Array(arguments[2]));"
+            "return [unit, metric];", bits, n, x.tolist(),
+        )  # fmt: skip
+        name = f"turbo{bits}_tcq" + ("" if n == 128 else f"_{n}")
+        family, block = reference.FORMATS[name].family, turboquant.quantize(x, name)
+        path = np.unpackbits(block, bitorder="little")[10 : 16 + n]
+        assert np.array_equal(reference.best_path(np.array(metric)), path)
+        order = np.arange(n).reshape(8, n // 8).T.reshape(n)
+        values = np.clip(turboquant.rotate(x, n)[order] / unit, -135, 135)
+        distance = np.abs(values[:, None, None] - family.levels.reshape(-1, 4)).min(axis=1) * 2 ** (bits - 1)
+        # distances are rounded to the grid, twice, by 0.6 at most; a metric is the square without its low bits
+        assert (np.abs(np.array(metric) - np.minimum(distance, 255) ** 2 / 256) <= 1.2 * distance / 256 + 1.01).all()
+
+
+def test_pointing_at_the_lattice_chooses_the_step(browser):
+    def point(share: float) -> int:
+        browser.run(
+            "const chart = document.querySelector('#lattice-chart'), box = chart.getBoundingClientRect();"
+            "chart.dispatchEvent(new PointerEvent('pointermove',"
+            " { clientX: box.left + arguments[0] * box.width, clientY: box.top + 50 }));", share,
+        )  # fmt: skip
+        settle(browser)
+        step = browser.run("return explore.state.step;")
+        assert f"step {step} is value" in result(browser, "trellis")
+        assert browser.run("return Number(document.querySelector('#step').value);") == step
+        return int(step)
+
+    put(browser, step=70)
+    settle(browser)
+    assert (point(0), point(0.5), point(1)) == (64, 79, 95)  # the 32 steps that are shown
+
+
 def test_every_control_changes_its_experiment(browser):
     moves = [
         ("grid", {"outliers": 3}), ("grid", {"size": 3}), ("grid", {"bits": 2}), ("grid", {"another": True}),
@@ -461,9 +538,11 @@ def test_every_control_changes_its_experiment(browser):
         ("lloyd", {"lloyd_run": True}), ("lloyd", {"lloyd_codec": True}), ("lloyd", {"lloyd_bits": 3}),
         ("stored", {"element": 99}), ("signs", {"row": 3}), ("signs", {"raise": 2}), ("bell", {"bits": 4}),
         ("stored", {"bits": 2}), ("signs", {"bits": 3}), ("butterfly", {"another": True}), ("lloyd", {"another": True}),
+        ("trellis", {"step": 9}), ("trellis", {"step_next": True}), ("trellis", {"step_back": True}),
+        ("trellis", {"trellis_bits": 2}), ("trellis", {"another": True}),
     ]  # fmt: skip
     known = browser.run("return [...document.querySelectorAll('input:not([type=radio]), button')].map((c) => c.id);")
-    assert set(known) == {name.replace("_", "-") for _, move in moves for name in move} | {"stage-play"}
+    assert set(known) == {name.replace("_", "-") for _, move in moves for name in move} | {"stage-play", "step-play"}
     for section, move in moves:
         markup = f"return document.querySelector('#{section}').innerHTML;"
         before = browser.run(markup)
@@ -476,7 +555,7 @@ def test_extremes_give_numbers(browser):
     for n in (32, 64, 128):
         choose(browser, "n", n)
         for outliers, size, bits in ((0, 1, 2), (99, 50, 4), (1, 50, 3)):
-            put(browser, outliers=outliers, size=size, bits=bits, stage=99, row=127, element=127)
+            put(browser, outliers=outliers, size=size, bits=bits, stage=99, row=127, element=127, step=127)
             settle(browser)
             text = browser.run("return document.querySelector('main').outerHTML;")
             assert not re.search(r"NaN|undefined|Infinity|\[object", text)

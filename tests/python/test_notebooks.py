@@ -95,6 +95,12 @@ EXPECTED = {
         "list(slope['the codec'].values())": near([1.0] * 3, 1e-3),
         "slope['norm as it is'][2] < slope['norm correction'][2] < 1": True,
         "[round(ratio[name], 2) for name in ('turbo4', 'turbo3', 'turbo2')]": [3.88, 5.12, 7.53],
+        "max(above['trellis'].values())": Between(0, 2),  # "within 2 dB of the limit"
+        "max(above['trellis'][b] / gap_db[b] for b in widths)": Between(0, 0.5),  # "more than half of the gap"
+        # FORMAT.md, section 6, on other values
+        "list(coded.values())": near([0.1295, 0.0823, 0.0329, 0.0202, 0.00793, 0.00498], 0.01),
+        "max(coded_above[f'turbo{b}_tcq'] for b in widths)": Between(0, 2),
+        "min(coded_above[f'turbo{b}'] for b in widths)": Between(3.5, 4.4),
     },
     "04": {
         "(qjl_mean - exact) / standard_error": Between(-4, 4),  # unbiased

@@ -185,11 +185,11 @@ def test_a_plan_for_bits(place):
     assert done.exit_code == 0, done.output
     plan, shape = read_plan("plan.json"), read_shape(place / "model.gguf")
     assert 4.4 < shape.mean_bits(plan, 4096) <= 5
-    assert plan.k[2] == "q8_0" and plan.k[4] in ("turbo2", "turbo3", "turbo4") and plan.model == {"architecture": "llama", "layers": 5}
+    assert plan.k[2] == "q8_0" and plan.k[4] in ("turbo2_tcq", "turbo3_tcq", "turbo4_tcq") and plan.model == {"architecture": "llama", "layers": 5}
     assert plan.about["goal"] == {"bits": 5} and plan.about["context"] == 4096
     assert plan.about["bits"]["mean"] == pytest.approx(shape.mean_bits(plan, 4096), abs=1e-4)
     # What the program would say of the plan, and of the best of all plans within the budget.
-    cost = {type: bits for type, bits in (("turbo2", 2.125), ("turbo3", 3.125), ("turbo4", 4.125), ("q8_0", 8.5))}
+    cost = {"turbo2_tcq": 2.125, "turbo3_tcq": 3.125, "turbo4_tcq": 4.125, "q8_0": 8.5}
     kld = sum(one["k"] * ERRORS[k] + one["v"] * ERRORS[v] for one, k, v in zip(LAYERS, plan.k, plan.v, strict=True))
     assert plan.about["kld"]["measured"] == pytest.approx(1.5 * (kld + 0.004), rel=0.01)
     items = [[Choice(t, cost[t], one[side] * ERRORS[t]) for t in cost] for side in "kv" for one in LAYERS]
@@ -299,7 +299,7 @@ def test_a_plan_for_a_loss(place):
         (("--mib", 5), "--mib needs --ctx"),
         (("--bits", -1), "give a number above 0"),
         (("--bits", "nan"), "give a number above 0"),
-        (("--bits", 2), "--bits 2 cannot be met: with turbo2, turbo3, turbo4, q8_0, f16 this model's cache takes from 2.125 to "),
+        (("--bits", 2), "--bits 2 cannot be met: with turbo2_tcq, turbo3_tcq, turbo4_tcq, q8_0, f16 this model's cache takes from 2.125 to "),
         (("--mib", 0.1, "--ctx", 4096), "this model's cache takes from 2.656 to 15.31 MiB at a context of 4096 tokens, and up to "
              "0.6667 MiB for the exact window of 256:q8_0"),
         (("--kld", 0.001), "--kld 0.001 cannot be met: the best plan of"),
@@ -364,6 +364,15 @@ def test_a_copy_with_the_plan_and_a_plot(place):
         assert one.name == other.name and np.array_equal(one.data, other.data)
 
 
+def test_a_gpu_gets_types_that_it_has_kernels_for(place):
+    (place / "bin" / "refuse").write_text("_tcq", encoding="utf-8")
+    done = tune("--bits", 5, "-ngl", 99)
+    assert done.exit_code == 0, done.output
+    plan = read_plan("plan.json")
+    assert set(plan.k) | set(plan.v) <= {"turbo2", "turbo3", "turbo4", "q8_0", "f16"}
+    assert "q8_0/turbo3" in done.stdout and "_tcq" not in done.stdout
+
+
 def test_types_are_kept_to(place):
     assert tune("--bits", 9, "--types", "q4_0,f16").exit_code == 0
     plan = read_plan("plan.json")
@@ -399,4 +408,4 @@ def test_heads_of_64(place):
     done = tune("--bits", 5)
     assert done.exit_code == 0, done.output
     plan = read_plan("plan.json")
-    assert "turbo3" in plan.v and plan.about["bits"]["mean"] <= 5
+    assert "turbo3_tcq" in plan.v and plan.about["bits"]["mean"] <= 5

@@ -22,6 +22,7 @@ constexpr int most_bytes() {
 alignas(16) float input[capacity], output[capacity];
 alignas(16) uint8_t encoded[most_bytes()];
 uint8_t index_of[128];
+int16_t metric_of[128][4];
 tq_encode_report ignored;
 
 // Calls `function` with the Format of the type. Returns false if there is no such type.
@@ -43,6 +44,20 @@ template <int Bits, int N> int index_at(tq::Format<tq::Trellis<Bits>, N>, int i)
     return tq::Trellis<Bits>::template rest_at<N>(encoded + 2, i);
 }
 
+// The metrics of the first block's values, by step. Returns the distance, in the rotated vector, of levels whose
+// difference is 1; 0 for a zero block, and for types without a trellis.
+template <int Bits, int N> float metrics(tq::Format<tq::LloydMax<Bits>, N>) { return 0; }
+template <int Bits, int N> float metrics(tq::Format<tq::Trellis<Bits>, N>) {
+    tq::Encoding<N> work;
+    tq::transform(input, work);
+    if (!work.codable()) return 0;
+    const int scale = tq::choose_scale<Bits, N>(work.z), ratio = tq::ScaleTables<Bits, N>::table.ratio[scale];
+    for (int t = 0; t < N; ++t)
+        tq::subset_metrics<Bits>(tq::to_grid<Bits>(work.z[tq::Trellis<Bits>::template element<N>(t)], ratio), metric_of[t]);
+    return float(tq::trellis_scale[scale]) * tq::Trellis<Bits>::step * work.rms * tq::Block<N>::one_over_sqrt_n *
+           tq::power_of_two(work.k);
+}
+
 template <int N> struct Constant { static constexpr int value = N; };
 
 // Calls `function` with the block length as a Constant. Returns false if there is no such length.
@@ -60,12 +75,14 @@ template <typename Function> bool with_block(int block, const Function & functio
 
 #define EXPORT(NAME) extern "C" __attribute__((export_name(#NAME)))
 
-// The addresses of the buffers for JavaScript: floats in, floats out, encoded blocks, indices of one block, signs.
+// The addresses of the buffers for JavaScript: floats in, floats out, encoded blocks, indices and metrics of one
+// block, signs.
 EXPORT(capacity) int exported_capacity() { return capacity; }
 EXPORT(values) float * exported_values() { return input; }
 EXPORT(results) float * exported_results() { return output; }
 EXPORT(bytes) uint8_t * exported_bytes() { return encoded; }
 EXPORT(indices) uint8_t * exported_indices() { return index_of; }
+EXPORT(metric_buffer) int16_t * exported_metric_buffer() { return &metric_of[0][0]; }
 EXPORT(signs) const uint8_t * exported_signs(int which) { return which == 1 ? tq::signs1 : tq::signs2; }
 
 // The types are numbered from 0, as in tq_type: bits of an index, values and bytes of a block, the step, and the
@@ -106,6 +123,12 @@ EXPORT(unpack) bool exported_unpack(int type) {
     return with_format(type, [&](auto f) {
         for (int i = 0; i < f.block; ++i) index_of[i] = uint8_t(index_at(f, i));
     });
+}
+// The first block's values -> its metrics.
+EXPORT(metrics) float exported_metrics(int type) {
+    float unit = 0;
+    with_format(type, [&](auto f) { unit = metrics(f); });
+    return unit;
 }
 
 } // namespace page

@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 Array = NDArray[np.float32]
 
 #: The cache types that are measured by default.
-TYPES = ("turbo4", "turbo3", "turbo2", "q8_0", "q4_0")
+TYPES = ("turbo4", "turbo3", "turbo2", "turbo4_tcq", "turbo3_tcq", "turbo2_tcq", "q8_0", "q4_0")
 #: llama.cpp's own types that can be measured. llama.cpp rotates heads whose size is a multiple of 64, and so does
 #: this module.
 STOCK = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

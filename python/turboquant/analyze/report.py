@@ -17,6 +17,8 @@ __all__ = ["plot", "show", "to_json", "verdict"]
 
 #: Layers are listed if `convert` leaves less than this share of their noise.
 WORTH = 0.7
+_COLUMN = 8  # least width of a type's column
+_WIDTH = 110  # greatest width of columns of types side by side
 
 
 def to_json(found: Analysis) -> str:
@@ -34,13 +36,17 @@ def show(found: Analysis, console: Console) -> None:
         "block. Kurtosis: of a block; 3 is normal. Fit: distance of rotated blocks from N(0,1/d), 0 to 1. Balanced: "
         "what share of K's noise would be left with `turboquant convert`, at best.\n"
     )
-    console.print(_by_type(found, "Squared error relative to the values", ("K", "k", "mse"), ("V", "v", "mse")))
-    console.print()
-    console.print(_by_type(found, "Attention", ("scores", "k", "score"), ("KLD", "k", "harm")))
-    console.print()
-    console.print(_by_type(found, "", ("output", "v", "harm")))
+    for title, *groups in (
+        ("Squared error relative to the values", ("K", "k", "mse"), ("V", "v", "mse")),
+        ("Attention", ("scores", "k", "score"), ("KLD", "k", "harm")),
+        ("", ("output", "v", "harm")),
+    ):
+        side_by_side = len(groups) * sum(max(len(type), _COLUMN) + 1 for type in found.types) < _WIDTH
+        for number, part in enumerate([groups] if side_by_side else [[group] for group in groups]):
+            console.print(_by_type(found, "" if number else title, *part))
+            console.print()
     console.print(
-        "\nScores: standard deviation of their errors that K makes. KLD: of attention's weights, in nats. Output: "
+        "Scores: standard deviation of their errors that K makes. KLD: of attention's weights, in nats. Output: "
         f"squared error of attention's output that V makes, relative to it. {found.queries} queries of every head. *: "
         f"a layer to protect, more than {PROTECT:g} times as bad as the median one.\n"
     )
@@ -122,7 +128,7 @@ def _by_type(found: Analysis, title: str, *groups: tuple[str, str, str]) -> Tabl
     table.add_column("\nlayer", justify="right")
     for heading, _, _ in groups:
         for number, type in enumerate(found.types):
-            table.add_column(f"{heading if number == 0 else ''}\n{type}", justify="right", min_width=8)
+            table.add_column(f"{heading if number == 0 else ''}\n{type}", justify="right", min_width=_COLUMN)
     protected = {(half, type): found.protect(half, type) for half in "kv" for type in found.types}
     for layer in found.layers:
         row = [str(layer.layer)]

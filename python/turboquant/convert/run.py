@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._output import check_new, partial_file, publish
+from .._types import types
 from ..errors import TurboQuantError
 from ..llama.paths import bundled_text
 from ..llama.progress import Reporter
@@ -29,15 +30,17 @@ __all__ = ["MARK", "ConvertError", "Converted", "convert", "reasons"]
 MARK = "turboquant.convert.version"
 #: Greatest KLD of a conversion without rounding in nats per token, because predictions are stored in 16 bits.
 EXACT = 1e-5
-#: Cache types in ascending order of bits; the first with a KLD of at most GOOD is recommended.
+#: Cache types in ascending order of bits; the first with a KLD of at most GOOD is recommended. A device without kernels
+#: for trellis-coded types gets the Lloyd-Max types with as many bits.
 CANDIDATES = (
-    ("turbo4", "turbo2"), ("turbo3", "turbo3"), ("turbo4", "turbo3"), ("turbo4", "turbo4"), ("q8_0", "turbo3"),
-    ("q8_0", "turbo4"), ("q8_0", "q8_0"),
+    ("turbo4_tcq", "turbo2_tcq"), ("turbo3_tcq", "turbo3_tcq"), ("turbo4_tcq", "turbo3_tcq"),
+    ("turbo4_tcq", "turbo4_tcq"), ("q8_0", "turbo3_tcq"), ("q8_0", "turbo4_tcq"), ("q8_0", "q8_0"),
 )  # fmt: skip
 GOOD = 0.02
 _CONTEXT = 512
-_WIDTH = 10  # greatest length of a cache type's name
-_TYPES, _MODEL = 12, 64  # greatest bytes per layer in the types of a plan, and in its model
+_WIDTH = max(len(info.family) for info in types())  # greatest length of a recommended type's name
+_TYPES = 1 + max(len(info.name) for info in types())  # greatest bytes per layer in the types of a plan
+_MODEL = 64  # and in its model
 _NOTE = "K is balanced against Q, and V against the output, inside the weights"
 _ADVICE = {
     "auto": "with --no-v only K is balanced",
@@ -183,13 +186,15 @@ def _recommend(
     model: Path, check: Checker, shape: CacheShape | None
 ) -> tuple[tuple[str, str], tuple[Types, Types] | None]:
     """The pair of cache types with the fewest bits and a KLD of at most GOOD, or f16; and its types of each layer."""
-    for k, v in CANDIDATES:
-        try:
-            kld, types = check.kld_and_types(model, k, v, what=f"a cache of {k}/{v}")
-        except CheckError:  # no block divides the heads, or the model does not allow this type
-            continue
-        if kld <= GOOD:
-            return (k, v), _by_layer(shape, (k, v), types)
+    for candidate in CANDIDATES:
+        for k, v in dict.fromkeys((candidate, tuple(name.removesuffix("_tcq") for name in candidate))):
+            try:
+                kld, found = check.kld_and_types(model, k, v, what=f"a cache of {k}/{v}")
+            except CheckError:  # no block divides the heads, or the model or the device does not allow this type
+                continue
+            if kld <= GOOD:
+                return (k, v), _by_layer(shape, (k, v), found)
+            break
     return ("f16", "f16"), _by_layer(shape, ("f16", "f16"), ("", ""))
 
 

@@ -24,7 +24,7 @@ from .demo import show_demo
 from .report import show, to_json, to_markdown
 from .rows import Options, measure
 
-TYPES = "q8_0,q4_0,turbo4,turbo3,turbo2,q8_0/turbo3"
+TYPES = "q8_0,q4_0,turbo4,turbo4_tcq,turbo3,turbo3_tcq,turbo2,turbo2_tcq,q8_0/turbo3"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

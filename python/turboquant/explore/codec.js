@@ -16,17 +16,20 @@ class Codec {
     this.types = Array.from({ length: exports.types() }, (_, id) => ({
       id, bits: exports.bits(id), n: exports.block(id), bytes: exports.block_bytes(id), step: exports.step(id),
       centroids: new Int8Array(memory, exports.centroids(id), exports.levels(id)),
+      trellis: exports.levels(id) > 2 ** exports.bits(id),
     }));
+    this.metricBuffer = new Int16Array(memory, exports.metric_buffer(), 4 * 128);
   }
 
-  // The first type with that many bits and, if n is given, blocks of n.
-  type(bits, n) {
-    const found = this.types.find((one) => one.bits === bits && (n === undefined || one.n === n));
+  // The first type with that many bits and, if n is given, blocks of n: of turbo4, turbo3 and turbo2, or trellis-coded.
+  type(bits, n, trellis = false) {
+    const fits = (one) => one.bits === bits && (n === undefined || one.n === n) && one.trellis === trellis;
+    const found = this.types.find(fits);
     if (!found) throw new RangeError('the codec has no such format');
     return found;
   }
-  step(bits) { return this.type(bits).step; }
-  centroids(bits) { return this.type(bits).centroids; }
+  step(bits, trellis) { return this.type(bits, undefined, trellis).step; }
+  centroids(bits, trellis) { return this.type(bits, undefined, trellis).centroids; }
 
   // The n signs of S1 or S2 as +1 and -1.
   signs(which, n) {
@@ -35,36 +38,44 @@ class Codec {
   }
 
   // Whole blocks of n values or their bytes, as many as there are.
-  encode(bits, n, x) {
-    const { id, bytes } = this.type(bits, n);
+  encode(bits, n, x, trellis) {
+    const { id, bytes } = this.type(bits, n, trellis);
     return this.#run(x, this.values, n, this.bytes, bytes, Uint8Array, (blocks) => this.exports.encode(id, blocks));
   }
-  decode(bits, n, encoded) {
-    const { id, bytes } = this.type(bits, n);
+  decode(bits, n, encoded, trellis) {
+    const { id, bytes } = this.type(bits, n, trellis);
     return this.#run(encoded, this.bytes, bytes, this.results, n, Float32Array,
       (blocks) => this.exports.decode(id, blocks));
   }
-  decodeRotated(bits, n, encoded) {
-    const { id, bytes } = this.type(bits, n);
+  decodeRotated(bits, n, encoded, trellis) {
+    const { id, bytes } = this.type(bits, n, trellis);
     return this.#run(encoded, this.bytes, bytes, this.results, n, Float32Array,
       (blocks) => this.exports.decode_rotated(id, blocks));
   }
 
-  // The n indices in an encoded block.
-  unpack(bits, n, block) {
+  // The n indices in an encoded block; of a trellis-coded type the numbers of the levels in their subsets.
+  unpack(bits, n, block, trellis) {
     this.bytes.set(block);
-    this.exports.unpack(this.type(bits, n).id);
+    this.exports.unpack(this.type(bits, n, trellis).id);
     return this.indexBuffer.slice(0, n);
   }
 
+  // What the encoder of a trellis-coded type compares for one block: the distance of levels whose difference is 1, in
+  // the rotated vector; and for each step the costs of the four subsets.
+  metrics(bits, n, x) {
+    this.values.set(x);
+    const unit = this.exports.metrics(this.type(bits, n, true).id);
+    return { unit, metric: Array.from({ length: n }, (_, t) => Array.from(this.metricBuffer.subarray(4 * t, 4 * t + 4))) };
+  }
+
   // Where they are: for each index, for each of its bits from the lowest on, the byte of the block and the bit in it.
-  places(bits, n) {
-    const block = new Uint8Array(this.type(bits, n).bytes), places = Array.from({ length: n }, () => []);
-    const before = this.unpack(bits, n, block);
+  places(bits, n, trellis) {
+    const block = new Uint8Array(this.type(bits, n, trellis).bytes), places = Array.from({ length: n }, () => []);
+    const before = this.unpack(bits, n, block, trellis);
     for (let byte = 2; byte < block.length; byte++)
       for (let bit = 0; bit < 8; bit++) {
         block[byte] = 1 << bit;
-        this.unpack(bits, n, block).forEach((index, i) => {
+        this.unpack(bits, n, block, trellis).forEach((index, i) => {
           if (index !== before[i]) places[i][Math.log2(index ^ before[i])] = { byte, bit };
         });
         block[byte] = 0;

@@ -14,6 +14,7 @@ const state = {
   levels: null, lloydSteps: 0, // null: the codec's
   element: 5,
   row: 0, raise: 1,
+  step: 54, // of the trellis
 };
 let codec;
 
@@ -338,6 +339,10 @@ function lloyd() {
 
 // ---- 5: the bytes --------------------------------------------------------------------------------------------------
 
+// The bytes of a block in hexadecimal. kind(b) is the class of byte b; those of `parts` are marked.
+const hexadecimal = (block, kind, parts) => Array.from(block, (byte, b) =>
+  `<span class="${kind(b)}${parts.includes(b) ? ' here' : ''}">${byte.toString(16).padStart(2, '0')}</span>`).join(' ');
+
 function stored() {
   const { n, bits, element: i } = state;
   const { x } = makeVector(state);
@@ -345,11 +350,8 @@ function stored() {
   const indices = codec.unpack(bits, n, block), places = codec.places(bits, n);
   const low = new Set(places.map((bit) => bit[0].byte)), high = places[0].findIndex((place) => !low.has(place.byte));
   const parts = [...new Set(places[i].map((place) => place.byte))];
-  const hex = (byte) => byte.toString(16).padStart(2, '0');
-  fill('stored-bytes', Array.from(block, (byte, b) => {
-    const kind = b < 2 ? 'byte-scale' : low.has(b) ? 'byte-index' : 'byte-high';
-    return `<span class="${kind}${parts.includes(b) ? ' here' : ''}">${hex(byte)}</span>`;
-  }).join(' '));
+  fill('stored-bytes',
+    hexadecimal(block, (b) => (b < 2 ? 'byte-scale' : low.has(b) ? 'byte-index' : 'byte-high'), parts));
   element('byte-high').hidden = high < 0;
   element('byte-low').textContent =
     high < 0 ? 'indices' : `bits 0 ${high > 2 ? 'to' : 'and'} ${high - 1} of the indices`;
@@ -417,4 +419,151 @@ function signs() {
       ? `Without signs A and B get the same ${n} indices: what sets them apart is gone. With signs they differ in
          ${different.with} of ${n}${different.with ? '' : ', too: so small a change moves no index'}.`
       : `Without signs A and B differ in ${different.without} of ${n} indices, with signs in ${different.with}.`);
+}
+
+// ---- 7: the trellis ------------------------------------------------------------------------------------------------
+
+const stepsShown = 32; // at once
+const subsets = [0, 1, 2, 3];
+
+// The row of a state, from the bottom: its bits as a number, the newest bit first, so that this bit chooses the half.
+function rowOf(pathState) {
+  let row = 0;
+  for (let bit = 0; bit < 6; bit++) row = 2 * row + ((pathState >> bit) & 1);
+  return row;
+}
+
+const latticeLeft = 30;
+const latticeScale = (width) => scale(0, stepsShown, latticeLeft, width - 6);
+
+// The step at a horizontal place in the chart of the lattice.
+function stepAt(x, width) {
+  const column = Math.floor(scale(latticeLeft, width - 6, 0, stepsShown)(x));
+  return state.step - (state.step % stepsShown) + Math.min(Math.max(column, 0), stepsShown - 1);
+}
+
+// The vector in a trellis-coded type, and the encoder's view of it.
+function trellisCode() {
+  const { n, bits } = state;
+  const { x } = makeVector(state);
+  const block = codec.encode(bits, n, x, true), path = pathOf(block, n);
+  const levels = Array.from(codec.centroids(bits, true)), rests = codec.unpack(bits, n, block, true);
+  const { unit, metric } = codec.metrics(bits, n, x);
+  const rotated = codec.rotate(n, x);
+  const steps = Array.from({ length: n }, (_, t) => {
+    const i = elementOf(t, n), bit = path[t + 1] & 1, subset = subsetOf(2 * path[t] + bit);
+    const other = subsetOf(2 * path[t] + 1 - bit);
+    return { i, bit, subset, other, level: levels[4 * rests[i] + subset], value: rotated[i] / unit };
+  });
+  return { x, block, path, levels, metric, unit, steps, ...cheapestPaths(metric) };
+}
+
+function drawLattice({ path: chosen, steps }, t, paths) {
+  const height = 330, bottom = height - 18, first = t - (t % stepsShown);
+  const label = `The path through the 64 states in steps ${first} to ${first + stepsShown - 1}; after step ${t} in state ` +
+    chosen[t + 1].toString(2).padStart(6, '0');
+  draw('lattice-chart', height, label, (width) => {
+    const column = latticeScale(width), x = (j) => column(j - first), y = (s) => scale(0, 63, bottom - 4, 6)(rowOf(s));
+    const branch = (j, [from, to]) => `M${at(x(j))} ${at(y(from))}L${at(x(j + 1))} ${at(y(to))}`;
+    const inside = steps.map((_, j) => j).filter((j) => first <= j && j < first + stepsShown);
+    const main = (js) => js.map((j) => branch(j, [chosen[j], chosen[j + 1]])).join('');
+    const nodes = [first, ...inside.map((j) => j + 1)].map((j) =>
+      Array.from({ length: stateCount }, (_, s) => `M${at(x(j))} ${at(y(s))}h0`).join('')).join('');
+    const alive = inside.filter((j) => j <= t).map((j) => paths[j].map((pair) => branch(j, pair)).join('')).join('');
+    const band = `M${at(x(t))} 2H${at(x(t + 1))}V${bottom}H${at(x(t))}z`;
+    const colours = subsets.map((c) => path(inside.filter((j) => j <= t && steps[j].subset === c).map((j) =>
+      `M${at(x(j + 1))} ${at(y(chosen[j + 1]))}h0`).join(''), `dot subset-${c}`, 7));
+    return path(band, 'band') + path(nodes, 'dot node', 1.6) + path(alive, 'wire survivor') +
+      path(main(inside.filter((j) => j > t)), 'wire ahead') +
+      path(branch(t, [chosen[t], chosen[t + 1] ^ 1]), 'wire flip') +
+      path(main(inside.filter((j) => j <= t)), 'chosen') + colours.join('') +
+      ['11', '10', '01', '00'].map((bits, i) =>
+        text(0, 6 + ((bottom - 10) * (2 * i + 1)) / 8 + 4, bits)).join('') +
+      inside.filter((j) => j === t || (j % 8 === 0 && Math.abs(j - t) > 1)).map((j) =>
+        text((x(j) + x(j + 1)) / 2, height - 3, j, 'middle', j === t ? 'strong' : '')).join('');
+  });
+}
+
+// The path bits that the subset depends on, and the two sums that give it.
+function drawRegister({ path: states }, t, subset) {
+  const window = 2 * states[t] + (states[t + 1] & 1), bitOf = (age) => (window >> age) & 1;
+  const height = 122, middle = 61, size = 26;
+  const label = `Path bits of steps ${t - 6} to ${t}: ${window.toString(2).padStart(7, '0')}, subset ${subset}`;
+  draw('register-chart', height, label, (width) => {
+    const pitch = Math.min((width - 90) / 7, 44), x = (age) => pitch * (6.5 - age), end = 7 * pitch + 12;
+    const boxes = Array.from({ length: 7 }, (_, age) =>
+      path(`M${at(x(age) - size / 2)} ${middle - 13}h${size}v${size}h-${size}z`, 'box') +
+      text(x(age), middle + 4, bitOf(age), 'middle', 'strong'));
+    const sums = [[0, middle + 34], [1, middle - 34]].map(([which, level]) => {
+      const toward = level > middle ? middle + 13 : middle - 13;
+      const wires = taps[which].map((age) => `M${at(x(age))} ${toward}V${level}`).join('');
+      const line = `M${at(x(Math.max(...taps[which])))} ${level}H${at(end)}`;
+      return path(wires + line, `chosen subset-${subset}`) +
+        text(end + 6, level + 4, `⊕ = c${'₀₁'[which]} = ${(subset >> which) & 1}`);
+    });
+    return boxes.join('') + sums.join('') + text(end + 6, middle + 4, `subset ${subset}`, 'start', 'strong') +
+      text(x(6), middle + 54, `step ${t - 6}`, 'middle') + text(x(0), middle + 54, t, 'middle');
+  });
+}
+
+// The levels of the four subsets beside the value.
+function drawSubsets({ levels, metric }, t, { subset, other, level, value }) {
+  const height = 150, label = `The levels of the four subsets and the value ${show(value)}; ${show(level)} is taken`;
+  draw('subset-chart', height, label, (width) => {
+    const x = scale(-136, 136, 60, width - 62), y = (c) => 26 + 32 * c;
+    const rows = subsets.map((c) => {
+      const kind = c === subset ? `stem subset-${c}` : c === other ? 'level' : 'level unused';
+      const marks = levelsOf(c, levels).map((k) => `M${at(x(k))} ${y(c) - 9}v18`).join('');
+      const strong = c === subset ? 'strong' : '';
+      return line(x(-136), y(c), x(136), y(c), 'grid') + path(marks, kind) + text(0, y(c) + 4, `subset ${c}`, 'start', strong) +
+        text(width, y(c) + 4, `cost ${metric[t][c]}`, 'end', strong);
+    });
+    const place = x(Math.min(Math.max(value, -136), 136));
+    return rows.join('') + line(place, 8, place, height - 16, 'curve') +
+      path(`M${at(x(level))} ${y(subset)}h0`, `dot subset-${subset}`, 11) +
+      [-100, 0, 100].map((k) => text(x(k), height - 2, show(k), 'middle')).join('');
+  });
+}
+
+function trellis() {
+  const { n, bits, step: t } = state;
+  const code = trellisCode(), { x, block, levels, metric, unit, steps } = code, here = steps[t];
+  const name = `turbo${bits}_tcq${n === 128 ? '' : `_${n}`}`;
+  const paths = survivors(code.before, t), back = Math.max(t - 32, 0);
+  drawLattice(code, t, paths);
+  drawRegister(code, t, here.subset);
+  drawSubsets(code, t, here);
+
+  const rests = codec.places(bits, n, true)[here.i].map((place) => place.byte);
+  fill('trellis-bytes', hexadecimal(block, (b) => (b < 2 ? 'byte-scale' : b < 2 + n / 8 ? 'byte-path' : 'byte-index'),
+    [2 + (t >> 3), ...rests]));
+  const scale = half((block[0] & 7) << 5, ((block[1] & 3) << 5) | (block[0] >> 3)); // the ten low bits of the first two bytes
+  const costs = metric[t];
+  const branches = here.subset < here.other ? [here.subset, here.other] : [here.other, here.subset];
+  const dearer = costs[here.subset] > costs[here.other]
+    ? 'This is the dearer branch here, and the better one for the steps around it.' : '';
+  fill('step-value', `${t} of ${n}`);
+  fill('trellis-result', `${name}: step ${t} is value ${here.i} of the rotated vector, ${show(here.value * unit)} or
+    ${show(here.value)} in units of the levels. From the state before, the path bit leads to subset ${branches[0]} or
+    ${branches[1]}, at a cost of ${costs[branches[0]]} or ${costs[branches[1]]}. It is ${here.bit}: subset ${here.subset}.
+    ${dearer} The nearest level there is ${show(here.level)}, number ${levels.indexOf(here.level) >> 2} of 0 to
+    ${levels.length / 4 - 1}, which is decoded as ${show(scale, 5)} · ${show(codec.step(bits, true), 4)} ·
+    ${show(here.level)} = ${show(codec.decodeRotated(bits, n, block, true)[here.i])}. In step ${back} the cheapest
+    paths to the 64 states are ${times(paths[back].length, 'different path')}.`);
+
+  const values = steps.map(({ value }) => value), strength = sum(values.map(square));
+  const share = (chosenLevels) => percent(sum(chosenLevels.map((k, j) => square(k - values[j]))) / strength);
+  const coded = (trellisCoded) => {
+    const back = codec.decode(bits, n, codec.encode(bits, n, x, trellisCoded), trellisCoded);
+    return percent(square(norm(difference(back, x)) / norm(x)));
+  };
+  fill('trellis-facts', facts([
+    [`turbo${bits}: ${2 ** bits} levels, every value takes the nearest`, coded(false)],
+    [`${levels.length} levels, path chosen step by step`, share(greedyLevels(code.path[0], values, levels))],
+    [`${levels.length} levels, best path`, share(steps.map(({ level }) => level))],
+    [`${name}: the best path, with the scale that is stored`, coded(true)],
+    [`${levels.length} levels, every value takes the nearest (${bits + 1} bits)`,
+      share(values.map((value) => nearest(levels, value)))],
+    ['The path of this page and that of the codec', code.best.join() === code.path.join() ? 'the same' : 'different'],
+  ]));
 }

@@ -100,12 +100,78 @@ function rotationSteps(x, signs1, signs2) {
   return steps;
 }
 
+// 1 if the number of set bits is odd.
+function parity(x) {
+  let odd = 0;
+  for (; x; x &= x - 1) odd ^= 1;
+  return odd;
+}
+
 // Row r of the Walsh-Hadamard matrix in natural order.
-function walsh(r, n) {
-  return Float32Array.from({ length: n }, (_, i) => {
-    let odd = 0;
-    for (let common = i & r; common; common &= common - 1) odd ^= 1;
-    return odd ? -1 : 1;
+const walsh = (r, n) => Float32Array.from({ length: n }, (_, i) => (parity(i & r) ? -1 : 1));
+
+// ---- the trellis: its state is the newest six path bits, the newest in bit 0 ---------------------------------------
+
+const stateCount = 64;
+const taps = [[2, 5], [0, 1, 6]]; // the path bits, by their age in steps, whose sum modulo 2 is bit 0 or 1 of the subset
+const masks = taps.map((ages) => sum(ages.map((age) => 2 ** age)));
+// The subset of a step. `window` is the state before the step, followed by the step's path bit.
+const subsetOf = (window) => 2 * parity(window & masks[1]) + parity(window & masks[0]);
+const elementOf = (t, n) => (t % 8) * (n / 8) + (t >> 3);
+
+// The states before the first step and after each step of an encoded block.
+function pathOf(block, n) {
+  const states = [];
+  for (let i = 10, state = 0; i < 16 + n; i++) {
+    state = ((state << 1) | ((block[i >> 3] >> (i & 7)) & 1)) % stateCount;
+    if (i >= 15) states.push(state);
+  }
+  return states;
+}
+
+// The Viterbi algorithm. metric[t][c]: cost of subset c in step t. Returns for each step and each state the state before
+// on the cheapest path there, and the cheapest of all paths, as pathOf does.
+function cheapestPaths(metric) {
+  const before = [];
+  let cost = new Array(stateCount).fill(0);
+  for (const m of metric) {
+    const from = [], next = [];
+    for (let state = 0; state < stateCount; state++) {
+      const lower = state >> 1, upper = lower | (stateCount / 2), bit = state & 1;
+      const a = cost[lower] + m[subsetOf(2 * lower + bit)], b = cost[upper] + m[subsetOf(2 * upper + bit)];
+      from.push(b < a ? upper : lower);
+      next.push(Math.min(a, b));
+    }
+    before.push(from);
+    cost = next;
+  }
+  const best = [cost.indexOf(Math.min(...cost))];
+  for (let t = metric.length - 1; t >= 0; t--) best.unshift(before[t][best[0]]);
+  return { before, best };
+}
+
+// The last branches of the cheapest paths to all states after step t: for each step the pairs [state before, after].
+function survivors(before, t) {
+  const branches = [];
+  let alive = Array.from({ length: stateCount }, (_, state) => state);
+  for (let j = t; j >= 0; j--) {
+    branches[j] = alive.map((state) => [before[j][state], state]);
+    alive = [...new Set(branches[j].map(([from]) => from))];
+  }
+  return branches;
+}
+
+// The value of `levels` nearest to x.
+const nearest = (levels, x) => levels.reduce((best, k) => (Math.abs(k - x) < Math.abs(best - x) ? k : best));
+const levelsOf = (subset, levels) => Array.from(levels).filter((_, i) => i % 4 === subset);
+
+// The levels of a path that takes the nearer of its two subsets in each step, without looking ahead.
+function greedyLevels(state, values, levels) {
+  return values.map((value) => {
+    const choices = [0, 1].map((bit) => nearest(levelsOf(subsetOf(2 * state + bit), levels), value));
+    const bit = Math.abs(choices[1] - value) < Math.abs(choices[0] - value) ? 1 : 0;
+    state = (2 * state + bit) % stateCount;
+    return choices[bit];
   });
 }
 

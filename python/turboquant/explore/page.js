@@ -1,5 +1,5 @@
 // The controls: they change `state` and redraw the experiments that depend on it.
-const experiments = { grid, butterfly, bell, lloyd, stored, signs };
+const experiments = { grid, butterfly, bell, lloyd, stored, signs, trellis };
 const waiting = new Map(); // timers of what is drawn with a delay
 let frame = 0;
 const pending = new Set();
@@ -37,19 +37,25 @@ function announce(name) {
   });
 }
 
-function setStage(stage) {
-  const last = Math.log2(state.n) + 2;
-  state.stage = Math.min(Math.max(stage, 0), last);
-  element('stage').max = last;
-  element('stage').value = state.stage;
-  element('stage-back').disabled = state.stage === 0;
-  element('stage-next').disabled = state.stage === last;
-  redraw('butterfly');
+// Sliders with the buttons Back, Next and Play: their experiments, their last steps, and the steps of Play in a second.
+const walks = {
+  stage: { experiment: 'butterfly', last: () => Math.log2(state.n) + 2, pace: 1 },
+  step: { experiment: 'trellis', last: () => state.n - 1, pace: 4 },
+};
+
+function setWalk(name, place) {
+  const last = walks[name].last();
+  state[name] = Math.min(Math.max(place, 0), last);
+  element(name).max = last;
+  element(name).value = state[name];
+  element(`${name}-back`).disabled = state[name] === 0;
+  element(`${name}-next`).disabled = state[name] === last;
+  redraw(walks[name].experiment);
 }
 
-function goToStage(stage) {
-  setStage(stage);
-  announce('butterfly');
+function walkTo(name, place) {
+  setWalk(name, place);
+  announce(walks[name].experiment);
 }
 
 // Texts and limits of the controls that the vector's own controls decide.
@@ -80,7 +86,7 @@ function setVector(change) {
   Object.assign(state, change);
   if (state.bits !== bits) state.levels = null;
   showVectorControls();
-  setStage(state.stage);
+  for (const name of Object.keys(walks)) setWalk(name, state[name]);
   redraw();
 }
 
@@ -141,10 +147,17 @@ function listen() {
   }, 'lloyd');
   click('lloyd-codec', () => setLevels(null, 0), 'lloyd');
 
-  element('stage').addEventListener('input', (event) => goToStage(Number(event.target.value)));
-  element('stage-back').addEventListener('click', () => goToStage(state.stage - 1));
-  element('stage-next').addEventListener('click', () => goToStage(state.stage + 1));
-  listenToPlay();
+  for (const name of Object.keys(walks)) {
+    element(name).addEventListener('input', (event) => walkTo(name, Number(event.target.value)));
+    element(`${name}-back`).addEventListener('click', () => walkTo(name, state[name] - 1));
+    element(`${name}-next`).addEventListener('click', () => walkTo(name, state[name] + 1));
+    listenToPlay(name);
+  }
+  element('lattice-chart').addEventListener('pointermove', (event) => {
+    const box = element('lattice-chart').getBoundingClientRect();
+    const step = stepAt(event.clientX - box.left, box.width);
+    if (step !== state.step) walkTo('step', step);
+  });
   element('vector').addEventListener('submit', (event) => event.preventDefault());
 
   let width = document.body.clientWidth; // phones resize the window's height while scrolling: nothing to draw then
@@ -155,9 +168,9 @@ function listen() {
   }).observe(document.body);
 }
 
-// Play goes through the steps, one a second, until the end or until it is pressed again.
-function listenToPlay() {
-  const button = element('stage-play');
+// Play goes through the steps until the end or until it is pressed again.
+function listenToPlay(name) {
+  const button = element(`${name}-play`), { last, pace } = walks[name];
   let timer = 0;
   const stop = () => {
     clearInterval(timer);
@@ -166,10 +179,10 @@ function listenToPlay() {
   };
   button.addEventListener('click', () => {
     if (timer) return stop();
-    const last = () => state.stage >= Math.log2(state.n) + 2;
-    goToStage(last() ? 0 : state.stage + 1);
+    const atEnd = () => state[name] >= last();
+    walkTo(name, atEnd() ? 0 : state[name] + 1);
     button.textContent = 'Stop';
-    timer = setInterval(() => (last() ? stop() : goToStage(state.stage + 1)), 1000);
+    timer = setInterval(() => (atEnd() ? stop() : walkTo(name, state[name] + 1)), 1000 / pace);
   });
 }
 
@@ -182,7 +195,7 @@ async function start() {
   globalThis.explore = { codec, state, vector: () => makeVector(state).x }; // for the console, and the tests
   listen();
   showVectorControls();
-  setStage(state.stage);
+  for (const name of Object.keys(walks)) setWalk(name, state[name]);
   redraw();
 }
 

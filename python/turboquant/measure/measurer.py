@@ -10,7 +10,7 @@ from typing import Any
 
 from . import needle, perplexity, speed
 from .kvsize import Caches
-from .pairs import CachePair, bits_per_value
+from .pairs import CachePair, bits_per_value, block_of
 from .programs import ProgramError, Programs
 from .results import Results, file_hash
 from .scratch import scratch_folder
@@ -187,7 +187,8 @@ class Measurer:
         reasons = {}
         for run in runs:
             if known and (name := next((one for one in (run.pair.k, run.pair.v) if one not in known), None)):
-                reasons[run] = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}"
+                way_out = "; `turboquant build` makes one that has it" if block_of(name) else ""
+                reasons[run] = f"{self.programs.folder} knows no cache type {name!r}; it has {', '.join(known)}{way_out}"
         return reasons
 
     # ---- needles ----

@@ -26,12 +26,15 @@ from .allocate import Choice, allocate, allocate_for_loss, least, most
 from .losses import PROBES, estimate, finer, relative_error
 from .meter import Measured, Meter, Span
 
-__all__ = ["DEFAULT_TYPES", "UNIFORM", "Goal", "TuneError", "TuneOptions", "Tuned", "tune"]
+__all__ = ["DEFAULT_TYPES", "GPU_TYPES", "UNIFORM", "Goal", "TuneError", "TuneOptions", "Tuned", "tune"]
 
-#: Types to choose from. Only K may be f16, because V never needs it.
-DEFAULT_TYPES = ("turbo2", "turbo3", "turbo4", "q8_0", "f16")
-#: Pairs that the result is compared with.
-UNIFORM = tuple(CachePair.parse(text) for text in ("q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo4", "turbo3"))
+#: Types to choose from. Only K may be f16, because V never needs it. A trellis-coded type has a smaller error than the
+#: Lloyd-Max type with as many bits.
+DEFAULT_TYPES = ("turbo2_tcq", "turbo3_tcq", "turbo4_tcq", "q8_0", "f16")
+#: The same for layers on a GPU, which has no kernels for trellis-coded types.
+GPU_TYPES = ("turbo2", "turbo3", "turbo4", "q8_0", "f16")
+#: Pairs that the result is compared with; on a GPU with the Lloyd-Max types.
+UNIFORM = ("q8_0", "q8_0/turbo4_tcq", "q8_0/turbo3_tcq", "turbo4_tcq", "turbo3_tcq")
 #: The type of all other layers while one layer is measured. Its own loss is part of the noise floor.
 BASE = "q8_0"
 
@@ -186,12 +189,14 @@ class _Tuner:
         except ValueError as error:
             raise TuneError(f"{Window.VARIABLE}: {error}") from error
         self.slots = [(side, number) for side in "kv" for number, _ in self.shape.cached()]
-        given = tuple(options.types or DEFAULT_TYPES)
+        gpu = options.gpu_layers > 0
+        given = tuple(options.types or (GPU_TYPES if gpu else DEFAULT_TYPES))
+        self.uniform = [CachePair.parse(text.replace("_tcq", "") if gpu else text) for text in UNIFORM]
         self.types = {"k": given, "v": given if options.types else tuple(type for type in given if type != "f16")}
 
     def run(self, text_hash: str) -> Tuned:
         self._refuse_early()
-        pairs = [pair for pair in UNIFORM if self._fits(pair)]
+        pairs = [pair for pair in self.uniform if self._fits(pair)]
         self._expect(pairs)
         costs, floor = self._measure_layers()
         items = [self._choices(slot, costs[slot]) for slot in self.slots]
