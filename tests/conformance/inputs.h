@@ -61,6 +61,10 @@ inline int64_t first_difference(const uint8_t * a, const uint8_t * b, size_t n) 
     return -1;
 }
 
+inline bool is_trellis(const tq_type_info & t) {
+    return t.family == TQ_TURBO4_TCQ || t.family == TQ_TURBO3_TCQ || t.family == TQ_TURBO2_TCQ;
+}
+
 struct Input {
     const char * name;
     void (*fill)(Random & r, float * x, int64_t n, int block); // n values, blocks of `block`

@@ -46,10 +46,6 @@ double norm(const std::vector<double> & v) {
     return std::sqrt(sum);
 }
 
-bool is_trellis(const tq_type_info & t) {
-    return t.family == TQ_TURBO4_TCQ || t.family == TQ_TURBO3_TCQ || t.family == TQ_TURBO2_TCQ;
-}
-
 // The first two bytes without what is not the scale.
 int scale_word(const tq_type_info & t, const uint8_t * block) {
     return (block[0] | block[1] << 8) & (is_trellis(t) ? 0x3ff : 0xffff);
