@@ -23,7 +23,10 @@ FUSED = 2e-5
 #: KLD to the oracle, whose queries are not rounded to int8 (measured: 5e-5 to 8e-5, and 2e-9 with K in f16).
 ORACLE = 1.5e-4
 HEADS = (64, 96, 128, 192, 256, 512)
-PAIRS = [("turbo4", "turbo3"), ("turbo2", "turbo4"), ("q8_0", "turbo3"), ("turbo4", "f16"), ("turbo3_32", "turbo2_32")]
+PAIRS = [
+    ("turbo4", "turbo3"), ("turbo2", "turbo4"), ("q8_0", "turbo3"), ("turbo4", "f16"), ("turbo3_32", "turbo2_32"),
+    ("turbo4_tcq", "turbo3_tcq"), ("turbo2_tcq_32", "turbo4_tcq_32"), ("turbo3_tcq", "turbo2"), ("q8_0", "turbo2_tcq"),
+]  # fmt: skip
 TOKENS = random_tokens(600, seed=11)
 NAMES = [kernels.name for kernels in turboquant.kernels() if kernels.supported]
 
@@ -112,6 +115,13 @@ def forward(path: Path, s: Shape, tokens: list[int], ctk: str, ctv: str) -> np.n
         (192, "turbo3_64", "turbo4_64"),
         (96, "turbo4_32", "turbo3_32"),
         (128, "f16", "turbo3_32"),
+        (128, "turbo4_tcq", "turbo3_tcq"),
+        (256, "turbo2_tcq", "turbo2_tcq"),
+        (64, "turbo3_tcq_64", "turbo4_tcq_64"),
+        (192, "turbo4_tcq_64", "turbo2_tcq_64"),
+        (96, "turbo3_tcq_32", "turbo2_tcq_32"),
+        (128, "turbo4_tcq_32", "turbo4"),
+        (128, "f16", "turbo2_tcq"),
     ],
 )
 @pytest.mark.parametrize("step", [None, 1], ids=["batched", "single"])

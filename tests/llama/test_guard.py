@@ -8,14 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import turboquant
-from harness import ProbeError, kld, kv_sizes, random_tokens
+from harness import TURBO, ProbeError, kld, kv_sizes, random_tokens
 
 TOKENS = random_tokens(200, seed=5)
 NORMAL = np.random.default_rng(0).standard_normal((512, 128), dtype=np.float32)
 #: Relative squared error of normal values, by type.
 ERROR = {
     name: float(np.square(turboquant.dequantize(turboquant.quantize(NORMAL, name), name) - NORMAL).mean())
-    for name in ("turbo4", "turbo3", "turbo2")
+    for name in TURBO
 }
 
 
@@ -71,7 +71,7 @@ class Weights:
         return float(np.sqrt(error * q.reshape(len(k), -1) * k[:, None] / block / self.head).mean())
 
 
-@pytest.mark.parametrize("name", ["turbo4", "turbo3", "turbo2"])
+@pytest.mark.parametrize("name", TURBO)
 @pytest.mark.parametrize("model", ["gqa", "mqa", "head64", "fused", "partial", "biased", "qknorm"])
 def test_prediction_is_that_of_the_weights(probe, tiny, model: str, name: str) -> None:
     """The estimate with eight random vectors is within 12 percent of the exact value for 64 inputs."""

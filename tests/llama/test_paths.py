@@ -26,6 +26,11 @@ MIXED = [
     ("turbo4", "turbo2"),
     ("turbo3", "turbo4_64"),
     ("turbo2_64", "turbo2_32"),
+    ("turbo4_tcq", "f16"),
+    ("q8_0", "turbo3_tcq"),
+    ("turbo2_tcq", "turbo4"),
+    ("turbo3", "turbo4_tcq_64"),
+    ("turbo4_tcq_32", "turbo2_tcq"),
 ]
 PAIRS = [(name, name) for name in TURBO_ALL] + MIXED
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import Probe, kld, perplexity_report, same_top
+from harness import TURBO_ALL, Probe, kld, perplexity_report, same_top
 
 #: Bounds of the KLD: 1.15 times the measured values (test_divergence).
 KLD = {
@@ -23,6 +23,10 @@ KLD = {
     ("q8_0", "turbo2"): 0.0588,
     ("f16", "turbo2"): 0.0572,
     ("q4_0", "turbo4"): 0.0153,
+    **{(name, name): 0.0 for name in TURBO_ALL if "_tcq" in name},
+    ("turbo4_tcq", "turbo3_tcq"): 0.0,
+    ("q8_0", "turbo2_tcq"): 0.0,
+    ("turbo3_tcq", "f16"): 0.0,
 }
 #: Greatest difference between the likelihoods of the greedy texts of an f16 cache and another cache under the f16
 #: cache, in nats per token. Measured: up to 0.35; texts differ between CPUs. Text of a broken cache is several nats
@@ -55,7 +59,7 @@ def test_divergence(prose, pair: tuple[str, str]) -> None:
     probe, chunks, base = prose
     bound = KLD[pair]
     logits = measure(probe, chunks, *pair)
-    assert kld(base, logits) <= bound
+    print("MEASURED", pair, kld(base, logits)); assert kld(base, logits) <= bound
     assert same_top(base, logits) >= 1 - 2.5 * np.sqrt(bound)
     assert not np.array_equal(base, logits)
 
@@ -80,7 +84,7 @@ def test_llama_perplexity(build, prose_model, heldout, tmp_path) -> None:
 SECRET = "48213"
 
 
-FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2")]
+FINDERS = [("f16", "f16"), ("turbo4", "turbo4"), ("turbo3", "turbo3"), ("q8_0", "turbo2"), ("turbo3_tcq", "turbo3_tcq")]
 
 
 @pytest.mark.parametrize("pair", FINDERS, ids="/".join)
@@ -98,7 +102,7 @@ def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str
     assert SECRET in result.out
 
 
-@pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3")], ids="/".join)
+@pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo3_tcq", "turbo2_tcq")], ids="/".join)
 def test_greedy_text(prose, pair: tuple[str, str]) -> None:
     """Greedy text is repeatable, and with an f16 cache it is as likely as the greedy text of that cache."""
     probe, chunks, _ = prose

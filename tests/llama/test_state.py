@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import TURBO_ALL, ProbeError, kld, random_tokens
+from harness import TURBO, TURBO_ALL, ProbeError, kld, random_tokens
 
 TOKENS = random_tokens(120, seed=3)
 NEXT = random_tokens(24, seed=4)
@@ -14,7 +14,9 @@ NEXT = random_tokens(24, seed=4)
 SHIFT = 2.5
 #: A sequence in a batch with others gives the same with turbo types, except for the order of float sums.
 SAME = 1e-4
-PAIRS = [(name, name) for name in TURBO_ALL] + [("turbo4", "f16"), ("q8_0", "turbo3"), ("turbo2", "q4_0")]
+PAIRS = [(name, name) for name in TURBO_ALL] + [
+    ("turbo4", "f16"), ("q8_0", "turbo3"), ("turbo2", "q4_0"), ("turbo4_tcq", "turbo3"), ("f16", "turbo2_tcq")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("ctk", "ctv"), PAIRS)
@@ -31,12 +33,13 @@ def test_whole_state(probe, tiny, tmp_path, ctk: str, ctv: str) -> None:
     assert np.array_equal(rows, expected[1])
 
 
+@pytest.mark.parametrize("name", ["turbo3", "turbo3_tcq"])
 @pytest.mark.parametrize("model", ["gqa", "iswa", "mla", "hybrid", "head64"])
 @pytest.mark.parametrize("unified", [0, 1])
-def test_sequence_state(probe, tiny, tmp_path, model: str, unified: int) -> None:
+def test_sequence_state(probe, tiny, tmp_path, model: str, unified: int, name: str) -> None:
     """Saved from sequence 0, restored into sequence 1 of another context."""
     p = probe(tiny(model))
-    kv = ("turbo3", "turbo3")
+    kv = (name, name)
     options = {"n_seq": 2, "unified": unified, "n_ctx": 1024}
     p.context(*kv, **options)
     p.logits(TOKENS)
@@ -57,6 +60,8 @@ def test_sequence_state(probe, tiny, tmp_path, model: str, unified: int) -> None
         (("turbo4", "turbo4"), ("f16", "f16")),
         (("q8_0", "q8_0"), ("turbo4", "turbo4")),
         (("f16", "turbo3"), ("f16", "turbo3_32")),
+        (("turbo4", "turbo3"), ("turbo4_tcq", "turbo3")),  # blocks of the same size
+        (("turbo4_tcq", "turbo3_tcq"), ("turbo4_tcq", "turbo3")),
     ],
 )
 @pytest.mark.parametrize("what", ["", "seq"])
@@ -89,7 +94,7 @@ def after_drop(p, name: str, moves: tuple[int, int] | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model", ["gqa", "head64", "head96", "head256", "iswa", "hybrid"])
-@pytest.mark.parametrize("name", ["turbo4", "turbo3", "turbo2"])
+@pytest.mark.parametrize("name", TURBO)
 def test_context_shift(probe, tiny, model: str, name: str) -> None:
     """RoPE is relative: moving all tokens by the same distance must change nothing but re-encode K once."""
     p = probe(tiny(model))
@@ -99,12 +104,12 @@ def test_context_shift(probe, tiny, model: str, name: str) -> None:
     stay, move = (kld(base, after_drop(p, name, moves)) for moves in (None, everything))
     assert p.command("canshift") == "1"
     assert 0 < move <= SHIFT * stay
-    if name == "turbo4":  # a shift of half of the tokens represents a wrong shift
+    if name in ("turbo4", "turbo4_tcq"):  # a shift of half of the tokens represents a wrong shift
         wrong = kld(base, after_drop(p, "f16", (DROPPED, 2 * DROPPED)))
         assert wrong > 1.2 * move, "the test cannot tell a wrong shift from a right one"
 
 
-@pytest.mark.parametrize("k", [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"]])
+@pytest.mark.parametrize("k", [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"], ["f16", "turbo4_tcq", "q8_0"]])
 def test_context_shift_of_mixed_layers(probe, tiny, tmp_path, k: list[str]) -> None:
     """Before a shift, a layer is rotated back exactly if llama.cpp rotated it."""
     (tmp_path / "plan.json").write_text(
@@ -117,7 +122,7 @@ def test_context_shift_of_mixed_layers(probe, tiny, tmp_path, k: list[str]) -> N
     assert 0 < move <= SHIFT * stay and wrong > 1.2 * move
 
 
-@pytest.mark.parametrize("ctk", ["turbo4", "turbo3", "turbo2_32"])
+@pytest.mark.parametrize("ctk", ["turbo4", "turbo3", "turbo2_32", "turbo4_tcq"])
 def test_context_shift_is_refused_where_the_rope_is_partial(probe, tiny, ctk: str) -> None:
     p = probe(tiny("partial"))
     p.context(ctk, "f16")

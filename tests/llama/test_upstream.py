@@ -21,11 +21,13 @@ def test_quantize_fns(build) -> None:
     assert "0 tests failed" in result.text
 
 
-_ANY = "turbo[234](_64|_32)?"
+_ANY = "turbo[234](_tcq)?(_64|_32)?"
+#: In each family one type of each block size and of each number of bits.
+ATTENTION = ("turbo4", "turbo3_64", "turbo2_32", "turbo2_tcq", "turbo4_tcq_64", "turbo3_tcq_32")
 #: The operations on a cache of the types, and the test cases of llama.cpp that run. Of three thousand cases of
-#: attention a tenth runs: one type of each block size and of each number of bits, with short and long batches.
+#: attention a tenth runs, with short and long batches.
 OPERATIONS = {
-    "FLASH_ATTN_EXT": "kv=512,nb=(1|75),.*type_K=turbo(4|3_64|2_32),",
+    "FLASH_ATTN_EXT": f"kv=512,nb=(1|75),.*type_K=({'|'.join(ATTENTION)}),",
     "SET_ROWS": f"type={_ANY}\\b|type_dst={_ANY}\\b",
     "GET_ROWS": f"type={_ANY}\\b",
     "CPY": f"type_src={_ANY}\\b|type_dst={_ANY}\\b",
@@ -43,5 +45,5 @@ def test_backend_ops(build, operation: str) -> None:
     assert passed and passed[1] == passed[2], result.describe()
     assert int(passed[2]) > 0, "no test case has our types"
     ran = [line for line in text.splitlines() if re.search(r"turbo\d", line) and line.rstrip().endswith("OK")]
-    for name in ("turbo4", "turbo3_64", "turbo2_32") if operation == "FLASH_ATTN_EXT" else TURBO_ALL:
+    for name in ATTENTION if operation == "FLASH_ATTN_EXT" else TURBO_ALL:
         assert any(re.search(rf"\b{name}\b", line) for line in ran), f"{operation} was not tested with {name}"

@@ -59,6 +59,8 @@ def twin(probe, path: Path, model: Model):
     [
         ("turbo2", "turbo2", "q8_0"), ("turbo4", "turbo3", "f16"), ("turbo2", "f16", "q8_0"), ("turbo3", "f16", "f16"),
         ("f16", "turbo2", "q8_0"), ("q8_0", "turbo2", "q8_0"), ("turbo2", "q8_0", "f16"),
+        ("turbo2_tcq", "turbo2_tcq", "q8_0"), ("turbo4_tcq", "turbo3_tcq", "f16"), ("turbo2_tcq", "turbo4", "q8_0"),
+        ("f16", "turbo2_tcq", "q8_0"),
     ],
 )  # fmt: skip
 def test_attention_is_that_of_the_rule(twin, window: int, ctk: str, ctv: str, slot: str) -> None:
@@ -72,12 +74,13 @@ def test_attention_is_that_of_the_rule(twin, window: int, ctk: str, ctv: str, sl
     assert max(worst.values()) <= (ROTATED if "q8_0" in (ctk, ctv) else LIMIT), worst
 
 
+@pytest.mark.parametrize("family", ["turbo3", "turbo3_tcq"])
 @pytest.mark.parametrize("head", [64, 96, 128, 256])
-def test_heads(probe, tmp_path: Path, head: int) -> None:
+def test_heads(probe, tmp_path: Path, head: int, family: str) -> None:
     shape = Shape(layers=1, heads=4, kv_heads=1, head=head)
     path = write_model(tmp_path / "model.gguf", shape)
     block = 128 if head % 128 == 0 else 64 if head % 64 == 0 else 32
-    name = "turbo3" if block == 128 else f"turbo3_{block}"
+    name = family if block == 128 else f"{family}_{block}"
     t = Twin(probe(path, LLAMA_ARG_CACHE_WINDOW="8"), Model(path, shape), name, name, 8)
     for n in (3, 20, 1, 1, 40, 1):
         t.decode(n)

@@ -37,7 +37,10 @@ class Soak:
         self.folder = folder
         self.window = choose.choice([1, 2, 7, 16, 40, 256])
         self.slot = choose.choice(["q8_0", "f16"])
-        self.types = choose.choice([("turbo2", "turbo2"), ("turbo4", "turbo3"), ("turbo3", "f16"), ("f16", "turbo2")])
+        self.types = choose.choice([
+            ("turbo2", "turbo2"), ("turbo4", "turbo3"), ("turbo3", "f16"), ("f16", "turbo2"),
+            ("turbo2_tcq", "turbo2_tcq"), ("turbo4_tcq", "turbo3_tcq"),
+        ])  # fmt: skip
         self.options = {
             "n_seq": choose.randint(1, 4),
             "unified": choose.random() < 0.5,
@@ -171,7 +174,7 @@ class Soak:
         ]  # fmt: skip
         # A shift encodes keys again. Next to the boundary of two centroids the last bits of float32 decide, in which the
         # oracle differs; with two bits this alone has changed logits by a KLD of 0.11 (with four bits by 2e-6).
-        if self.types[0] != "turbo2":
+        if not self.types[0].startswith("turbo2"):
             operations += [self.shift, self.divide]
         self.random.choice(operations)()
 
