@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import TURBO_ALL, Probe, kld, perplexity_report, same_top
+from harness import Probe, kld, perplexity_report, same_top
 
 #: Bounds of the KLD: 1.15 times the measured values (test_divergence).
 KLD = {
@@ -23,10 +23,18 @@ KLD = {
     ("q8_0", "turbo2"): 0.0588,
     ("f16", "turbo2"): 0.0572,
     ("q4_0", "turbo4"): 0.0153,
-    **{(name, name): 0.0 for name in TURBO_ALL if "_tcq" in name},
-    ("turbo4_tcq", "turbo3_tcq"): 0.0,
-    ("q8_0", "turbo2_tcq"): 0.0,
-    ("turbo3_tcq", "f16"): 0.0,
+    ("turbo4_tcq", "turbo4_tcq"): 0.0096,
+    ("turbo4_tcq_64", "turbo4_tcq_64"): 0.0089,
+    ("turbo4_tcq_32", "turbo4_tcq_32"): 0.0092,
+    ("turbo3_tcq", "turbo3_tcq"): 0.039,
+    ("turbo3_tcq_64", "turbo3_tcq_64"): 0.032,
+    ("turbo3_tcq_32", "turbo3_tcq_32"): 0.037,
+    ("turbo2_tcq", "turbo2_tcq"): 0.173,
+    ("turbo2_tcq_64", "turbo2_tcq_64"): 0.141,
+    ("turbo2_tcq_32", "turbo2_tcq_32"): 0.141,
+    ("turbo4_tcq", "turbo3_tcq"): 0.0162,
+    ("q8_0", "turbo2_tcq"): 0.038,
+    ("turbo3_tcq", "f16"): 0.0286,
 }
 #: Greatest difference between the likelihoods of the greedy texts of an f16 cache and another cache under the f16
 #: cache, in nats per token. Measured: up to 0.35; texts differ between CPUs. Text of a broken cache is several nats
@@ -59,7 +67,7 @@ def test_divergence(prose, pair: tuple[str, str]) -> None:
     probe, chunks, base = prose
     bound = KLD[pair]
     logits = measure(probe, chunks, *pair)
-    print("MEASURED", pair, kld(base, logits)); assert kld(base, logits) <= bound
+    assert kld(base, logits) <= bound
     assert same_top(base, logits) >= 1 - 2.5 * np.sqrt(bound)
     assert not np.array_equal(base, logits)
 

@@ -9,13 +9,16 @@ from harness import TURBO, ProbeError, kld, kv_sizes, random_tokens
 #: Head size -> suffix of the type that `-ctk turboN` resolves to.
 RESOLVED = {64: "_64", 96: "_32", 128: "", 192: "_64", 256: "", 512: ""}
 
-#: KLD on the random models. The largest measured over all shapes is 0.052, 0.214 and 0.728 (q4_0: 0.050).
+#: KLD on the random models. The largest measured over all shapes is 0.052, 0.214 and 0.728 (q4_0: 0.050),
+#: and 0.033, 0.139 and 0.420 with trellis-coded types.
 BOUND = {
-    "turbo4": 0.065, "turbo3": 0.26, "turbo2": 0.88, "turbo4_tcq": 0.065, "turbo3_tcq": 0.26, "turbo2_tcq": 0.88
+    "turbo4": 0.065, "turbo3": 0.26, "turbo2": 0.88, "turbo4_tcq": 0.042, "turbo3_tcq": 0.17, "turbo2_tcq": 0.52
 }
 #: KLD of a sequence in a batch with others from the sequence alone: its rows have other positions in the cache, so the
 #: order of sums and the rounding of weights differ. Measured: up to 1.1e-4, a hundredth of the least error of a type.
 SAME = 4e-4
+#: The same with trellis-coded types, where a small change of one value can change the path of its block: up to 1.8e-3.
+SAME_PATH = 4e-3
 
 TOKENS = random_tokens(160)
 
@@ -28,7 +31,7 @@ def compare(probe, ctk: str, ctv: str, **options: object) -> tuple[float, float]
     batched = probe.logits(TOKENS)
     probe.context(ctk, ctv, **options)
     single = probe.logits(TOKENS, step=1)
-    print("MEASURED", ctk, ctv, options, kld(base, batched), kld(base, single)); return kld(base, batched), kld(base, single)
+    return kld(base, batched), kld(base, single)
 
 
 @pytest.mark.parametrize("name", TURBO)
@@ -153,7 +156,7 @@ def test_parallel_sequences(probe, tiny, model: str, ctk: str, ctv: str, unified
         together[0].append(rows[: len(pieces[0])])
         together[1].append(rows[len(pieces[0]) :])
     for seq in (0, 1):
-        assert kld(alone[seq], np.concatenate(together[seq])) <= SAME
+        assert kld(alone[seq], np.concatenate(together[seq])) <= (SAME_PATH if "_tcq" in ctk else SAME)
 
 
 @pytest.mark.parametrize("pair", [("turbo4", "turbo3"), ("turbo4_tcq", "turbo3_tcq")], ids="/".join)
@@ -165,4 +168,4 @@ def test_sequence_behind_another(probe, tiny, pair: tuple[str, str]) -> None:
     alone = p.logits(text, step=1)
     p.context(*pair, n_seq=2, unified=1, n_ctx=1024, threads=4)  # short chunks
     p.logits(random_tokens(200, seed=1))
-    assert kld(alone, p.logits(text, seq=1, step=1)) <= SAME
+    assert kld(alone, p.logits(text, seq=1, step=1)) <= (SAME_PATH if "_tcq" in pair[0] else SAME)
