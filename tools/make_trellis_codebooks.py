@@ -7,10 +7,10 @@
 The codebooks are constants of the format (cpp/FORMAT.md, "Trellis-coded types"), so nothing is written. The program
 shows where they come from: Lloyd's iteration (1982) with the encoder in the loop, on blocks of normally distributed
 values. Each block is divided by the scale that the encoder would choose, a path through the trellis assigns a level to
-each value, and each level becomes the weighted mean of its values. The levels are symmetric about 0, and the mean of the
-scales is 1. After five iterations the granular error, by which the encoder chooses scales, is fitted. At the end levels
-are rounded to integers of which the outermost is 127. The iteration converges slowly: further rounds move a level by 1
-and gain 0.1%, and on other blocks levels may differ by 1 as well.
+each value, and each level becomes the weighted mean of its values. The levels are symmetric about 0, and the mean of
+the scales is 1. After five iterations the granular error, by which the encoder chooses scales, is fitted. At the end
+levels are rounded to integers of which the outermost is 127. The iteration converges slowly: further rounds move some
+levels by 1 and gain 0.1%, and on other blocks levels may differ by 1 as well.
 
 Arithmetic is in floating point and without the encoder's limits, so errors differ from the core's in the fourth digit.
 All random numbers are seeded: a run repeats exactly. It needs the package `turboquant` for the constants.
@@ -91,7 +91,7 @@ def normal_blocks(count: int, seed: int, block: int = BLOCK) -> Floats:
 
 
 def choose_scales(x: Floats, book: Book) -> Floats:
-    """For each block (count, 1) the scale of the levels that is expected to leave the least error, as in the encoder."""
+    """The scale of each block's levels (count, 1) that is expected to leave the least error, as in the encoder."""
     errors = []
     for factor in reference.SCALES:
         over = np.maximum(np.abs(x) - book.levels[-1] * factor, 0)
@@ -136,7 +136,7 @@ def assign(y: Floats, book: Book, code: Code = CODE) -> NDArray[np.intp]:
 
 
 def relative_error(x: Floats, book: Book, code: Code = CODE) -> float:
-    """The mean squared error of blocks of unit RMS with the scale that preserves the inner product, <x, x'> = <x, x>."""
+    """The mean squared error of blocks of unit RMS with scales that preserve inner products: <x, x'> = <x, x>."""
     values = book.levels[assign(x / choose_scales(x, book), book, code)].astype(np.float64)
     energy = np.square(x.astype(np.float64)).sum(-1)
     return float((energy * np.square(values).sum(-1) / np.square((x * values).sum(-1)) - 1).mean())

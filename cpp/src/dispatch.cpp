@@ -25,8 +25,8 @@ namespace {
 bool has_avx2() { // every CPU with AVX2 has F16C, which older Clang versions cannot query
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
-// Every CPU with AVX-VNNI (Intel's since Alder Lake, AMD's since Zen 5) or with AVX-512 VNNI and VBMI (since Ice Lake and
-// Zen 4) has GFNI, but a virtual machine may hide it.
+// Every CPU with AVX-VNNI (Intel's since Alder Lake, AMD's since Zen 5) or with AVX-512 VNNI and VBMI (since Ice Lake
+// and Zen 4) has GFNI, but a virtual machine may hide it.
 bool has_gfni() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 8 & 1);

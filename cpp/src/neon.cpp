@@ -251,8 +251,8 @@ template <int Bits, int N> TURBOQUANT_INLINE Levels<N> expand(Format<LloydMax<Bi
 }
 
 // The trellis-coded types. A plane has one bit of each element: bit b of byte l belongs to element b * N/8 + l. So a
-// register of levels consists of 128/N lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is copied
-// to all lanes, and shifted down in each by the number of the lane: bit r * 128/N then belongs to register r.
+// register of levels consists of 128/N lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is
+// copied to all lanes, and shifted down in each by the number of the lane: bit r * 128/N then belongs to register r.
 static_assert(path_taps0 == (1 << 2 | 1 << 5) && path_taps1 == (1 << 0 | 1 << 1 | 1 << 6), "the shifts below");
 
 template <int N> TURBOQUANT_INLINE uint8x16_t every_lane(const uint8_t * p) {
@@ -276,8 +276,8 @@ template <int K> TURBOQUANT_INLINE uint8x16_t path_before(uint8x16_t path, uint8
     return vsliq_n_u8(vshrq_n_u8(before, 8 - K), path, K);
 }
 
-// The levels of register R, whose nibbles are the lower ones in `index`. Four bits: the plane with the third bits of the
-// rests, which are the signs of the levels, is the fifth bit of an index.
+// The levels of register R, whose nibbles are the lower ones in `index`. With four bits, the plane with the third bits
+// of the rests, which are the signs of the levels, is the fifth bit of an index.
 template <int Bits, int N, int R> TURBOQUANT_INLINE int8x16_t look_up_levels(uint8x16_t index, uint8x16_t signs) {
     const int8_t * table = repeated_levels<Bits>.level;
     if constexpr (Bits < 4) return vqtbl1q_s8(vld1q_s8(table), index);

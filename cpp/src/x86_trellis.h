@@ -2,9 +2,9 @@
 //
 // A plane has one bit of each element: bit b of byte l belongs to element b * N/8 + l. So a register of levels consists
 // of lanes of N/8 bytes, and the elements of a lane have the same b. Each plane is copied to all lanes, and shifted in
-// each so that its bits are where the lane's elements need them: in nibbles, the lower with the elements of one register
-// and the upper with those of another. The two lower bits of a nibble are the subset, the two upper ones the rest
-// without its third bit.
+// each so that its bits are where the lane's elements need them: in nibbles, the lower with the elements of one
+// register and the upper with those of another. The two lower bits of a nibble are the subset, the two upper ones the
+// rest without its third bit.
 //
 // The subset's bits come from the path, an integer of N bits, shifted up by the steps of its taps. The bits before the
 // path, which shift in, are the upper ones of the block's first two bytes.
@@ -42,8 +42,8 @@ template <int N, int First, int Change> TURBOQUANT_INLINE __m256i lanes_down(__m
 }
 
 #ifdef __GFNI__
-// A bit of a byte that gf2p8affineqb computes is the parity of the source byte masked by a byte of the matrix, which has
-// bit 0 in the highest byte.
+// A bit of a byte that gf2p8affineqb computes is the parity of the source byte masked by a byte of the matrix, whose
+// highest byte belongs to bit 0.
 constexpr uint64_t matrix_row(int bit, unsigned mask) { return uint64_t(mask) << (8 * (7 - bit)); }
 
 // Copies `count` bits.
@@ -152,8 +152,8 @@ template <int Bits, int N, int Second> TURBOQUANT_INLINE __m256i nibbles(const u
 }
 #endif
 
-// The levels of the elements of a register, whose nibbles are the lower ones in `index`. signs: with four bits, the plane
-// with the third bits of the rests, which are the signs of the levels.
+// The levels of the elements of a register, whose nibbles are the lower ones in `index`. signs: with four bits, the
+// plane with the third bits of the rests, which are the signs of the levels.
 template <int Bits, int N, int Register> TURBOQUANT_INLINE __m256i look_up_levels(__m256i index, __m256i signs) {
     const int8_t * table = repeated_levels<Bits>.level;
     const __m256i nibble = _mm256_and_si256(index, _mm256_set1_epi8(15));

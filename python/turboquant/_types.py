@@ -15,9 +15,9 @@ from . import _core
 class TypeInfo:
     """One row of the type table.
 
-    Rotated values are decoded as ``d * step * levels[i]``, where ``d`` is the block's scale. In turbo4, turbo3 and turbo2
-    i is a value's index. In turbo4_tcq, turbo3_tcq and turbo2_tcq, the trellis-coded types, i follows from a value's
-    bits and from those of other values before it.
+    Rotated values are decoded as ``d * step * levels[i]``, where ``d`` is the block's scale. In turbo4, turbo3 and
+    turbo2, i is a value's index. In turbo4_tcq, turbo3_tcq and turbo2_tcq, the trellis-coded types, i follows from a
+    value's bits and from those of other values before it.
     """
 
     name: str  #: "turbo4", "turbo4_64", ...

@@ -18,9 +18,9 @@ struct CodecCase {
     Extent extent;
 };
 
-// The part of a case that runs for a type. Cases with many blocks are about rounding, above all in the transform, which all
-// families share. The plain encoder of the trellis types, with which others are compared, takes several times as long as
-// that of the other types.
+// The part of a case that runs for a type. Cases with many blocks are about rounding, above all in the transform, which
+// all families share. The plain encoder of the trellis types, with which others are compared, takes several times as
+// long as that of the other types.
 inline CodecCase part_for(CodecCase c, const tq_type_info & type) {
     const int64_t most = 512; // blocks to encode
     if (c.input && is_trellis(type)) {

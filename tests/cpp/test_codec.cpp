@@ -243,8 +243,8 @@ void grid_points_come_back() {
     }
 }
 
-// Scaling the input by a power of two scales d and leaves the indices. In the Lloyd-Max types negating the input mirrors
-// the indices. (The mirror image of a trellis's path is not a path.)
+// Scaling the input by a power of two scales d and leaves the indices. In the Lloyd-Max types negating the input
+// mirrors the indices. (The mirror image of a trellis's path is not a path.)
 void encoder_symmetries() {
     for (int t = 0; t < TQ_TYPE_COUNT; ++t) {
         const tq_type_info & info = *tq_type_get(tq_type(t));

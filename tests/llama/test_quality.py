@@ -110,7 +110,10 @@ def test_finds_the_number(build, prose_model, heldout, tmp_path, pair: tuple[str
     assert SECRET in result.out
 
 
-@pytest.mark.parametrize("pair", [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo3_tcq", "turbo2_tcq")], ids="/".join)
+WRITERS = [("turbo4", "turbo4"), ("turbo3", "turbo2"), ("q8_0", "turbo3"), ("turbo3_tcq", "turbo2_tcq")]
+
+
+@pytest.mark.parametrize("pair", WRITERS, ids="/".join)
 def test_greedy_text(prose, pair: tuple[str, str]) -> None:
     """Greedy text is repeatable, and with an f16 cache it is as likely as the greedy text of that cache."""
     probe, chunks, _ = prose

@@ -65,7 +65,9 @@ def test_head_size_without_a_block_is_refused(probe, tiny, head: int, ctk: str, 
     assert np.isfinite(p.logits(TOKENS[:8])).all()
 
 
-@pytest.mark.parametrize("explicit", ["turbo4", "turbo3_64", "turbo2_32", "turbo4_tcq", "turbo2_tcq_64", "turbo3_tcq_32"])
+@pytest.mark.parametrize(
+    "explicit", ["turbo4", "turbo3_64", "turbo2_32", "turbo4_tcq", "turbo2_tcq_64", "turbo3_tcq_32"]
+)
 def test_explicit_block_that_does_not_divide_the_head(probe, tiny, explicit: str) -> None:
     """An explicit block size is not changed: as 96 = 3 * 32, only _32 works; the plain name is resolved to it."""
     p = probe(tiny("head96"))

@@ -109,7 +109,10 @@ def test_context_shift(probe, tiny, model: str, name: str) -> None:
         assert wrong > 1.2 * move, "the test cannot tell a wrong shift from a right one"
 
 
-@pytest.mark.parametrize("k", [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"], ["f16", "turbo4_tcq", "q8_0"]])
+MIXED = [["q8_0", "turbo4", "f16"], ["f16", "q8_0", "q8_0"], ["turbo4", "f16", "q4_0"], ["f16", "turbo4_tcq", "q8_0"]]
+
+
+@pytest.mark.parametrize("k", MIXED)
 def test_context_shift_of_mixed_layers(probe, tiny, tmp_path, k: list[str]) -> None:
     """Before a shift, a layer is rotated back exactly if llama.cpp rotated it."""
     (tmp_path / "plan.json").write_text(

@@ -382,10 +382,11 @@ def hard_blocks(rng, count, n):
     """Name -> blocks (count, n) in which many values are equal, near boundaries, far out or on the edges of fp16."""
     normal = rng.standard_normal((count, n))
     sign, one_hot = rng.choice([-1, 1], (count, 1)), np.eye(n)[rng.integers(0, n, count)]
+    some = rng.random((count, 1)) < 0.5
     return {
         "normal": normal,
         "spike": one_hot * sign * np.exp(rng.uniform(-10, 10, (count, 1))),
-        "spike after the rotation": reference.unrotate(one_hot * sign, n) + 1e-3 * normal * (rng.random((count, 1)) < 0.5),
+        "spike after the rotation": reference.unrotate(one_hot * sign, n) + 1e-3 * normal * some,
         "constant": np.repeat(normal[:, :1], n, axis=1),
         "alternating": np.where(np.arange(n) % 2, 1, -1) * normal[:, :1],
         "equal magnitudes after the rotation": reference.unrotate(np.sign(normal), n),

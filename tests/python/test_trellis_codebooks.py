@@ -51,7 +51,6 @@ def test_training_approaches_them(tool):
     first, trained, wanted = (
         tool.relative_error(fresh, book) for book in (tool.initial(3), tool.train(3, x, rounds=6), tool.published(3))
     )
-    print(first, trained, wanted)
     assert trained < 1.02 * wanted < first
 
 

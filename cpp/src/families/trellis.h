@@ -32,7 +32,8 @@ struct SubsetTable {
     }
 };
 constexpr SubsetTable subset_table{};
-// The subset of an element; the lower bits of `window` are the path bits of the element (bit 0) and of the six steps before.
+// The subset of an element; the lower bits of `window` are the path bits of the element (bit 0) and of the six steps
+// before.
 constexpr int subset_of(unsigned window) { return subset_table.subset[window % (2 * path_states)]; }
 
 // The positive half of the codebooks, the decoder's step, and the granular error of the encoder's choice of a scale.
@@ -64,7 +65,8 @@ template <int Bits> struct TrellisLevels {
 };
 template <int Bits> struct TrellisTable { static constexpr TrellisLevels<Bits> levels{}; };
 
-// The levels as a table for lookups in registers of any width: repeated, as the lookups ignore the upper bits of an index.
+// The levels as a table for lookups in registers of any width: repeated, as the lookups ignore the upper bits of an
+// index.
 template <int Bits> struct RepeatedLevels {
     alignas(64) int8_t level[64];
     constexpr RepeatedLevels() : level() {
@@ -87,13 +89,13 @@ template <int Bits> struct Trellis : TrellisBook<Bits> {
 
     static constexpr uint16_t scale_half(uint16_t word) { return uint16_t((word & ((1 << scale_bits) - 1)) << 5); }
 
-    // The element that the trellis visits in step t: bit t of the path, a little-endian integer, is bit i / (N / 8) of byte
-    // i % (N / 8) for element i.
+    // The element that the trellis visits in step t: bit t of the path, a little-endian integer, is bit i / (N / 8) of
+    // byte i % (N / 8) for element i.
     template <int N> static constexpr int element(int t) { return t % 8 * (N / 8) + t / 8; }
 
     // The other bits of an element follow the path: planes with a bit for each element, in the order of the path, and
-    // crumbs with two bits, element i in bits 2 (i / (N / 4)) of byte i % (N / 4). Two bits: a plane. Three: crumbs. Four:
-    // crumbs, then a plane with the upper bit.
+    // crumbs with two bits, element i in bits 2 (i / (N / 4)) of byte i % (N / 4). Two bits: a plane. Three: crumbs.
+    // Four: crumbs, then a plane with the upper bit.
     template <int N> static constexpr int rest_at(const uint8_t * q, int i) {
         const auto plane = [&](const uint8_t * p) { return p[i % (N / 8)] >> (i / (N / 8)) & 1; };
         if (Bits == 2) return plane(q + N / 8);

@@ -237,8 +237,8 @@ template <typename F> void assign(const Encoding<F::block> & work, uint8_t * dst
 }
 
 template <int Bits, int N>
-TURBOQUANT_INLINE void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * work, int8_t * coarse, int count, uint8_t * dst,
-                                     tq_encode_report * report) {
+TURBOQUANT_INLINE void encode_blocks(Format<LloydMax<Bits>, N>, Encoding<N> * work, int8_t * coarse, int count,
+                                     uint8_t * dst, tq_encode_report * report) {
     using F = Format<LloydMax<Bits>, N>;
     if (count % searched_together<N>) std::memset(coarse + count * N, 0, N);
     search<F>(work, coarse, count);

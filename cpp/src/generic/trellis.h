@@ -1,5 +1,5 @@
-// The encoder of the trellis-coded types in plain code (FORMAT.md, "Trellis-coded types"). It computes in integers after
-// the transform, so that every ISA gives the same bytes.
+// The encoder of the trellis-coded types in plain code (FORMAT.md, "Trellis-coded types"). After the transform it
+// computes in integers, so that every ISA gives the same bytes.
 #ifndef TURBOQUANT_GENERIC_TRELLIS_H
 #define TURBOQUANT_GENERIC_TRELLIS_H
 
@@ -9,7 +9,7 @@ namespace {
 constexpr int trellis_scales = 16; // candidates
 constexpr double trellis_scale[trellis_scales] = { // of the levels, relative to the RMS
     0.73, 0.78, 0.83, 0.89, 0.95, 1.01, 1.08, 1.15, 1.23, 1.31, 1.40, 1.50, 1.75, 2.20, 3.00, 4.20};
-constexpr int most_distance = 255; // from a level; a metric is its square over 2^metric_shift, and 128 of them fit int16
+constexpr int most_distance = 255; // from a level. A metric is its square over 2^metric_shift; 128 of them fit int16
 constexpr int metric_shift = 8;
 constexpr int grid_margin = 8; // levels beyond the outermost one to which values are limited
 
@@ -22,26 +22,28 @@ template <int Bits> struct Grid {
     static constexpr int in_subset = Trellis<Bits>::levels / 4;
     static constexpr int level(int subset, int number) { return Trellis<Bits>::centroids[4 * number + subset] * unit; }
     // of the levels `number` and number + 1 of a subset; an integer
-    static constexpr int midpoint(int subset, int number) { return (level(subset, number) + level(subset, number + 1)) / 2; }
+    static constexpr int midpoint(int subset, int number) {
+        return (level(subset, number) + level(subset, number + 1)) / 2;
+    }
 };
 
-// For each candidate scale, in units of z: the outermost level, and the granular error of a block; and the factor from z to
-// the grid, times 2^15.
+// For each candidate scale, in units of z: the outermost level, and the granular error of a block; and the factor from
+// z to the grid, times 2^15.
 template <int Bits, int N> struct ScaleTable {
     int32_t outermost[trellis_scales], granular[trellis_scales], ratio[trellis_scales];
     constexpr ScaleTable() : outermost(), granular(), ratio() {
         for (int s = 0; s < trellis_scales; ++s) {
-            const double unit = double(Trellis<Bits>::step) * trellis_scale[s] * rms_unit; // of the levels
+            const double f = trellis_scale[s], unit = double(Trellis<Bits>::step) * f * rms_unit; // of the levels
             outermost[s] = round_positive(127 * unit);
-            granular[s] = round_positive(Trellis<Bits>::granular * trellis_scale[s] * trellis_scale[s] * rms_unit * rms_unit * N);
+            granular[s] = round_positive(Trellis<Bits>::granular * f * f * rms_unit * rms_unit * N);
             ratio[s] = round_positive(double(32768 << Grid<Bits>::fraction) / unit);
         }
     }
 };
 template <int Bits, int N> struct ScaleTables { static constexpr ScaleTable<Bits, N> table{}; };
 
-// The candidate that is expected to leave the least error, the first of equals: the granular error grows with the square of
-// the scale, and values beyond the outermost level are cut off.
+// The candidate that is expected to leave the least error, the first of equals: the granular error grows with the
+// square of the scale, and values beyond the outermost level are cut off.
 template <int Bits, int N> int choose_scale(const int16_t * z) {
     constexpr const ScaleTable<Bits, N> & table = ScaleTables<Bits, N>::table;
     int best = 0;
@@ -77,9 +79,9 @@ template <int Bits> void subset_metrics(int g, int16_t (&metric)[4]) {
     }
 }
 
-// The Viterbi algorithm: the path with the least sum of metrics over all start states. A state has the last six path bits,
-// the newest in bit 0. Of two equal branches the one from the state with a clear bit 5 wins, of equal ends the smallest
-// state. Writes the path bits by step, and returns the start state.
+// The Viterbi algorithm: the path with the least sum of metrics over all start states. A state has the last six path
+// bits, the newest in bit 0. Of two equal branches the one from the state with a clear bit 5 wins, of equal ends the
+// smallest state. Writes the path bits by step, and returns the start state.
 template <int N> int best_path(const int16_t (*metric)[4], uint8_t * path) {
     constexpr int S = path_states;
     int16_t cost[S] = {};
@@ -121,7 +123,8 @@ inline uint16_t start_bits(int state) {
 }
 
 // Adds the scale to an encoded block; a = sum z * level. As in block_scale.
-template <typename F> void store_trellis_scale(const EncodingBase & work, int32_t a, uint8_t * dst, tq_encode_report * report) {
+template <typename F>
+void store_trellis_scale(const EncodingBase & work, int32_t a, uint8_t * dst, tq_encode_report * report) {
     const double d = double(work.energy) / double(a) * double(work.rms) * F::scale_unit * double(power_of_two(work.k));
     const int code = a > 0 ? scale_code(d, &report->saturated) : 0; // a <= 0: all values are near zero on the grid
     if (code == 0)
@@ -131,7 +134,8 @@ template <typename F> void store_trellis_scale(const EncodingBase & work, int32_
 }
 
 // Encodes a block of values z in units of RMS / 2048, as the encoder of all families has them after the transform.
-template <typename F> void encode_trellis(const int16_t * z, const EncodingBase & work, uint8_t * dst, tq_encode_report * report) {
+template <typename F>
+void encode_trellis(const int16_t * z, const EncodingBase & work, uint8_t * dst, tq_encode_report * report) {
     constexpr int N = F::block, B = F::bits;
     std::memset(dst, 0, F::bytes);
     if (!work.codable()) {
