@@ -18,6 +18,9 @@ turboquant = pytest.importorskip("turboquant")
 
 #: KLD between two ways of summing the same numbers (measured: 2e-13 between kernels, 2e-8 between the paths).
 ROUNDING = 1e-6
+#: The same between the paths with trellis-coded types, where the last bit of one value, which depends on the size of the
+#: batch, can change the path of its block (measured: up to 3e-6).
+PATHS = 2e-5
 #: KLD between fused and generic attention; some kernels round softmax weights to 8 bits (measured: up to 5e-6).
 FUSED = 2e-5
 #: KLD to the oracle, whose queries are not rounded to int8 (measured: 5e-5 to 8e-5, and 2e-9 with K in f16).
@@ -25,8 +28,10 @@ ORACLE = 1.5e-4
 HEADS = (64, 96, 128, 192, 256, 512)
 PAIRS = [
     ("turbo4", "turbo3"), ("turbo2", "turbo4"), ("q8_0", "turbo3"), ("turbo4", "f16"), ("turbo3_32", "turbo2_32"),
-    ("turbo4_tcq", "turbo3_tcq"), ("turbo2_tcq_32", "turbo4_tcq_32"), ("turbo3_tcq", "turbo2"), ("q8_0", "turbo2_tcq"),
+    ("turbo4_tcq", "turbo3_tcq"), ("turbo2_tcq_32", "turbo4_tcq_32"),
 ]  # fmt: skip
+#: At one head size: trellis-coded types beside others.
+MORE_PAIRS = [("turbo3_tcq", "turbo2"), ("q8_0", "turbo2_tcq"), ("turbo4_tcq", "f16")]
 TOKENS = random_tokens(600, seed=11)
 NAMES = [kernels.name for kernels in turboquant.kernels() if kernels.supported]
 
@@ -35,26 +40,28 @@ def shape(head: int) -> Shape:
     return Shape(head=head, layers=1, heads=8, kv_heads=2)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "pair"), [(head, pair) for head in HEADS for pair in PAIRS] + [(128, pair) for pair in MORE_PAIRS], ids=str
+)
 def test_kernels_and_paths(build, tmp_path: Path, head: int, pair: tuple[str, str]) -> None:
     """All kernels agree, for the text in one batch, in pieces, and token by token, with one thread and with three."""
     model = write_model(tmp_path / "model.gguf", shape(head))
-    expected = None
+    expected: dict[int, np.ndarray] = {}  # by step
+    limit = PATHS if "_tcq" in "".join(pair) else ROUNDING
     for name in NAMES:
         with Probe(build, model, tmp_path, {"TURBOQUANT_KERNELS": name}) as probe:
             ways = ((600, 1), (7, 1), (1, 1), (600, 3)) if name in (NAMES[0], "scalar") else ((600, 2), (1, 1))
             for step, threads in ways:
                 probe.context(*pair, n_ctx=1024, n_batch=600, n_ubatch=600, threads=threads)
                 logits = probe.logits(TOKENS, step=step)
-                if expected is None:
-                    expected = logits
+                if not expected:
                     probe.context(n_ctx=1024, n_batch=600, n_ubatch=600)
                     assert kld(probe.logits(TOKENS), logits) > 1000 * ROUNDING
-                assert kld(expected, logits) <= ROUNDING, (name, step, threads)
+                assert kld(expected.setdefault(step, logits), logits) <= ROUNDING, (name, step, threads)
+                assert kld(expected[600], logits) <= limit, (name, step, threads)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+@pytest.mark.parametrize("pair", PAIRS + MORE_PAIRS, ids="/".join)
 @pytest.mark.parametrize("step", [None, 1], ids=["batched", "single"])
 def test_fused_and_generic_attention(build, tmp_path: Path, pair: tuple[str, str], step) -> None:
     model = write_model(tmp_path / "model.gguf", shape(128))
