@@ -41,7 +41,9 @@ def shape(head: int) -> Shape:
 
 
 @pytest.mark.parametrize(
-    ("head", "pair"), [(head, pair) for head in HEADS for pair in PAIRS] + [(128, pair) for pair in MORE_PAIRS], ids=str
+    ("head", "pair"),
+    [(head, pair) for head in HEADS for pair in PAIRS] + [(128, pair) for pair in MORE_PAIRS],
+    ids=lambda value: "/".join(value) if isinstance(value, tuple) else None,
 )
 def test_kernels_and_paths(build, tmp_path: Path, head: int, pair: tuple[str, str]) -> None:
     """All kernels agree, for the text in one batch, in pieces, and token by token, with one thread and with three."""
