@@ -25,16 +25,22 @@ namespace {
 bool has_avx2() { // every CPU with AVX2 has F16C, which older Clang versions cannot query
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+// A register of CPUID's leaf 7. In a virtual machine the instruction takes tens of microseconds, so callers keep the
+// answer.
+unsigned cpuid7(unsigned subleaf, int number) {
+    unsigned r[4] = {}; // eax, ebx, ecx, edx
+    return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) ? r[number] : 0;
+}
 // Every CPU with AVX-VNNI (Intel's since Alder Lake, AMD's since Zen 5) or with AVX-512 VNNI and VBMI (since Ice Lake
 // and Zen 4) has GFNI, but a virtual machine may hide it.
 bool has_gfni() {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ecx >> 8 & 1);
+    static const bool found = cpuid7(0, 2) >> 8 & 1;
+    return found;
 }
 #if defined(TURBOQUANT_AVXVNNI)
 bool has_avxvnni() { // GCC before 13 cannot query this feature
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    return has_avx2() && has_gfni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+    static const bool found = cpuid7(1, 0) >> 4 & 1;
+    return has_avx2() && has_gfni() && found;
 }
 #endif
 bool has_avx512() {
