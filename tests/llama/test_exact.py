@@ -18,8 +18,8 @@ turboquant = pytest.importorskip("turboquant")
 
 #: KLD between two ways of summing the same numbers (measured: 2e-13 between kernels, 2e-8 between the paths).
 ROUNDING = 1e-6
-#: The same between the paths with trellis-coded types, where the last bit of one value, which depends on the size of the
-#: batch, can change the path of its block (measured: up to 3e-6).
+#: The same between the paths with trellis-coded types, where the last bit of one value, which depends on the size of
+#: the batch, can change the path of its block (measured: up to 3e-6).
 PATHS = 2e-5
 #: KLD between fused and generic attention; some kernels round softmax weights to 8 bits (measured: up to 5e-6).
 FUSED = 2e-5
