@@ -6,12 +6,14 @@ function(turboquant_add_cuda target)
     target_sources(${target} PRIVATE
         ${TURBOQUANT_CUDA_FOLDER}/turboquant_cuda.h
         ${TURBOQUANT_CUDA_FOLDER}/codec.cu
+        ${TURBOQUANT_CUDA_FOLDER}/window.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention64.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention128.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention256.cu)
     target_include_directories(${target} PRIVATE ${TURBOQUANT_CUDA_FOLDER} ${TURBOQUANT_CUDA_FOLDER}/../include)
-    # The bytes must be the CPU's: no contraction and no fast math, whatever the target asks for.
-    set_source_files_properties(${TURBOQUANT_CUDA_FOLDER}/codec.cu TARGET_DIRECTORY ${target} PROPERTIES
+    # The bytes and floats must be the CPU's: no contraction and no fast math, whatever the target asks for.
+    set_source_files_properties(
+        ${TURBOQUANT_CUDA_FOLDER}/codec.cu ${TURBOQUANT_CUDA_FOLDER}/window.cu TARGET_DIRECTORY ${target} PROPERTIES
         COMPILE_OPTIONS "--ftz=false;--prec-div=true;--prec-sqrt=true;--fmad=false")
 endfunction()

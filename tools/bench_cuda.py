@@ -91,11 +91,12 @@ def compile_kernels(folder: Path, arch: str) -> Path:
     nvcc, _ = cuda_compiler()
     kernels = ROOT / "cpp" / "cuda"
     common: list[object] = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{kernels}", f"-I{ROOT / 'cpp' / 'include'}"]
-    codec = folder / "codec.o"
-    run([*common, *CODEC_FLAGS, "-c", kernels / "codec.cu", "-o", codec])
+    exact = [folder / f"{name}.o" for name in ("codec", "window")]
+    for compiled in exact:
+        run([*common, *CODEC_FLAGS, "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
     program = folder / "bench_cuda"
     attention = sorted(kernels.glob("attention*.cu"))
-    run([*common, "-use_fast_math", "--threads", 0, ROOT / "tools" / "bench_cuda.cu", *attention, codec, "-o", program])
+    run([*common, "-use_fast_math", "--threads", 0, ROOT / "tools" / "bench_cuda.cu", *attention, *exact, "-o", program])
     return program
 
 

@@ -270,8 +270,10 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
         p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
         p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-        if (a.windowed) { // more chunks than the cache has rows for, so that no warp has many exact rows
-            const int64_t exact = (a.exact.slots + a.tokens + most_exact_rows - 1) / most_exact_rows;
+        // Not more chunks than the cache has rows for, unless a warp would have many exact rows. The batch's own rows
+        // do not count: a part for a single row of them costs more than a warp with two rows.
+        if (a.windowed) {
+            const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows;
             p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
         }
         p.parts = p.chunks * p.row_tiles;

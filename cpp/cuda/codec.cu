@@ -27,10 +27,6 @@ __device__ __forceinline__ int64_t row_of(const Index & index, int64_t i1, int64
     return index.is64 ? *reinterpret_cast<const int64_t *>(p) : *reinterpret_cast<const int32_t *>(p);
 }
 
-__device__ __forceinline__ char * row_at(const Rows & rows, int64_t i1, int64_t i2, int64_t i3) {
-    return static_cast<char *>(rows.data) + i1 * rows.nb[0] + i2 * rows.nb[1] + i3 * rows.nb[2];
-}
-
 // ---- encode
 
 // For each coarse magnitude, the magnitude of the centroid that it is assigned to under each scale of the search.

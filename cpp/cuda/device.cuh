@@ -4,6 +4,7 @@
 #define TURBOQUANT_CUDA_DEVICE_H
 
 #include "../src/format.h"
+#include "turboquant_cuda.h"
 
 #include <cuda_fp16.h>
 
@@ -132,6 +133,23 @@ __device__ __forceinline__ uint32_t load_u16(const uint8_t * p) { return *reinte
 __device__ __forceinline__ uint32_t load_u32(const uint8_t * p) { return load_u16(p) + (load_u16(p + 2) << 16); }
 __device__ __forceinline__ float load_half(const uint8_t * p) {
     return __half2float(__ushort_as_half(uint16_t(load_u16(p))));
+}
+
+__device__ __forceinline__ char * row_at(const Rows & rows, int64_t i1, int64_t i2, int64_t i3) {
+    return static_cast<char *>(rows.data) + i1 * rows.nb[0] + i2 * rows.nb[1] + i3 * rows.nb[2];
+}
+
+// A warp stores group number `group` of 32 values of a row, one value of each lane, as binary16 or as a block of q8_0.
+__device__ __forceinline__ void store_exact_values(bool half_row, char * row, int group, float value, int lane) {
+    if (half_row) {
+        reinterpret_cast<half *>(row)[32 * group + lane] = __float2half(value);
+        return;
+    }
+    uint8_t * block = reinterpret_cast<uint8_t *>(row) + 34 * group;
+    const float scale = __fdiv_rn(__uint_as_float(warp_max(__float_as_uint(fabsf(value)))), 127.0f);
+    const float inverse = scale != 0 ? __fdiv_rn(1.0f, scale) : 0.0f;
+    if (lane == 0) *reinterpret_cast<uint16_t *>(block) = __half_as_ushort(__float2half(scale));
+    block[2 + lane] = uint8_t(int8_t(roundf(value * inverse)));
 }
 
 // A unit is eight values of a block that are decoded together; a block of N values has N / 8 units. unit_nibbles

@@ -224,15 +224,7 @@ __device__ __forceinline__ void store_exact(const Attention & a, int64_t group, 
     const float value = reinterpret_cast<const float *>(from)[32 * j + lane];
     char * to = static_cast<char *>(keys ? x.store_k : x.store_v) + x.store_rows[row] * (keys ? x.k_row : x.v_row) +
                 kv_head * (keys ? x.k_head : x.v_head);
-    if (x.type == KV::f16) {
-        reinterpret_cast<half *>(to)[32 * j + lane] = __float2half(value);
-        return;
-    }
-    uint8_t * block = reinterpret_cast<uint8_t *>(to) + 34 * j;
-    const float scale = __fdiv_rn(__uint_as_float(warp_max(__float_as_uint(fabsf(value)))), 127.0f);
-    const float inverse = scale != 0 ? __fdiv_rn(1.0f, scale) : 0.0f;
-    if (lane == 0) *reinterpret_cast<uint16_t *>(block) = __half_as_ushort(__float2half(scale));
-    block[2 + lane] = uint8_t(int8_t(roundf(value * inverse)));
+    store_exact_values(x.type == KV::f16, to, j, value, lane);
 }
 
 } // namespace

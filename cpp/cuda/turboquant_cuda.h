@@ -64,6 +64,42 @@ cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const 
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream);
 
+// ---- the rows of an exact window among those of a cache that was decoded to binary16
+
+// Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or binary16,
+// then the float32 rows of the batch. nb[0] and nb[2] are the strides of rows and of streams.
+struct WindowRows {
+    bool half_slots; // binary16, else q8_0
+    Rows slots, batch;
+    int64_t n_slots, n_batch; // rows of a stream
+    int64_t values;           // of a row
+    int64_t streams;
+};
+
+// For each exact row of a stream, 1 + the row of the cache that it replaces, or 0: the lower and the upper 16 bits lie in
+// two rows of words.
+struct WindowCells {
+    const uint16_t *low, *high; // of the first stream
+    int64_t stream;             // stride of streams
+};
+
+// Writes each exact row that replaces a row of the cache to this row of dst, as binary16. If rotated, blocks of `block`
+// values are transformed as in rotate_rows. The result is cudaErrorNotSupported if `values` is no multiple of `block`, or
+// if there is no such block.
+cudaError_t window_to_half(const WindowRows & window, const WindowCells & cells, int block, bool rotated,
+                           const Rows & dst, cudaStream_t stream);
+
+// Writes the mask of each exact row that replaces a row of the cache to this row's column of `mask`. Both are binary16;
+// their rows are those of (token, head, stream), and ne counts the exact rows, tokens, heads and streams.
+cudaError_t window_to_mask(const Rows & exact, const WindowCells & cells, const Rows & mask, const int64_t ne[4],
+                           cudaStream_t stream);
+
+// Stores the batch's rows of K and of V in the slots' format. Row i of the batch, counted over all streams, is stored in
+// row index[i] of k_slots and of v_slots, whose nb[0] is the stride of rows. The result is cudaErrorNotSupported if
+// `values` is no multiple of 32.
+cudaError_t store_window(const WindowRows & k, const WindowRows & v, const int64_t * index, const Rows & k_slots,
+                         const Rows & v_slots, cudaStream_t stream);
+
 // ---- attention of a few query tokens over a long cache
 
 // X(name): the types of rows of K and V: the families of turboquant_formats.h, in blocks of min(head, 128) values, and

@@ -157,27 +157,22 @@ void compute_decode(ggml_backend_cuda_context & ctx, const tq::Attention & call,
     CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
 }
 
-// K or V of an exact window: [head, rows, KV heads, streams]. The rows of the batch come after the slots.
-struct ExactSide {
-    const ggml_tensor * slots;
-    const ggml_tensor * batch;
-
-    int64_t rows() const { return slots->ne[1] + batch->ne[1]; }   // of a stream
-    int64_t values() const { return slots->ne[0] * slots->ne[2]; } // of all heads of a row
-};
-
-ExactSide exact_side(const ggml_tensor * op, bool keys) {
-    return { op->src[keys ? TURBO_SRC_SLOTS_K : TURBO_SRC_SLOTS_V], op->src[keys ? TURBO_SRC_BATCH_K : TURBO_SRC_BATCH_V] };
+// K or V of an exact window.
+tq::WindowRows window_of(const ggml_tensor * slots, const ggml_tensor * batch) {
+    return { slots->type == GGML_TYPE_F16, rows_of(slots), rows_of(batch), slots->ne[1], batch->ne[1],
+             slots->ne[0] * slots->ne[2], slots->ne[3] };
 }
 
-// Joins mask rows: the n_far columns of the cache, the n_exact columns of the exact rows, and hidden columns up to n.
-__global__ void join_masks(const half * far, int64_t n_far, const half * exact, int64_t n_exact, half * to, int64_t n) {
-    const int64_t row = blockIdx.y;
-    for (int64_t i = blockIdx.x * (int64_t) blockDim.x + threadIdx.x; i < n; i += (int64_t) gridDim.x * blockDim.x) {
-        to[row * n + i] = i < n_far            ? far[row * n_far + i]
-                        : i < n_far + n_exact  ? exact[row * n_exact + i - n_far]
-                                               : __ushort_as_half(0xfc00); // minus infinity
-    }
+tq::WindowRows window_of(const ggml_tensor * op, bool keys) {
+    return keys ? window_of(op->src[TURBO_SRC_SLOTS_K], op->src[TURBO_SRC_BATCH_K]) :
+                  window_of(op->src[TURBO_SRC_SLOTS_V], op->src[TURBO_SRC_BATCH_V]);
+}
+
+// The rows of the cache that the exact rows replace.
+tq::WindowCells cells_of(const ggml_tensor * op) {
+    const ggml_tensor * exact = op->src[TURBO_SRC_EXACT_MASK];
+    const char *        low   = (const char *) exact->data + op->src[0]->ne[1] * exact->nb[1];
+    return { (const uint16_t *) low, (const uint16_t *) (low + exact->nb[1]), (int64_t) exact->nb[3] };
 }
 
 // A copy of an attention op for ggml's kernels. Operands that must be converted become new tensors, which have no
@@ -185,19 +180,16 @@ __global__ void join_masks(const half * far, int64_t n_far, const half * exact, 
 struct HalfAttention {
     ggml_tensor q, k, v, mask, op;
     bool        shared;   // whether V is the front of K's rows
-    bool        windowed; // whether the rows of an exact window, and then rows of zeros, follow those of the cache
+    bool        windowed; // whether the rows of an exact window replace rows of the cache
 
     explicit HalfAttention(const ggml_tensor * original)
         : q(*original->src[0]), k(*original->src[1]), v(*original->src[2]), op(*original) {
         const ggml_tensor *k_src = original->src[1], *v_src = original->src[2];
         windowed = original->src[TURBO_SRC_SLOTS_K];
         if (windowed) {
-            const int64_t rows = GGML_PAD(k.ne[1] + exact_side(original, true).rows(), 256); // FATTN_KQ_STRIDE of ggml
-            k.ne[1] = v.ne[1] = rows;
             dense_half(k);
             dense_half(v);
-            mask       = *original->src[3];
-            mask.ne[0] = rows;
+            mask = *original->src[3];
             set_strides(mask, sizeof(half));
             op.src[3] = &mask;
             for (int i = TURBO_SRC_SLOTS_K; i <= TURBO_SRC_BATCH_V; ++i) {
@@ -267,8 +259,8 @@ bool half_supports(int device, const ggml_tensor * op) {
             }
         }
         const ggml_tensor *far = op->src[3], *exact = op->src[TURBO_SRC_EXACT_MASK];
-        if (!far || !ggml_is_contiguous(far) || !ggml_is_contiguous(exact) || ggml_nrows(far) != ggml_nrows(exact) ||
-            ggml_nrows(far) > 65535) {
+        if (!far || !ggml_is_contiguous(far) || far->ne[2] != exact->ne[2] || far->ne[3] != exact->ne[3] ||
+            far->ne[3] != op->src[1]->ne[3]) {
             return false;
         }
     }
@@ -315,29 +307,12 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     }
 }
 
-// Appends the exact rows, rotated if the cache has a turbo type, to the rows of the cache in `out`, and fills the
-// remaining rows with zeros.
-void add_exact_rows(ggml_backend_cuda_context & ctx, const ExactSide & side, const ggml_tensor * cache,
-                    const ggml_tensor & out, cudaStream_t stream) {
-    const int64_t               values = side.values(), slots = side.slots->ne[1], rows = side.rows();
-    ggml_cuda_pool_alloc<float> exact(ctx.pool(), rows * values);
-    for (int64_t s = 0; s < cache->ne[3]; ++s) {
-        const char *  from = (const char *) side.slots->data + s * side.slots->nb[3];
-        const int64_t s1   = side.slots->nb[1] / ggml_type_size(side.slots->type);
-        ggml_get_to_fp32_nc_cuda(side.slots->type)(from, exact.get(), values, slots, 1, 1, s1, s1, s1, stream);
-        CUDA_CHECK(cudaMemcpy2DAsync(exact.get() + slots * values, values * sizeof(float),
-                                     (const char *) side.batch->data + s * side.batch->nb[3], side.batch->nb[1],
-                                     values * sizeof(float), side.batch->ne[1], cudaMemcpyDeviceToDevice, stream));
-        if (turbo_is_type(cache->type)) {
-            const int64_t  row   = values * sizeof(float);
-            const tq::Rows dense = { exact.get(), { row, row * rows, row * rows } };
-            const int64_t  ne[4] = { values, rows, 1, 1 };
-            CUDA_CHECK(tq::rotate_rows(ggml_blck_size(cache->type), false, dense, dense, ne, stream));
-        }
-        char * to = (char *) out.data + s * out.nb[3] + cache->ne[1] * out.nb[1];
-        ggml_get_to_fp16_nc_cuda(GGML_TYPE_F32)(exact.get(), (half *) to, values, rows, 1, 1, values, values, values, stream);
-        CUDA_CHECK(cudaMemsetAsync(to + rows * out.nb[1], 0, (out.ne[1] - cache->ne[1] - rows) * out.nb[1], stream));
-    }
+// Replaces rows of a cache in `out` by the exact rows, rotated if the cache has a turbo type.
+void take_exact_rows(const ggml_tensor * op, const ggml_tensor * cache, bool keys, const ggml_tensor & out,
+                     cudaStream_t stream) {
+    const bool turbo = turbo_is_type(cache->type);
+    CUDA_CHECK(tq::window_to_half(window_of(op, keys), cells_of(op), turbo ? (int) ggml_blck_size(cache->type) : 32,
+                                  turbo, rows_of(&out), stream));
 }
 
 // Computes attention with ggml's kernels, on K and V in f16.
@@ -359,13 +334,12 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     if (halves.windowed) {
         const ggml_tensor *far = dst->src[3], *exact = dst->src[TURBO_SRC_EXACT_MASK];
-        add_exact_rows(ctx, exact_side(dst, true), k, halves.k, stream);
-        add_exact_rows(ctx, exact_side(dst, false), v, halves.v, stream);
+        take_exact_rows(dst, k, true, halves.k, stream);
+        take_exact_rows(dst, v, false, halves.v, stream);
         halves.mask.data = masks.alloc(ggml_nelements(&halves.mask));
-        const dim3 grid(std::min<int64_t>((halves.mask.ne[0] + 255) / 256, 64), ggml_nrows(far));
-        join_masks<<<grid, 256, 0, stream>>>((const half *) far->data, far->ne[0], (const half *) exact->data,
-                                             exact->ne[0], (half *) halves.mask.data, halves.mask.ne[0]);
-        CUDA_CHECK(cudaGetLastError());
+        CUDA_CHECK(cudaMemcpyAsync(halves.mask.data, far->data, ggml_nbytes(far), cudaMemcpyDeviceToDevice, stream));
+        const int64_t ne[4] = { exact->ne[0], far->ne[1], far->ne[2], far->ne[3] };
+        CUDA_CHECK(tq::window_to_mask(rows_of(exact), cells_of(dst), rows_of(&halves.mask), ne, stream));
     }
     if (turbo_is_type(k->type)) {
         halves.q.data = q_rotated.alloc(ggml_nelements(q));
@@ -432,13 +406,19 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     const int64_t rows = a.tokens * a.kv_streams;
     if (!stores_batch(k, op->src[TURBO_SRC_SLOTS_K], op->src[TURBO_SRC_BATCH_K], rows) ||
         !stores_batch(v, op->src[TURBO_SRC_SLOTS_V], op->src[TURBO_SRC_BATCH_V], rows) ||
-        k->src[1]->data != v->src[1]->data || !plan_decode(a, call, plan)) {
+        k->src[1]->data != v->src[1]->data) {
         return 0;
     }
-    call.exact.store_rows = (const int64_t *) k->src[1]->data;
-    call.exact.store_k    = k->data;
-    call.exact.store_v    = v->data;
-    compute_decode(ctx, call, plan);
+    const int64_t * slots = (const int64_t *) k->src[1]->data;
+    if (plan_decode(a, call, plan)) {
+        call.exact.store_rows = slots;
+        call.exact.store_k    = k->data;
+        call.exact.store_v    = v->data;
+        compute_decode(ctx, call, plan);
+    } else {
+        attention_by_half(ctx, op);
+        CUDA_CHECK(tq::store_window(window_of(op, true), window_of(op, false), slots, rows_of(k), rows_of(v), ctx.stream()));
+    }
     return store_v - at;
 }
 

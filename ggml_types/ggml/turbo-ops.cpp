@@ -66,7 +66,8 @@ bool describe_window(const ggml_tensor * op, turbo_attention & attention) {
     attention.batch.mask.data = (const char *) mask->data + slots_k->ne[1] * sizeof(ggml_fp16_t);
     const auto is_exact = [](ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_F16; };
     return is_exact(slots_k->type) && is_exact(slots_v->type) && batch_k->type == GGML_TYPE_F32 &&
-           batch_v->type == GGML_TYPE_F32 && mask->ne[0] == slots_k->ne[1] + batch_k->ne[1];
+           batch_v->type == GGML_TYPE_F32 && mask->ne[0] == slots_k->ne[1] + batch_k->ne[1] &&
+           mask->ne[1] == op->src[0]->ne[1] + TURBO_CELL_ROWS;
 }
 
 }  // namespace

@@ -60,8 +60,11 @@ struct turbo_source {
 
 // The sources of FLASH_ATTN_EXT with an exact window, after the five that ggml knows:
 //   slots K, V   q8_0 or f16 [head, slots, KV heads, KV streams]
-//   exact mask   float16 [slots + tokens, tokens, mask heads, mask streams], with the columns of the slots first
+//   exact mask   float16 [slots + tokens, tokens + 2, mask heads, mask streams], with the columns of the slots first. The
+//                mask of the cache hides the rows of which the exact rows are copies. The last two rows of each stream
+//                have, for each column, 1 + the number of this row, or 0: the lower and the upper 16 bits
 //   batch K, V   float32 [head, tokens, KV heads, KV streams]: the batch's own rows
+enum { TURBO_CELL_ROWS = 2 };
 enum { TURBO_SRC_SLOTS_K = 5, TURBO_SRC_SLOTS_V, TURBO_SRC_EXACT_MASK, TURBO_SRC_BATCH_K, TURBO_SRC_BATCH_V };
 
 // FLASH_ATTN_EXT over a cache with a turbo type; the base describes the cache. Pointers may be dereferenced only if the

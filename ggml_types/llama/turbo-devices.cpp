@@ -103,7 +103,7 @@ static bool reads_window(ggml_backend_dev_t dev, const turbo_layer & layer, ggml
                                            ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 256, n_tokens), 1.0f, 0.0f, 0.0f);
     op->src[TURBO_SRC_SLOTS_K]    = rows(slot_type, layer.head_k, slots);
     op->src[TURBO_SRC_SLOTS_V]    = rows(slot_type, layer.head_v, slots);
-    op->src[TURBO_SRC_EXACT_MASK] = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, slots + n_tokens, n_tokens);
+    op->src[TURBO_SRC_EXACT_MASK] = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, slots + n_tokens, n_tokens + TURBO_CELL_ROWS);
     op->src[TURBO_SRC_BATCH_K]    = rows(GGML_TYPE_F32, layer.head_k, n_tokens);
     op->src[TURBO_SRC_BATCH_V]    = rows(GGML_TYPE_F32, layer.head_v, n_tokens);
     return ggml_backend_dev_supports_op(dev, op);

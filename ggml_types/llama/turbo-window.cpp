@@ -129,7 +129,7 @@ public:
     turbo_window_input(turbo_window & window, ggml_context * ctx, ggml_tensor * k_idxs, ggml_tensor * mask)
         : window(window), k_idxs(k_idxs), mask(mask) {
         far = window.in_all_layers() ? mask : input(ctx, GGML_TYPE_F16, mask->ne[0], mask->ne[1], mask->ne[3], "far");
-        near = input(ctx, GGML_TYPE_F16, window.slots() + mask->ne[1], mask->ne[1], mask->ne[3], "near");
+        near = input(ctx, GGML_TYPE_F16, window.slots() + mask->ne[1], mask->ne[1] + TURBO_CELL_ROWS, mask->ne[3], "near");
         slot_idxs = input(ctx, GGML_TYPE_I64, k_idxs->ne[0], 1, 1, "slots");
     }
 
@@ -145,7 +145,7 @@ public:
     ggml_tensor *  k_idxs;    // I64 [tokens]: stream * cells + cell
     ggml_tensor *  mask;      // F16 [cells, tokens of a stream, 1, streams]
     ggml_tensor *  far;       // `mask` without the cells that `near` shows; the same tensor if every layer has a window
-    ggml_tensor *  near;      // F16 [slots + tokens of a stream, tokens of a stream, 1, streams]
+    ggml_tensor *  near;      // F16 [slots + tokens of a stream, tokens of a stream + 2, 1, streams]; see turbo-ops.h
     ggml_tensor *  slot_idxs; // I64 [tokens]: stream * slots + slot, or the additional row
     int            scopes   = 0; // attention ops that read the mask
     int            attached = 0; // those of them that read slots
@@ -220,6 +220,13 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
                     std::fill_n(rest + r.cell, r.length, hidden);
                 }
             }
+        }
+        uint16_t * low  = (uint16_t *) ((char *) near->data + tokens * near->nb[1] + s * near->nb[3]);
+        uint16_t * high = low + columns;
+        for (int64_t i = 0; i < columns; ++i) {
+            const uint32_t cell = shown && column[i] >= 0 ? (uint32_t) column[i] + 1 : 0;
+            low[i]              = (uint16_t) cell;
+            high[i]             = (uint16_t) (cell >> 16);
         }
         window.assign(stream, cells, slot);
         for (int64_t i = 0; i < tokens; ++i) {

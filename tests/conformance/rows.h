@@ -12,7 +12,7 @@ inline uint16_t binary16_of(float x) {
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     const double a = std::fabs(double(x));
     if (std::isnan(x)) return 0x7e00;
-    if (a >= 65520) return uint16_t(sign | 0x7c00);
+    if (a == 0 || a >= 65520) return uint16_t(sign | (a == 0 ? 0 : 0x7c00));
     int e = 0;
     std::frexp(a, &e);
     e = std::max(e, -13); // below, values are subnormal: multiples of 2^-24
