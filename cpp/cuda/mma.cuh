@@ -58,8 +58,8 @@ __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const
                 mma_s8(c, q[b * steps + i], k.positive, c);
                 if constexpr (L::split) mma_s8(negative, q[b * steps + i], k.negative, negative);
             }
-            s0 += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * load_half(row0 + offset);
-            s1 += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * load_half(row1 + offset);
+            s0 += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * L::load_block_scale(row0 + offset);
+            s1 += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * L::load_block_scale(row1 + offset);
         }
     }
 }
@@ -154,7 +154,7 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             float w[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float scale = load_half(row[i] + offset);
+                const float scale = L::load_block_scale(row[i] + offset);
                 w[i] = p[i] > 0 ? p[i] * scale : 0.0f;
             }
             Weights weights = quantize_weights<Paired>(w, quad);

@@ -36,13 +36,12 @@ template <KV TK, int D>
 __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step, int in_quad) {
     using L = Layout<TK, D>;
     Levels<2> k;
-    if constexpr (L::bits == 4) {
-        const uint32_t n = unit_nibbles<4, L::block>(block + 2, in_quad + 4 * step);
-        lookup_split(n, k.positive[0], k.negative[0]);
-        lookup_split(n >> 16, k.positive[1], k.negative[1]);
-    } else if constexpr (L::turbo) {
-        const int unit = 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
-        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, unit), k.positive[0], k.positive[1]);
+    if constexpr (L::turbo) {
+        const int number = L::nibbles ? in_quad + 4 * step : 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
+        const Unit unit = load_unit(typename L::BlockFormat(), block + 2, number);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            look_up<typename L::Family>(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
     } else { // one product takes a block of 32
         k.positive[0] = load_u32(block + 2 + 4 * in_quad);
         k.positive[1] = load_u32(block + 18 + 4 * in_quad);
@@ -61,7 +60,7 @@ template <KV TV, int D> struct ValueUnits {
 
     // The number of a lane's unit j in the block.
     static __device__ __forceinline__ int unit(int quad, int j) {
-        return L::bits == 4 || count == 1 ? quad + 8 * j : count * quad + j;
+        return L::nibbles || count == 1 ? quad + 8 * j : count * quad + j;
     }
 };
 
@@ -82,13 +81,11 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
 template <KV TV, int D> struct ValueUnit {
     using L = Layout<TV, D>;
     uint32_t first[4], second[4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 the levels of each element
+    uint32_t first_signs[4], second_signs[4]; // if L::signs, their selectors
 
     __device__ __forceinline__ ValueUnit(const uint8_t * const (&row)[8], int offset, int unit) {
-        uint32_t x[4];
-        read(row[0], row[1], row[2], row[3], offset + 2, unit, x);
-        transpose(x, first);
-        read(row[4], row[5], row[6], row[7], offset + 2, unit, x);
-        transpose(x, second);
+        read(row[0] + offset + 2, row[1] + offset + 2, row[2] + offset + 2, row[3] + offset + 2, unit, first, first_signs);
+        read(row[4] + offset + 2, row[5] + offset + 2, row[6] + offset + 2, row[7] + offset + 2, unit, second, second_signs);
     }
 
     // The operand A of product m. Registers 0 and 2 have one element of the unit, registers 1 and 3 have another.
@@ -98,9 +95,11 @@ template <KV TV, int D> struct ValueUnit {
             const int shift = 16 * (m % 2);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
-                if constexpr (L::split) lookup_split(selector, v.positive[i], v.negative[i]);
-                else v.positive[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+                const int at = m / 2 + 2 * (i % 2);
+                const uint32_t selector = (i < 2 ? first : second)[at] >> shift;
+                uint32_t signs = 0;
+                if constexpr (L::signs) signs = (i < 2 ? first_signs : second_signs)[at] >> shift;
+                look_up<typename L::Family>(selector, signs, v.positive[i], v.negative[i]);
             }
         } else { // elements 2m and 2m + 1
             v.positive[0] = first[2 * m];
@@ -113,21 +112,22 @@ template <KV TV, int D> struct ValueUnit {
 
 private:
     static __device__ __forceinline__ void read(const uint8_t * a, const uint8_t * b, const uint8_t * c,
-                                                const uint8_t * d, int offset, int unit, uint32_t (&x)[4]) {
+                                                const uint8_t * d, int unit, uint32_t (&out)[4], uint32_t (&signs)[4]) {
         const uint8_t * row[4] = {a, b, c, d};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (L::turbo) x[i] = unit_nibbles<L::bits, L::block>(row[i] + offset, unit);
-            else x[i] = load_u32(row[i] + offset + 4 * unit);
-        }
-    }
-    static __device__ __forceinline__ void transpose(uint32_t (&x)[4], uint32_t (&out)[4]) {
         if constexpr (L::turbo) {
-            transpose_nibbles(x, out);
-        } else {
-            transpose_bytes(x);
+            uint32_t x[4], s[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[i] = x[i];
+            for (int i = 0; i < 4; ++i) {
+                const Unit one = load_unit(typename L::BlockFormat(), row[i], unit);
+                x[i] = one.nibbles;
+                s[i] = one.signs;
+            }
+            transpose_nibbles(x, out);
+            if constexpr (L::signs) transpose_nibbles(s, signs);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[i] = load_u32(row[i] + 4 * unit);
+            transpose_bytes(out);
         }
     }
 };
@@ -147,7 +147,7 @@ __device__ __forceinline__ void for_output(Sums & o, int j, int quad, const Run 
             const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
 #pragma unroll
             for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
-                run(b * L::block + unit_element<L::bits, L::block>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
+                run(b * L::block + unit_element<typename L::BlockFormat>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
                     o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
         }
     } else {
