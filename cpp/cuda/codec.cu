@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(decode_threads)
             const uint8_t * block =
                 reinterpret_cast<const uint8_t *>(row_at(src, row_of(index, i1, i2, i3), i2, i3)) + b * F::bytes;
             T * out = reinterpret_cast<T *>(row_at(dst, i1, i2, i3)) + b * N;
-            const Unit packed = load_unit(F(), block + 2, unit);
+            const Unit packed = load_unit<F>(block + 2, unit);
             int level[8];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -70,24 +70,29 @@ struct Unit {
     uint32_t nibbles, signs;
 };
 
-template <int N> __device__ __forceinline__ Unit load_unit(Format<LloydMax<4>, N>, const uint8_t * indices, int unit) {
-    return {load_u32(indices + 4 * unit), 0};
-}
-template <int Bits, int N>
-__device__ __forceinline__ Unit load_unit(Format<LloydMax<Bits>, N>, const uint8_t * indices, int unit) {
-    const int word = unit >> 1, field = unit & 1;
-    uint32_t n = (load_u32(indices + 4 * word) >> (2 * field)) & 0x33333333;
-    if constexpr (Bits == 3) {
-        const uint8_t * high = indices + N / 4 + (word >> 1) + field * (N / 32);
-        const int shift = 4 * (word & 1);
-        // Each product moves four bits to the third bit of every other nibble.
-        n |= (((high[0] >> shift) & 15) * 0x00810204u) & 0x04040404;
-        n |= (((high[N / 16] >> shift) & 15) * 0x08102040u) & 0x40404040;
-    }
-    return {n, 0};
-}
-
 constexpr uint32_t even_bits = 0x55555555, low_crumbs = 0x33333333;
+
+// A word of crumbs is two units: the units `field` = 0 and 1 take the lower and the upper crumb of each half byte.
+template <typename F> struct Crumbs;
+
+template <int Bits, int N> struct Crumbs<Format<LloydMax<Bits>, N>> {
+    uint32_t low;
+    const uint8_t * high; // of three bits: the upper bits of field 0
+    int shift;
+
+    __device__ __forceinline__ Crumbs(const uint8_t * indices, int word)
+        : low(load_u32(indices + 4 * word)), high(indices + N / 4 + (word >> 1)), shift(4 * (word & 1)) {}
+    __device__ __forceinline__ Unit unit(int field) const {
+        uint32_t n = (low >> (2 * field)) & low_crumbs;
+        if constexpr (Bits == 3) {
+            const uint8_t * p = high + field * (N / 32);
+            // Each product moves four bits to the third bit of every other nibble.
+            n |= (((p[0] >> shift) & 15) * 0x00810204u) & 0x04040404;
+            n |= (((p[N / 16] >> shift) & 15) * 0x08102040u) & 0x40404040;
+        }
+        return {n, 0};
+    }
+};
 
 // The bits of a where the mask is set, else those of b.
 __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
@@ -115,25 +120,30 @@ template <int N> struct PathHalf {
 
 // The index of a level is 4 rest + subset. With 32 levels, those of positive levels, whose upper bit is set, are
 // complemented, so that the lower four bits select a magnitude of the negative half.
-template <int Bits, int N>
-__device__ __forceinline__ Unit load_unit(Format<Trellis<Bits>, N>, const uint8_t * indices, int unit) {
-    const int crumbs = unit >> 1, field = unit & 1;
-    const PathHalf<N> half(crumbs);
-    uint32_t subsets = half.subsets(indices);
-    if constexpr (Bits == 2) {
-        const uint32_t rest = rotate_left(half.plane(indices + N / 8), 2 - 2 * field - half.odd);
-        return {((subsets >> (2 * field)) & low_crumbs) | (rest & 0x44444444), 0};
-    } else {
-        uint32_t rest = load_u32(indices + N / 8 + 4 * crumbs), signs = 0;
+template <int Bits, int N> struct Crumbs<Format<Trellis<Bits>, N>> {
+    uint32_t subsets, rests, signs; // signs: the upper bits of the crumbs, if signed_units
+
+    __device__ __forceinline__ Crumbs(const uint8_t * indices, int crumbs) {
+        const PathHalf<N> half(crumbs);
+        const uint32_t plane = Bits == 3 ? 0 : half.plane(indices + N / 8 + (Bits == 4 ? N / 4 : 0));
+        const uint32_t upper = (plane >> half.odd) & even_bits;
+        subsets = half.subsets(indices);
+        rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs);
+        signs = rotate_left(plane, 1 - half.odd);
         if constexpr (Bits == 4) {
-            const uint32_t plane = half.plane(indices + N / 8 + N / 4);
-            const uint32_t complement = ((plane >> half.odd) & even_bits) * 3;
-            subsets ^= complement;
-            rest ^= complement;
-            signs = rotate_left(plane, 1 - half.odd) << (2 - 2 * field); // the upper bits of nibbles
+            subsets ^= 3 * upper;
+            rests ^= 3 * upper;
         }
-        return {select(low_crumbs, subsets >> (2 * field), rest << (2 - 2 * field)), signs};
     }
+    // The upper bits of nibbles are the signs.
+    __device__ __forceinline__ Unit unit(int field) const {
+        return {select(low_crumbs, subsets >> (2 * field), rests << (2 - 2 * field)), signs << (2 - 2 * field)};
+    }
+};
+
+template <typename F> __device__ __forceinline__ Unit load_unit(const uint8_t * indices, int unit) {
+    if constexpr (packs_nibbles<typename F::family>) return {load_u32(indices + 4 * unit), 0};
+    else return Crumbs<F>(indices, unit >> 1).unit(unit & 1);
 }
 
 // The element that a nibble of a unit belongs to. Nibbles 2m and 2m + 1 are N / 2 elements apart.

@@ -164,14 +164,13 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             s.s1 = __shfl_sync(all_lanes, weights.scale, 8 * in_quad + 4);
             s.low0 = s.s0 * (1.0f / 256);
             s.low1 = s.s1 * (1.0f / 256);
+            const ValueBlock<TV, D> values(row, offset, quad);
 #pragma unroll
-            for (int j = 0; j < Units::count; ++j) {
-                const ValueUnit<TV, D> unit(row, offset, Units::unit(quad, j));
+            for (int j = 0; j < Units::count; ++j)
 #pragma unroll
                 for (int m = 0; m < Units::products; ++m)
-                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], unit.levels(m),
+                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], values.levels(j, m),
                                                  weights, s);
-            }
         }
     }
 }

@@ -38,7 +38,7 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
     Levels<2> k;
     if constexpr (L::turbo) {
         const int number = L::nibbles ? in_quad + 4 * step : 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
-        const Unit unit = load_unit(typename L::BlockFormat(), block + 2, number);
+        const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             look_up<typename L::Family>(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
@@ -77,57 +77,70 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
     out[3] = prmt(odd01, odd23, interleave_high);
 }
 
-// A unit of V in the eight rows of a lane; row[i] + offset is the block.
-template <KV TV, int D> struct ValueUnit {
+// The lane's units of a block of V in its eight rows; row[i] + offset is the block.
+template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
-    uint32_t first[4], second[4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 the levels of each element
-    uint32_t first_signs[4], second_signs[4]; // if L::signs, their selectors
+    using Units = ValueUnits<TV, D>;
+    // Units with signs share a word of crumbs if there are two of them.
+    static constexpr bool paired_signs = L::signs && Units::count == 2;
+    uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
+    uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
 
-    __device__ __forceinline__ ValueUnit(const uint8_t * const (&row)[8], int offset, int unit) {
-        read(row[0] + offset + 2, row[1] + offset + 2, row[2] + offset + 2, row[3] + offset + 2, unit, first, first_signs);
-        read(row[4] + offset + 2, row[5] + offset + 2, row[6] + offset + 2, row[7] + offset + 2, unit, second, second_signs);
+    __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad) {
+        const uint8_t *const low[4] = {row[0], row[1], row[2], row[3]}, *const high[4] = {row[4], row[5], row[6], row[7]};
+        read(low, offset + 2, quad, first, first_signs);
+        read(high, offset + 2, quad, second, second_signs);
     }
 
-    // The operand A of product m. Registers 0 and 2 have one element of the unit, registers 1 and 3 have another.
-    __device__ __forceinline__ Levels<4> levels(int m) const {
+    // The operand A of product m of unit j. Registers 0 and 2 have one element of the unit, registers 1 and 3 another.
+    __device__ __forceinline__ Levels<4> levels(int j, int m) const {
         Levels<4> v;
-        if constexpr (L::turbo) { // nibbles 2m and 2m + 1
-            const int shift = 16 * (m % 2);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int at = m / 2 + 2 * (i % 2);
-                const uint32_t selector = (i < 2 ? first : second)[at] >> shift;
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (L::turbo) { // nibbles 2m and 2m + 1
+                const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2), sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
+                const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
                 uint32_t signs = 0;
-                if constexpr (L::signs) signs = (i < 2 ? first_signs : second_signs)[at] >> shift;
+                if constexpr (L::signs) {
+                    signs = (i < 2 ? first_signs : second_signs)[at];
+                    signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
+                }
                 look_up<typename L::Family>(selector, signs, v.positive[i], v.negative[i]);
+            } else { // elements 2m and 2m + 1
+                v.positive[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
-        } else { // elements 2m and 2m + 1
-            v.positive[0] = first[2 * m];
-            v.positive[1] = first[2 * m + 1];
-            v.positive[2] = second[2 * m];
-            v.positive[3] = second[2 * m + 1];
         }
         return v;
     }
 
 private:
-    static __device__ __forceinline__ void read(const uint8_t * a, const uint8_t * b, const uint8_t * c,
-                                                const uint8_t * d, int unit, uint32_t (&out)[4], uint32_t (&signs)[4]) {
-        const uint8_t * row[4] = {a, b, c, d};
-        if constexpr (L::turbo) {
-            uint32_t x[4], s[4];
+    static __device__ __forceinline__ void read(const uint8_t * const (&row)[4], int offset, int quad,
+                                                uint32_t (&out)[Units::count][4], uint32_t (&signs)[4]) {
+        if constexpr (!L::turbo) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[0][i] = load_u32(row[i] + offset + 4 * Units::unit(quad, 0));
+            transpose_bytes(out[0]);
+        } else {
+            uint32_t x[Units::count][4], s[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const Unit one = load_unit(typename L::BlockFormat(), row[i], unit);
-                x[i] = one.nibbles;
-                s[i] = one.signs;
-            }
-            transpose_nibbles(x, out);
-            if constexpr (L::signs) transpose_nibbles(s, signs);
-        } else {
+                if constexpr (Units::count == 2 && !L::nibbles) {
+                    const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
+                    x[0][i] = crumbs.unit(0).nibbles;
+                    x[1][i] = crumbs.unit(1).nibbles;
+                    s[i] = crumbs.unit(1).signs;
+                } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[i] = load_u32(row[i] + 4 * unit);
-            transpose_bytes(out);
+                    for (int j = 0; j < Units::count; ++j) {
+                        const Unit unit = load_unit<typename L::BlockFormat>(row[i] + offset, Units::unit(quad, j));
+                        x[j][i] = unit.nibbles;
+                        s[i] = unit.signs;
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < Units::count; ++j) transpose_nibbles(x[j], out[j]);
+            if constexpr (L::signs) transpose_nibbles(s, signs);
         }
     }
 };
