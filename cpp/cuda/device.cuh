@@ -76,6 +76,13 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     return r;
 }
 
+// The bits of a where the mask is set, else those of b, in one instruction. Compilers move masks over shifts and need more.
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
+    return r;
+}
+
 constexpr uint32_t interleave_low = 0x5140,  // a0 b0 a1 b1
     interleave_high = 0x7362,                // a2 b2 a3 b3
     low_halves = 0x5410,                     // a0 a1 b0 b1

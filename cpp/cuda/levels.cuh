@@ -94,8 +94,6 @@ template <int Bits, int N> struct Crumbs<Format<LloydMax<Bits>, N>> {
     }
 };
 
-// The bits of a where the mask is set, else those of b.
-__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 __device__ __forceinline__ uint32_t rotate_left(uint32_t x, int bits) { return __funnelshift_l(x, x, bits); }
 
 // Byte j of the path and of a plane has a bit for each of the elements j + r N / 8, r = 0 ... 7. The elements with r =
@@ -104,16 +102,21 @@ template <int N> struct PathHalf {
     int word, odd; // four bytes of the path, and which half of their bits
     __device__ __forceinline__ explicit PathHalf(int crumbs) : word(crumbs % (N / 32)), odd(crumbs / (N / 32)) {}
 
-    // The subsets as crumbs. Bit 16 + i of `path` is that of step i of the word, and the bits of earlier steps are below.
-    __device__ __forceinline__ uint32_t subsets(const uint8_t * indices) const {
+    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string is that of step i of
+    // the word, and the bits of earlier steps are below. The string is shifted once for a tap that is in the even bits of
+    // the crumbs, which are c0, what another is in the odd bits, c1.
+    __device__ __forceinline__ uint32_t subsets(const uint8_t * indices, uint32_t complement) const {
         const uint32_t low = load_u32(indices + 4 * word - 2), high = load_u16(indices + 4 * word + 2);
-        uint32_t c0 = 0, c1 = 0; // in even bits; in odd bits
+        uint32_t c0 = 0, c1 = 0, both = complement;
 #pragma unroll
-        for (int k = 0; k <= path_memory; ++k) { // k steps before
-            if (path_taps0 >> k & 1) c0 ^= __funnelshift_r(low, high, 16 + odd - k);
-            if (path_taps1 >> k & 1) c1 ^= __funnelshift_r(low, high, 15 + odd - k);
+        for (int k = 0; k <= path_memory; ++k) { // a tap of k + 1 steps before for c0, of k for c1
+            const bool even = path_taps0 >> 1 >> k & 1, odd_bits = path_taps1 >> k & 1;
+            const uint32_t shifted = even || odd_bits ? __funnelshift_r(low, high, 15 + odd - k) : 0;
+            if (even && odd_bits) both ^= shifted;
+            else if (even) c0 ^= shifted;
+            else if (odd_bits) c1 ^= shifted;
         }
-        return select(even_bits, c0, c1);
+        return select(even_bits, c0, c1) ^ both;
     }
     __device__ __forceinline__ uint32_t plane(const uint8_t * bytes) const { return load_u32(bytes + 4 * word); }
 };
@@ -127,13 +130,10 @@ template <int Bits, int N> struct Crumbs<Format<Trellis<Bits>, N>> {
         const PathHalf<N> half(crumbs);
         const uint32_t plane = Bits == 3 ? 0 : half.plane(indices + N / 8 + (Bits == 4 ? N / 4 : 0));
         const uint32_t upper = (plane >> half.odd) & even_bits;
-        subsets = half.subsets(indices);
-        rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs);
+        const uint32_t complement = Bits == 4 ? 3 * upper : 0;
+        subsets = half.subsets(indices, complement);
+        rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs) ^ complement;
         signs = rotate_left(plane, 1 - half.odd);
-        if constexpr (Bits == 4) {
-            subsets ^= 3 * upper;
-            rests ^= 3 * upper;
-        }
     }
     // The upper bits of nibbles are the signs.
     __device__ __forceinline__ Unit unit(int field) const {
@@ -159,7 +159,7 @@ template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<Ll
     return load_half(block);
 }
 template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<Trellis<Bits>, N>, const uint8_t * block) {
-    return __half2float(__ushort_as_half(uint16_t(load_u16(block) << (15 - scale_bits) & 0x7fe0)));
+    return fabsf(__half2float(__ushort_as_half(uint16_t(load_u16(block) << (15 - scale_bits))))); // its sign is a path bit
 }
 
 } // namespace

@@ -67,10 +67,9 @@ template <KV TV, int D> struct ValueUnits {
 // Transposes the nibbles of a unit in four rows to selectors of single elements, as shown above. For i = 0, 1, 2, 3 the
 // low half of out[i] is the selector of nibble 0, 4, 1, 5; the high half is that of nibble 2, 6, 3, 7.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
-    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
-                   odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
-    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0),
-                   odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
+    constexpr uint32_t low_nibbles = 0x0f0f0f0f;
+    const uint32_t even01 = select(low_nibbles, n[0], n[1] << 4), odd01 = select(low_nibbles, n[0] >> 4, n[1]);
+    const uint32_t even23 = select(low_nibbles, n[2], n[3] << 4), odd23 = select(low_nibbles, n[2] >> 4, n[3]);
     out[0] = prmt(even01, even23, interleave_low);
     out[1] = prmt(even01, even23, interleave_high);
     out[2] = prmt(odd01, odd23, interleave_low);
