@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(decode_threads)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint32_t positive = 0, negative = 0;
-                look_up<typename F::family>(packed.nibbles >> (16 * half), packed.signs >> (16 * half), positive, negative);
+                LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), positive, negative);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     level[4 * half + i] = int(int8_t(positive >> (8 * i))) - int(int8_t(negative >> (8 * i)));

@@ -46,19 +46,31 @@ template <typename Family> constexpr bool signed_units = Family::levels == 32;
 //   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
 //   32 levels: the nibble selects a magnitude; the level is positive if the upper bit of the nibble in `signs` is set.
 //     Then the bytes are the magnitude and 0, else 127 - magnitude and 127.
-template <typename Family>
-__device__ __forceinline__ void look_up(uint32_t nibbles, uint32_t signs, uint32_t & positive, uint32_t & negative) {
+template <typename Family> struct LookUp {
     using T = Table<Family>;
-    if constexpr (Family::levels == 32) {
-        negative = prmt(0x7f7f7f7f, 0x7f7f7f7f, signs);
-        positive = (prmt(T::low0, T::low1, nibbles) | prmt(T::low2, T::low3, nibbles ^ 0x8888)) ^ negative;
-    } else if constexpr (Family::levels == 16) {
-        negative = prmt(T::low0, T::low1, nibbles);
-        positive = prmt(T::c2, T::c3, nibbles ^ 0x8888);
-    } else {
-        positive = prmt(T::c0, T::c1, nibbles);
+    uint32_t low0 = T::low0, low2 = T::low2, c2 = T::c2, sign = 0x7f7f7f7f; // first operands of prmt, which are registers
+
+    // Without this, kernels that need many registers load the constants again for each lookup.
+    __device__ __forceinline__ void keep_in_registers() {
+        const int lane = threadIdx.x % 32, zero = keep(lane) ^ lane;
+        low0 ^= zero;
+        low2 ^= zero;
+        c2 ^= zero;
+        sign ^= zero;
     }
-}
+    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, uint32_t & positive,
+                                               uint32_t & negative) const {
+        if constexpr (Family::levels == 32) {
+            negative = prmt(sign, 0x7f7f7f7f, signs);
+            positive = (prmt(low0, T::low1, nibbles) | prmt(low2, T::low3, nibbles ^ 0x8888)) ^ negative;
+        } else if constexpr (Family::levels == 16) {
+            negative = prmt(low0, T::low1, nibbles);
+            positive = prmt(c2, T::c3, nibbles ^ 0x8888);
+        } else {
+            positive = prmt(T::c0, T::c1, nibbles);
+        }
+    }
+};
 
 // ---- units
 

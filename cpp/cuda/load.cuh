@@ -22,6 +22,7 @@ template <typename Family_> struct TurboKind {
     template <int D> static constexpr int block = rotated_block<D>;
     template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(Family::bits, block<D>);
     template <int D> using BlockFormat = Format<Family, rotated_block<D>>;
+    using LookUpLevels = LookUp<Family>;
 };
 template <int Block, int Bytes, bool Floats> struct PlainKind {
     using Family = void;
@@ -31,6 +32,7 @@ template <int Block, int Bytes, bool Floats> struct PlainKind {
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
     template <int D> using BlockFormat = void;
+    struct LookUpLevels {};
 };
 
 template <KV T> struct Kind;
@@ -57,6 +59,7 @@ constexpr bool covers_pair =
 template <KV T, int D> struct Layout {
     using Family = typename Kind<T>::Family;                        // of a turbo type
     using BlockFormat = typename Kind<T>::template BlockFormat<D>;
+    using LookUpLevels = typename Kind<T>::LookUpLevels;
     static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
     static constexpr bool nibbles = Kind<T>::nibbles, split = Kind<T>::split, signs = Kind<T>::signs; // see levels.cuh

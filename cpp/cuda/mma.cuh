@@ -148,6 +148,8 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
         }
     } else {
         using Units = ValueUnits<TV, D>;
+        typename L::LookUpLevels look_up;
+        if constexpr (L::split) look_up.keep_in_registers();
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const int offset = b * L::block_bytes;
@@ -169,7 +171,7 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             for (int j = 0; j < Units::count; ++j)
 #pragma unroll
                 for (int m = 0; m < Units::products; ++m)
-                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], values.levels(j, m),
+                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], values.levels(look_up, j, m),
                                                  weights, s);
         }
     }

@@ -41,7 +41,7 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
         const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            look_up<typename L::Family>(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
+            LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
     } else { // one product takes a block of 32
         k.positive[0] = load_u32(block + 2 + 4 * in_quad);
         k.positive[1] = load_u32(block + 18 + 4 * in_quad);
@@ -92,7 +92,7 @@ template <KV TV, int D> struct ValueBlock {
     }
 
     // The operand A of product m of unit j. Registers 0 and 2 have one element of the unit, registers 1 and 3 another.
-    __device__ __forceinline__ Levels<4> levels(int j, int m) const {
+    template <typename LookUp> __device__ __forceinline__ Levels<4> levels(const LookUp & look_up, int j, int m) const {
         Levels<4> v;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -104,7 +104,7 @@ template <KV TV, int D> struct ValueBlock {
                     signs = (i < 2 ? first_signs : second_signs)[at];
                     signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
                 }
-                look_up<typename L::Family>(selector, signs, v.positive[i], v.negative[i]);
+                look_up(selector, signs, v.positive[i], v.negative[i]);
             } else { // elements 2m and 2m + 1
                 v.positive[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
