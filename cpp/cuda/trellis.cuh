@@ -87,8 +87,8 @@ __device__ __forceinline__ void search_step(uint32_t metrics, const uint32_t (&o
                                exchanged == 5 ? cost[0] : __shfl_xor_sync(all_lanes, cost[1], 1 << exchanged)};
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-        cost[h] = min(cost[h] + prmt(metrics, 1 << I, own[phase][h]),
-                      other[h] + prmt(metrics, 1 << I, own[phase][h] ^ other_branch));
+        cost[h] = min(other[h] + prmt(metrics, 1 << I, own[phase][h] ^ other_branch),
+                      cost[h] + prmt(metrics, 1 << I, own[phase][h]));
 }
 
 // Computes the first Steps steps of a group, and stores the paths.
