@@ -274,6 +274,7 @@ __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const flo
     constexpr int P = N / 32, limit = Grid<Bits>::limit, halves = (2 + N / 8) / 2;
     TrellisScratch<N> & scratch = shared.trellis[threadIdx.x / 32];
     const GridTable<Bits> & table = grid_table<Bits>;
+    const Branches branches(lane); // loaded early
     const Units<N> units = to_units<N>(x, lane);
     uint32_t low[P] = {}, high[P] = {};
     uint32_t first = 0; // the lane's two of the first bytes
@@ -288,7 +289,7 @@ __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const flo
             reinterpret_cast<uint32_t *>(scratch.metrics)[i % (N / 8) * 8 + i / (N / 8)] = entry.metrics;
         }
         __syncwarp();
-        find_path(scratch, lane);
+        find_path(scratch, branches, lane);
         const uint8_t * path = reinterpret_cast<const uint8_t *>(scratch.words) + 2 + lane % (N / 8);
         const uint32_t window = load_u8(path - 1) | load_u8(path) << 8; // the steps of the lane, and those before
         int a = 0;

@@ -54,9 +54,9 @@ constexpr int rotate_state(int state, int steps) {
 // the new one. It gives the metric of the branch's subset, shifted by 16, plus the second operand of prmt, a bit of the
 // lower half, if the oldest bit is set. The other branch has the opposite subset and the opposite oldest bit, so its selector
 // differs in `other_branch`.
-struct BranchSelectors {
+struct BranchTable {
     uint16_t own[path_memory][path_states];
-    constexpr BranchSelectors() : own() {
+    constexpr BranchTable() : own() {
         for (int p = 0; p < path_memory; ++p)
             for (int location = 0; location < path_states; ++location) {
                 const int state = rotate_state(location, p), oldest = state >> (path_memory - 1);
@@ -67,7 +67,18 @@ struct BranchSelectors {
 };
 constexpr int other_branch = 0x0222;
 static_assert((path_taps0 & 0101) == 0 && (path_taps1 & 0101) == 0101, "the newest and the oldest bit change c1 alone");
-__device__ BranchSelectors branch_selectors = BranchSelectors();
+__device__ BranchTable branch_table = BranchTable();
+
+// Those of a lane's locations.
+struct Branches {
+    uint32_t own[path_memory][2];
+    __device__ __forceinline__ explicit Branches(int lane) {
+#pragma unroll
+        for (int p = 0; p < path_memory; ++p)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) own[p][h] = branch_table.own[p][lane + 32 * h];
+    }
+};
 
 // ---- the search
 
@@ -81,42 +92,42 @@ template <int N> struct TrellisScratch {     // of a warp
 
 // Computes step I of a group. cost[h] is that of location lane + 32 h.
 template <int I>
-__device__ __forceinline__ void search_step(uint32_t metrics, const uint32_t (&own)[path_memory][2], uint32_t (&cost)[2]) {
+__device__ __forceinline__ void search_step(uint32_t metrics, const Branches & branches, uint32_t (&cost)[2]) {
     constexpr int phase = I % path_memory, exchanged = path_memory - 1 - phase;
     const uint32_t other[2] = {exchanged == 5 ? cost[1] : __shfl_xor_sync(all_lanes, cost[0], 1 << exchanged),
                                exchanged == 5 ? cost[0] : __shfl_xor_sync(all_lanes, cost[1], 1 << exchanged)};
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-        cost[h] = min(other[h] + prmt(metrics, 1 << I, own[phase][h] ^ other_branch),
-                      cost[h] + prmt(metrics, 1 << I, own[phase][h]));
+        cost[h] = min(other[h] + prmt(metrics, 1 << I, branches.own[phase][h] ^ other_branch),
+                      cost[h] + prmt(metrics, 1 << I, branches.own[phase][h]));
 }
 
 // Computes the first Steps steps of a group, and stores the paths.
 template <int Steps, int N>
-__device__ __forceinline__ void search_group(int group, TrellisScratch<N> & scratch, const uint32_t (&own)[path_memory][2],
+__device__ __forceinline__ void search_group(int group, TrellisScratch<N> & scratch, const Branches & branches,
                                              uint32_t (&cost)[2], int lane) {
     static_assert(Steps % 4 == 0 && Steps <= group_steps, "four steps at a time");
     const uint4 * four = scratch.metrics + group * (group_steps / 4);
     if constexpr (Steps > 0) {
         const uint4 m = four[0];
-        search_step<0>(m.x, own, cost);
-        search_step<1>(m.y, own, cost);
-        search_step<2>(m.z, own, cost);
-        search_step<3>(m.w, own, cost);
+        search_step<0>(m.x, branches, cost);
+        search_step<1>(m.y, branches, cost);
+        search_step<2>(m.z, branches, cost);
+        search_step<3>(m.w, branches, cost);
     }
     if constexpr (Steps > 4) {
         const uint4 m = four[1];
-        search_step<4>(m.x, own, cost);
-        search_step<5>(m.y, own, cost);
-        search_step<6>(m.z, own, cost);
-        search_step<7>(m.w, own, cost);
+        search_step<4>(m.x, branches, cost);
+        search_step<5>(m.y, branches, cost);
+        search_step<6>(m.z, branches, cost);
+        search_step<7>(m.w, branches, cost);
     }
     if constexpr (Steps > 8) {
         const uint4 m = four[2];
-        search_step<8>(m.x, own, cost);
-        search_step<9>(m.y, own, cost);
-        search_step<10>(m.z, own, cost);
-        search_step<11>(m.w, own, cost);
+        search_step<8>(m.x, branches, cost);
+        search_step<9>(m.y, branches, cost);
+        search_step<10>(m.z, branches, cost);
+        search_step<11>(m.w, branches, cost);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -135,17 +146,14 @@ __device__ __forceinline__ void put_bits(uint32_t (&words)[Words], int at, int c
 }
 
 // Finds the best path for scratch.metrics, and writes the first bytes of the block, without the scale, to scratch.words.
-template <int N> __device__ __forceinline__ void find_path(TrellisScratch<N> & scratch, int lane) {
+template <int N>
+__device__ __forceinline__ void find_path(TrellisScratch<N> & scratch, const Branches & branches, int lane) {
     constexpr int whole = N / group_steps, left = N % group_steps;
     static_assert(left > 0, "the last group is shorter");
-    uint32_t own[path_memory][2], cost[2] = {0, 0};
-#pragma unroll
-    for (int p = 0; p < path_memory; ++p)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) own[p][h] = branch_selectors.own[p][lane + 32 * h];
+    uint32_t cost[2] = {0, 0};
 #pragma unroll 1
-    for (int group = 0; group < whole; ++group) search_group<group_steps, N>(group, scratch, own, cost, lane);
-    search_group<left, N>(whole, scratch, own, cost, lane);
+    for (int group = 0; group < whole; ++group) search_group<group_steps, N>(group, scratch, branches, cost, lane);
+    search_group<left, N>(whole, scratch, branches, cost, lane);
 
     // The best state at the end, the smallest of equal ones.
     constexpr int turn = N % path_memory;
