@@ -35,13 +35,17 @@ std::vector<std::string> split(const std::string & text, char at) {
 struct Type {
     const char * name;
     KV kv;
+    tq_type encoded; // TQ_TYPE_COUNT: not a turbo type
     int block, bytes; // at heads of 128
+    bool trellis;
 };
-const Type types[] = {{"turbo4", KV::turbo4, 128, TURBOQUANT_BLOCK_BYTES(4, 128)},
-                      {"turbo3", KV::turbo3, 128, TURBOQUANT_BLOCK_BYTES(3, 128)},
-                      {"turbo2", KV::turbo2, 128, TURBOQUANT_BLOCK_BYTES(2, 128)},
-                      {"q8_0", KV::q8_0, 32, 34},
-                      {"f16", KV::f16, 1, 2}};
+const Type types[] = {
+#define TURBOQUANT_BENCH(X, ID, name, family, bits, id) \
+    {#name, KV::name, TQ_##ID, 128, TURBOQUANT_BLOCK_BYTES(bits, 128), std::strstr(#name, "_tcq") != nullptr},
+    TURBOQUANT_FAMILIES(TURBOQUANT_BENCH, )
+#undef TURBOQUANT_BENCH
+    {"q8_0", KV::q8_0, TQ_TYPE_COUNT, 32, 34, false},
+    {"f16", KV::f16, TQ_TYPE_COUNT, 1, 2, false}};
 const Type & type_of(const std::string & name) {
     for (const Type & type : types)
         if (name == type.name) return type;
@@ -50,21 +54,33 @@ const Type & type_of(const std::string & name) {
 }
 
 // Random index bytes; scales near one.
-__global__ void fill(uint16_t * data, size_t words, int block_words) {
+__global__ void fill(uint16_t * data, size_t words, int block_words, bool trellis) {
     for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < words; i += size_t(gridDim.x) * blockDim.x) {
         uint64_t z = i * 0x9e3779b97f4a7c15u + 12345;
         z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
         z ^= z >> 27;
         data[i] = block_words == 1  ? uint16_t(0x3400 + (z & 0x87ff))
                   : i % block_words ? uint16_t(z)
+                  : trellis         ? uint16_t((z & 0xfc1f) | 0x1c0) // ten bits of scale, six of the path
                                     : uint16_t(0x3800 + (z & 0x3ff));
     }
+}
+
+// Values between -1.73 and 1.73.
+float * random_floats(size_t count) {
+    std::vector<float> host(count);
+    uint32_t state = 1;
+    for (float & x : host) x = (float(state = state * 1664525 + 1013904223) / 4294967296.0f - 0.5f) * 3.46f;
+    float * data;
+    must(cudaMalloc(&data, count * 4), "cudaMalloc");
+    must(cudaMemcpy(data, host.data(), count * 4, cudaMemcpyHostToDevice), "copy");
+    return data;
 }
 
 void * random_cache(const Type & type, size_t bytes) {
     void * data;
     must(cudaMalloc(&data, bytes), "cudaMalloc");
-    fill<<<4096, 256>>>(static_cast<uint16_t *>(data), bytes / 2, type.bytes / 2);
+    fill<<<4096, 256>>>(static_cast<uint16_t *>(data), bytes / 2, type.bytes / 2, type.trellis);
     must(cudaDeviceSynchronize(), "fill");
     return data;
 }
@@ -126,7 +142,7 @@ int main(int argc, char ** argv) {
     void *from, *to;
     must(cudaMalloc(&from, copy_bytes), "cudaMalloc");
     must(cudaMalloc(&to, copy_bytes), "cudaMalloc");
-    fill<<<4096, 256>>>(static_cast<uint16_t *>(from), copy_bytes / 2, 1);
+    fill<<<4096, 256>>>(static_cast<uint16_t *>(from), copy_bytes / 2, 1, false);
     const double copy = microseconds(
         4, [&](int, cudaStream_t s) { cudaMemcpyAsync(to, from, copy_bytes, cudaMemcpyDeviceToDevice, s); });
     const double copy_tb = 2.0 * double(copy_bytes) / copy * 1e-6;
@@ -136,24 +152,20 @@ int main(int argc, char ** argv) {
         "{\"device\": \"%s\", \"multiprocessors\": %d, \"l2_bytes\": %d, \"cuda\": \"%d.%d\", \"copy_tb_s\": %.3f}\n",
         device.name, device.multiProcessorCount, device.l2CacheSize, runtime / 1000, runtime % 1000 / 10, copy_tb);
 
-    float *q, *dst;
     const size_t row_floats = size_t(heads) * tokens * head;
-    must(cudaMalloc(&q, row_floats * 4), "cudaMalloc");
+    float *q = random_floats(row_floats), *dst;
     must(cudaMalloc(&dst, row_floats * 4), "cudaMalloc");
-    std::vector<float> host(row_floats);
-    uint32_t state = 1;
-    for (float & x : host) x = (float(state = state * 1664525 + 1013904223) / 4294967296.0f - 0.5f) * 3.46f;
-    must(cudaMemcpy(q, host.data(), row_floats * 4, cudaMemcpyHostToDevice), "copy");
 
     // An exact window: slots of each layer, the batch's rows, and where they are stored.
     ExactRows exact = {};
     const int64_t slot_head = head / 32 * 34, slot_row = slot_head * kv_heads, slot_bytes = slot_row * (window + 1);
+    const int64_t width = int64_t(kv_heads) * head;
+    const Index none = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
+    void * batch = random_floats(size_t(tokens) * size_t(width));
     if (window > 0) {
-        void *batch, *rows, *shown;
-        must(cudaMalloc(&batch, size_t(tokens) * size_t(kv_heads * head) * 4), "cudaMalloc");
+        void *rows, *shown;
         must(cudaMalloc(&rows, size_t(tokens) * 8), "cudaMalloc");
         must(cudaMalloc(&shown, size_t(window + tokens) * size_t(tokens) * 2), "cudaMalloc");
-        must(cudaMemcpy(batch, host.data(), size_t(tokens) * size_t(kv_heads * head) * 4, cudaMemcpyHostToDevice), "copy");
         must(cudaMemset(rows, 0, size_t(tokens) * 8), "memset");
         must(cudaMemset(shown, 0, size_t(window + tokens) * size_t(tokens) * 2), "memset");
         exact.type = KV::q8_0;
@@ -230,6 +242,14 @@ int main(int argc, char ** argv) {
                 Attention layer = a;
                 take_layer(layer, i);
                 AttentionPlan layer_plan;
+                // Into the first row of the cache, whose blocks are of one length.
+                const bool store = window >= 0 && tk.block == 128 && tv.block == 128 && head >= 128;
+                const auto store_to = [&](const Type & type, void * to, int64_t row) {
+                    return Store{type.encoded, {batch, {width * 4, 0, 0}}, {to, {row, 0, 0}}, {width, tokens, 1, 1},
+                                 none};
+                };
+                const Store stores[2] = {store_to(tk, k[size_t(i)], row_k), store_to(tv, v[size_t(i)], row_v)};
+                if (store) must(encode_rows(stores[0], stores[1], s), "encode_rows");
                 must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
                                                        : cudaErrorNotSupported,
                      "attention");
@@ -249,34 +269,35 @@ int main(int argc, char ** argv) {
     }
 
     // Storing keys and values of tokens, and decoding a whole cache for a prefill.
-    const Index none = {nullptr, false, {1, 1, 1}, {0, 0, 0}};
-    for (int bits = 4; bits >= 2; --bits) {
-        const tq_type type = bits == 4 ? TQ_TURBO4 : bits == 3 ? TQ_TURBO3 : TQ_TURBO2;
-        const int64_t block_bytes = TURBOQUANT_BLOCK_BYTES(bits, 128), rows = 131072, width = 1024, row = width / 128 * block_bytes;
-        float * values;
-        void *encoded, *decoded;
-        must(cudaMalloc(&values, 512 * width * 4), "cudaMalloc");
-        must(cudaMalloc(&decoded, size_t(rows * width * 2)), "cudaMalloc");
-        encoded = random_cache(types[4 - bits], size_t(rows * row));
-        must(cudaMemset(values, 0x3c, 512 * width * 4), "memset");
-        for (const int64_t tokens_in : {int64_t(1), int64_t(512)}) {
-            const Store store = {type, {values, {width * 4, 0, 0}}, {encoded, {row, 0, 0}}, {width, tokens_in, 1, 1},
-                                 none};
+    for (const Type & type : types) {
+        if (type.encoded == TQ_TYPE_COUNT) continue;
+        const int64_t rows = 131072, values_in = 1024, row = values_in / type.block * type.bytes, most_tokens = 8192;
+        float * values = random_floats(size_t(most_tokens * values_in));
+        void * encoded = random_cache(type, size_t(rows * row));
+        void * decoded;
+        must(cudaMalloc(&decoded, size_t(rows * values_in * 2)), "cudaMalloc");
+        for (const int64_t tokens_in : {int64_t(1), int64_t(512), most_tokens}) {
+            const Store store = {type.encoded, {values, {values_in * 4, 0, 0}}, {encoded, {row, 0, 0}},
+                                 {values_in, tokens_in, 1, 1}, none};
+            Store second = store; // V, to other rows
+            second.dst.data = static_cast<char *>(encoded) + most_tokens * row;
             const double us =
-                microseconds(16, [&](int, cudaStream_t s) { must(encode_rows(store, store, s), "encode_rows"); });
-            std::printf("{\"encode\": \"turbo%d\", \"tokens\": %lld, \"us\": %.2f}\n", bits,
-                        static_cast<long long>(tokens_in), us);
+                microseconds(16, [&](int, cudaStream_t s) { must(encode_rows(store, second, s), "encode_rows"); });
+            const double floats = 2.0 * double(tokens_in * values_in);
+            std::printf("{\"encode\": \"%s\", \"tokens\": %lld, \"us\": %.2f, \"gb_s\": %.1f, \"million_blocks_s\": %.1f}\n",
+                        type.name, static_cast<long long>(tokens_in), us, floats * 4 / us * 1e-3,
+                        floats / type.block / us);
         }
-        const int64_t ne[4] = {width, rows, 1, 1};
+        const int64_t ne[4] = {values_in, rows, 1, 1};
         for (const bool rotated : {false, true}) {
             const double us = microseconds(4, [&](int, cudaStream_t s) {
-                must(
-                    decode_rows(type, {encoded, {row, 0, 0}}, {decoded, {width * 2, 0, 0}}, ne, none, true, rotated, s),
-                    "decode_rows");
+                must(decode_rows(type.encoded, {encoded, {row, 0, 0}}, {decoded, {values_in * 2, 0, 0}}, ne, none, true,
+                                 rotated, s),
+                     "decode_rows");
             });
-            const double moved = double(rows * (row + width * 2));
-            std::printf("{\"decode\": \"turbo%d\", \"rotated\": %s, \"rows\": %lld, \"us\": %.2f, \"share\": %.3f}\n",
-                        bits, rotated ? "true" : "false", static_cast<long long>(rows), us,
+            const double moved = double(rows * (row + values_in * 2));
+            std::printf("{\"decode\": \"%s\", \"rotated\": %s, \"rows\": %lld, \"us\": %.2f, \"share\": %.3f}\n",
+                        type.name, rotated ? "true" : "false", static_cast<long long>(rows), us,
                         moved / us * 1e-6 / copy_tb);
         }
         cudaFree(values);

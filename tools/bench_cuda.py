@@ -101,11 +101,10 @@ def compile_kernels(folder: Path, arch: str) -> Path:
 
 
 def covered(pair: str) -> bool:
-    """Whether the decode kernel supports the pair: a turbo type with a turbo type, q8_0 or f16."""
+    """Whether the decode kernel supports the pair: a turbo type with one of the same family, q8_0 or f16."""
     sides = pair.split(":")
-    return any(side.startswith("turbo") for side in sides) and all(
-        side.startswith("turbo") or side in ("q8_0", "f16") for side in sides
-    )
+    families = {side.endswith("_tcq") for side in sides if side.startswith("turbo")}
+    return len(families) == 1 and all(side.startswith("turbo") or side in ("q8_0", "f16") for side in sides)
 
 
 def kernel_rows(program: Path, given: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -24,10 +24,6 @@ struct AttentionCall {
 
 namespace {
 
-// Returns x, and keeps it in a register. Without the shuffle, which compilers do not repeat, the compiler would compute
-// x again in every step.
-__device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, threadIdx.x % 32); }
-
 // The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes: a
 // lane has the scores of column `quad`, and the output of columns 2 * in_quad and 2 * in_quad + 1.
 struct Place {

@@ -2,8 +2,9 @@
 // and floats are those of scalar.cpp, so this file must be compiled without contraction and without fast math.
 #include "turboquant_cuda.h"
 
-#include "device.cuh"
 #include "launch.h"
+#include "levels.cuh"
+#include "trellis.cuh"
 
 #include <type_traits>
 
@@ -63,12 +64,14 @@ template <typename Family> constexpr int find_family() {
 }
 template <typename Family> constexpr int family_index = find_family<Family>(); // a constant in device code as well
 
-template <typename Family> constexpr SearchTable search_table_of() {
-    if constexpr (has_kernels<Family>) return make_search_table<Family::bits>();
-    return {};
-}
+template <typename Family> struct SearchTableOf {
+    static constexpr SearchTable make() { return {}; }
+};
+template <int Bits> struct SearchTableOf<LloydMax<Bits>> {
+    static constexpr SearchTable make() { return make_search_table<Bits>(); }
+};
 __device__ const SearchTable search_tables[] = { // by family
-#define TURBOQUANT_TABLE(X, ID, name, family, bits, id) search_table_of<family<bits>>(),
+#define TURBOQUANT_TABLE(X, ID, name, family, bits, id) SearchTableOf<family<bits>>::make(),
     TURBOQUANT_FAMILIES(TURBOQUANT_TABLE, )
 #undef TURBOQUANT_TABLE
 };
@@ -143,20 +146,10 @@ __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], u
             for (int j = 0; j < P / 2; ++j) q[lane + 32 * j] = uint8_t(index[j] | index[j + P / 2] << 4);
         }
     } else {
-        // byte b of lo has elements b, b + N/4, b + N/2, b + 3N/4
-        uint32_t byte = 0;
-        if constexpr (N == 128) {
+        uint32_t low[P];
 #pragma unroll
-            for (int j = 0; j < P; ++j) byte |= (index[j] & 3) << (2 * j);
-        } else if constexpr (N == 64) {
-            const uint32_t pair = (index[0] & 3) | (index[1] & 3) << 4;
-            byte = pair | __shfl_down_sync(all_lanes, pair, 16) << 2;
-        } else {
-            byte = index[0] & 3;
-            byte |= __shfl_down_sync(all_lanes, byte, 16) << 4;
-            byte |= __shfl_down_sync(all_lanes, byte, 8) << 2;
-        }
-        if (lane < N / 4) q[lane] = uint8_t(byte);
+        for (int j = 0; j < P; ++j) low[j] = index[j] & 3;
+        store_fields<2, N>(low, q, lane);
         if constexpr (Bits == 3) {
 #pragma unroll
             for (int j = 0; j < P; ++j) {
@@ -167,11 +160,18 @@ __device__ __forceinline__ void store_indices(const uint32_t (&index)[N / 32], u
     }
 }
 
-// Encodes a block with a warp, in the steps of FORMAT.md, "Encoder".
-template <int Bits, int N>
-__device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int lane, const SearchTable & table) {
-    using F = Format<LloydMax<Bits>, N>;
-    constexpr int P = N / 32, M = F::half_levels;
+// The values of a block in the units of the encoder, after steps 1 to 5 of FORMAT.md, "Encoder". Lane l has elements l,
+// l + 32, ...
+template <int N> struct Units {
+    int z[N / 32];
+    int energy, k;
+    float rms;
+    bool codable; // neither zero nor not finite; else nothing else is set
+};
+
+template <int N> __device__ __forceinline__ Units<N> to_units(const float * x, int lane) {
+    constexpr int P = N / 32;
+    Units<N> out = {};
     float y[P];
     uint32_t largest = 0;
 #pragma unroll
@@ -180,40 +180,64 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
         largest = max(largest, __float_as_uint(y[j]) & 0x7fffffff);
     }
     largest = warp_max(largest);
+    out.codable = largest != 0 && largest < 0x7f800000;
+    if (!out.codable) return out;
+    out.k = min(max(int(largest >> 23) - 127, -126), 126);
+    const float shrink = __uint_as_float(uint32_t(127 - out.k) << 23);
+#pragma unroll
+    for (int j = 0; j < P; ++j) y[j] = flip_sign(__fmul_rn(y[j], shrink), s1_word(j), lane);
+    hadamard_warp<N>(y);
+#pragma unroll
+    for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
+
+    // Sixteen running sums, as in the specification: lanes l and l + 16 hold the terms of sum l in turn.
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+        const float own = __fmul_rn(y[j], y[j]), other = __shfl_xor_sync(all_lanes, own, 16);
+        sum = __fadd_rn(sum, lane < 16 ? own : other);
+        sum = __fadd_rn(sum, lane < 16 ? other : own);
+    }
+#pragma unroll
+    for (int h = 8; h > 0; h /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(all_lanes, sum, h));
+    out.rms = __fsqrt_rn(__fmul_rn(sum, 1.0f / N));
+    const float unit = __fdiv_rn(float(rms_unit), out.rms);
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+        out.z[j] = __float2int_rn(__fmul_rn(y[j], unit));
+        out.energy += out.z[j] * out.z[j];
+    }
+    out.energy = warp_sum(out.energy);
+    return out;
+}
+
+// The stored scale before it is rounded; a = sum |z| c of the assignment.
+template <typename F> __device__ __forceinline__ double exact_scale(const Units<F::block> & units, int a) {
+    return double(units.energy) / double(a) * double(units.rms) * F::scale_unit *
+           double(__uint_as_float(uint32_t(127 + units.k) << 23));
+}
+
+// The memory that the warps of a thread block use to encode blocks of one family.
+template <int N> union EncodeShared {
+    SearchTable table;
+    TrellisScratch<N> trellis[encode_warps];
+};
+
+// Encodes a block with a warp, in the steps of FORMAT.md, "Encoder".
+template <int Bits, int N>
+__device__ __forceinline__ void encode_block(Format<LloydMax<Bits>, N>, const float * x, uint8_t * dst, int lane,
+                                             EncodeShared<N> & shared) {
+    using F = Format<LloydMax<Bits>, N>;
+    using T = Table<typename F::family>;
+    constexpr int P = N / 32, M = F::half_levels;
+    const Units<N> units = to_units<N>(x, lane);
     uint32_t index[P];
     uint16_t d = 0;
-    if (largest != 0 && largest < 0x7f800000) {
-        const int k = min(max(int(largest >> 23) - 127, -126), 126);
-        const float shrink = __uint_as_float(uint32_t(127 - k) << 23);
+    if (units.codable) {
+        int magnitude[P];
 #pragma unroll
-        for (int j = 0; j < P; ++j) y[j] = flip_sign(__fmul_rn(y[j], shrink), s1_word(j), lane);
-        hadamard_warp<N>(y);
-#pragma unroll
-        for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], s2_word(j), lane);
-
-        // Sixteen running sums, as in the specification: lanes l and l + 16 hold the terms of sum l in turn.
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < P; ++j) {
-            const float own = __fmul_rn(y[j], y[j]), other = __shfl_xor_sync(all_lanes, own, 16);
-            sum = __fadd_rn(sum, lane < 16 ? own : other);
-            sum = __fadd_rn(sum, lane < 16 ? other : own);
-        }
-#pragma unroll
-        for (int h = 8; h > 0; h /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(all_lanes, sum, h));
-        const float rms = __fsqrt_rn(__fmul_rn(sum, 1.0f / N));
-        const float unit = __fdiv_rn(float(rms_unit), rms);
-
-        int z[P], magnitude[P], energy = 0;
-#pragma unroll
-        for (int j = 0; j < P; ++j) {
-            z[j] = __float2int_rn(__fmul_rn(y[j], unit));
-            magnitude[j] = abs(z[j]);
-            energy += z[j] * z[j];
-        }
-        energy = warp_sum(energy);
-        const float scale = search_scale(magnitude, lane, table);
-
+        for (int j = 0; j < P; ++j) magnitude[j] = abs(units.z[j]);
+        const float scale = search_scale(magnitude, lane, shared.table);
         int a = 0;
         int m[P] = {};
 #pragma unroll
@@ -225,15 +249,13 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
 #pragma unroll
         for (int j = 0; j < P; ++j) {
             // The upper half of a codebook has its magnitudes.
-            const uint32_t c = Bits == 4   ? prmt(Table<4>::c2, Table<4>::c3, m[j])
-                               : Bits == 3 ? prmt(Table<3>::c1, 0, m[j])
-                                           : prmt(Table<2>::c0, 0, 2 + m[j]);
+            const uint32_t c = Bits == 4   ? prmt(T::c2, T::c3, m[j])
+                               : Bits == 3 ? prmt(T::c1, 0, m[j])
+                                           : prmt(T::c0, 0, 2 + m[j]);
             a += magnitude[j] * int(c & 0xff);
-            index[j] = uint32_t(z[j] < 0 ? M - 1 - m[j] : M + m[j]);
+            index[j] = uint32_t(units.z[j] < 0 ? M - 1 - m[j] : M + m[j]);
         }
-        a = warp_sum(a);
-        const float exact = float(double(energy) / double(a) * double(rms) * F::scale_unit *
-                                  double(__uint_as_float(uint32_t(127 + k) << 23)));
+        const float exact = float(exact_scale<F>(units, warp_sum(a)));
         d = exact >= 65520.0f ? uint16_t(0x7bff) : __half_as_ushort(__float2half_rn(exact));
     }
     if (d == 0) {
@@ -242,6 +264,64 @@ __device__ __forceinline__ void encode_block(const float * x, uint8_t * dst, int
     }
     if (lane == 0) *reinterpret_cast<uint16_t *>(dst) = d;
     store_indices<Bits, N>(index, dst + 2, lane);
+}
+
+// In the steps of FORMAT.md, "Encoder of the trellis-coded types".
+template <int Bits, int N>
+__device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const float * x, uint8_t * dst, int lane,
+                                             EncodeShared<N> & shared) {
+    using F = Format<Trellis<Bits>, N>;
+    constexpr int P = N / 32, limit = Grid<Bits>::limit, halves = (2 + N / 8) / 2;
+    TrellisScratch<N> & scratch = shared.trellis[threadIdx.x / 32];
+    const GridTable<Bits> & table = grid_table<Bits>;
+    const Branches branches(lane); // loaded early
+    const Units<N> units = to_units<N>(x, lane);
+    uint32_t low[P] = {}, high[P] = {};
+    uint32_t first = 0; // the lane's two of the first bytes
+    if (units.codable) {
+        const int ratio = choose_ratio<Bits, N>(units.z);
+        uint32_t rests[P];
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            const int g = (units.z[j] * ratio + (1 << 14)) >> 15, i = lane + 32 * j;
+            const auto entry = table.entry[min(max(g, -limit), limit) + limit];
+            rests[j] = entry.rests;
+            reinterpret_cast<uint32_t *>(scratch.metrics)[i % (N / 8) * 8 + i / (N / 8)] = entry.metrics;
+        }
+        __syncwarp();
+        find_path(scratch, branches, lane);
+        const uint8_t * path = reinterpret_cast<const uint8_t *>(scratch.words) + 2 + lane % (N / 8);
+        const uint32_t window = load_u8(path - 1) | load_u8(path) << 8; // the steps of the lane, and those before
+        int a = 0;
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            const uint32_t from_newest = window >> (2 + lane / (N / 8) + 256 / N * j); // u_t in bit 6, u_t-6 in bit 0
+            uint32_t subset = 0;
+#pragma unroll
+            for (int k = 0; k <= path_memory; ++k)
+                subset ^= (from_newest >> (path_memory - k) & 1) * ((path_taps0 >> k & 1) | (path_taps1 >> k & 1) << 1);
+            const uint32_t rest = rests[j] >> (4 * subset) & 15;
+            a += units.z[j] * table.level[4 * rest + subset];
+            low[j] = Bits == 2 ? 0 : rest & 3;
+            high[j] = Bits == 2 ? rest : rest >> 2;
+        }
+        a = warp_sum(a);
+        const double d = exact_scale<F>(units, a);
+        uint32_t code = 0;
+        if (a > 0)
+            code = d >= 65520.0 ? greatest_scale_code
+                                : min((__half_as_ushort(__float2half_rn(float(d))) + 16) >> 5, greatest_scale_code);
+        if (lane < halves) first = reinterpret_cast<const uint16_t *>(scratch.words)[lane];
+        first |= lane == 0 ? code : 0;
+        if (code == 0) {
+            first = 0;
+#pragma unroll
+            for (int j = 0; j < P; ++j) low[j] = high[j] = 0;
+        }
+    }
+    if (lane < halves) reinterpret_cast<uint16_t *>(dst)[lane] = uint16_t(first);
+    if constexpr (Bits >= 3) store_fields<2, N>(low, dst + 2 + N / 8, lane);
+    if constexpr (Bits != 3) store_fields<1, N>(high, dst + 2 + N / 8 + (Bits == 4 ? N / 4 : 0), lane);
 }
 
 // One or two stores. The thread blocks from number first_groups on belong to the second.
@@ -253,13 +333,13 @@ struct Stores {
 };
 
 template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
-    __shared__ SearchTable table;
-    static_assert(32 * encode_warps == sizeof(table.steps) / sizeof(table.steps[0]), "a thread to an entry");
+    __shared__ EncodeShared<N> shared;
+    static_assert(32 * encode_warps == sizeof(shared.table.steps) / sizeof(shared.table.steps[0]), "a thread to an entry");
     let_next_start();
     const unsigned which = blockIdx.x >= s.first_groups, group = blockIdx.x - (which ? s.first_groups : 0);
     const Store & store = s.store[which];
     const int index = s.family[which];
-    table.steps[threadIdx.x] = search_tables[index].steps[threadIdx.x];
+    shared.table.steps[threadIdx.x] = search_tables[index].steps[threadIdx.x];
     const int64_t blocks = s.blocks[which], item = int64_t(group) * encode_warps + threadIdx.x / 32;
     const int64_t i1 = blocks == 1 ? item : uint32_t(item) / uint32_t(blocks), b = item - i1 * blocks;
     if (item < blocks * store.ne[1] && threadIdx.x % 32 == 0) {
@@ -276,10 +356,10 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
                 reinterpret_cast<uint8_t *>(row_at(store.dst, row_of(store.index, i1, i2, i3), i2, i3));
             const int lane = threadIdx.x % 32;
             switch (index) {
-#define TURBOQUANT_CASE(X, ID, name, family, bits, id)                                                          \
-    case family_index<family<bits>>:                                                                            \
-        if constexpr (has_kernels<family<bits>>)                                                                \
-            encode_block<bits, N>(x, row + b * Format<family<bits>, N>::bytes, lane, table);                    \
+#define TURBOQUANT_CASE(X, ID, name, family, bits, id)                                                             \
+    case family_index<family<bits>>:                                                                               \
+        if constexpr (has_kernels<family<bits>>)                                                                   \
+            encode_block(Format<family<bits>, N>(), x, row + b * Format<family<bits>, N>::bytes, lane, shared);    \
         break;
                 TURBOQUANT_FAMILIES(TURBOQUANT_CASE, )
 #undef TURBOQUANT_CASE
@@ -300,12 +380,11 @@ __device__ __forceinline__ void store4(half * dst, const float (&x)[4]) {
 
 // N / 8 lanes decode a block, and each lane decodes a unit. The transform computes with two int16 in an int32,
 // low + 65536 high: sums and differences are right without separating them, and |W| <= 128 * 127 fits an int16.
-template <int Bits, int N, typename T, bool Rotated>
+template <typename F, typename T, bool Rotated>
 __global__ void __launch_bounds__(decode_threads)
     decode_kernel(const Rows src, const Rows dst, const int64_t blocks, const int64_t ne1, const int64_t ne2,
                   const int64_t ne3, const Index index) {
-    using F = Format<LloydMax<Bits>, N>;
-    constexpr int lanes = N / 8;
+    constexpr int N = F::block, lanes = N / 8;
     const int unit = threadIdx.x % lanes;
     const int64_t item = (int64_t(blockIdx.x) * decode_threads + threadIdx.x) / lanes;
     const bool live = item < blocks * ne1;
@@ -316,7 +395,7 @@ __global__ void __launch_bounds__(decode_threads)
     uint32_t sign_in = 0, sign_out = 0; // of the unit's eight elements
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int e = unit_element<Bits, N>(unit, i);
+        const int e = unit_element<F>(unit, i);
         sign_in |= (s2_word(e / 32) >> (e % 32) & 1) << i;
         sign_out |= (s1_word(e / 32) >> (e % 32) & 1) << i;
     }
@@ -325,14 +404,19 @@ __global__ void __launch_bounds__(decode_threads)
             const uint8_t * block =
                 reinterpret_cast<const uint8_t *>(row_at(src, row_of(index, i1, i2, i3), i2, i3)) + b * F::bytes;
             T * out = reinterpret_cast<T *>(row_at(dst, i1, i2, i3)) + b * N;
-            uint32_t lo = 0, hi = 0;
-            lookup<Bits>(unit_nibbles<Bits, N>(block + 2, unit), lo, hi);
+            const Unit packed = load_unit<F>(block + 2, unit);
             int level[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) level[i] = int(int8_t((i < 4 ? lo : hi) >> (8 * (i % 4))));
+            for (int half = 0; half < 2; ++half) {
+                uint32_t positive = 0, negative = 0;
+                LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), positive, negative);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    level[4 * half + i] = int(int8_t(positive >> (8 * i))) - int(int8_t(negative >> (8 * i)));
+            }
             float x[2][4]; // [half of the block][element]
             if (Rotated) {
-                const float scale = __fmul_rn(load_half(block), F::step);
+                const float scale = __fmul_rn(load_scale(F(), block), F::step);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) x[i & 1][i >> 1] = __fmul_rn(scale, float(level[i]));
             } else {
@@ -361,7 +445,7 @@ __global__ void __launch_bounds__(decode_threads)
                         const int other = __shfl_xor_sync(all_lanes, w[m], h);
                         w[m] = unit & h ? other - w[m] : w[m] + other;
                     }
-                const float scale = __fmul_rn(load_half(block), F::step_n);
+                const float scale = __fmul_rn(load_scale(F(), block), F::step_n);
 #pragma unroll
                 for (int m = 0; m < 4; ++m) {
                     const int low = int(int16_t(w[m])), high = (w[m] - low) >> 16;
@@ -370,8 +454,8 @@ __global__ void __launch_bounds__(decode_threads)
                 }
             }
             if (live) {
-                store4(out + unit_element<Bits, N>(unit, 0), x[0]);
-                store4(out + unit_element<Bits, N>(unit, 1), x[1]);
+                store4(out + unit_element<F>(unit, 0), x[0]);
+                store4(out + unit_element<F>(unit, 1), x[1]);
             }
         }
 }
@@ -429,20 +513,20 @@ template <typename Function> bool with_format(tq_type type, const Function & fun
     }
 }
 
-template <int Bits, int N>
+template <typename F>
 void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                    bool half_out, bool rotated, cudaStream_t stream) {
     if (half_out && rotated)
-        decode_kernel<Bits, N, half, true>
+        decode_kernel<F, half, true>
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else if (half_out)
-        decode_kernel<Bits, N, half, false>
+        decode_kernel<F, half, false>
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else if (rotated)
-        decode_kernel<Bits, N, float, true>
+        decode_kernel<F, float, true>
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
     else
-        decode_kernel<Bits, N, float, false>
+        decode_kernel<F, float, false>
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
 }
 
@@ -495,12 +579,12 @@ cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const 
                         bool half, bool rotated, cudaStream_t stream) {
     cudaError_t result = cudaErrorNotSupported;
     with_format(type, [&](auto format) {
-        constexpr int bits = decltype(format)::bits, block = decltype(format)::block;
-        if (ne[0] % block) return;
+        using F = decltype(format);
+        if (ne[0] % F::block) return;
         Grid grid;
         result = cudaSuccess;
-        if (!grid_for(ne, block, decode_threads / (block / 8), grid)) return;
-        launch_decode<bits, block>(grid, src, dst, ne, index, half, rotated, stream);
+        if (!grid_for(ne, F::block, decode_threads / (F::block / 8), grid)) return;
+        launch_decode<F>(grid, src, dst, ne, index, half, rotated, stream);
         result = cudaGetLastError();
     });
     return result;

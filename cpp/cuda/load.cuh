@@ -4,6 +4,7 @@
 
 #include "call.cuh"
 #include "launch.h"
+#include "levels.cuh"
 
 namespace turboquant {
 namespace cuda {
@@ -13,19 +14,25 @@ namespace {
 
 // The properties of a row type. A turbo type has indices of levels, in blocks whose length depends on the head size D.
 // The other types have int8 levels in blocks that share a scale, or floats.
-template <typename Family> struct TurboKind {
+template <typename Family_> struct TurboKind {
+    using Family = Family_;
     static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
-    static constexpr int bits = Family::bits;
+    static constexpr bool nibbles = packs_nibbles<Family>, split = split_levels<Family>, signs = signed_units<Family>;
     static constexpr float step = Family::step;
     template <int D> static constexpr int block = rotated_block<D>;
-    template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(bits, block<D>);
+    template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(Family::bits, block<D>);
+    template <int D> using BlockFormat = Format<Family, rotated_block<D>>;
+    using LookUpLevels = LookUp<Family>;
 };
 template <int Block, int Bytes, bool Floats> struct PlainKind {
+    using Family = void;
     static constexpr bool covered = true, turbo = false, floats = Floats;
-    static constexpr int bits = Floats ? 16 : 8;
+    static constexpr bool nibbles = false, split = false, signs = false;
     static constexpr float step = 1.0f;
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
+    template <int D> using BlockFormat = void;
+    struct LookUpLevels {};
 };
 
 template <KV T> struct Kind;
@@ -36,19 +43,34 @@ TURBOQUANT_FAMILIES(TURBOQUANT_KIND, )
 template <> struct Kind<KV::q8_0> : PlainKind<32, 34, false> {};
 template <> struct Kind<KV::f16> : PlainKind<32, 64, true> {};
 
-// Whether there is a kernel for a pair of types. Hosts have kernels of their own for pairs without a turbo type.
+// Whether two types are of one family of any width.
+template <typename A, typename B> constexpr bool are_related = false;
+template <template <int> class Family, int A, int B> constexpr bool are_related<Family<A>, Family<B>> = true;
+
+// Whether there is a kernel for a pair of types: related turbo types, or a turbo type with another type. Hosts have
+// kernels of their own for pairs without a turbo type.
 template <KV TK, KV TV>
-constexpr bool covers_pair = Kind<TK>::covered && Kind<TV>::covered && (Kind<TK>::turbo || Kind<TV>::turbo);
+constexpr bool covers_pair =
+    Kind<TK>::covered && Kind<TV>::covered &&
+    (Kind<TK>::turbo && Kind<TV>::turbo ? are_related<typename Kind<TK>::Family, typename Kind<TV>::Family>
+                                        : Kind<TK>::turbo || Kind<TV>::turbo);
 
 // The layout of a row of one head: blocks of `block` values, which share a scale unless they are floats.
 template <KV T, int D> struct Layout {
-    static constexpr int bits = Kind<T>::bits;
+    using Family = typename Kind<T>::Family;                        // of a turbo type
+    using BlockFormat = typename Kind<T>::template BlockFormat<D>;
+    using LookUpLevels = typename Kind<T>::LookUpLevels;
     static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
-    static constexpr bool split = turbo && bits == 4; // see lookup_split
+    static constexpr bool nibbles = Kind<T>::nibbles, split = Kind<T>::split, signs = Kind<T>::signs; // see levels.cuh
     static constexpr int block = Kind<T>::template block<D>;
     static constexpr int block_bytes = Kind<T>::template block_bytes<D>;
     static constexpr int bytes = D / block * block_bytes;
+
+    static __device__ __forceinline__ float load_block_scale(const uint8_t * p) {
+        if constexpr (turbo) return load_scale(BlockFormat(), p);
+        else return load_half(p);
+    }
 };
 
 // ---- copies to shared memory

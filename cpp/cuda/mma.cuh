@@ -58,8 +58,8 @@ __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const
                 mma_s8(c, q[b * steps + i], k.positive, c);
                 if constexpr (L::split) mma_s8(negative, q[b * steps + i], k.negative, negative);
             }
-            s0 += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * load_half(row0 + offset);
-            s1 += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * load_half(row1 + offset);
+            s0 += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * L::load_block_scale(row0 + offset);
+            s1 += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * L::load_block_scale(row1 + offset);
         }
     }
 }
@@ -148,13 +148,15 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
         }
     } else {
         using Units = ValueUnits<TV, D>;
+        typename L::LookUpLevels look_up;
+        if constexpr (L::split) look_up.keep_in_registers();
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const int offset = b * L::block_bytes;
             float w[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float scale = load_half(row[i] + offset);
+                const float scale = L::load_block_scale(row[i] + offset);
                 w[i] = p[i] > 0 ? p[i] * scale : 0.0f;
             }
             Weights weights = quantize_weights<Paired>(w, quad);
@@ -164,14 +166,13 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             s.s1 = __shfl_sync(all_lanes, weights.scale, 8 * in_quad + 4);
             s.low0 = s.s0 * (1.0f / 256);
             s.low1 = s.s1 * (1.0f / 256);
+            const ValueBlock<TV, D> values(row, offset, quad);
 #pragma unroll
-            for (int j = 0; j < Units::count; ++j) {
-                const ValueUnit<TV, D> unit(row, offset, Units::unit(quad, j));
+            for (int j = 0; j < Units::count; ++j)
 #pragma unroll
                 for (int m = 0; m < Units::products; ++m)
-                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], unit.levels(m),
+                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], values.levels(look_up, j, m),
                                                  weights, s);
-            }
         }
     }
 }

@@ -36,13 +36,12 @@ template <KV TK, int D>
 __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step, int in_quad) {
     using L = Layout<TK, D>;
     Levels<2> k;
-    if constexpr (L::bits == 4) {
-        const uint32_t n = unit_nibbles<4, L::block>(block + 2, in_quad + 4 * step);
-        lookup_split(n, k.positive[0], k.negative[0]);
-        lookup_split(n >> 16, k.positive[1], k.negative[1]);
-    } else if constexpr (L::turbo) {
-        const int unit = 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
-        lookup<L::bits>(unit_nibbles<L::bits, L::block>(block + 2, unit), k.positive[0], k.positive[1]);
+    if constexpr (L::turbo) {
+        const int number = L::nibbles ? in_quad + 4 * step : 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
+        const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
     } else { // one product takes a block of 32
         k.positive[0] = load_u32(block + 2 + 4 * in_quad);
         k.positive[1] = load_u32(block + 18 + 4 * in_quad);
@@ -61,73 +60,86 @@ template <KV TV, int D> struct ValueUnits {
 
     // The number of a lane's unit j in the block.
     static __device__ __forceinline__ int unit(int quad, int j) {
-        return L::bits == 4 || count == 1 ? quad + 8 * j : count * quad + j;
+        return L::nibbles || count == 1 ? quad + 8 * j : count * quad + j;
     }
 };
 
 // Transposes the nibbles of a unit in four rows to selectors of single elements, as shown above. For i = 0, 1, 2, 3 the
 // low half of out[i] is the selector of nibble 0, 4, 1, 5; the high half is that of nibble 2, 6, 3, 7.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
-    const uint32_t even01 = (n[0] & 0x0f0f0f0f) | ((n[1] << 4) & 0xf0f0f0f0),
-                   odd01 = ((n[0] >> 4) & 0x0f0f0f0f) | (n[1] & 0xf0f0f0f0);
-    const uint32_t even23 = (n[2] & 0x0f0f0f0f) | ((n[3] << 4) & 0xf0f0f0f0),
-                   odd23 = ((n[2] >> 4) & 0x0f0f0f0f) | (n[3] & 0xf0f0f0f0);
+    constexpr uint32_t low_nibbles = 0x0f0f0f0f;
+    const uint32_t even01 = select(low_nibbles, n[0], n[1] << 4), odd01 = select(low_nibbles, n[0] >> 4, n[1]);
+    const uint32_t even23 = select(low_nibbles, n[2], n[3] << 4), odd23 = select(low_nibbles, n[2] >> 4, n[3]);
     out[0] = prmt(even01, even23, interleave_low);
     out[1] = prmt(even01, even23, interleave_high);
     out[2] = prmt(odd01, odd23, interleave_low);
     out[3] = prmt(odd01, odd23, interleave_high);
 }
 
-// A unit of V in the eight rows of a lane; row[i] + offset is the block.
-template <KV TV, int D> struct ValueUnit {
+// The lane's units of a block of V in its eight rows; row[i] + offset is the block.
+template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
-    uint32_t first[4], second[4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 the levels of each element
+    using Units = ValueUnits<TV, D>;
+    // Units with signs share a word of crumbs if there are two of them.
+    static constexpr bool paired_signs = L::signs && Units::count == 2;
+    uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
+    uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
 
-    __device__ __forceinline__ ValueUnit(const uint8_t * const (&row)[8], int offset, int unit) {
-        uint32_t x[4];
-        read(row[0], row[1], row[2], row[3], offset + 2, unit, x);
-        transpose(x, first);
-        read(row[4], row[5], row[6], row[7], offset + 2, unit, x);
-        transpose(x, second);
+    __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad) {
+        const uint8_t *const low[4] = {row[0], row[1], row[2], row[3]}, *const high[4] = {row[4], row[5], row[6], row[7]};
+        read(low, offset + 2, quad, first, first_signs);
+        read(high, offset + 2, quad, second, second_signs);
     }
 
-    // The operand A of product m. Registers 0 and 2 have one element of the unit, registers 1 and 3 have another.
-    __device__ __forceinline__ Levels<4> levels(int m) const {
+    // The operand A of product m of unit j. Registers 0 and 2 have one element of the unit, registers 1 and 3 another.
+    template <typename LookUp> __device__ __forceinline__ Levels<4> levels(const LookUp & look_up, int j, int m) const {
         Levels<4> v;
-        if constexpr (L::turbo) { // nibbles 2m and 2m + 1
-            const int shift = 16 * (m % 2);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t selector = (i < 2 ? first : second)[m / 2 + 2 * (i % 2)] >> shift;
-                if constexpr (L::split) lookup_split(selector, v.positive[i], v.negative[i]);
-                else v.positive[i] = prmt(Table<L::bits>::c0, Table<L::bits>::c1, selector);
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (L::turbo) { // nibbles 2m and 2m + 1
+                const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2), sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
+                const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
+                uint32_t signs = 0;
+                if constexpr (L::signs) {
+                    signs = (i < 2 ? first_signs : second_signs)[at];
+                    signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
+                }
+                look_up(selector, signs, v.positive[i], v.negative[i]);
+            } else { // elements 2m and 2m + 1
+                v.positive[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
-        } else { // elements 2m and 2m + 1
-            v.positive[0] = first[2 * m];
-            v.positive[1] = first[2 * m + 1];
-            v.positive[2] = second[2 * m];
-            v.positive[3] = second[2 * m + 1];
         }
         return v;
     }
 
 private:
-    static __device__ __forceinline__ void read(const uint8_t * a, const uint8_t * b, const uint8_t * c,
-                                                const uint8_t * d, int offset, int unit, uint32_t (&x)[4]) {
-        const uint8_t * row[4] = {a, b, c, d};
+    static __device__ __forceinline__ void read(const uint8_t * const (&row)[4], int offset, int quad,
+                                                uint32_t (&out)[Units::count][4], uint32_t (&signs)[4]) {
+        if constexpr (!L::turbo) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if constexpr (L::turbo) x[i] = unit_nibbles<L::bits, L::block>(row[i] + offset, unit);
-            else x[i] = load_u32(row[i] + offset + 4 * unit);
-        }
-    }
-    static __device__ __forceinline__ void transpose(uint32_t (&x)[4], uint32_t (&out)[4]) {
-        if constexpr (L::turbo) {
-            transpose_nibbles(x, out);
+            for (int i = 0; i < 4; ++i) out[0][i] = load_u32(row[i] + offset + 4 * Units::unit(quad, 0));
+            transpose_bytes(out[0]);
         } else {
-            transpose_bytes(x);
+            uint32_t x[Units::count][4], s[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[i] = x[i];
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (Units::count == 2 && !L::nibbles) {
+                    const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
+                    x[0][i] = crumbs.unit(0).nibbles;
+                    x[1][i] = crumbs.unit(1).nibbles;
+                    s[i] = crumbs.unit(1).signs;
+                } else {
+#pragma unroll
+                    for (int j = 0; j < Units::count; ++j) {
+                        const Unit unit = load_unit<typename L::BlockFormat>(row[i] + offset, Units::unit(quad, j));
+                        x[j][i] = unit.nibbles;
+                        s[i] = unit.signs;
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < Units::count; ++j) transpose_nibbles(x[j], out[j]);
+            if constexpr (L::signs) transpose_nibbles(s, signs);
         }
     }
 };
@@ -147,7 +159,7 @@ __device__ __forceinline__ void for_output(Sums & o, int j, int quad, const Run 
             const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
 #pragma unroll
             for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
-                run(b * L::block + unit_element<L::bits, L::block>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
+                run(b * L::block + unit_element<typename L::BlockFormat>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
                     o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
         }
     } else {

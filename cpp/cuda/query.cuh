@@ -17,7 +17,7 @@ template <KV TK, int D> __device__ __forceinline__ int operand_place(int e) {
         constexpr int N = L::block, steps = N / 32;
         const int in_block = e % N, half = in_block / (N / 2);
         int step;
-        if constexpr (L::bits == 4) { // the inverse of unit_element
+        if constexpr (L::nibbles) { // the inverse of unit_element
             const int unit = in_block % (N / 2) / 4;
             step = unit / 4;
             in_quad = unit % 4;

@@ -148,7 +148,7 @@ struct ExactRows {
 // one exception: if V is f16, tensor cores multiply hidden values by zero. So if a query sees one of the 32 rows of a
 // tile, a value in this tile that is not finite may reach all queries that are computed together with this query.
 struct Attention {
-    KV type_k, type_v;   // at least one of the two is a turbo type
+    KV type_k, type_v;   // at least one of the two is a turbo type; two turbo types are of one family
     int head;            // values in a head of K and of V: one of TURBOQUANT_KV_HEADS
     int heads, kv_heads; // query heads and KV heads; heads is a multiple of kv_heads (GQA)
     int tokens, streams; // of the queries; heads / kv_heads * tokens is at most 32, streams at most 65535

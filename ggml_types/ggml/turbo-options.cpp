@@ -107,8 +107,8 @@ const turbo_option k_options[] = {
     { "--cache-plan", "LLAMA_ARG_CACHE_PLAN", "FILE|auto|off",
       "the plan for -ctk auto and -ctv auto, with types of K and V for each layer: a file that `turboquant tune` has\n"
       "written (sets -ctk and -ctv to auto, unless they follow); auto: the plan in the model's metadata, or\n"
-      "turbo4_tcq and the guard if there is none (turbo4 on devices without the former); off: the same without the\n"
-      "plan in the metadata (default: auto)",
+      "turbo4_tcq and the guard if there is none (turbo4 if a GPU holds the cache); off: the same without the plan in\n"
+      "the metadata (default: auto)",
       parse_plan },
     { "--cache-plan-draft", "LLAMA_ARG_CACHE_PLAN_DRAFT", "FILE",
       "the plan file for the draft model (sets -ctkd and -ctvd to auto, unless they follow)",

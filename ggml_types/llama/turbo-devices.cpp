@@ -67,19 +67,10 @@ static bool is_remote(ggml_backend_dev_t dev) {
     return reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0;
 }
 
-ggml_type turbo_auto_type(const turbo_model & model, bool offloaded, bool flash_attention) {
+ggml_type turbo_auto_type(const turbo_model & model, bool offloaded) {
     for (const uint32_t il : turbo_cached_layers(model)) {
-        const turbo_layer & layer = model.layers[il];
-        ggml_backend_dev_t  dev   = offloaded ? layer.device : nullptr;
-        const ggml_type     k     = turbo_type_for_head(GGML_TYPE_TURBO4_TCQ, layer.head_k);
-        const ggml_type     v     = model.mla ? k : turbo_type_for_head(GGML_TYPE_TURBO4_TCQ, layer.head_v);
-        if (!dev || k == GGML_TYPE_COUNT || v == GGML_TYPE_COUNT) { // no type fits, as turbo_resolve_type will say
-            continue;
-        }
-        ggml_context_ptr ctx{ ggml_init({ 32 * ggml_tensor_overhead(), nullptr, true }) };
-        const auto       ops  = cache_ops(ctx.get(), layer, k, v, model.mla, flash_attention);
-        const auto       runs = [&](const cache_op & one) { return ggml_backend_dev_supports_op(dev, one.first); };
-        if (is_remote(dev) || !std::all_of(ops.begin(), ops.end(), runs)) {
+        ggml_backend_dev_t dev = offloaded ? model.layers[il].device : nullptr;
+        if (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
             return GGML_TYPE_TURBO4;
         }
     }

@@ -7,9 +7,10 @@
 struct turbo_layer_types;
 struct turbo_model;
 
-// The type of K and V that auto stands for where there is no plan: turbo4_tcq if all devices that hold a part of the cache
-// run the ops on it, else turbo4. offloaded: whether caches are on the devices of their layers, else in the CPU's memory.
-ggml_type turbo_auto_type(const turbo_model & model, bool offloaded, bool flash_attention);
+// The type of K and V that auto stands for where there is no plan: turbo4_tcq in the CPU's memory, and turbo4 if another
+// device holds a part of the cache, because GPUs compute attention over turbo4 faster. offloaded: whether caches are on the
+// devices of their layers.
+ggml_type turbo_auto_type(const turbo_model & model, bool offloaded);
 
 // Asks the devices of the layers whether they can store rows in a cache of the selected types and compute attention
 // over it. False, with a line in the log, if one cannot, or if it is a remote device (RPC), which cannot be asked, and

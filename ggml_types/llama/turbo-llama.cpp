@@ -79,7 +79,7 @@ bool turbo_init_context(const llama_model & model, llama_context_params & params
     const bool plan_v = planned == turbo_plan_state::found && auto_v;
     const bool flash_attention = params.flash_attn_type != LLAMA_FLASH_ATTN_TYPE_DISABLED;
     if (auto_k || auto_v) {
-        const ggml_type type = turbo_auto_type(about, params.offload_kqv, flash_attention);
+        const ggml_type type = turbo_auto_type(about, params.offload_kqv);
         params.type_k = auto_k ? type : params.type_k;
         params.type_v = auto_v ? type : params.type_v;
     }

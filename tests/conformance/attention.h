@@ -62,6 +62,9 @@ struct AttentionCase {
 
 namespace attention_list {
 
+// Whether a row's type is trellis-coded.
+inline bool is_trellis(int type) { return type >= TQ_TURBO4_TCQ && type < TQ_TYPE_COUNT; }
+
 // The type of a family that a host uses for a head.
 inline int for_head(int type, int head) {
     return type < TQ_TYPE_COUNT ? int(tq_type_for_head(tq_type(type), head)) : type;
@@ -119,11 +122,12 @@ public:
 struct Pair {
     int k, v, head_k, head_v;
 };
-// Every row type, and different heads of K and V.
+// Every family and row type, and different heads of K and V.
 constexpr Pair mixed_pairs[] = {
     {TQ_TURBO4, TQ_TURBO3, 128, 128},     {TQ_TURBO3, TQ_TURBO4, 64, 96},     {TQ_TURBO2, TQ_TURBO2, 96, 64},
     {TQ_ROW_Q8_0, TQ_ROW_Q8_0, 128, 128}, {TQ_ROW_Q4_0, TQ_ROW_Q4_0, 96, 96}, {TQ_TURBO3, TQ_ROW_F16, 128, 64},
-    {TQ_ROW_F16, TQ_TURBO4, 64, 128},     {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64}};
+    {TQ_ROW_F16, TQ_TURBO4, 64, 128},     {TQ_ROW_Q8_0, TQ_ROW_BF16, 64, 64},
+    {TQ_TURBO4_TCQ, TQ_TURBO2_TCQ, 128, 128}, {TQ_TURBO3_TCQ, TQ_TURBO4_TCQ, 64, 64}};
 
 // A turbo type with each type that GPUs support in a pair with it.
 inline std::vector<Pair> turbo_pairs() {
@@ -203,7 +207,8 @@ inline void prefixes(List & list) {
 inline void scales(List & list) {
     for (const Pair & p : turbo_pairs()) {
         if (p.head_k != 128 && p.k != p.v) continue;
-        const Extent extent = p.head_k == 128 && p.k == TQ_TURBO4 ? Extent::brief : Extent::whole;
+        const bool first = p.k == TQ_TURBO4 || p.k == TQ_TURBO4_TCQ;
+        const Extent extent = p.head_k == 128 && first ? Extent::brief : Extent::whole;
         for (const Bytes bytes : {Bytes::odd, Bytes::subnormal})
             for (const int heads : {8, 16}) // groups of 4 and 8
                 for (const int64_t rows : {300, 2100}) {
@@ -220,7 +225,8 @@ inline void scales(List & list) {
 inline void not_finite(List & list) {
     for (const Pair & p : turbo_pairs()) {
         if (p.head_k != 128 && p.k != p.v) continue;
-        const Extent extent = p.head_k == 128 && p.k == TQ_TURBO4 ? Extent::brief : Extent::whole;
+        const bool first = p.k == TQ_TURBO4 || p.k == TQ_TURBO4_TCQ;
+        const Extent extent = p.head_k == 128 && first ? Extent::brief : Extent::whole;
         for (const int64_t rows : {256, 2100}) // one part of rows; several parts
             for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
                 AttentionCase base = with_types(p.k, p.v, p.head_k);
@@ -277,7 +283,8 @@ inline void not_finite(List & list) {
 
 // The pairs of types for shapes and options.
 inline std::vector<AttentionCase> bases() {
-    return {with_types(TQ_TURBO4, TQ_TURBO4), with_types(TQ_TURBO3, TQ_TURBO3), with_types(TQ_ROW_Q8_0, TQ_TURBO3)};
+    return {with_types(TQ_TURBO4, TQ_TURBO4), with_types(TQ_TURBO3, TQ_TURBO3), with_types(TQ_ROW_Q8_0, TQ_TURBO3),
+            with_types(TQ_TURBO4_TCQ, TQ_TURBO3_TCQ)};
 }
 
 inline void row_counts(List & list) {

@@ -32,6 +32,12 @@ inline double half_at(const uint8_t * from) {
 
 inline bool has_scale(int type) { return type != TQ_ROW_F16 && type != TQ_ROW_BF16; }
 
+// Replaces the scale of a block by the binary16 number h, or by what a trellis-coded type has of it.
+inline void put_scale(int type, uint8_t * block, int h) {
+    if (!attention_list::is_trellis(type)) return put_half(block, h);
+    put_half(block, ((block[0] | block[1] << 8) & 0xfc00) | (h >> 5 & 0x3ff));
+}
+
 inline size_t row_bytes(int type, int64_t n) {
     const tq_row_info & info = *tq_row_get(type);
     return size_t(n / info.block) * size_t(info.block_bytes);
@@ -74,7 +80,7 @@ inline void decode_row(int type, const uint8_t * bytes, float * values, int64_t 
 template <typename Scale> void replace_scales(int type, uint8_t * bytes, int64_t n, const Scale & scale) {
     if (!has_scale(type)) return;
     const tq_row_info & info = *tq_row_get(type);
-    for (int64_t i = 0; i < n; i += info.block, bytes += info.block_bytes) put_half(bytes, scale());
+    for (int64_t i = 0; i < n; i += info.block, bytes += info.block_bytes) put_scale(type, bytes, scale());
 }
 
 // The scale that gives values near one, from a scale `h` near one: levels of q8_0 are up to 127.
@@ -106,7 +112,7 @@ inline void make_row(Random & r, int type, Bytes kind, uint8_t * bytes, int64_t 
 
 inline void spoil_row(int type, Bad bad, uint8_t * bytes, int64_t n) {
     if (bad == Bad::nan) std::memset(bytes, 0xff, row_bytes(type, n));
-    else put_half(bytes, type == TQ_ROW_BF16 ? 0x7f80 : 0x7c00);
+    else put_scale(type, bytes, type == TQ_ROW_BF16 ? 0x7f80 : 0x7c00);
 }
 
 #endif

@@ -2,7 +2,7 @@
 //
 //   fake_device MODEL OP TYPE_K TYPE_V FLASH_ATTENTION OFFLOAD_KQV REGISTRY
 //
-// OP is an op's name (SET_ROWS, ...), also with a part of the types' names (SET_ROWS:_tcq), or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is the name of the backend.
+// OP is an op's name (SET_ROWS, ...) or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is the name of the backend.
 // Loads MODEL onto the device, makes a context, decodes eight tokens. Prints "refused" (status 2) or "decoded".
 
 #include "ggml-backend-impl.h"
@@ -15,14 +15,12 @@
 #include <string>
 
 static std::string         lacking;
-static std::string         lacking_type = "turbo";
 static std::string         registry_name;
 static ggml_backend_dev_t  cpu;
 static ggml_backend_device device;
 
 static bool is_turbo(const ggml_tensor * tensor) {
-    const char * name = tensor ? ggml_type_name(tensor->type) : "";
-    return strncmp(name, "turbo", 5) == 0 && strstr(name, lacking_type.c_str());
+    return tensor && strncmp(ggml_type_name(tensor->type), "turbo", 5) == 0;
 }
 
 static bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
@@ -84,10 +82,6 @@ int main(int argc, char ** argv) {
         return 3;
     }
     lacking       = argv[2];
-    if (const size_t colon = lacking.find(':'); colon != std::string::npos) {
-        lacking_type = lacking.substr(colon + 1);
-        lacking.resize(colon);
-    }
     registry_name = argv[7];
     llama_backend_init();
     cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);

@@ -63,18 +63,9 @@ def test_otherwise_it_runs(fake_device, prose_model, op, type_k, type_v, flash, 
     assert (status, "decoded" in text) == (0, True), text
 
 
-@pytest.mark.parametrize(
-    ("op", "offload", "registry", "type"),
-    [
-        ("none", 1, "FAKE", "turbo4_tcq"),
-        ("SET_ROWS:_tcq", 1, "FAKE", "turbo4"),
-        ("FLASH_ATTN_EXT:_tcq", 1, "FAKE", "turbo4"),
-        ("SET_ROWS:_tcq", 0, "FAKE", "turbo4_tcq"),
-        ("none", 1, "RPC", "turbo4"),
-    ],
-)
-def test_auto_is_a_type_that_the_device_runs(fake_device, prose_model, op, offload, registry, type):
-    status, text = run(fake_device, prose_model, op, "auto", "auto", -1, offload, registry, TURBOQUANT_RPC="1")
+@pytest.mark.parametrize(("offload", "registry", "type"), [(1, "FAKE", "turbo4"), (0, "FAKE", "turbo4_tcq"), (1, "RPC", "turbo4")])
+def test_auto_depends_on_where_the_cache_is(fake_device, prose_model, offload, registry, type):
+    status, text = run(fake_device, prose_model, "none", "auto", "auto", -1, offload, registry, TURBOQUANT_RPC="1")
     assert (status, "decoded" in text) == (0, True), text
     assert f"turboquant: cache types: K {type}*6; V {type}*6" in text
 

@@ -68,7 +68,7 @@ template <int Bits> int to_grid(int z, int ratio) {
 }
 
 // The metric of each subset for a value on the grid: the squared distance from its nearest level.
-template <int Bits> void subset_metrics(int g, int16_t (&metric)[4]) {
+template <int Bits> constexpr void subset_metrics(int g, int16_t (&metric)[4]) {
     for (int c = 0; c < 4; ++c) {
         int least = most_distance;
         for (int r = 0; r < Grid<Bits>::in_subset; ++r) {

@@ -31,7 +31,7 @@ __all__ = ["DEFAULT_TYPES", "GPU_TYPES", "UNIFORM", "Goal", "TuneError", "TuneOp
 #: Types to choose from. Only K may be f16, because V never needs it. A trellis-coded type has a smaller error than the
 #: Lloyd-Max type with as many bits.
 DEFAULT_TYPES = ("turbo2_tcq", "turbo3_tcq", "turbo4_tcq", "q8_0", "f16")
-#: The same for layers on a GPU, which has no kernels for trellis-coded types.
+#: The same for layers on a GPU, where attention over trellis-coded types is slower.
 GPU_TYPES = ("turbo2", "turbo3", "turbo4", "q8_0", "f16")
 #: Pairs that the result is compared with; on a GPU with the Lloyd-Max types.
 UNIFORM = ("q8_0", "q8_0/turbo4_tcq", "q8_0/turbo3_tcq", "turbo4_tcq", "turbo3_tcq")

@@ -1,0 +1,181 @@
+// From the bytes of a block to int8 levels: the layouts of the families, and their codebooks as tables for byte
+// permutes.
+//
+// A unit is eight values of a block that are decoded together; a block of N values has N / 8 units. Its eight indices
+// become the nibbles of a word, which are selectors of byte permutes.
+#ifndef TURBOQUANT_CUDA_LEVELS_H
+#define TURBOQUANT_CUDA_LEVELS_H
+
+#include "device.cuh"
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// ---- codebooks
+
+// Four levels in a word, the lowest index in the lowest byte.
+constexpr uint32_t pack4(const int8_t * c) {
+    return uint32_t(uint8_t(c[0])) | uint32_t(uint8_t(c[1])) << 8 | uint32_t(uint8_t(c[2])) << 16 |
+           uint32_t(uint8_t(c[3])) << 24;
+}
+// The magnitudes of four negative levels in a word.
+constexpr uint32_t pack4_magnitudes(const int8_t * c) {
+    return uint32_t(-c[0]) | uint32_t(-c[1]) << 8 | uint32_t(-c[2]) << 16 | uint32_t(-c[3]) << 24;
+}
+
+// A codebook as words of four levels, and those of its negative half as magnitudes.
+template <typename Family> struct Table {
+    static constexpr uint32_t word(int i) { return 4 * i < Family::levels ? pack4(Family::centroids + 4 * i) : 0; }
+    static constexpr uint32_t magnitude(int i) {
+        return 8 * i < Family::levels ? pack4_magnitudes(Family::centroids + 4 * i) : 0;
+    }
+    static constexpr uint32_t c0 = word(0), c1 = word(1), c2 = word(2), c3 = word(3);
+    static constexpr uint32_t low0 = magnitude(0), low1 = magnitude(1), low2 = magnitude(2), low3 = magnitude(3);
+};
+
+// Whether levels are looked up as positive - negative, two bytes that are not negative: half of the codebook then fits
+// into one permute, or into two.
+template <typename Family> constexpr bool split_levels = Family::levels >= 16;
+// Whether an index has a fifth bit, which is the sign of its level and has a selector of its own.
+template <typename Family> constexpr bool signed_units = Family::levels == 32;
+
+// Looks up the levels of the four indices in the low 16 bits of `nibbles`, as positive - negative if split_levels, else
+// in `positive`. If the upper bit of a nibble is set, prmt repeats the sign of the selected byte, which is zero for a
+// magnitude.
+//   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
+//   32 levels: the nibble selects a magnitude; the level is positive if the upper bit of the nibble in `signs` is set.
+//     Then the bytes are the magnitude and 0, else 127 - magnitude and 127.
+template <typename Family> struct LookUp {
+    using T = Table<Family>;
+    uint32_t low0 = T::low0, low2 = T::low2, c2 = T::c2, sign = 0x7f7f7f7f; // first operands of prmt, which are registers
+
+    // Without this, kernels that need many registers load the constants again for each lookup.
+    __device__ __forceinline__ void keep_in_registers() {
+        const int lane = threadIdx.x % 32, zero = keep(lane) ^ lane;
+        low0 ^= zero;
+        low2 ^= zero;
+        c2 ^= zero;
+        sign ^= zero;
+    }
+    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, uint32_t & positive,
+                                               uint32_t & negative) const {
+        if constexpr (Family::levels == 32) {
+            negative = prmt(sign, 0x7f7f7f7f, signs);
+            positive = (prmt(low0, T::low1, nibbles) | prmt(low2, T::low3, nibbles ^ 0x8888)) ^ negative;
+        } else if constexpr (Family::levels == 16) {
+            negative = prmt(low0, T::low1, nibbles);
+            positive = prmt(c2, T::c3, nibbles ^ 0x8888);
+        } else {
+            positive = prmt(T::c0, T::c1, nibbles);
+        }
+    }
+};
+
+// ---- units
+
+template <typename Family> constexpr bool packs_nibbles = false; // indices of four bits, else crumbs of two and planes
+template <> constexpr bool packs_nibbles<LloydMax<4>> = true;
+
+// A unit: its nibbles, and if signed_units the selectors of its signs.
+struct Unit {
+    uint32_t nibbles, signs;
+};
+
+constexpr uint32_t even_bits = 0x55555555, low_crumbs = 0x33333333;
+
+// A word of crumbs is two units: the units `field` = 0 and 1 take the lower and the upper crumb of each half byte.
+template <typename F> struct Crumbs;
+
+template <int Bits, int N> struct Crumbs<Format<LloydMax<Bits>, N>> {
+    uint32_t low;
+    const uint8_t * high; // of three bits: the upper bits of field 0
+    int shift;
+
+    __device__ __forceinline__ Crumbs(const uint8_t * indices, int word)
+        : low(load_u32(indices + 4 * word)), high(indices + N / 4 + (word >> 1)), shift(4 * (word & 1)) {}
+    __device__ __forceinline__ Unit unit(int field) const {
+        uint32_t n = (low >> (2 * field)) & low_crumbs;
+        if constexpr (Bits == 3) {
+            const uint8_t * p = high + field * (N / 32);
+            // Each product moves four bits to the third bit of every other nibble.
+            n |= (((p[0] >> shift) & 15) * 0x00810204u) & 0x04040404;
+            n |= (((p[N / 16] >> shift) & 15) * 0x08102040u) & 0x40404040;
+        }
+        return {n, 0};
+    }
+};
+
+__device__ __forceinline__ uint32_t rotate_left(uint32_t x, int bits) { return __funnelshift_l(x, x, bits); }
+
+// Byte j of the path and of a plane has a bit for each of the elements j + r N / 8, r = 0 ... 7. The elements with r =
+// 2 f + odd are the crumbs of byte j + odd N / 8, so half of a word of the path belongs to a word of crumbs.
+template <int N> struct PathHalf {
+    int word, odd; // four bytes of the path, and which half of their bits
+    __device__ __forceinline__ explicit PathHalf(int crumbs) : word(crumbs % (N / 32)), odd(crumbs / (N / 32)) {}
+
+    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string is that of step i of
+    // the word, and the bits of earlier steps are below. The string is shifted once for a tap that is in the even bits of
+    // the crumbs, which are c0, what another is in the odd bits, c1.
+    __device__ __forceinline__ uint32_t subsets(const uint8_t * indices, uint32_t complement) const {
+        const uint32_t low = load_u32(indices + 4 * word - 2), high = load_u16(indices + 4 * word + 2);
+        uint32_t c0 = 0, c1 = 0, both = complement;
+#pragma unroll
+        for (int k = 0; k <= path_memory; ++k) { // a tap of k + 1 steps before for c0, of k for c1
+            const bool even = path_taps0 >> 1 >> k & 1, odd_bits = path_taps1 >> k & 1;
+            const uint32_t shifted = even || odd_bits ? __funnelshift_r(low, high, 15 + odd - k) : 0;
+            if (even && odd_bits) both ^= shifted;
+            else if (even) c0 ^= shifted;
+            else if (odd_bits) c1 ^= shifted;
+        }
+        return select(even_bits, c0, c1) ^ both;
+    }
+    __device__ __forceinline__ uint32_t plane(const uint8_t * bytes) const { return load_u32(bytes + 4 * word); }
+};
+
+// The index of a level is 4 rest + subset. With 32 levels, those of positive levels, whose upper bit is set, are
+// complemented, so that the lower four bits select a magnitude of the negative half.
+template <int Bits, int N> struct Crumbs<Format<Trellis<Bits>, N>> {
+    uint32_t subsets, rests, signs; // signs: the upper bits of the crumbs, if signed_units
+
+    __device__ __forceinline__ Crumbs(const uint8_t * indices, int crumbs) {
+        const PathHalf<N> half(crumbs);
+        const uint32_t plane = Bits == 3 ? 0 : half.plane(indices + N / 8 + (Bits == 4 ? N / 4 : 0));
+        const uint32_t upper = (plane >> half.odd) & even_bits;
+        const uint32_t complement = Bits == 4 ? 3 * upper : 0;
+        subsets = half.subsets(indices, complement);
+        rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs) ^ complement;
+        signs = rotate_left(plane, 1 - half.odd);
+    }
+    // The upper bits of nibbles are the signs.
+    __device__ __forceinline__ Unit unit(int field) const {
+        return {select(low_crumbs, subsets >> (2 * field), rests << (2 - 2 * field)), signs << (2 - 2 * field)};
+    }
+};
+
+template <typename F> __device__ __forceinline__ Unit load_unit(const uint8_t * indices, int unit) {
+    if constexpr (packs_nibbles<typename F::family>) return {load_u32(indices + 4 * unit), 0};
+    else return Crumbs<F>(indices, unit >> 1).unit(unit & 1);
+}
+
+// The element that a nibble of a unit belongs to. Nibbles 2m and 2m + 1 are N / 2 elements apart.
+template <typename F> __device__ __forceinline__ int unit_element(int unit, int nibble) {
+    constexpr int N = F::block;
+    const int byte = nibble >> 1, half = nibble & 1;
+    if constexpr (packs_nibbles<typename F::family>) return 4 * unit + byte + N / 2 * half;
+    return 4 * (unit >> 1) + byte + N / 4 * ((unit & 1) + 2 * half);
+}
+
+// The scale of a block.
+template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<LloydMax<Bits>, N>, const uint8_t * block) {
+    return load_half(block);
+}
+template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<Trellis<Bits>, N>, const uint8_t * block) {
+    return fabsf(__half2float(__ushort_as_half(uint16_t(load_u16(block) << (15 - scale_bits))))); // its sign is a path bit
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif
