@@ -106,27 +106,26 @@ template <int Bits, int N> struct Crumbs<Format<LloydMax<Bits>, N>> {
     }
 };
 
-__device__ __forceinline__ uint32_t rotate_left(uint32_t x, int bits) { return __funnelshift_l(x, x, bits); }
-
 // Byte j of the path and of a plane has a bit for each of the elements j + r N / 8, r = 0 ... 7. The elements with r =
 // 2 f + odd are the crumbs of byte j + odd N / 8, so half of a word of the path belongs to a word of crumbs.
 template <int N> struct PathHalf {
     int word, odd; // four bytes of the path, and which half of their bits
     __device__ __forceinline__ explicit PathHalf(int crumbs) : word(crumbs % (N / 32)), odd(crumbs / (N / 32)) {}
 
-    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string is that of step i of
-    // the word, and the bits of earlier steps are below. The string is shifted once for a tap that is in the even bits of
-    // the crumbs, which are c0, what another is in the odd bits, c1.
+    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string (low, high) is the
+    // path bit of step i of the word, and those of earlier steps are below. c0 is in the even bits of the crumbs and c1 in
+    // the odd ones, so one shift can serve a tap of c0 and the tap of c1 that is a step later.
     __device__ __forceinline__ uint32_t subsets(const uint8_t * indices, uint32_t complement) const {
         const uint32_t low = load_u32(indices + 4 * word - 2), high = load_u16(indices + 4 * word + 2);
         uint32_t c0 = 0, c1 = 0, both = complement;
+        static_assert((path_taps0 & 1) == 0, "c0 has no tap in the step itself");
 #pragma unroll
-        for (int k = 0; k <= path_memory; ++k) { // a tap of k + 1 steps before for c0, of k for c1
-            const bool even = path_taps0 >> 1 >> k & 1, odd_bits = path_taps1 >> k & 1;
-            const uint32_t shifted = even || odd_bits ? __funnelshift_r(low, high, 15 + odd - k) : 0;
-            if (even && odd_bits) both ^= shifted;
-            else if (even) c0 ^= shifted;
-            else if (odd_bits) c1 ^= shifted;
+        for (int k = 0; k <= path_memory; ++k) { // a tap of c0 from k + 1 steps before, and one of c1 from k steps before
+            const bool tap0 = path_taps0 >> (k + 1) & 1, tap1 = path_taps1 >> k & 1;
+            const uint32_t shifted = __funnelshift_r(low, high, 15 + odd - k);
+            if (tap0 && tap1) both ^= shifted;
+            else if (tap0) c0 ^= shifted;
+            else if (tap1) c1 ^= shifted;
         }
         return select(even_bits, c0, c1) ^ both;
     }
@@ -145,7 +144,7 @@ template <int Bits, int N> struct Crumbs<Format<Trellis<Bits>, N>> {
         const uint32_t complement = Bits == 4 ? 3 * upper : 0;
         subsets = half.subsets(indices, complement);
         rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs) ^ complement;
-        signs = rotate_left(plane, 1 - half.odd);
+        signs = plane << (1 - half.odd);
     }
     // The upper bits of nibbles are the signs.
     __device__ __forceinline__ Unit unit(int field) const {
