@@ -171,8 +171,8 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             for (int j = 0; j < Units::count; ++j)
 #pragma unroll
                 for (int m = 0; m < Units::products; ++m)
-                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m], values.levels(look_up, j, m),
-                                                 weights, s);
+                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m],
+                                                 values.levels(look_up, j, m), weights, s);
         }
     }
 }

@@ -97,7 +97,8 @@ template <KV TV, int D> struct ValueBlock {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (L::turbo) { // nibbles 2m and 2m + 1
-                const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2), sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
+                const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2);
+                const int sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
                 const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
                 uint32_t signs = 0;
                 if constexpr (L::signs) {

@@ -52,8 +52,8 @@ constexpr int rotate_state(int state, int steps) {
 
 // For each step modulo 6 and each location, the selector of the branch from the location itself, whose oldest path bit is
 // the new one. It gives the metric of the branch's subset, shifted by 16, plus the second operand of prmt, a bit of the
-// lower half, if the oldest bit is set. The other branch has the opposite subset and the opposite oldest bit, so its selector
-// differs in `other_branch`.
+// lower half, if the oldest bit is set. The other branch has the opposite subset and the opposite oldest bit, so its
+// selector differs in `other_branch`.
 struct BranchTable {
     uint16_t own[path_memory][path_states];
     constexpr BranchTable() : own() {

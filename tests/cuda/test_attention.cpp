@@ -21,7 +21,8 @@ bool covers(const AttentionCase & c) {
     };
     const auto known = [&](int type) { return turbo(type) || type == TQ_ROW_Q8_0 || type == TQ_ROW_F16; };
     const bool head = c.head_k == c.head_v && (c.head_k == 64 || c.head_k == 128 || c.head_k == 256);
-    const bool pair = turbo(c.type_k) && turbo(c.type_v) ? attention_list::is_trellis(c.type_k) == attention_list::is_trellis(c.type_v)
+    using attention_list::is_trellis;
+    const bool pair = turbo(c.type_k) && turbo(c.type_v) ? is_trellis(c.type_k) == is_trellis(c.type_v)
                                                          : turbo(c.type_k) || turbo(c.type_v);
     return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0 && c.group() * c.tokens <= 32;
 }
