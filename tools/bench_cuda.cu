@@ -1,6 +1,6 @@
 // Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
 // compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens,window],
-// where window is the number of q8_0 slots of an exact window.
+// where window is the number of q8_0 slots of an exact window; with it, storing K and V is measured, too.
 //
 // Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
 // the card's L2 cache, as a model's layers are.
@@ -126,7 +126,7 @@ int main(int argc, char ** argv) {
         std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS[,WINDOW]]\n");
         return EXIT_FAILURE;
     }
-    int shape[5] = {32, 8, 128, 1, 0};
+    int shape[5] = {32, 8, 128, 1, -1}; // no stores
     if (argc > 3) {
         const std::vector<std::string> parts = split(argv[3], ',');
         for (size_t i = 0; i < 5 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
