@@ -1,0 +1,233 @@
+// Compares the masks of turbo_fill_mask with those of llama.cpp's own loop, on random cells. Compiled against a patched
+// llama.cpp. Argument: a model.
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#define private public // the cells, and the kind of sliding window
+#include "llama-kv-cache.h"
+#undef private
+
+#include "llama/turbo-mask.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "llama-batch.h"
+#include "llama-cpp.h"
+#include "llama-hparams.h"
+
+static std::mt19937 g_random(1);
+
+static int below(int n) {
+    return (int) (g_random() % (unsigned) n);
+}
+
+static bool chance(int percent) {
+    return below(100) < percent;
+}
+
+constexpr uint32_t CELLS    = 256; // of a stream
+constexpr int      ROUNDS   = 6000;
+constexpr int      AT_LEAST = 40; // rounds of each kind
+
+struct Cache {
+    llama_context_ptr context;
+    llama_kv_cache *  cells;
+
+    Cache(llama_model * model, ggml_type type, uint32_t sequences) {
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx                = CELLS * sequences;
+        params.n_seq_max            = sequences;
+        params.kv_unified           = sequences == 1;
+        params.type_k               = type;
+        params.type_v               = type;
+        params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+        context.reset(llama_init_from_model(model, params));
+        cells = dynamic_cast<llama_kv_cache *>(llama_get_memory(context.get()));
+    }
+
+    void slide(uint32_t length, llama_swa_type type) {
+        const_cast<uint32_t &>(cells->n_swa)          = length;
+        const_cast<llama_swa_type &>(cells->swa_type) = type;
+    }
+};
+
+// What makes the mask of a stream uncertain.
+struct Kind {
+    bool hole = false, foreign = false, mixed = false, unordered = false;
+};
+
+// Fills the cells of a stream at random for `tokens` tokens of sequence seq, which are the last ones. Sets their
+// positions, and the kind. Earlier cells may belong to another sequence.
+static void fill(llama_kv_cells & cells, llama_seq_id seq, llama_seq_id other, int tokens, llama_pos * pos, Kind & kind) {
+    cells.reset();
+    const int  earlier = below(CELLS - tokens - 1), used = earlier + tokens;
+    const bool leaps = chance(20), repeats = chance(20), shifted = chance(20);
+    std::vector<llama_pos> all(used);
+    llama_pos              last = chance(30) ? below(1000) : 0;
+    for (llama_pos & p : all) {
+        p    = last;
+        last = repeats && chance(10) ? last : last + 1 + (leaps && chance(10) ? below(50) : 0);
+    }
+    if (chance(15)) {
+        std::shuffle(all.begin(), all.begin() + earlier, g_random); // the earlier cells were reused
+    }
+    if (chance(10)) {
+        std::shuffle(all.begin() + earlier, all.end(), g_random);
+    }
+    if (chance(5)) {
+        std::shuffle(all.begin(), all.end(), g_random);
+    }
+    kind.unordered = !std::is_sorted(all.begin(), all.end());
+    for (int i = 0; i < used; ++i) {
+        cells.pos_set(i, all[i]);
+        cells.seq_add(i, seq);
+    }
+    std::copy(all.begin() + earlier, all.end(), pos);
+    if (earlier > 0 && chance(10)) {
+        cells.rm(below(earlier));
+        kind.hole = true;
+    }
+    if (earlier > 0 && chance(10)) {
+        for (int n = 1 + below(3); n > 0; --n) {
+            const int i = below(earlier);
+            if (cells.is_empty(i) || cells.seq_has(i, other)) {
+                continue;
+            }
+            kind.foreign = true;
+            cells.seq_add(i, other);
+            if (chance(50)) {
+                cells.seq_rm(i, seq);
+            }
+        }
+    }
+    if (shifted) {
+        for (int i = 0; i < used; ++i) {
+            if (!cells.is_empty(i)) {
+                cells.pos_add(i, 5);
+            }
+        }
+        for (int i = 0; i < tokens; ++i) {
+            pos[i] += 5;
+        }
+    }
+}
+
+int main(int, char ** argv) {
+    llama_log_set([](ggml_log_level level, const char * text, void *) {
+        if (level >= GGML_LOG_LEVEL_ERROR) {
+            fputs(text, stderr);
+        }
+    }, nullptr);
+    const llama_model_ptr model(llama_model_load_from_file(argv[1], llama_model_default_params()));
+    std::map<std::string, int> seen; // rounds of each kind
+    int                        wrong = 0;
+    for (const int streams : { 1, 3 }) {
+        Cache plain(model.get(), GGML_TYPE_F16, streams), turbo(model.get(), GGML_TYPE_TURBO4, streams);
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int            n = below(3) == 0 ? 1 : 1 + below(24); // tokens of a stream
+            const llama_swa_type types[] = { LLAMA_SWA_TYPE_STANDARD, LLAMA_SWA_TYPE_CHUNKED, LLAMA_SWA_TYPE_SYMMETRIC };
+            const bool           window  = chance(30);
+            const llama_swa_type type    = window ? types[below(3)] : LLAMA_SWA_TYPE_NONE;
+            const uint32_t       length  = window ? 1 + below(100) : 0;
+            const bool           causal  = !chance(5);
+            plain.slide(length, type);
+            turbo.slide(length, type);
+
+            std::vector<llama_pos>      pos(n * streams);
+            std::vector<llama_seq_id>   seq(n * streams);
+            std::vector<int32_t>        counts(n * streams, 1);
+            std::vector<llama_seq_id *> ids(n * streams);
+            bool                        certain = causal;
+            Kind                        kind;
+            for (int s = 0; s < streams; ++s) {
+                Kind one;
+                std::fill(seq.begin() + s * n, seq.begin() + (s + 1) * n, s);
+                const llama_seq_id other = (s + 1) % (streams == 1 ? LLAMA_MAX_SEQ : streams);
+                fill(plain.cells->v_cells[s], s, other, n, pos.data() + s * n, one);
+                if (streams == 1 && n > 1 && chance(5)) {
+                    seq[below(n)] = other;
+                    one.mixed     = true;
+                }
+                const llama_pos * p    = pos.data() + s * n;
+                const bool        all  = plain.cells->v_cells[s].seq_pos_max(s) <= *std::min_element(p, p + n);
+                const bool        runs = !one.unordered || (!window && all);
+                certain = certain && !one.hole && !one.foreign && !one.mixed && runs;
+                kind = { kind.hole || one.hole, kind.foreign || one.foreign, kind.mixed || one.mixed,
+                         kind.unordered || one.unordered };
+            }
+            turbo.cells->v_cells = plain.cells->v_cells;
+            for (size_t i = 0; i < seq.size(); ++i) {
+                ids[i] = &seq[i];
+            }
+            llama_ubatch ubatch = {};
+            ubatch.n_tokens     = n * streams;
+            ubatch.n_pos        = 1;
+            ubatch.pos          = pos.data();
+            ubatch.n_seq_id     = counts.data();
+            ubatch.seq_id       = ids.data();
+
+            const ggml_type         format = chance(50) ? GGML_TYPE_F16 : GGML_TYPE_F32;
+            const ggml_context_ptr  ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
+            ggml_tensor * const     masks[] = { ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams),
+                                                ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams),
+                                                ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams) };
+            const size_t            bytes   = ggml_nbytes(masks[0]);
+            ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
+            for (ggml_tensor * mask : masks) {
+                memset(mask->data, 0x77, bytes);
+            }
+            const llama_kv_cache & k = *turbo.cells;
+            plain.cells->set_input_kq_mask(masks[0], &ubatch, causal); // llama.cpp's loop
+            const bool filled = turbo_fill_mask(masks[1], ubatch, causal, k.layers, k.hparams, k.n_swa, k.swa_type,
+                                                k.v_cells, k.seq_to_stream);
+            // Without a buffer llama.cpp's code would abort, so the hook has filled the mask.
+            masks[2]->buffer = certain ? nullptr : masks[2]->buffer;
+            k.set_input_kq_mask(masks[2], &ubatch, causal);
+
+            const std::vector<char> untouched(bytes, 0x77);
+            const void *            want = filled ? masks[0]->data : untouched.data();
+            const bool right = filled == certain && memcmp(masks[1]->data, want, bytes) == 0 &&
+                               memcmp(masks[2]->data, masks[0]->data, bytes) == 0;
+            wrong += !right;
+            const std::string size = n == 1 ? "one token" : "many tokens";
+            const std::string many = size + (streams == 1 ? ", one stream" : ", streams");
+            ++seen[(filled ? "filled: " : "left to llama.cpp: ") + many + (window ? ", sliding window" : "")];
+            if (filled && kind.unordered) {
+                ++seen["filled: all cells visible, in any order"];
+            }
+            if (!filled) {
+                seen["left to llama.cpp: a hole"] += kind.hole;
+                seen["left to llama.cpp: another sequence in the cells"] += kind.foreign;
+                seen["left to llama.cpp: another order"] += kind.unordered;
+                seen["left to llama.cpp: not causal"] += !causal;
+                if (streams == 1) {
+                    seen["left to llama.cpp: tokens of two sequences"] += kind.mixed;
+                }
+            }
+            // llama.cpp's own types keep its loop.
+            if (turbo_fill_mask(masks[1], ubatch, causal, plain.cells->layers, k.hparams, k.n_swa, k.swa_type, k.v_cells,
+                                k.seq_to_stream)) {
+                ++wrong;
+            }
+        }
+        plain.slide(0, LLAMA_SWA_TYPE_NONE);
+        turbo.slide(0, LLAMA_SWA_TYPE_NONE);
+    }
+    bool rare = false;
+    for (const auto & [name, rounds] : seen) {
+        printf("%5d %s\n", rounds, name.c_str());
+        rare = rare || rounds < AT_LEAST;
+    }
+    printf("%zu kinds, %d wrong\n", seen.size(), wrong);
+    return wrong || rare || seen.size() != 22 ? 1 : 0;
+}
