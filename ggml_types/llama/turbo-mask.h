@@ -1,6 +1,7 @@
 // turbo-mask.h: a template that fills the mask of attention faster than llama.cpp. Part of libllama.
 #pragma once
 
+#include "ggml/turbo-count.h"
 #include "ggml/turbo-types.h"
 
 #include "llama.h"
@@ -149,6 +150,7 @@ bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, con
             return false;
         }
     }
+    turbo_count("mask filled at once", tokens, streams);
     const auto run = [&](int64_t i) {
         const llama_pos pos = ubatch.pos[i];
         return cells[i / tokens].run(pos, [&](llama_pos p) { return Hparams::is_masked_swa(n_swa, swa_type, p, pos); });
