@@ -28,19 +28,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench_common import Problem, numbers, pairs, shown
+from bench_model import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BASES = ("f16:f16", "q8_0:q8_0")
 PAIRS = "turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
 PARTS = ("kernels", "decode", "prefill", "batches", "slots", "heads")
-#: layers, width, query heads, KV heads, values of a head, width of the feed-forward layers, tokens of the vocabulary
-MODEL = "32,4096,32,8,128,14336,128256"
-CONTEXT = 131072 + 4096
+MODEL = "32,4096,32,8,128,14336,128256"  # see write_model
 CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"]  # as cpp/turboquant-cuda.cmake
 
 EPILOG = """\
@@ -76,6 +74,10 @@ def parts(text: str) -> list[str]:
     return [name for name in PARTS if name in chosen]
 
 
+def depths(text: str) -> list[int]:
+    return numbers(text, least=0)
+
+
 def model_shape(text: str) -> list[int]:
     shape = numbers(text)
     if len(shape) != 7:
@@ -86,19 +88,19 @@ def model_shape(text: str) -> list[int]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    depths, turbo = partial(numbers, least=0), partial(pairs)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--parts", type=parts, default=",".join(PARTS), metavar="NAME,...", help="default %(default)s")
     what.add_argument("--skip-kernels", action="store_true", help="all parts but kernels")
     what.add_argument("--skip-model", action="store_true", help="the part kernels only")
-    what.add_argument("--types", type=lambda text: turbo(text, *BASES), default=PAIRS, metavar="K[:V],...",
+    what.add_argument("--types", type=lambda text: pairs(text, *BASES), default=PAIRS, metavar="K[:V],...",
                       help="besides f16 and q8_0 (default %(default)s)")
     what.add_argument("--windows", type=lambda text: text.split(","), default="default,0", metavar="N[:TYPE],...",
                       help="exact windows of the turbo types (default %(default)s)")
     what.add_argument("--depths", type=depths, default="0,8192,32768,131072", metavar="N,...",
                       help="of decode and prefill: tokens in the cache (default %(default)s)")
     what.add_argument("--decode", type=int, default=128, metavar="N", help="tokens to generate (default %(default)s)")
-    what.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prefill (default %(default)s)")
+    what.add_argument("--prefill", type=int, default=512, metavar="N",
+                      help="tokens of a prefill (default %(default)s)")
     what.add_argument("--batches", type=numbers, default="2,4,8,16,32,64", metavar="N,...",
                       help="tokens at once (default %(default)s)")
     what.add_argument("--batch-depths", type=depths, default="32768", metavar="N,...", help="default %(default)s")
@@ -142,6 +144,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--rounds takes a number from 1 on")
     if given.tables and not given.json:
         parser.error("--tables needs --json")
+    if given.model and not given.model.is_file():
+        parser.error(f"{given.model} is not a file")
     if given.skip_kernels:
         given.parts = [part for part in given.parts if part != "kernels"]
     if given.skip_model:
@@ -164,6 +168,11 @@ class Job:
     pair: str
     window: str  # empty for pairs without a turbo type, which have none
 
+    @staticmethod
+    def of(row: dict[str, Any]) -> Job:
+        """The job of a stored row."""
+        return Job(**{name: row[name] for name in Job.__dataclass_fields__})
+
     @property
     def group(self) -> tuple[Any, ...]:
         return self.part, self.head, self.depth, self.slots, self.unified
@@ -182,12 +191,13 @@ class Job:
 
 def all_jobs(given: argparse.Namespace) -> list[Job]:
     own = given.model_shape[4]
+    heads = [] if given.model else given.heads
     places = {
         "decode": [(own, depth, 1, False) for depth in given.depths],
         "prefill": [(own, depth, 1, False) for depth in given.depths],
         "batches": [(own, depth, 1, False) for depth in given.batch_depths],
         "slots": [(own, given.slot_depth, slots, unified) for slots in given.slots for unified in (False, True)],
-        "heads": [] if given.model else [(head, depth, 1, False) for depth in given.head_depths for head in given.heads],
+        "heads": [(head, depth, 1, False) for depth in given.head_depths for head in heads],
     }
     return [
         Job(part, *place, pair, window)
@@ -198,17 +208,22 @@ def all_jobs(given: argparse.Namespace) -> list[Job]:
     ]
 
 
+def program_of(part: str) -> str:
+    return "llama-bench" if part in ("prefill", "batches") else "llama-batched-bench"
+
+
 def command_of(job: Job, folder: Path, model: Path, given: argparse.Namespace, *, count: bool) -> list[object]:
     type_k, type_v = job.pair.split(":")
     common: list[object] = ["-m", model, "-ngl", 99, "-ctk", type_k, "-ctv", type_v, "-sm", given.split]
-    if job.part in ("prefill", "batches"):
+    program = program_of(job.part)
+    if program == "llama-bench":
         tokens = given.batches if job.part == "batches" else [given.prefill]
         once = ["-r", 1, "--no-warmup"] if count else ["-r", given.repeat]
-        return [folder / "llama-bench", *common, "-fa", 1, "-d", job.depth, "-p", ",".join(map(str, tokens)), "-n", 0,
+        return [folder / program, *common, "-fa", 1, "-d", job.depth, "-p", ",".join(map(str, tokens)), "-n", 0,
                 *once, "-o", "jsonl"]
     prompt, decode = max(job.depth, 1), 8 if count else given.decode
     cells = job.slots * ((prompt + decode + 255) // 256 * 256)
-    return [folder / "llama-batched-bench", *common, "-fa", "on", "-c", cells, "-npp", prompt, "-ntg", decode, "-npl",
+    return [folder / program, *common, "-fa", "on", "-c", cells, "-npp", prompt, "-ntg", decode, "-npl",
             job.slots, "-kvu" if job.unified else "-no-kvu", "--output-format", "jsonl"]
 
 
@@ -244,8 +259,9 @@ def figures_of(job: Job, output: str) -> list[dict[str, Any]]:
         if not line.startswith("{"):
             continue
         row = json.loads(line)
-        if job.part in ("prefill", "batches"):
-            found.append({"what": "batch", "tokens": row["n_prompt"], "tokens_s": row["avg_ts"], "sd": row["stddev_ts"]})
+        if program_of(job.part) == "llama-bench":
+            found.append({"what": "batch", "tokens": row["n_prompt"], "tokens_s": row["avg_ts"],
+                          "sd": row["stddev_ts"]})
         else:
             found.append({"what": "decode", "tokens": row["pl"], "tokens_s": row["speed_tg"]})
             found.append({"what": "prompt", "tokens": row["pl"] * row["pp"], "tokens_s": row["speed_pp"]})
@@ -257,73 +273,10 @@ def figures_of(job: Job, output: str) -> list[dict[str, Any]]:
 def paths_of(log: str) -> dict[str, int]:
     """The attention calls that TURBOQUANT_COUNT reports at the end of a program, by kernel and shape."""
     start = "turboquant: count "
-    counts = (line[len(start):].split(" ", 1) for line in log.splitlines() if line.startswith(start))
+    counts = [line[len(start):].split(" ", 1) for line in log.splitlines() if line.startswith(start)]
+    if not counts:
+        raise Problem("the programs count no calls; build them again with this version of TurboQuant")
     return {name: int(number) for number, name in counts}
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------
-
-
-def make_model(given: argparse.Namespace, head: int) -> Path:
-    """A model with random Q4_0 weights, which is written once. Matrices of the same shape have the same weights."""
-    if given.model:
-        if not given.model.is_file():
-            raise Problem(f"{given.model} is not a file")
-        return given.model
-    layers, width, heads, kv_heads, own, ff, vocabulary = given.model_shape
-    if heads * own % head or kv_heads * own % head:
-        raise Problem(f"heads of {head} do not divide the {kv_heads * own} values of K that --model-shape has")
-    heads, kv_heads = heads * own // head, kv_heads * own // head
-    folder = given.models
-    if not folder:
-        try:
-            from turboquant.llama.paths import cache_dir  # noqa: PLC0415
-        except ImportError:
-            raise Problem("the package turboquant is not installed here; say where models are kept with --models") from None
-        folder = cache_dir() / "tools"
-    name = "-".join(map(str, (layers, width, heads, kv_heads, head, ff, vocabulary)))
-    target = folder / f"bench-{name}-q4_0.gguf"
-    if target.is_file():
-        return target
-    try:
-        import gguf  # noqa: PLC0415
-        import numpy as np  # noqa: PLC0415
-    except ImportError as missing:
-        raise Problem(f"writing the model needs {missing.name}: pip install {missing.name}") from None
-    sys.path.insert(0, str(ROOT / "tests" / "llama"))
-    from make_model import Builder, Shape  # noqa: PLC0415
-
-    class Random(Builder):
-        known: dict[tuple[int, int, float], Any] = {}
-
-        def add(self, name: str, rows: int, columns: int, gain: float = 1.0) -> None:
-            key = rows, columns, gain
-            if key not in self.known:
-                blocks = np.empty((rows * columns // 32, 18), np.uint8)
-                blocks[:, 2:] = np.frombuffer(self.rng.bytes(blocks.shape[0] * 16), np.uint8).reshape(-1, 16)
-                scale = gain / np.sqrt(columns) / 4.61  # the standard deviation of the integers -8 ... 7
-                blocks[:, :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-                self.known[key] = blocks.reshape(rows, columns // 32 * 18)
-            self.w.add_tensor(name, self.known[key], raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-
-    print(f"writing {target}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = Random(target, Shape(head=head, heads=heads, kv_heads=kv_heads, layers=layers, width=width, ff=ff,
-                                 context=CONTEXT))
-    values = model.w.kv_data[0]
-    more = vocabulary - len(values["tokenizer.ggml.tokens"].value)
-    values["tokenizer.ggml.tokens"].value += [f"<{i}>" for i in range(more)]
-    values["tokenizer.ggml.token_type"].value += [int(gguf.TokenType.NORMAL)] * more
-    model.w.add_head_count_kv(kv_heads)
-    model.add("token_embd.weight", vocabulary, width)
-    model.ones("output_norm.weight", width)
-    model.add("output.weight", vocabulary, width)
-    for i in range(layers):
-        model.ones(f"blk.{i}.attn_norm.weight", width)
-        model.qkv(i)
-        model.ones(f"blk.{i}.ffn_norm.weight", width)
-        model.ffn(i)
-    return model.finish()
 
 
 # ---- what is stored -------------------------------------------------------------------------------------------------
@@ -367,19 +320,15 @@ class Store:
             os.replace(temporary, self.file)
 
     def find(self, job: Job, number: int, call: str | None = None) -> dict[str, Any] | None:
-        """The latest row with figures of a job in a round."""
+        """The latest row of a job in a round."""
         fields = asdict(job) | {"round": number} | ({"call": call} if call else {})
         for row in reversed(self.rows):
-            if "figures" in row and all(row.get(name) == value for name, value in fields.items()):
+            if all(row.get(name) == value for name, value in fields.items()):
                 return row
         return None
 
     def add(self, job: Job, number: int, **results: Any) -> None:
-        """Add a row. It replaces an earlier failure of the same job."""
-        fields = asdict(job) | {"round": number}
-        self.rows[:] = [row for row in self.rows
-                        if "figures" in row or any(row.get(name) != value for name, value in fields.items())]
-        self.rows.append(fields | {"call": self.call} | results)
+        self.rows.append(asdict(job) | {"round": number, "call": self.call} | results)
         self.save()
 
 
@@ -390,11 +339,13 @@ def settings_of(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     except Problem:
         machine = f"no NVIDIA GPU, {platform.machine()}"
         print("bench_cuda: nvidia-smi does not work here, so this measures the CPU", file=sys.stderr)
-    digest = hashlib.sha256()
-    programs = [folder / name for name in ("llama-bench", "llama-batched-bench")]
-    for file in sorted([*programs, *(one for one in folder.glob("lib*.so") if one.name.startswith(("libggml", "libllama")))]):
+    programs = sorted({folder / program_of(part) for part in given.parts if part != "kernels"})
+    for file in programs:
         if not file.is_file():
-            raise Problem(f"{file} is missing; --bin must name the folder of the programs that `turboquant build` made")
+            raise Problem(f"{file} is missing; `turboquant build --backend cuda --target default --target {file.name}` "
+                          "makes it, and --bin names the folder")
+    digest = hashlib.sha256()
+    for file in [*sorted(folder.glob("libggml*.so")), *sorted(folder.glob("libllama.so"))] or programs:
         digest.update(file.read_bytes())
     return {
         "machine": machine,
@@ -405,6 +356,18 @@ def settings_of(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "repeat": given.repeat,
         "split": given.split,
     }
+
+
+def model_of(job: Job, given: argparse.Namespace) -> Path:
+    if given.model:
+        return given.model
+    if given.models:
+        return write_model(given.models, given.model_shape, job.head)
+    try:
+        from turboquant.llama.paths import cache_dir  # noqa: PLC0415
+    except ImportError:
+        raise Problem("the package turboquant is not installed here; say with --models where to keep models") from None
+    return write_model(cache_dir() / "tools", given.model_shape, job.head)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -420,27 +383,29 @@ def missing(jobs: list[Job], number: int, store: Store, *, count: bool) -> Itera
         groups.setdefault(job.group, []).append(job)
     for group in groups.values():
         lacking = [job for job in group if not store.find(job, number)]
-        again = [job for job in group if job.pair in BASES and not store.find(job, number, store.call)] if lacking else []
         for job in group:
             row = store.find(job, number)
-            timed = job in lacking or job in again
+            again = bool(lacking) and job.pair in BASES and not store.find(job, number, store.call)
+            timed = job in lacking or again
             counted = count and bool(job.window) and not (row and "paths" in row)
             if timed or counted:
                 yield job, timed, counted
 
 
-def measure_jobs(folder: Path, given: argparse.Namespace, store: Store) -> None:
+def measure_jobs(folder: Path, given: argparse.Namespace, store: Store) -> list[str]:
+    """Run what is missing. Returns what failed."""
     jobs, begin = all_jobs(given), time.monotonic()
+    failed = []
     todo = [(job, number, timed, counted) for number in range(1, given.rounds + 1)
             for job, timed, counted in missing(jobs, number, store, count=given.count)]
     for at, (job, number, timed, counted) in enumerate(todo):
         if given.stop_after and time.monotonic() - begin > given.stop_after:
             print(f"bench_cuda: stopped with {len(todo) - at} of {len(todo)} runs left; call again", file=sys.stderr)
-            return
+            break
         start = time.monotonic()
         results: dict[str, Any] = {}
         try:
-            model = make_model(given, job.head)
+            model = model_of(job, given)
             if timed:
                 command = command_of(job, folder, model, given, count=False)
                 output, _ = run(command, given.timeout, environment_of(job, count=False))
@@ -456,12 +421,12 @@ def measure_jobs(folder: Path, given: argparse.Namespace, store: Store) -> None:
             said = " ".join(f"{one['tokens_s']:.0f}" for one in results.get("figures", [])) or "counted"
         except Problem as problem:
             said = f"failed: {problem}"
-            if not store.find(job, number):
-                store.add(job, number, error=str(problem))
+            failed.append(f"{job.part}, {job.place}, {job.name}: {problem}")
         elapsed = time.monotonic() - begin
         left = elapsed / (at + 1) * (len(todo) - at - 1)
         print(f"[{at + 1}/{len(todo)}] round {number}, {job.part}, {job.place}, {job.name}: {said} "
               f"({time.monotonic() - start:.0f} s, about {left / 60:.0f} min left)", file=sys.stderr, flush=True)
+    return failed
 
 
 def compile_kernels(folder: Path, arch: str) -> Path:
@@ -481,7 +446,8 @@ def compile_kernels(folder: Path, arch: str) -> Path:
         run([*common, *CODEC_FLAGS, "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
     program = folder / "bench_cuda"
     attention = sorted(kernels.glob("attention*.cu"))
-    run([*common, "-use_fast_math", "--threads", 0, ROOT / "tools" / "bench_cuda.cu", *attention, *exact, "-o", program])
+    source = ROOT / "tools" / "bench_cuda.cu"
+    run([*common, "-use_fast_math", "--threads", 0, source, *attention, *exact, "-o", program])
     return program
 
 
@@ -529,8 +495,7 @@ class Figures:
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.speeds: dict[tuple[Any, ...], list[float]] = {}
         self.ratios: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-        fields = Job.__dataclass_fields__
-        good = [(Job(**{name: row[name] for name in fields}), row) for row in rows if "figures" in row]
+        good = [(Job.of(row), row) for row in rows]
         base = {(job.group, job.pair, row["round"], row["call"], one["what"], one["tokens"]): one["tokens_s"]
                 for job, row in good if job.pair in BASES for one in row["figures"]}
         for job, row in good:
@@ -562,17 +527,21 @@ class Figures:
 
 def model_tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     figures = Figures(rows)
-    jobs = list(dict.fromkeys(Job(**{name: row[name] for name in Job.__dataclass_fields__}) for row in rows))
+    jobs = list(dict.fromkeys(Job.of(row) for row in rows))
 
     def table(title: str, part: str, columns: list[tuple[str, tuple[Any, ...], str, int]]) -> str:
         names = list(dict.fromkeys(job.name for job in jobs if job.part == part))
         order = [shown(pair) for pair in BASES if shown(pair) in names]
         names = order + [name for name in names if name not in order]
-        lines = [[name, *(figures.cell(group, name, what, tokens) for _, group, what, tokens in columns)] for name in names]
+        lines = [[name, *(figures.cell(group, name, what, tokens) for _, group, what, tokens in columns)]
+                 for name in names]
         return markdown(f"{title}, tokens/s (ratio to f16; to q8_0)", ["K/V", *(head for head, *_ in columns)], lines)
 
     def groups(part: str) -> list[Job]:
         return list({job.group: job for job in jobs if job.part == part}.values())
+
+    def tokens_of(part: str) -> list[int]:
+        return sorted({figure["tokens"] for row in rows if row["part"] == part for figure in row["figures"]})
 
     if one := sorted(groups("decode"), key=lambda job: job.depth):
         yield table("Decode", "decode", [(f"at {job.depth}", job.group, "decode", 1) for job in one])
@@ -581,31 +550,30 @@ def model_tables(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield table("The whole prompt", "decode",
                         [(f"of {job.depth}", job.group, "prompt", job.depth) for job in long])
     if one := sorted(groups("prefill"), key=lambda job: job.depth):
-        tokens = sorted({figure["tokens"] for row in rows if row["part"] == "prefill" for figure in row.get("figures", [])})
-        for count in tokens:
+        for count in tokens_of("prefill"):
             yield table(f"Prefill of {count}", "prefill",
                         [(f"at {job.depth}", job.group, "batch", count) for job in one])
     for job in sorted(groups("batches"), key=lambda job: job.depth):
-        tokens = sorted({figure["tokens"] for row in rows if row["part"] == "batches"
-                         for figure in row.get("figures", [])})
         yield table(f"Tokens at once at depth {job.depth}", "batches",
-                    [(str(count), job.group, "batch", count) for count in tokens])
+                    [(str(count), job.group, "batch", count) for count in tokens_of("batches")])
     if one := sorted(groups("slots"), key=lambda job: (job.slots, job.unified)):
         head = {job: f"{job.slots} {'unified' if job.unified else 'split'}" for job in one}
         depth = ", ".join(map(str, sorted({job.depth for job in one})))
-        yield table(f"Decode of slots of {depth}", "slots", [(head[job], job.group, "decode", job.slots) for job in one])
+        yield table(f"Decode of slots of {depth}", "slots",
+                    [(head[job], job.group, "decode", job.slots) for job in one])
         yield table(f"Prompts of slots of {depth}", "slots",
                     [(head[job], job.group, "prompt", job.slots * job.depth) for job in one])
     if one := sorted(groups("heads"), key=lambda job: (job.depth, job.head)):
         yield table("Decode by the size of heads", "heads",
                     [(f"{job.head} at {job.depth}", job.group, "decode", 1) for job in one])
-    counted = [row for row in rows if row.get("paths")]
-    if counted:
-        lines = []
-        for row in counted:
-            job = Job(**{name: row[name] for name in Job.__dataclass_fields__})
-            lines += [[f"{job.part}, {job.place}, {job.name}", path, str(calls)] for path, calls in row["paths"].items()]
-        yield markdown("Which kernels computed attention", ["run", "kernel and shape", "calls"], lines)
+    lines = []
+    for row in rows:
+        if "paths" in row:
+            job = Job.of(row)
+            calls = sorted(row["paths"].items())
+            lines.append([f"{job.part}, {job.place}, {job.name}", "; ".join(f"{n} {path}" for path, n in calls)])
+    if lines:
+        yield markdown("Which code computed attention", ["run", "calls, by tokens of a stream"], lines)
 
 
 def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
@@ -635,7 +603,7 @@ def programs_of(given: argparse.Namespace) -> Path:
     try:
         from turboquant.llama.build import where  # noqa: PLC0415
     except ImportError:
-        raise Problem("the package turboquant is not installed here; name the folder of the programs with --bin") from None
+        raise Problem("the package turboquant is not installed here; name the programs' folder with --bin") from None
     try:
         return where()
     except FileNotFoundError as problem:
@@ -657,7 +625,7 @@ def main() -> int:
                 except Problem as problem:
                     failed.append(f"kernels: {problem}")
             if given.parts != ["kernels"]:
-                measure_jobs(folder, given, store)
+                failed += measure_jobs(folder, given, store)
         machine = store.data["settings"].get("machine", "")
         print(f"{machine}\n" if machine else "", end="\n" if machine else "")
         if store.data["kernels"]:
@@ -669,8 +637,6 @@ def main() -> int:
     except Problem as problem:
         print(f"bench_cuda: {problem}", file=sys.stderr)
         return 1
-    failed += [f"{row['part']}, round {row['round']}, {row['pair']}, depth {row['depth']}: {row['error']}"
-               for row in store.rows if "error" in row]
     for line in failed:
         print(f"bench_cuda: {line}", file=sys.stderr)
     return 1 if failed else 0
