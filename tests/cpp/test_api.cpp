@@ -410,7 +410,7 @@ void selection_during_a_call() {
 
 // Many callers at once, while the selection of kernels changes under them.
 void concurrent_use() {
-    const int64_t n = 128 * 16;
+    const int64_t n = 128 * 4;
     std::vector<float> x(static_cast<size_t>(n));
     Random r(11);
     for (float & value : x) value = r.normal();
