@@ -1,6 +1,6 @@
 // Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
 // compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens,window],
-// where window is the number of q8_0 slots of an exact window.
+// where window is the number of q8_0 slots of an exact window; with it, storing K and V is measured, too.
 //
 // Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
 // the card's L2 cache, as a model's layers are.
@@ -126,7 +126,7 @@ int main(int argc, char ** argv) {
         std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS[,WINDOW]]\n");
         return EXIT_FAILURE;
     }
-    int shape[5] = {32, 8, 128, 1, 0};
+    int shape[5] = {32, 8, 128, 1, -1}; // no stores
     if (argc > 3) {
         const std::vector<std::string> parts = split(argv[3], ',');
         for (size_t i = 0; i < 5 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
@@ -249,9 +249,11 @@ int main(int argc, char ** argv) {
                                  none};
                 };
                 const Store stores[2] = {store_to(tk, k[size_t(i)], row_k), store_to(tv, v[size_t(i)], row_v)};
-                if (store) must(encode_rows(stores[0], stores[1], s), "encode_rows");
-                must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
-                                                       : cudaErrorNotSupported,
+                const bool beside = store && window > 0;
+                if (store && !beside) must(encode_rows(stores[0], stores[1], s), "encode_rows");
+                must(plan_attention(layer, layer_plan)
+                         ? attention(layer, layer_plan, workspace, s, beside ? stores : nullptr)
+                         : cudaErrorNotSupported,
                      "attention");
             });
             std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
