@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     uint32_t query[D / 32][4];
     const float to_score =
         prepare_queries<TK, D>(call, place, scratch, values, query);
+    const KeyBias<TK, D> bias(query);
     const bool capped = call.a.soft_cap != 0;
     const float to_log2 = capped ? log2e : to_score * log2e;
 
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         }
         const uint8_t * memory = shared + stage * stages.bytes;
         float score[8];
-        scores<TK, D>(query, memory, stages, plan.pitch_k, in_quad, score);
+        scores<TK, D>(query, bias, memory, stages, plan.pitch_k, in_quad, score);
         if (capped) cap_scores(call.a.soft_cap, to_score, score);
         mask.apply(to_log2, score);
         if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step

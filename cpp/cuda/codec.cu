@@ -410,11 +410,11 @@ __global__ void __launch_bounds__(decode_threads)
             int level[8];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                uint32_t positive = 0, negative = 0;
-                LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), positive, negative);
+                const uint32_t levels =
+                    LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half));
+                constexpr uint32_t bias = biased_levels<typename F::family> ? four_biases : 0; // modulo 256, an exclusive or
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    level[4 * half + i] = int(int8_t(positive >> (8 * i))) - int(int8_t(negative >> (8 * i)));
+                for (int i = 0; i < 4; ++i) level[4 * half + i] = int8_t((levels ^ bias) >> (8 * i));
             }
             float x[2][4]; // [half of the block][element]
             if (Rotated) {

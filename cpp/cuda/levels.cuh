@@ -34,21 +34,23 @@ template <typename Family> struct Table {
     static constexpr uint32_t low0 = magnitude(0), low1 = magnitude(1), low2 = magnitude(2), low3 = magnitude(3);
 };
 
-// Whether levels are looked up as positive - negative, two bytes that are not negative: half of the codebook then fits
-// into one permute, or into two.
-template <typename Family> constexpr bool split_levels = Family::levels >= 16;
+// Whether 128 is added to the levels that are looked up, which are then unsigned bytes. Levels that need two permutes or
+// more are differences of bytes that are not negative: with the 128, the difference of two words borrows nothing.
+template <typename Family> constexpr bool biased_levels = Family::levels >= 16;
+constexpr uint32_t four_biases = 0x80808080;
 // Whether an index has a fifth bit, which is the sign of its level and has a selector of its own.
 template <typename Family> constexpr bool signed_units = Family::levels == 32;
 
-// Looks up the levels of the four indices in the low 16 bits of `nibbles`, as positive - negative if split_levels, else
-// in `positive`. If the upper bit of a nibble is set, prmt repeats the sign of the selected byte, which is zero for a
-// magnitude.
+// Looks up the levels of the four indices in the low 16 bits of `nibbles`, plus 128 if biased_levels. If the upper bit
+// of a nibble is set, prmt repeats the sign of the selected byte.
 //   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
-//   32 levels: the nibble selects a magnitude; the level is positive if the upper bit of the nibble in `signs` is set.
-//     Then the bytes are the magnitude and 0, else 127 - magnitude and 127.
+//   32 levels: the nibble selects 128 + a magnitude, from one of two tables; the byte from the other is 255. The level is
+//     positive if the upper bit of the nibble in `signs` is set. Otherwise 127 is subtracted from the complement of the
+//     magnitude.
 template <typename Family> struct LookUp {
     using T = Table<Family>;
-    uint32_t low0 = T::low0, low2 = T::low2, c2 = T::c2, sign = 0x7f7f7f7f; // first operands of prmt, which are registers
+    // first operands of prmt, which are registers
+    uint32_t low0 = T::low0 | bias, low2 = T::low2 | bias, c2 = T::c2, sign = 0x7f7f7f7f;
 
     // Without this, kernels that need many registers load the constants again for each lookup.
     __device__ __forceinline__ void keep_in_registers() {
@@ -58,18 +60,20 @@ template <typename Family> struct LookUp {
         c2 ^= zero;
         sign ^= zero;
     }
-    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, uint32_t & positive,
-                                               uint32_t & negative) const {
+    __device__ __forceinline__ uint32_t operator()(uint32_t nibbles, uint32_t signs) const {
         if constexpr (Family::levels == 32) {
-            negative = prmt(sign, 0x7f7f7f7f, signs);
-            positive = (prmt(low0, T::low1, nibbles) | prmt(low2, T::low3, nibbles ^ 0x8888)) ^ negative;
+            const uint32_t low = prmt(low0, T::low1 | bias, nibbles), high = prmt(low2, T::low3 | bias, nibbles ^ 0x8888);
+            const uint32_t negative = prmt(sign, 0x7f7f7f7f, signs);
+            return ((low & high) ^ negative) - negative;
         } else if constexpr (Family::levels == 16) {
-            negative = prmt(low0, T::low1, nibbles);
-            positive = prmt(c2, T::c3, nibbles ^ 0x8888);
+            return prmt(c2, T::c3, nibbles ^ 0x8888) - prmt(low0, T::low1, nibbles) + four_biases;
         } else {
-            positive = prmt(T::c0, T::c1, nibbles);
+            return prmt(T::c0, T::c1, nibbles);
         }
     }
+
+private:
+    static constexpr uint32_t bias = Family::levels == 32 ? four_biases : 0;
 };
 
 // ---- units

@@ -24,9 +24,9 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// The int8 levels of an operand, positive - negative, in R registers each. `negative` is used only if Layout::split.
+// The levels of an operand in R registers: int8, or uint8 with 128 added if Layout::biased.
 template <int R> struct Levels {
-    uint32_t positive[R], negative[R];
+    uint32_t x[R];
 };
 
 // ---- K
@@ -41,10 +41,10 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
         const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
+            k.x[i] = LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i));
     } else { // one product takes a block of 32
-        k.positive[0] = load_u32(block + 2 + 4 * in_quad);
-        k.positive[1] = load_u32(block + 18 + 4 * in_quad);
+        k.x[0] = load_u32(block + 2 + 4 * in_quad);
+        k.x[1] = load_u32(block + 18 + 4 * in_quad);
     }
     return k;
 }
@@ -105,9 +105,9 @@ template <KV TV, int D> struct ValueBlock {
                     signs = (i < 2 ? first_signs : second_signs)[at];
                     signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
                 }
-                look_up(selector, signs, v.positive[i], v.negative[i]);
+                v.x[i] = look_up(selector, signs);
             } else { // elements 2m and 2m + 1
-                v.positive[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
+                v.x[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
         }
         return v;
