@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(decode_threads)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint32_t levels =
-                    LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half));
+                    LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), 0);
                 constexpr uint32_t bias = biased_levels<typename F::family> ? four_biases : 0; // modulo 256, an exclusive or
 #pragma unroll
                 for (int i = 0; i < 4; ++i) level[4 * half + i] = int8_t((levels ^ bias) >> (8 * i));

@@ -37,11 +37,13 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
     using L = Layout<TK, D>;
     Levels<2> k;
     if constexpr (L::turbo) {
-        const int number = L::nibbles ? in_quad + 4 * step : 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
-        const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
+        const int field = L::nibbles ? 0 : step & 1;
+        Unit unit;
+        if constexpr (L::nibbles) unit = load_unit<typename L::BlockFormat>(block + 2, in_quad + 4 * step);
+        else unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(field);
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            k.x[i] = LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i));
+            k.x[i] = LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), field);
     } else { // one product takes a block of 32
         k.x[0] = load_u32(block + 2 + 4 * in_quad);
         k.x[1] = load_u32(block + 18 + 4 * in_quad);
@@ -80,8 +82,6 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
 template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
     using Units = ValueUnits<TV, D>;
-    // Units with signs share a word of crumbs if there are two of them.
-    static constexpr bool paired_signs = L::signs && Units::count == 2;
     uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
     uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
 
@@ -98,14 +98,9 @@ template <KV TV, int D> struct ValueBlock {
         for (int i = 0; i < 4; ++i) {
             if constexpr (L::turbo) { // nibbles 2m and 2m + 1
                 const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2);
-                const int sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
                 const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
-                uint32_t signs = 0;
-                if constexpr (L::signs) {
-                    signs = (i < 2 ? first_signs : second_signs)[at];
-                    signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
-                }
-                v.x[i] = look_up(selector, signs);
+                const uint32_t signs = L::signs ? (i < 2 ? first_signs : second_signs)[at] >> shift : 0;
+                v.x[i] = look_up(selector, signs, Units::count == 2 ? j : 0);
             } else { // elements 2m and 2m + 1
                 v.x[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
@@ -128,7 +123,7 @@ private:
                     const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
                     x[0][i] = crumbs.unit(0).nibbles;
                     x[1][i] = crumbs.unit(1).nibbles;
-                    s[i] = crumbs.unit(1).signs;
+                    s[i] = crumbs.unit(1).signs; // of both
                 } else {
 #pragma unroll
                     for (int j = 0; j < Units::count; ++j) {
