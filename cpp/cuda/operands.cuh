@@ -37,13 +37,17 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
     using L = Layout<TK, D>;
     Levels<2> k;
     if constexpr (L::turbo) {
-        const int field = L::nibbles ? 0 : step & 1;
-        Unit unit;
-        if constexpr (L::nibbles) unit = load_unit<typename L::BlockFormat>(block + 2, in_quad + 4 * step);
-        else unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(field);
+        const LookUp<typename L::Family> look_up;
+        if constexpr (L::nibbles) { // half of a unit is what one load reads
+            const uint8_t * unit = block + 2 + 4 * (in_quad + 4 * step);
+            k.x[0] = look_up(load_u16(unit), 0, 0);
+            k.x[1] = look_up(load_u16(unit + 2), 0, 0);
+        } else {
+            const int field = step & 1;
+            const Unit unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(field);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            k.x[i] = LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), field);
+            for (int i = 0; i < 2; ++i) k.x[i] = look_up(unit.nibbles >> (16 * i), unit.signs >> (16 * i), field);
+        }
     } else { // one product takes a block of 32
         k.x[0] = load_u32(block + 2 + 4 * in_quad);
         k.x[1] = load_u32(block + 18 + 4 * in_quad);
