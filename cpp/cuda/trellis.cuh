@@ -102,33 +102,23 @@ __device__ __forceinline__ void search_step(uint32_t metrics, const Branches & b
                       cost[h] + prmt(metrics, 1 << I, branches.own[phase][h]));
 }
 
+template <int I>
+__device__ __forceinline__ void four_steps(const uint4 metrics, const Branches & branches, uint32_t (&cost)[2]) {
+    search_step<I>(metrics.x, branches, cost);
+    search_step<I + 1>(metrics.y, branches, cost);
+    search_step<I + 2>(metrics.z, branches, cost);
+    search_step<I + 3>(metrics.w, branches, cost);
+}
+
 // Computes the first Steps steps of a group, and stores the paths.
 template <int Steps, int N>
 __device__ __forceinline__ void search_group(int group, TrellisScratch<N> & scratch, const Branches & branches,
                                              uint32_t (&cost)[2], int lane) {
     static_assert(Steps % 4 == 0 && Steps <= group_steps, "four steps at a time");
     const uint4 * four = scratch.metrics + group * (group_steps / 4);
-    if constexpr (Steps > 0) {
-        const uint4 m = four[0];
-        search_step<0>(m.x, branches, cost);
-        search_step<1>(m.y, branches, cost);
-        search_step<2>(m.z, branches, cost);
-        search_step<3>(m.w, branches, cost);
-    }
-    if constexpr (Steps > 4) {
-        const uint4 m = four[1];
-        search_step<4>(m.x, branches, cost);
-        search_step<5>(m.y, branches, cost);
-        search_step<6>(m.z, branches, cost);
-        search_step<7>(m.w, branches, cost);
-    }
-    if constexpr (Steps > 8) {
-        const uint4 m = four[2];
-        search_step<8>(m.x, branches, cost);
-        search_step<9>(m.y, branches, cost);
-        search_step<10>(m.z, branches, cost);
-        search_step<11>(m.w, branches, cost);
-    }
+    if constexpr (Steps > 0) four_steps<0>(four[0], branches, cost);
+    if constexpr (Steps > 4) four_steps<4>(four[1], branches, cost);
+    if constexpr (Steps > 8) four_steps<8>(four[2], branches, cost);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         scratch.paths[group][lane + 32 * h] = uint16_t(cost[h]);

@@ -9,7 +9,6 @@
 
 #include "ggml-cpp.h"
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <set>

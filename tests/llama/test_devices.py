@@ -63,7 +63,9 @@ def test_otherwise_it_runs(fake_device, prose_model, op, type_k, type_v, flash, 
     assert (status, "decoded" in text) == (0, True), text
 
 
-@pytest.mark.parametrize(("offload", "registry", "type"), [(1, "FAKE", "turbo4"), (0, "FAKE", "turbo4_tcq"), (1, "RPC", "turbo4")])
+@pytest.mark.parametrize(
+    ("offload", "registry", "type"), [(1, "FAKE", "turbo4"), (0, "FAKE", "turbo4_tcq"), (1, "RPC", "turbo4")]
+)
 def test_auto_depends_on_where_the_cache_is(fake_device, prose_model, offload, registry, type):
     status, text = run(fake_device, prose_model, "none", "auto", "auto", -1, offload, registry, TURBOQUANT_RPC="1")
     assert (status, "decoded" in text) == (0, True), text

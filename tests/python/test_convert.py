@@ -552,6 +552,12 @@ def test_the_check_passes(converting: Callable[..., Any], tmp_path: Path) -> Non
 
 
 @needs_posix
+def test_a_gpu_gets_the_types_that_it_reads_faster(converting: Callable[..., Any], tmp_path: Path) -> None:
+    assert converting(gpu_layers=1).recommended == ("turbo4", "turbo4")
+    assert "_tcq" not in (tmp_path / "bin" / "runs.txt").read_text()
+
+
+@needs_posix
 def test_a_device_without_the_trellis_coded_types(converting: Callable[..., Any], tmp_path: Path) -> None:
     """The types with as many bits are tried in their place."""
     (tmp_path / "bin" / "unsupported").write_text("_tcq")

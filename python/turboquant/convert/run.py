@@ -30,8 +30,9 @@ __all__ = ["MARK", "ConvertError", "Converted", "convert", "reasons"]
 MARK = "turboquant.convert.version"
 #: Greatest KLD of a conversion without rounding in nats per token, because predictions are stored in 16 bits.
 EXACT = 1e-5
-#: Cache types in ascending order of bits; the first with a KLD of at most GOOD is recommended. A device without kernels
-#: for trellis-coded types gets the Lloyd-Max types with as many bits.
+#: Cache types in ascending order of bits; the first with a KLD of at most GOOD is recommended. GPUs
+#: are slower with trellis-coded types, so they get the Lloyd-Max types with as many bits. So does a device that has no
+#: kernels for the former.
 CANDIDATES = (
     ("turbo4_tcq", "turbo2_tcq"), ("turbo3_tcq", "turbo3_tcq"), ("turbo4_tcq", "turbo3_tcq"),
     ("turbo4_tcq", "turbo4_tcq"), ("q8_0", "turbo3_tcq"), ("q8_0", "turbo4_tcq"), ("q8_0", "q8_0"),
@@ -138,7 +139,7 @@ def convert(
                     f"the converted model differs from the original by {kld:.2g} nats with an f16 cache, over the "
                     f"limit of {limit:.2g}, so it was not written: {_ADVICE[mode]}"
                 )
-            recommended, layers = _recommend(partial, check, _shape(model))
+            recommended, layers = _recommend(partial, check, _shape(model), gpu=gpu_layers > 0)
             known = _with_types(metadata, *recommended)
             if layers:  # for -ctk auto -ctv auto: the recommended types, with those that the guard chose
                 known |= CachePlan(*layers, check.identity(partial, text)).to_metadata()
@@ -183,11 +184,12 @@ def _shape(model: ModelFile) -> CacheShape | None:
 
 
 def _recommend(
-    model: Path, check: Checker, shape: CacheShape | None
+    model: Path, check: Checker, shape: CacheShape | None, gpu: bool
 ) -> tuple[tuple[str, str], tuple[Types, Types] | None]:
     """The pair of cache types with the fewest bits and a KLD of at most GOOD, or f16; and its types of each layer."""
     for candidate in CANDIDATES:
-        for k, v in dict.fromkeys((candidate, tuple(name.removesuffix("_tcq") for name in candidate))):
+        scalar = tuple(name.removesuffix("_tcq") for name in candidate)
+        for k, v in (scalar,) if gpu else dict.fromkeys((candidate, scalar)):
             try:
                 kld, found = check.kld_and_types(model, k, v, what=f"a cache of {k}/{v}")
             except CheckError:  # no block divides the heads, or the model or the device does not allow this type
