@@ -249,9 +249,11 @@ int main(int argc, char ** argv) {
                                  none};
                 };
                 const Store stores[2] = {store_to(tk, k[size_t(i)], row_k), store_to(tv, v[size_t(i)], row_v)};
-                if (store) must(encode_rows(stores[0], stores[1], s), "encode_rows");
-                must(plan_attention(layer, layer_plan) ? attention(layer, layer_plan, workspace, s)
-                                                       : cudaErrorNotSupported,
+                const bool beside = store && window > 0;
+                if (store && !beside) must(encode_rows(stores[0], stores[1], s), "encode_rows");
+                must(plan_attention(layer, layer_plan)
+                         ? attention(layer, layer_plan, workspace, s, beside ? stores : nullptr)
+                         : cudaErrorNotSupported,
                      "attention");
             });
             std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASES = ("f16:f16", "q8_0:q8_0")
 PAIRS = "turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
 PARTS = ("kernels", "decode", "prefill", "batches", "slots", "heads")
+SHORT = 16384  # tokens of a prompt that is computed again for each run of a figure
 MODEL = "32,4096,32,8,128,14336,128256"  # see write_model
 CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"]  # as cpp/turboquant-cuda.cmake
 
@@ -116,7 +117,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--count", action="store_true", help="also count which kernels compute attention")
 
     how = parser.add_argument_group("how to measure")
-    how.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of a figure of llama-bench (default 3)")
+    how.add_argument("--repeat", type=int, default=3, metavar="N",
+                     help=f"runs of a figure, of which the median counts (default %(default)s); prompts of more than "
+                          f"{SHORT} tokens for decode are computed once")
     how.add_argument("--rounds", type=int, default=1, metavar="N",
                      help="times to measure everything; the mean counts (default 1)")
     how.add_argument("--stop-after", type=float, metavar="SECONDS",
@@ -222,9 +225,11 @@ def command_of(job: Job, folder: Path, model: Path, given: argparse.Namespace, *
         return [folder / program, *common, "-fa", 1, "-d", job.depth, "-p", ",".join(map(str, tokens)), "-n", 0,
                 *once, "-o", "jsonl"]
     prompt, decode = max(job.depth, 1), 8 if count else given.decode
+    repeat = 1 if count or job.slots * prompt > SHORT else given.repeat
     cells = job.slots * ((prompt + decode + 255) // 256 * 256)
-    return [folder / program, *common, "-fa", "on", "-c", cells, "-npp", prompt, "-ntg", decode, "-npl",
-            job.slots, "-kvu" if job.unified else "-no-kvu", "--output-format", "jsonl"]
+    return [folder / program, *common, "-fa", "on", "-c", cells, "-npp", prompt, "-ntg",
+            ",".join([str(decode)] * repeat), "-npl", job.slots, "-kvu" if job.unified else "-no-kvu",
+            "--output-format", "jsonl"]
 
 
 def environment_of(job: Job, *, count: bool) -> dict[str, str]:
@@ -253,21 +258,21 @@ def run(command: list[object], timeout: float | None = None, env: dict[str, str]
 
 
 def figures_of(job: Job, output: str) -> list[dict[str, Any]]:
-    """The figures in the JSON lines of a program."""
-    found: list[dict[str, Any]] = []
+    """The figures in the JSON lines of a program, which are medians, because the first run may warm the card up."""
+    runs: dict[tuple[str, int], list[float]] = {}
     for line in output.splitlines():
         if not line.startswith("{"):
             continue
         row = json.loads(line)
         if program_of(job.part) == "llama-bench":
-            found.append({"what": "batch", "tokens": row["n_prompt"], "tokens_s": row["avg_ts"],
-                          "sd": row["stddev_ts"]})
+            runs["batch", row["n_prompt"]] = row["samples_ts"]
         else:
-            found.append({"what": "decode", "tokens": row["pl"], "tokens_s": row["speed_tg"]})
-            found.append({"what": "prompt", "tokens": row["pl"] * row["pp"], "tokens_s": row["speed_pp"]})
-    if not found:
+            runs.setdefault(("decode", row["pl"]), []).append(row["speed_tg"])
+            runs.setdefault(("prompt", row["pl"] * row["pp"]), []).append(row["speed_pp"])
+    if not runs:
         raise Problem(f"there is no figure in the output of the program:\n{output.strip()[-500:]}")
-    return found
+    return [{"what": what, "tokens": tokens, "tokens_s": statistics.median(speeds), "runs": speeds}
+            for (what, tokens), speeds in runs.items()]
 
 
 def paths_of(log: str) -> dict[str, int]:

@@ -88,8 +88,10 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     const int64_t row = blockIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
-    let_next_start();
+    // The rows that encode_beside reads are complete when the attention kernel has ended, which waited for them.
+    if (!call.stores_beside) let_next_start();
     wait_for_previous();
+    if (call.stores_beside) let_next_start();
     if (row >= query_rows) {
         const int64_t group = (row - query_rows) * warps + warp;
         if (group < call.stored_groups) store_exact(call.a, group, lane);
@@ -290,7 +292,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     return false;
 }
 
-cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream) {
+cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
+                      const Store * stores) {
     AttentionCall call;
     call.a = a;
     call.plan = plan;
@@ -305,12 +308,15 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
     call.stored_groups = stored_groups(a);
+    call.stores_beside = stores != nullptr;
     const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
     const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
                                         size_t(plan.shared_bytes), stream, call);
-    if (launched != cudaSuccess || !plan.merged)
-        return launched; // without a merge, the first kernel has written the output
-    return head.merge(call, stream);
+    if (launched != cudaSuccess) return launched;
+    if (!plan.merged) // the first kernel has written the output
+        return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;
+    const cudaError_t merged = head.merge(call, stream);
+    return merged == cudaSuccess && stores ? encode_beside(stores[0], stores[1], stream) : merged;
 }
 
 } // namespace cuda

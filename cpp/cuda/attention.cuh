@@ -120,31 +120,29 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     wait_for_previous();
     float values[4][D / 32];
     load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
-    stages.start();
+    SoftmaxState state = {nothing_seen, 0};
+    float sums[D / 16][4] = {};
     uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
-    ExactSums<D> exact;
+    uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
     if constexpr (Windowed) {
-        attend_exact<TV, D>(call, reinterpret_cast<float *>(unused) + place.warp * D, exact);
-        __syncthreads();
-        // The queries are loaded again, so that they occupy no registers during the exact rows.
-        load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
+        ExactAttention<TV, D> exact(call, place, valid, token, head);
+        stages.start();
+        // A KV head's only warp shares the head's scratch memory with no other warp.
+        const bool alone = plan.row_tiles == 1;
+        exact.attend(values, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
+                     sums);
+        if (!alone) __syncthreads();
+    } else {
+        stages.start();
     }
     mask.load(place.begin + place.row_tile * tile_rows);
     uint32_t query[D / 32][4];
     const float to_score =
-        prepare_queries<TK, D>(call, place, unused + place.head_in_block * query_scratch<D>, values, query);
+        prepare_queries<TK, D>(call, place, scratch, values, query);
+    const KeyBias<TK, D> bias(query);
     const bool capped = call.a.soft_cap != 0;
     const float to_log2 = capped ? log2e : to_score * log2e;
 
-    SoftmaxState state = {nothing_seen, 0};
-    float sums[D / 16][4] = {};
-    if constexpr (Windowed) {
-        state = exact.state;
-#pragma unroll
-        for (int i = 0; i < D / 16; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) sums[i][j] = exact.sums[i][j];
-    }
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
     for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
         stages.advance(row, stage, ahead);
@@ -156,7 +154,7 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         }
         const uint8_t * memory = shared + stage * stages.bytes;
         float score[8];
-        scores<TK, D>(query, memory, stages, plan.pitch_k, in_quad, score);
+        scores<TK, D>(query, bias, memory, stages, plan.pitch_k, in_quad, score);
         if (capped) cap_scores(call.a.soft_cap, to_score, score);
         mask.apply(to_log2, score);
         if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step

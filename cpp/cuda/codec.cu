@@ -330,6 +330,7 @@ struct Stores {
     int64_t blocks[2]; // of a row
     int family[2];     // family_index
     unsigned first_groups;
+    bool beside; // see encode_beside
 };
 
 template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
@@ -347,7 +348,7 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
         if (store.index.data) prefetch(store.index.data);
     }
     __syncthreads();
-    wait_for_previous();
+    if (!s.beside) wait_for_previous();
     if (item >= blocks * store.ne[1]) return;
     for (int64_t i3 = blockIdx.z; i3 < store.ne[3]; i3 += gridDim.z)
         for (int64_t i2 = blockIdx.y; i2 < store.ne[2]; i2 += gridDim.y) {
@@ -365,6 +366,7 @@ template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_ker
 #undef TURBOQUANT_CASE
             }
         }
+    if (s.beside) wait_for_previous();
 }
 
 // ---- decode
@@ -408,11 +410,11 @@ __global__ void __launch_bounds__(decode_threads)
             int level[8];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                uint32_t positive = 0, negative = 0;
-                LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), positive, negative);
+                const uint32_t levels =
+                    LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), 0);
+                constexpr uint32_t bias = biased_levels<typename F::family> ? four_biases : 0; // modulo 256, an exclusive or
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    level[4 * half + i] = int(int8_t(positive >> (8 * i))) - int(int8_t(negative >> (8 * i)));
+                for (int i = 0; i < 4; ++i) level[4 * half + i] = int8_t((levels ^ bias) >> (8 * i));
             }
             float x[2][4]; // [half of the block][element]
             if (Rotated) {
@@ -530,8 +532,9 @@ void launch_decode(const Grid & grid, const Rows & src, const Rows & dst, const 
             <<<grid.size, decode_threads, 0, stream>>>(src, dst, grid.blocks, ne[1], ne[2], ne[3], index);
 }
 
-cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
+cudaError_t encode(const Store * stores, int count, cudaStream_t stream, bool beside = false) {
     Stores s = {};
+    s.beside = beside;
     dim3 size(0, 1, 1);
     int block = 0;
     for (int i = 0; i < count; ++i) {
@@ -573,6 +576,11 @@ cudaError_t encode_rows(const Store & store, cudaStream_t stream) { return encod
 cudaError_t encode_rows(const Store & first, const Store & second, cudaStream_t stream) {
     const Store stores[2] = {first, second};
     return encode(stores, 2, stream);
+}
+
+cudaError_t encode_beside(const Store & first, const Store & second, cudaStream_t stream) {
+    const Store stores[2] = {first, second};
+    return encode(stores, 2, stream, true);
 }
 
 cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,

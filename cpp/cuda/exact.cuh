@@ -38,6 +38,7 @@ template <int P> struct ExactRow {
     enum { q8_0, f16, f32 } type;
     uint32_t k[P], v[P], scale_k[P], scale_v[P];
 
+    ExactRow() = default;
     __device__ __forceinline__ ExactRow(const ExactRows & x, const ExactHead & head, int row, int lane) {
         if (row >= head.slots) {
             type = f32;
@@ -84,16 +85,17 @@ __device__ __forceinline__ const half * exact_mask(const Attention & a, int stre
                                           head % x.mask_heads * x.mask_head + stream % x.mask_streams * x.mask_stream);
 }
 
-// Sums each of eight values over the warp, and leaves sum number lane / 4 in a lane.
-__device__ __forceinline__ float sum_for_quads(float (&x)[most_columns], int lane) {
+// Sums each of four values over the warp, and leaves the sum of number quad % 4 in the lanes of a quad.
+__device__ __forceinline__ float sum_for_quads(float (&x)[4], int lane) {
 #pragma unroll
-    for (int n = most_columns / 2; n > 0; n /= 2)
+    for (int n = 2; n > 0; n /= 2)
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             const bool upper = lane & 4 * n;
             const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], 4 * n);
             x[i] = (upper ? x[i + n] : x[i]) + other;
         }
+    x[0] += __shfl_xor_sync(all_lanes, x[0], 16);
     x[0] += __shfl_xor_sync(all_lanes, x[0], 2);
     return x[0] + __shfl_xor_sync(all_lanes, x[0], 1);
 }
@@ -109,82 +111,95 @@ __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const
         prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
-// What a warp has of its columns after the exact rows, in the lanes' order of the kernel.
-template <int D> struct ExactSums {
-    SoftmaxState state;
-    float sums[D / 16][4];
-};
+// Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on. The
+// constructor loads the first of them, so that this overlaps with other work.
+template <KV TV, int D> class ExactAttention {
+    static constexpr int P = D / 32;
+    const AttentionCall & call;
+    const Place & place;
+    const ExactHead rows;
+    const half * mask; // of the lane's column, or nullptr
+    float slope, bias;
+    int row;
+    ExactRow<P> bytes;
 
-// Attention of the warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
-// `scratch` takes D floats of the warp.
-template <KV TV, int D>
-__device__ __forceinline__ void attend_exact(const AttentionCall & call, float * scratch, ExactSums<D> & result) {
-    constexpr int P = D / 32;
-    const Attention & a = call.a;
-    const Place place(call);
-    const ExactHead rows(a, place.kv_stream, place.kv_head());
-    const int lane = place.lane, in_quad = place.in_quad, group = call.plan.group;
-    const int column = place.first_column + (place.paired ? place.quad % 4 : place.quad); // of the lane's scores
-    const bool valid = column < call.plan.columns;
-    const int token = valid ? column / group : 0, head = place.kv_head() * group + (valid ? column % group : 0);
-    const half * mask = valid ? exact_mask(a, place.stream, token, head) : nullptr;
-    const float slope = log2e * alibi_slope(call, head);
-    SoftmaxState state = {nothing_seen, 0};
-    float sums[D / 16][4] = {};
-    int row = blockIdx.x * call.plan.row_tiles + place.row_tile;
-    float q[most_columns][P];
-    if (row < rows.rows) load_queries<D>(call, place, 0, 1, q);
-#pragma unroll 1
-    for (; row < rows.rows; row += call.plan.parts) {
-        const float bias = mask ? __half2float(mask[row]) : -INFINITY;
-        const ExactRow<P> bytes(a.exact, rows, row, lane);
-        const uint32_t seen = __ballot_sync(all_lanes, bias != -INFINITY);
-        if (seen == 0) continue;
-        float dots[most_columns] = {};
-#pragma unroll
-        for (int j = 0; j < P; ++j) {
-            const float k = bytes.value(bytes.k[j], bytes.scale_k[j]);
-#pragma unroll
-            for (int c = 0; c < most_columns; ++c) dots[c] += q[c][j] * k;
-        }
-        float score = sum_for_quads(dots, lane) * a.scale;
-        if (place.paired) score = __shfl_sync(all_lanes, score, lane % 16);
-        if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
-        score = score * log2e + slope * bias;
-        if (bias == -INFINITY) score = -INFINITY; // whatever bytes the row has
-        const float before = state.largest;
-        state.largest = fmaxf(before, score);
-        const float correction = exp2f(before - state.largest), weight = exp2f(score - state.largest);
-        state.sum = state.sum * correction + (in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
-        correct_output<D>(sums, correction, in_quad);
-
-        constexpr int B = rotated_block<D>;
-#pragma unroll
-        for (int b = 0; b < D / B; ++b) {
-            float v[B / 32];
-#pragma unroll
-            for (int j = 0; j < B / 32; ++j) v[j] = bytes.value(bytes.v[b * B / 32 + j], bytes.scale_v[b * B / 32 + j]);
-            if constexpr (Layout<TV, D>::turbo) transform_warp<B, false>(v);
-#pragma unroll
-            for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
-        }
-        __syncwarp();
-        const bool low = place.paired && in_quad >= 2; // the column has its values from another lane
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int from = 8 * in_quad + 4 * j; // a lane with the weight of the column
-            const float w = __shfl_sync(all_lanes, weight, from);
-            // A NaN in a row that is hidden from the column must not reach it.
-            if (seen >> from & 1 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
-        }
-        __syncwarp();
+    __device__ __forceinline__ void load() {
+        if (row >= rows.rows) return;
+        bias = mask ? __half2float(mask[row]) : -INFINITY;
+        bytes = ExactRow<P>(call.a.exact, rows, row, place.lane);
     }
-    result.state = state;
+
+public:
+    // token and head: of the lane's column, if it is valid.
+    __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place, bool valid, int token,
+                                              int head)
+        : call(call), place(place), rows(call.a, place.kv_stream, place.kv_head()),
+          mask(valid ? exact_mask(call.a, place.stream, token, head) : nullptr),
+          slope(log2e * alibi_slope(call, head)), bias(-INFINITY),
+          row(blockIdx.x * call.plan.row_tiles + place.row_tile) {
+        load();
+    }
+
+    // Sets what the warp has of its columns in the lanes' order of the kernel. `values` are the columns that load_queries
+    // has loaded for the warp's row tile. `scratch` takes D floats of the warp.
+    __device__ __forceinline__ void attend(const float (&values)[4][P], float * scratch, SoftmaxState & state,
+                                           float (&sums)[D / 16][4]) {
+        const Attention & a = call.a;
+        const int lane = place.lane, in_quad = place.in_quad;
+        for (; row < rows.rows; row += call.plan.parts, load()) {
+            const uint32_t seen = __ballot_sync(all_lanes, bias != -INFINITY);
+            if (seen == 0) continue;
+            float score = 0;
+#pragma unroll 1
+            for (int c0 = 0; c0 < call.plan.column_tile; c0 += 4) { // four columns take fewer registers than eight
+                float q[4][P], dots[4] = {};
 #pragma unroll
-    for (int i = 0; i < D / 16; ++i)
+                for (int c = 0; c < 4; ++c)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) result.sums[i][j] = sums[i][j];
-}
+                    for (int j = 0; j < P; ++j) q[c][j] = values[c][j];
+                if (c0 > 0 || call.plan.row_tiles > 1) load_queries<D>(call, place, c0, 1, q);
+#pragma unroll
+                for (int j = 0; j < P; ++j) {
+                    const float k = bytes.value(bytes.k[j], bytes.scale_k[j]);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) dots[c] += q[c][j] * k;
+                }
+                const float sum = sum_for_quads(dots, lane);
+                if (place.paired || place.quad / 4 == c0 / 4) score = sum * a.scale;
+            }
+            if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
+            score = score * log2e + slope * bias;
+            if (bias == -INFINITY) score = -INFINITY; // whatever bytes the row has
+            const float before = state.largest;
+            state.largest = fmaxf(before, score);
+            const float correction = exp2f(before - state.largest), weight = exp2f(score - state.largest);
+            state.sum = state.sum * correction + (in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
+            correct_output<D>(sums, correction, in_quad);
+
+            constexpr int B = rotated_block<D>;
+#pragma unroll
+            for (int b = 0; b < D / B; ++b) {
+                float v[B / 32];
+#pragma unroll
+                for (int j = 0; j < B / 32; ++j)
+                    v[j] = bytes.value(bytes.v[b * B / 32 + j], bytes.scale_v[b * B / 32 + j]);
+                if constexpr (Layout<TV, D>::turbo) transform_warp<B, false>(v);
+#pragma unroll
+                for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
+            }
+            __syncwarp();
+            const bool low = place.paired && in_quad >= 2; // the column has its values from another lane
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int from = 8 * in_quad + 4 * j; // a lane with the weight of the column
+                const float w = __shfl_sync(all_lanes, weight, from);
+                // A NaN in a row that is hidden from the column must not reach it.
+                if (seen >> from & 1 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
+            }
+            __syncwarp();
+        }
+    }
+};
 
 // The alignment of rows must be that of the words in which they are read.
 inline bool covers_exact(const Attention & a) {

@@ -4,6 +4,8 @@
 #ifndef TURBOQUANT_CUDA_LAUNCH_H
 #define TURBOQUANT_CUDA_LAUNCH_H
 
+#include "turboquant_cuda.h"
+
 #include <cuda_runtime.h>
 
 #include <map>
@@ -11,6 +13,11 @@
 
 namespace turboquant {
 namespace cuda {
+
+// encode_rows beside the preceding kernel in the stream, which must let the next one start only when what the stores read
+// is complete. The kernel ends after the preceding one.
+cudaError_t encode_beside(const Store & first, const Store & second, cudaStream_t stream);
+
 namespace {
 
 // Waits until the preceding kernels in the stream have ended and their writes are visible. Older GPUs start the kernel

@@ -34,21 +34,23 @@ template <typename Family> struct Table {
     static constexpr uint32_t low0 = magnitude(0), low1 = magnitude(1), low2 = magnitude(2), low3 = magnitude(3);
 };
 
-// Whether levels are looked up as positive - negative, two bytes that are not negative: half of the codebook then fits
-// into one permute, or into two.
-template <typename Family> constexpr bool split_levels = Family::levels >= 16;
-// Whether an index has a fifth bit, which is the sign of its level and has a selector of its own.
+// Whether 128 is added to the levels that are looked up, which are then unsigned bytes. Levels that need two permutes or
+// more are differences of bytes that are not negative: with the 128, the difference of two words borrows nothing.
+template <typename Family> constexpr bool biased_levels = Family::levels >= 16;
+constexpr uint32_t four_biases = 0x80808080;
+// Whether an index has a fifth bit, which is the sign of its level and has a selector of its own, that of Unit.
 template <typename Family> constexpr bool signed_units = Family::levels == 32;
 
-// Looks up the levels of the four indices in the low 16 bits of `nibbles`, as positive - negative if split_levels, else
-// in `positive`. If the upper bit of a nibble is set, prmt repeats the sign of the selected byte, which is zero for a
-// magnitude.
+// Looks up the levels of the four indices in the low 16 bits of `nibbles`, plus 128 if biased_levels. If the upper bit
+// of a nibble is set, prmt repeats the sign of the selected byte.
 //   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
-//   32 levels: the nibble selects a magnitude; the level is positive if the upper bit of the nibble in `signs` is set.
-//     Then the bytes are the magnitude and 0, else 127 - magnitude and 127.
+//   32 levels: the nibble selects 128 + a magnitude, from one of two tables; the byte from the other is 255. The level is
+//     positive if a bit of the nibble in `signs` is set, the lowest bit for field 0 and the third for field 1 (Unit).
+//     Otherwise 127 is subtracted from the complement of the magnitude.
 template <typename Family> struct LookUp {
     using T = Table<Family>;
-    uint32_t low0 = T::low0, low2 = T::low2, c2 = T::c2, sign = 0x7f7f7f7f; // first operands of prmt, which are registers
+    // first operands of prmt, which are registers
+    uint32_t low0 = T::low0 | bias, low2 = T::low2 | bias, c2 = T::c2, sign0 = 0x007f007f, sign1 = 0x7f7f7f7f;
 
     // Without this, kernels that need many registers load the constants again for each lookup.
     __device__ __forceinline__ void keep_in_registers() {
@@ -56,20 +58,23 @@ template <typename Family> struct LookUp {
         low0 ^= zero;
         low2 ^= zero;
         c2 ^= zero;
-        sign ^= zero;
+        sign0 ^= zero;
+        sign1 ^= zero;
     }
-    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, uint32_t & positive,
-                                               uint32_t & negative) const {
+    __device__ __forceinline__ uint32_t operator()(uint32_t nibbles, uint32_t signs, int field) const {
         if constexpr (Family::levels == 32) {
-            negative = prmt(sign, 0x7f7f7f7f, signs);
-            positive = (prmt(low0, T::low1, nibbles) | prmt(low2, T::low3, nibbles ^ 0x8888)) ^ negative;
+            const uint32_t low = prmt(low0, T::low1 | bias, nibbles), high = prmt(low2, T::low3 | bias, nibbles ^ 0x8888);
+            const uint32_t negative = field ? prmt(sign1, 0, signs) : prmt(sign0, sign0, signs);
+            return ((low & high) ^ negative) - negative;
         } else if constexpr (Family::levels == 16) {
-            negative = prmt(low0, T::low1, nibbles);
-            positive = prmt(c2, T::c3, nibbles ^ 0x8888);
+            return prmt(c2, T::c3, nibbles ^ 0x8888) - prmt(low0, T::low1, nibbles) + four_biases;
         } else {
-            positive = prmt(T::c0, T::c1, nibbles);
+            return prmt(T::c0, T::c1, nibbles);
         }
     }
+
+private:
+    static constexpr uint32_t bias = Family::levels == 32 ? four_biases : 0;
 };
 
 // ---- units
@@ -77,7 +82,9 @@ template <typename Family> struct LookUp {
 template <typename Family> constexpr bool packs_nibbles = false; // indices of four bits, else crumbs of two and planes
 template <> constexpr bool packs_nibbles<LloydMax<4>> = true;
 
-// A unit: its nibbles, and if signed_units the selectors of its signs.
+// A unit: its nibbles, and if signed_units the selectors of its signs. Two units that share a word of crumbs, fields 0
+// and 1, also share a word of selectors: those of field 0 are the lowest bits of the nibbles, those of field 1 the third
+// bits. The other bits are zero.
 struct Unit {
     uint32_t nibbles, signs;
 };
@@ -135,26 +142,29 @@ template <int N> struct PathHalf {
 // The index of a level is 4 rest + subset. With 32 levels, those of positive levels, whose upper bit is set, are
 // complemented, so that the lower four bits select a magnitude of the negative half.
 template <int Bits, int N> struct Crumbs<Format<Trellis<Bits>, N>> {
-    uint32_t subsets, rests, signs; // signs: the upper bits of the crumbs, if signed_units
+    uint32_t subsets, rests, upper; // upper: the upper bits of the crumbs, if signed_units
 
     __device__ __forceinline__ Crumbs(const uint8_t * indices, int crumbs) {
         const PathHalf<N> half(crumbs);
         const uint32_t plane = Bits == 3 ? 0 : half.plane(indices + N / 8 + (Bits == 4 ? N / 4 : 0));
-        const uint32_t upper = (plane >> half.odd) & even_bits;
+        upper = (plane >> half.odd) & even_bits;
         const uint32_t complement = Bits == 4 ? 3 * upper : 0;
         subsets = half.subsets(indices, complement);
         rests = Bits == 2 ? upper : load_u32(indices + N / 8 + 4 * crumbs) ^ complement;
-        signs = plane << (1 - half.odd);
     }
-    // The upper bits of nibbles are the signs.
     __device__ __forceinline__ Unit unit(int field) const {
-        return {select(low_crumbs, subsets >> (2 * field), rests << (2 - 2 * field)), signs << (2 - 2 * field)};
+        return {select(low_crumbs, subsets >> (2 * field), rests << (2 - 2 * field)), upper};
     }
 };
 
+// Loads a unit whose field is not known in advance, with its signs moved to those of field 0.
 template <typename F> __device__ __forceinline__ Unit load_unit(const uint8_t * indices, int unit) {
     if constexpr (packs_nibbles<typename F::family>) return {load_u32(indices + 4 * unit), 0};
-    else return Crumbs<F>(indices, unit >> 1).unit(unit & 1);
+    else {
+        const int field = unit & 1;
+        const Unit u = Crumbs<F>(indices, unit >> 1).unit(field);
+        return {u.nibbles, u.signs >> (2 * field)};
+    }
 }
 
 // The element that a nibble of a unit belongs to. Nibbles 2m and 2m + 1 are N / 2 elements apart.

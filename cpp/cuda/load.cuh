@@ -17,7 +17,7 @@ namespace {
 template <typename Family_> struct TurboKind {
     using Family = Family_;
     static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
-    static constexpr bool nibbles = packs_nibbles<Family>, split = split_levels<Family>, signs = signed_units<Family>;
+    static constexpr bool nibbles = packs_nibbles<Family>, biased = biased_levels<Family>, signs = signed_units<Family>;
     static constexpr float step = Family::step;
     template <int D> static constexpr int block = rotated_block<D>;
     template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(Family::bits, block<D>);
@@ -27,7 +27,7 @@ template <typename Family_> struct TurboKind {
 template <int Block, int Bytes, bool Floats> struct PlainKind {
     using Family = void;
     static constexpr bool covered = true, turbo = false, floats = Floats;
-    static constexpr bool nibbles = false, split = false, signs = false;
+    static constexpr bool nibbles = false, biased = false, signs = false;
     static constexpr float step = 1.0f;
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
@@ -62,7 +62,7 @@ template <KV T, int D> struct Layout {
     using LookUpLevels = typename Kind<T>::LookUpLevels;
     static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
-    static constexpr bool nibbles = Kind<T>::nibbles, split = Kind<T>::split, signs = Kind<T>::signs; // see levels.cuh
+    static constexpr bool nibbles = Kind<T>::nibbles, biased = Kind<T>::biased, signs = Kind<T>::signs; // see levels.cuh
     static constexpr int block = Kind<T>::template block<D>;
     static constexpr int block_bytes = Kind<T>::template block_bytes<D>;
     static constexpr int bytes = D / block * block_bytes;

@@ -10,13 +10,21 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                       const int (&c)[4]) {
+// d = c + a product of int8 matrices. UnsignedA and UnsignedB: whether the bytes of a and of b are unsigned.
+template <bool UnsignedA, bool UnsignedB>
+__device__ __forceinline__ void mma_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         const int (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]),
-          "r"(c[3]));
+#define TURBOQUANT_MMA(A, B)                                                                                      \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." A "." B ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "           \
+        "{%10,%11,%12,%13};"                                                                                      \
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]),      \
+          "r"(c[3]))
+    if constexpr (UnsignedA) TURBOQUANT_MMA("u8", "s8");
+    else if constexpr (UnsignedB) TURBOQUANT_MMA("s8", "u8");
+    else TURBOQUANT_MMA("s8", "s8");
+#undef TURBOQUANT_MMA
 #endif
 }
 __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -30,11 +38,32 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1,
 
 // ---- scores
 
+// What the bias of the levels adds to the products of the lane's column with the blocks of K, negated.
+template <KV TK, int D> struct KeyBias {
+    using L = Layout<TK, D>;
+    int start[D / L::block] = {};
+
+    __device__ __forceinline__ explicit KeyBias(const uint32_t (&q)[D / 32][4]) {
+        if constexpr (L::biased) {
+            constexpr int steps = L::block / 32;
+            const uint32_t negative[2] = {four_biases, four_biases}; // as signed bytes
+#pragma unroll
+            for (int b = 0; b < D / L::block; ++b) {
+                int c[4] = {};
+#pragma unroll
+                for (int i = 0; i < steps; ++i) mma_int8<false, false>(c, q[b * steps + i], negative, c);
+                start[b] = c[0] * 256 + c[2];
+            }
+        }
+    }
+};
+
 // Computes the scores of column `quad` and rows 2 * in_quad and 2 * in_quad + 1 of eight KV rows, without the factor of
 // the query. `row` is row `quad` of the eight; row0 and row1 are the two rows.
 template <KV TK, int D>
-__device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const uint8_t * row, const uint8_t * row0,
-                                           const uint8_t * row1, int in_quad, float & s0, float & s1) {
+__device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const KeyBias<TK, D> & bias,
+                                           const uint8_t * row, const uint8_t * row0, const uint8_t * row1, int in_quad,
+                                           float & s0, float & s1) {
     using L = Layout<TK, D>;
     if constexpr (L::floats) {
         float c[4] = {};
@@ -51,15 +80,12 @@ __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const int offset = b * L::block_bytes;
-            int c[4] = {}, negative[4] = {};
+            int c[4] = {0, 0, bias.start[b], bias.start[b]};
 #pragma unroll
-            for (int i = 0; i < steps; ++i) {
-                const Levels<2> k = key_levels<TK, D>(row + offset, i, in_quad);
-                mma_s8(c, q[b * steps + i], k.positive, c);
-                if constexpr (L::split) mma_s8(negative, q[b * steps + i], k.negative, negative);
-            }
-            s0 += float((c[0] - negative[0]) * 256 + (c[2] - negative[2])) * L::load_block_scale(row0 + offset);
-            s1 += float((c[1] - negative[1]) * 256 + (c[3] - negative[3])) * L::load_block_scale(row1 + offset);
+            for (int i = 0; i < steps; ++i)
+                mma_int8<false, L::biased>(c, q[b * steps + i], key_levels<TK, D>(row + offset, i, in_quad).x, c);
+            s0 += float(c[0] * 256 + c[2]) * L::load_block_scale(row0 + offset);
+            s1 += float(c[1] * 256 + c[3]) * L::load_block_scale(row1 + offset);
         }
     }
 }
@@ -67,13 +93,14 @@ __device__ __forceinline__ void score_pair(const uint32_t (&q)[D / 32][4], const
 // Computes the lane's scores of a tile: those of rows 2 * in_quad and 2 * in_quad + 1, and those 8, 16 and 24 rows
 // further on.
 template <KV TK, int D, typename Stages>
-__device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const uint8_t * memory, const Stages & stages,
-                                       int pitch, int in_quad, float (&s)[8]) {
+__device__ __forceinline__ void scores(const uint32_t (&q)[D / 32][4], const KeyBias<TK, D> & bias,
+                                       const uint8_t * memory, const Stages & stages, int pitch, int in_quad,
+                                       float (&s)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint8_t * group = memory + 8 * i * pitch;
         float pair[2];
-        score_pair<TK, D>(q, group + stages.k_operand, group + stages.k_scale0, group + stages.k_scale1, in_quad,
+        score_pair<TK, D>(q, bias, group + stages.k_operand, group + stages.k_scale0, group + stages.k_scale1, in_quad,
                           pair[0], pair[1]);
         s[2 * i] = pair[0];
         s[2 * i + 1] = pair[1];
@@ -99,23 +126,35 @@ struct OutputScale {
     float s0, s1, low0, low1; // of columns 2 * in_quad and 2 * in_quad + 1; of their low bytes, unless paired
 };
 
-// o += a 16 x 8 product of V's levels and the weights. The sums start as magic_bits, so they can be read as floats.
-template <bool Split, bool Paired>
-__device__ __forceinline__ void accumulate(float (&o)[4], const Levels<4> & v, const Weights & w,
-                                           const OutputScale & s) {
+// The first values of the sums over V's levels times weights: magic_bits, so the sums can be read as floats, less what
+// the bias of the levels adds.
+struct SumStart {
+    int high[2], low[2]; // of columns 2 * in_quad and 2 * in_quad + 1; of their low bytes, unless paired
+};
+
+template <bool Biased, bool Paired> __device__ __forceinline__ SumStart start_sums(const Weights & w) {
     const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
-    int c[4], d[4];
-    mma_s8(c, v.positive, w.high, start);
-    if (Split) mma_s8(d, v.negative, w.high, start);
+    if constexpr (!Biased) return {{magic_bits, magic_bits}, {magic_bits, magic_bits}};
+    const uint32_t negative[4] = {four_biases, four_biases, four_biases, four_biases}; // as signed bytes
+    int high[4], low[4] = {};
+    mma_int8<false, false>(high, negative, w.high, start);
+    if constexpr (!Paired) mma_int8<false, false>(low, negative, w.low, start);
+    return {{high[0], high[1]}, {low[0], low[1]}};
+}
+
+// o += a 16 x 8 product of V's levels and the weights.
+template <bool Biased, bool Paired>
+__device__ __forceinline__ void accumulate(float (&o)[4], const Levels<4> & v, const Weights & w, const SumStart & start,
+                                           const OutputScale & s) {
+    int c[4] = {start.high[0], start.high[1], start.high[0], start.high[1]};
+    mma_int8<Biased, false>(c, v.x, w.high, c);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.s1 : s.s0);
+    for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(c[i]) - magic) * (i & 1 ? s.s1 : s.s0);
     if constexpr (!Paired) {
-        mma_s8(c, v.positive, w.low, start);
-        if (Split) mma_s8(d, v.negative, w.low, start);
+        int d[4] = {start.low[0], start.low[1], start.low[0], start.low[1]};
+        mma_int8<Biased, false>(d, v.x, w.low, d);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            o[i] += (__int_as_float(c[i]) - (Split ? __int_as_float(d[i]) : magic)) * (i & 1 ? s.low1 : s.low0);
+        for (int i = 0; i < 4; ++i) o[i] += (__int_as_float(d[i]) - magic) * (i & 1 ? s.low1 : s.low0);
     }
 }
 
@@ -149,7 +188,7 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
     } else {
         using Units = ValueUnits<TV, D>;
         typename L::LookUpLevels look_up;
-        if constexpr (L::split) look_up.keep_in_registers();
+        if constexpr (L::biased) look_up.keep_in_registers();
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const int offset = b * L::block_bytes;
@@ -166,13 +205,14 @@ __device__ __forceinline__ void output(float (&o)[D / 16][4], const float (&p)[8
             s.s1 = __shfl_sync(all_lanes, weights.scale, 8 * in_quad + 4);
             s.low0 = s.s0 * (1.0f / 256);
             s.low1 = s.s1 * (1.0f / 256);
+            const SumStart start = start_sums<L::biased, Paired>(weights);
             const ValueBlock<TV, D> values(row, offset, quad);
 #pragma unroll
             for (int j = 0; j < Units::count; ++j)
 #pragma unroll
                 for (int m = 0; m < Units::products; ++m)
-                    accumulate<L::split, Paired>(o[(b * Units::count + j) * Units::products + m],
-                                                 values.levels(look_up, j, m), weights, s);
+                    accumulate<L::biased, Paired>(o[(b * Units::count + j) * Units::products + m],
+                                                  values.levels(look_up, j, m), weights, start, s);
         }
     }
 }

@@ -24,9 +24,9 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// The int8 levels of an operand, positive - negative, in R registers each. `negative` is used only if Layout::split.
+// The levels of an operand in R registers: int8, or uint8 with 128 added if Layout::biased.
 template <int R> struct Levels {
-    uint32_t positive[R], negative[R];
+    uint32_t x[R];
 };
 
 // ---- K
@@ -37,14 +37,20 @@ __device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step,
     using L = Layout<TK, D>;
     Levels<2> k;
     if constexpr (L::turbo) {
-        const int number = L::nibbles ? in_quad + 4 * step : 2 * (in_quad + 4 * (step >> 1)) + (step & 1);
-        const Unit unit = load_unit<typename L::BlockFormat>(block + 2, number);
+        const LookUp<typename L::Family> look_up;
+        if constexpr (L::nibbles) { // half of a unit is what one load reads
+            const uint8_t * unit = block + 2 + 4 * (in_quad + 4 * step);
+            k.x[0] = look_up(load_u16(unit), 0, 0);
+            k.x[1] = look_up(load_u16(unit + 2), 0, 0);
+        } else {
+            const int field = step & 1;
+            const Unit unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(field);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            LookUp<typename L::Family>()(unit.nibbles >> (16 * i), unit.signs >> (16 * i), k.positive[i], k.negative[i]);
+            for (int i = 0; i < 2; ++i) k.x[i] = look_up(unit.nibbles >> (16 * i), unit.signs >> (16 * i), field);
+        }
     } else { // one product takes a block of 32
-        k.positive[0] = load_u32(block + 2 + 4 * in_quad);
-        k.positive[1] = load_u32(block + 18 + 4 * in_quad);
+        k.x[0] = load_u32(block + 2 + 4 * in_quad);
+        k.x[1] = load_u32(block + 18 + 4 * in_quad);
     }
     return k;
 }
@@ -80,8 +86,6 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
 template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
     using Units = ValueUnits<TV, D>;
-    // Units with signs share a word of crumbs if there are two of them.
-    static constexpr bool paired_signs = L::signs && Units::count == 2;
     uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
     uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
 
@@ -98,16 +102,11 @@ template <KV TV, int D> struct ValueBlock {
         for (int i = 0; i < 4; ++i) {
             if constexpr (L::turbo) { // nibbles 2m and 2m + 1
                 const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2);
-                const int sign_shift = shift - (paired_signs ? 2 - 2 * j : 0);
                 const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
-                uint32_t signs = 0;
-                if constexpr (L::signs) {
-                    signs = (i < 2 ? first_signs : second_signs)[at];
-                    signs = sign_shift < 0 ? signs << -sign_shift : signs >> sign_shift;
-                }
-                look_up(selector, signs, v.positive[i], v.negative[i]);
+                const uint32_t signs = L::signs ? (i < 2 ? first_signs : second_signs)[at] >> shift : 0;
+                v.x[i] = look_up(selector, signs, Units::count == 2 ? j : 0);
             } else { // elements 2m and 2m + 1
-                v.positive[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
+                v.x[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
         }
         return v;
@@ -128,7 +127,7 @@ private:
                     const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
                     x[0][i] = crumbs.unit(0).nibbles;
                     x[1][i] = crumbs.unit(1).nibbles;
-                    s[i] = crumbs.unit(1).signs;
+                    s[i] = crumbs.unit(1).signs; // of both
                 } else {
 #pragma unroll
                     for (int j = 0; j < Units::count; ++j) {

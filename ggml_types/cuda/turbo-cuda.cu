@@ -15,6 +15,8 @@
 
 #include "turboquant_cuda.h"
 
+#include <algorithm>
+
 namespace {
 
 namespace tq = turboquant::cuda;
@@ -153,10 +155,11 @@ bool plan_decode(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
 }
 
-void compute_decode(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan) {
+void compute_decode(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
+                    const tq::Store * stores = nullptr) {
     turbo_count("attention by the decode kernel", call.tokens, call.streams);
     ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
-    CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream()));
+    CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores));
 }
 
 // K or V of an exact window.
@@ -364,22 +367,21 @@ int next_node(const ggml_cgraph * graph, int at) {
     return at;
 }
 
-// Two SET_ROWS, of K and of V, as one launch. Returns how many nodes after `at` are done, too.
-int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+// Whether node `at` and the next one that computes something, `next`, store K and V and can share a launch.
+bool are_stores(const ggml_cgraph * graph, int at, int & next) {
     const ggml_tensor * first = graph->nodes[at];
-    const int           next  = next_node(graph, at);
+    next                      = next_node(graph, at);
     if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || next == graph->n_nodes) {
-        return 0;
+        return false;
     }
     const ggml_tensor * second = graph->nodes[next];
     if (second->op != GGML_OP_SET_ROWS || !turbo_is_type(second->type) ||
         ggml_blck_size(second->type) != ggml_blck_size(first->type) || !(second->flags & GGML_TENSOR_FLAG_COMPUTE) ||
         overlap(first, second)) {
-        return 0;
+        return false;
     }
     GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
-    CUDA_CHECK(tq::encode_rows(store_of(first), store_of(second), ctx.stream()));
-    return next - at;
+    return true;
 }
 
 // Whether `node` stores the batch's rows of one side of an exact window in its slots.
@@ -391,15 +393,18 @@ bool stores_batch(const ggml_tensor * node, const ggml_tensor * slots, const ggm
            ggml_is_contiguous(node->src[1]);
 }
 
-// Attention with an exact window, and the two SET_ROWS that fill its slots afterwards.
-int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
-    ggml_tensor * op = graph->nodes[at];
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[TURBO_SRC_SLOTS_K]) {
-        return 0;
+// Attention with an exact window at node `at`, and the two SET_ROWS that fill its slots afterwards. `stores`: nullptr, or
+// stores of the batch in the cache that were put off. Returns how many nodes after `at` are done, too; -1 if nothing is
+// done.
+int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at, const tq::Store * stores) {
+    ggml_tensor * op = at < graph->n_nodes ? graph->nodes[at] : nullptr;
+    if (!op || op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[TURBO_SRC_SLOTS_K] ||
+        !(op->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return -1;
     }
     const int store_k = next_node(graph, at), store_v = store_k < graph->n_nodes ? next_node(graph, store_k) : store_k;
     if (store_v >= graph->n_nodes) {
-        return 0;
+        return -1;
     }
     const ggml_tensor *k = graph->nodes[store_k], *v = graph->nodes[store_v];
     turbo_attention    a;
@@ -410,19 +415,47 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     if (!stores_batch(k, op->src[TURBO_SRC_SLOTS_K], op->src[TURBO_SRC_BATCH_K], rows) ||
         !stores_batch(v, op->src[TURBO_SRC_SLOTS_V], op->src[TURBO_SRC_BATCH_V], rows) ||
         k->src[1]->data != v->src[1]->data) {
-        return 0;
+        return -1;
     }
     const int64_t * slots = (const int64_t *) k->src[1]->data;
     if (plan_decode(a, call, plan)) {
         call.exact.store_rows = slots;
         call.exact.store_k    = k->data;
         call.exact.store_v    = v->data;
-        compute_decode(ctx, call, plan);
+        compute_decode(ctx, call, plan, stores);
+    } else if (stores) {
+        return -1;
     } else {
         attention_by_half(ctx, op);
         CUDA_CHECK(tq::store_window(window_of(op, true), window_of(op, false), slots, rows_of(k), rows_of(v), ctx.stream()));
     }
     return store_v - at;
+}
+
+// Two SET_ROWS, of K and of V, as one launch. If they store the batch in the cache of an attention op that reads the batch
+// from its window, they are made beside this op. Returns how many nodes after `at` are done, too.
+int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    int next = 0;
+    if (!are_stores(graph, at, next)) {
+        return 0;
+    }
+    const ggml_tensor *k = graph->nodes[at], *v = graph->nodes[next];
+    const tq::Store    stores[2] = { store_of(k), store_of(v) };
+    const int          reader    = next_node(graph, next);
+    if (reader < graph->n_nodes) {
+        const ggml_tensor * op   = graph->nodes[reader];
+        const auto          reads = [&](int src, const ggml_tensor * stored) {
+            return op->src[src] && stored->view_src && op->src[src]->view_src == stored->view_src;
+        };
+        if (turbo_shows_batch(op) && reads(1, k) && reads(2, v)) {
+            const int fused = fuse_window(ctx, graph, reader, stores);
+            if (fused >= 0) {
+                return reader + fused - at;
+            }
+        }
+    }
+    CUDA_CHECK(tq::encode_rows(stores[0], stores[1], ctx.stream()));
+    return next - at;
 }
 
 } // namespace
@@ -474,7 +507,7 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
         return 0;
     }
     const int pair = fuse_stores(ctx, graph, at);
-    return pair ? pair : fuse_window(ctx, graph, at);
+    return pair ? pair : std::max(0, fuse_window(ctx, graph, at, nullptr));
 }
 
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

@@ -67,6 +67,13 @@ struct turbo_source {
 enum { TURBO_CELL_ROWS = 2 };
 enum { TURBO_SRC_SLOTS_K = 5, TURBO_SRC_SLOTS_V, TURBO_SRC_EXACT_MASK, TURBO_SRC_BATCH_K, TURBO_SRC_BATCH_V };
 
+// Whether an op with an exact window sees the batch's own rows in the window alone: then the mask of the cache hides them,
+// and it may be computed before they are stored there.
+enum { TURBO_PARAM_SHOWS_BATCH = 15 }; // of op_params
+inline bool turbo_shows_batch(const ggml_tensor * op) {
+    return op->op == GGML_OP_FLASH_ATTN_EXT && op->src[TURBO_SRC_EXACT_MASK] && op->op_params[TURBO_PARAM_SHOWS_BATCH];
+}
+
 // FLASH_ATTN_EXT over a cache with a turbo type; the base describes the cache. Pointers may be dereferenced only if the
 // tensors have memory.
 struct turbo_attention : turbo_source {

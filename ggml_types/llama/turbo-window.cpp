@@ -148,7 +148,7 @@ public:
     ggml_tensor *  near;      // F16 [slots + tokens of a stream, tokens of a stream + 2, 1, streams]; see turbo-ops.h
     ggml_tensor *  slot_idxs; // I64 [tokens]: stream * slots + slot, or the additional row
     int            scopes   = 0; // attention ops that read the mask
-    int            attached = 0; // those of them that read slots
+    std::vector<ggml_tensor *> attached; // those of them that read slots
 
 private:
     static ggml_tensor * input(ggml_context * ctx, ggml_type type, int64_t n0, int64_t n1, int64_t n3,
@@ -170,7 +170,10 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
     const int64_t         tokens  = mask->ne[1];
     const int64_t         columns = near->ne[0];
     const bool            apart   = far != mask;
-    const bool            shown   = apart || attached == scopes; // ops without the window need all cells
+    const bool            shown   = apart || (int) attached.size() == scopes; // ops without the window need all cells
+    for (ggml_tensor * op : attached) {
+        op->op_params[TURBO_PARAM_SHOWS_BATCH] = shown;
+    }
     const int64_t *       index   = (const int64_t *) k_idxs->data;
     int64_t *             store   = (int64_t *) slot_idxs->data;
 
@@ -303,7 +306,7 @@ void turbo_window_scope::attach(ggml_tensor * attention) {
     attention->src[TURBO_SRC_BATCH_K] = batch_of(ctx_, k_cur_, tokens);
     attention->src[TURBO_SRC_BATCH_V] = batch_of(ctx_, v_cur_, tokens);
     attached_ = true;
-    ++input_->attached;
+    input_->attached.push_back(attention);
 }
 
 turbo_window_scope::~turbo_window_scope() {

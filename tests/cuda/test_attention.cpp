@@ -122,11 +122,52 @@ private:
     }
 };
 
+// Rows of K and V that a call stores in blocks beside its attention.
+struct Stored {
+    static constexpr int rows = 3;
+    const int64_t values;
+    std::vector<float> host_k, host_v;
+    DeviceArray<float> k, v;
+    DeviceArray<uint8_t> blocks_k, blocks_v;
+    Store stores[2];
+
+    explicit Stored(const AttentionCase & c)
+        : values(int64_t(c.kv_heads) * c.head_k), host_k(normal(values * rows, 1)), host_v(normal(values * rows, 2)),
+          k(host_k), v(host_v), blocks_k(size_t(rows) * row_bytes(c.type_k, values)),
+          blocks_v(size_t(rows) * row_bytes(c.type_v, values)),
+          stores{store(c.type_k, k, blocks_k), store(c.type_v, v, blocks_v)} {}
+
+    void check_blocks(const AttentionCase & c) const {
+        check_side(c.type_k, host_k, blocks_k.host());
+        check_side(c.type_v, host_v, blocks_v.host());
+    }
+
+private:
+    static std::vector<float> normal(int64_t n, uint64_t seed) {
+        Random random{seed};
+        std::vector<float> x(static_cast<size_t>(n));
+        for (float & value : x) value = random.normal();
+        return x;
+    }
+    Store store(int type, const DeviceArray<float> & from, const DeviceArray<uint8_t> & to) const {
+        const int64_t row = int64_t(row_bytes(type, values));
+        return {tq_type(type), {from.get(), {values * 4, 0, 0}}, {to.get(), {row, 0, 0}}, {values, rows, 1, 1},
+                {nullptr, false, {1, 1, 1}, {0, 0, 0}}};
+    }
+    void check_side(int type, const std::vector<float> & x, const std::vector<uint8_t> & got) const {
+        std::vector<uint8_t> want(got.size());
+        for (int i = 0; i < rows; ++i)
+            encode_row(type, x.data() + i * values, want.data() + i * row_bytes(type, values), values);
+        CHECK(got == want);
+    }
+};
+
 // slots: the type of a window's, or no_window.
 constexpr int no_window = -1;
 void conforms(const AttentionCase & c, int slots) {
     const bool windowed = slots != no_window;
-    check::Case case_(c.name, slots == no_window ? "" : slots == TQ_ROW_F16 ? ", with a window in f16" : ", with a window in q8_0");
+    const char * window_name = slots == TQ_ROW_F16 ? ", with a window in f16" : ", with a window in q8_0";
+    check::Case case_(c.name, windowed ? window_name : "");
     Problem p(c);
     DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
     DeviceArray<float> q_data(p.q), sink_data(p.sinks);
@@ -174,7 +215,9 @@ void conforms(const AttentionCase & c, int slots) {
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
-    must(attention(a, plan, workspace.get(), nullptr), "attention");
+    std::optional<Stored> stored;
+    if (c.type_k < TQ_TYPE_COUNT && c.type_v < TQ_TYPE_COUNT) stored.emplace(c);
+    must(attention(a, plan, workspace.get(), nullptr, stored ? stored->stores : nullptr), "attention");
     must(cudaDeviceSynchronize(), "attention");
 
     const std::vector<double> want = p.want(p.q);
@@ -189,6 +232,7 @@ void conforms(const AttentionCase & c, int slots) {
     }
     CHECK(e <= bound);
     if (window) window->check_slots(c);
+    if (stored) stored->check_blocks(c);
 }
 
 } // namespace

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -49,8 +47,8 @@ def test_refused(build, tmp_path) -> None:
 def test_model_in_parts(build, tmp_path) -> None:
     """The CPU stands in for a GPU."""
     given = ("--skip-kernels", "--types", "turbo4", "--model-shape", "2,256,4,2,64,256,300", "--models", tmp_path,
-             "--depths", 64, "--prefill", 16, "--batches", "2,8", "--batch-depths", 32, "--slots", 2, "--slot-depth", 32,
-             "--heads", "64,128", "--head-depths", 32, "--decode", 4, "--repeat", 1, "--count", "--json", "cuda.json")
+             "--depths", 64, "--prefill", 16, "--batches", "2,8", "--batch-depths", 32, "--slots", 2,
+             "--slot-depth", 32, "--heads", "64,128", "--head-depths", 32, "--decode", 4, "--repeat", 1, "--count", "--json", "cuda.json")
     if not (build.bin / "llama-batched-bench").is_file():
         given = (*given, "--parts", "prefill,batches")
     done = bench(build, tmp_path, *given, tool="bench_cuda.py")
