@@ -15,6 +15,8 @@
 #    include <emmintrin.h>
 #endif
 
+constexpr int64_t TURBO_MASK_RUNS = 8; // of all rows, for each cell; with more of them llama.cpp's code is not slower
+
 // Sets the values from `to` to before `end`. With `past_caches` they are stored to memory without reading it first.
 template <typename T> void turbo_set(T * to, T * end, T value, bool past_caches) {
 #if defined(__SSE2__)
@@ -35,88 +37,104 @@ template <typename T> void turbo_set(T * to, T * end, T value, bool past_caches)
     std::fill(to, end, value);
 }
 
-// The cells that a token sees: from first to before end.
+// Cells that follow each other: from first to before end.
 struct turbo_run {
     int64_t first, end;
 };
 
-// Fills the rows of a mask, of which `run` returns the visible cells.
-template <typename T, typename Run> void turbo_set_rows(ggml_tensor * mask, int64_t rows, T hidden, const Run & run) {
-    const int64_t n_kv = mask->ne[0];
-    // The caches rarely hold a mask of this size until it is read, and without them stores take half the time.
-    const bool    past = rows * n_kv * (int64_t) sizeof(T) >= 64 << 20;
-    for (int64_t i = 0; i < rows; ++i) {
-        T *             row  = (T *) mask->data + i * n_kv;
-        const turbo_run seen = run(i);
-        turbo_set(row, row + seen.first, hidden, past);
-        turbo_set(row + seen.first, row + seen.end, T(), past); // 0.0 has no bits, in F16 as well
-        turbo_set(row + seen.end, row + n_kv, hidden, past);
-    }
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
+// A sequence that has tokens in the batch, and its cells: runs of cells with the same sequences and ascending positions.
+template <typename Cells> struct turbo_mask_sequence {
+    llama_seq_id           id;
+    const Cells *          cells; // of its stream
+    int64_t                tokens = 0;
+    llama_pos              least  = 0; // the lowest position of its tokens
+    std::vector<turbo_run> runs;
 
-// The cells of a stream, of which each token sees one run.
-template <typename Cells> struct turbo_mask_cells {
-    const Cells * cells = nullptr;
-    int64_t       used  = 0;     // the first cells, which alone are used
-    bool          all   = false; // whether every token sees all of them; otherwise their positions ascend
-
-    // False if it is not certain that the cells are as described, for tokens of sequence seq at these positions. The
-    // cells may have those of `sequences` sequences. window: whether there is a sliding window.
-    bool find(const Cells & of_stream, llama_seq_id seq, const llama_pos * pos, int64_t tokens, bool window,
-              size_t sequences) {
-        cells = &of_stream;
-        used  = of_stream.get_used();
-        if (used != (int64_t) of_stream.used_max_p1()) {
-            return false;
+    // The part of a run that a token at this position sees. left: whether the sliding window has left a position behind.
+    template <typename Left> turbo_run visible(turbo_run run, llama_pos pos, bool window, const Left & left) const {
+        if (cells->pos_get(run.end - 1) > pos) {
+            run.end = split(run, [&](llama_pos p) { return p <= pos; });
         }
-        for (llama_seq_id other = 0; other < (llama_seq_id) sequences; ++other) {
-            if (other != seq && of_stream.seq_pos_max(other) != -1) {
-                return false;
-            }
+        if (window) {
+            run.first = split(run, left);
         }
-        all = !window && of_stream.seq_pos_max(seq) <= *std::min_element(pos, pos + tokens);
-        bool descends = false;
-        for (int64_t i = 1; !all && i < used; ++i) {
-            descends |= of_stream.pos_get(i - 1) > of_stream.pos_get(i); // without a branch, for vector instructions
-        }
-        return !descends;
-    }
-
-    // The cells that a token at this position sees. left: whether the sliding window has left a position behind.
-    template <typename Left> turbo_run run(llama_pos pos, const Left & left) const {
-        if (all) {
-            return { 0, used };
-        }
-        const int64_t end = count(used, [&](llama_pos p) { return p <= pos; });
-        return { count(end, left), end };
+        return run;
     }
 
 private:
-    // How many of the first n cells have positions for which `is` is true. It is true for the first positions.
-    template <typename Is> int64_t count(int64_t n, const Is & is) const {
-        int64_t known = 0;
-        while (known < n) {
-            const int64_t middle = known + (n - known) / 2;
+    // The first cell of a run with a position for which `is` is false. It is true for the positions before.
+    template <typename Is> int64_t split(turbo_run run, const Is & is) const {
+        while (run.first < run.end) {
+            const int64_t middle = run.first + (run.end - run.first) / 2;
             if (is(cells->pos_get(middle))) {
-                known = middle + 1;
+                run.first = middle + 1;
             } else {
-                n = middle;
+                run.end = middle;
             }
         }
-        return known;
+        return run.first;
     }
 };
 
-// Hook in set_input_kq_mask. llama.cpp tests every cell for the first token of a sequence, which takes longer than
-// attention on a GPU at long contexts, and copies the row for the other tokens. If the used cells of a stream are the
-// first ones and belong to one sequence, and their positions ascend, each token sees one run of them.
+// Whether two cells belong to the same ones of these sequences.
+template <typename Cells, typename Sequences>
+auto turbo_same_sequences(const Cells & cells, int64_t a, int64_t b, const Sequences &, int)
+    -> decltype(cells.seq_get_all(a) == cells.seq_get_all(b)) {
+    return cells.seq_get_all(a) == cells.seq_get_all(b);
+}
+
+template <typename Cells, typename Sequences> // until 0.3.35
+bool turbo_same_sequences(const Cells & cells, int64_t a, int64_t b, const Sequences & sequences, long) {
+    return std::all_of(sequences.begin(), sequences.end(),
+                       [&](const auto * one) { return cells.seq_has(a, one->id) == cells.seq_has(b, one->id); });
+}
+
+// Finds the runs of all sequences of a stream that have tokens in the batch, in its first n_kv cells. The cells may have
+// those of `ids` sequences. window: whether there is a sliding window.
+template <typename Cells>
+void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<Cells> *> & sequences, int64_t n_kv,
+                     bool window, size_t ids) {
+    const int64_t end   = std::min<int64_t>(cells.used_max_p1(), n_kv);
+    bool          alone = sequences.size() == 1; // whether all cells belong to one sequence
+    for (llama_seq_id id = 0; alone && id < (llama_seq_id) ids; ++id) {
+        alone = id == sequences[0]->id || cells.seq_pos_max(id) == -1;
+    }
+    if (alone && end == (int64_t) cells.get_used()) { // without empty cells
+        // The order is irrelevant if every token sees every cell. The loop has no branch, for vector instructions.
+        const bool all      = !window && cells.seq_pos_max(sequences[0]->id) <= sequences[0]->least;
+        bool       descends = false;
+        for (int64_t i = 1; !all && i < end; ++i) {
+            descends |= cells.pos_get(i - 1) > cells.pos_get(i);
+        }
+        if (!descends) {
+            sequences[0]->runs.push_back({ 0, end });
+            return;
+        }
+    }
+    for (int64_t first = 0, i; first < end; first = i) {
+        i = first + 1;
+        if (cells.is_empty(first)) {
+            continue;
+        }
+        while (i < end && !cells.is_empty(i) && cells.pos_get(i - 1) <= cells.pos_get(i) &&
+               (alone || turbo_same_sequences(cells, first, i, sequences, 0))) {
+            ++i;
+        }
+        for (turbo_mask_sequence<Cells> * one : sequences) {
+            if (cells.seq_has(first, one->id)) {
+                one->runs.push_back({ first, i });
+            }
+        }
+    }
+}
+
+// Hook in set_input_kq_mask. llama.cpp tests every cell for the first token of each sequence, which takes longer than
+// attention on a GPU at long contexts, and copies the row for the other tokens of the sequence.
 //
 // mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask and members of the cache.
-// The result is false, and the mask stays unchanged, if it is not certain which cells are visible, or if the cache has
-// no turbo type; llama.cpp's own code then fills the mask.
+// The result is false, and the mask stays unchanged, if attention is not causal or has other positions or values than
+// usual, if the cells are so scattered that llama.cpp's code is not slower, or if the cache has no turbo type;
+// llama.cpp's own code then fills the mask.
 template <typename Ubatch, typename Layers, typename Hparams, typename Swa, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,
                      const Hparams & hparams, uint32_t n_swa, Swa swa_type, const std::vector<Cells> & v_cells,
@@ -131,34 +149,66 @@ bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, con
     if (!turbo) {
         return false;
     }
-    const bool    window  = swa_type != Swa(); // LLAMA_SWA_TYPE_NONE is 0
-    const int64_t streams = mask->ne[3];
-    const int64_t tokens  = ubatch.n_tokens / streams;
+    const bool    window = swa_type != Swa(); // LLAMA_SWA_TYPE_NONE is 0
+    const int64_t n_kv = mask->ne[0], tokens = ubatch.n_tokens;
 
-    std::vector<turbo_mask_cells<Cells>> cells(streams);
-    for (int64_t s = 0; s < streams; ++s) {
-        const int64_t      first = s * tokens;
-        const llama_seq_id seq   = ubatch.seq_id[first][0]; // llama.cpp's loop looks at a token's first sequence alone
-        for (int64_t i = first; i < first + tokens; ++i) {
-            if (ubatch.seq_id[i][0] != seq) {
-                return false;
-            }
+    std::vector<turbo_mask_sequence<Cells>> sequences;
+    std::vector<int32_t>                    index(seq_to_stream.size(), -1); // by id
+    for (int64_t i = 0; i < tokens; ++i) {
+        const llama_seq_id id = ubatch.seq_id[i][0]; // llama.cpp's code uses the first sequence of a token alone
+        if (index[id] < 0) {
+            index[id] = (int32_t) sequences.size();
+            sequences.push_back({ id, &v_cells.at(seq_to_stream[id]), 0, ubatch.pos[i], {} });
         }
-        if (!cells[s].find(v_cells.at(seq_to_stream[seq]), seq, ubatch.pos + first, tokens, window,
-                           seq_to_stream.size()) ||
-            cells[s].used > mask->ne[0]) {
-            return false;
+        turbo_mask_sequence<Cells> & one = sequences[index[id]];
+        one.least = std::min(one.least, ubatch.pos[i]);
+        ++one.tokens;
+    }
+    std::vector<std::vector<turbo_mask_sequence<Cells> *>> of_stream(v_cells.size());
+    for (turbo_mask_sequence<Cells> & one : sequences) {
+        of_stream[seq_to_stream[one.id]].push_back(&one);
+    }
+    for (size_t s = 0; s < v_cells.size(); ++s) {
+        if (!of_stream[s].empty()) {
+            turbo_find_runs(v_cells[s], of_stream[s], n_kv, window, seq_to_stream.size());
         }
     }
-    turbo_count("mask filled at once", tokens, streams);
-    const auto run = [&](int64_t i) {
-        const llama_pos pos = ubatch.pos[i];
-        return cells[i / tokens].run(pos, [&](llama_pos p) { return Hparams::is_masked_swa(n_swa, swa_type, p, pos); });
+    int64_t runs = 0; // of all rows
+    for (const turbo_mask_sequence<Cells> & one : sequences) {
+        runs += one.tokens * (int64_t) one.runs.size();
+    }
+    if (runs > TURBO_MASK_RUNS * n_kv) {
+        return false;
+    }
+    turbo_count("mask filled at once", tokens / mask->ne[3], mask->ne[3]);
+
+    const auto fill = [&](auto * data, auto hidden) {
+        using T = decltype(hidden);
+        // The caches rarely hold a mask of this size until it is read, and without them stores take half the time.
+        const bool past = tokens * n_kv * (int64_t) sizeof(T) >= 64 << 20 && runs <= 8 * tokens;
+        for (int64_t i = 0; i < tokens; ++i, data += n_kv) {
+            const turbo_mask_sequence<Cells> & one = sequences[index[ubatch.seq_id[i][0]]];
+            const llama_pos                    pos = ubatch.pos[i];
+            int64_t                            at  = 0;
+            for (const turbo_run & run : one.runs) {
+                const auto      left = [&](llama_pos p) { return Hparams::is_masked_swa(n_swa, swa_type, p, pos); };
+                const turbo_run seen = one.visible(run, pos, window, left);
+                if (seen.first < seen.end) {
+                    turbo_set(data + at, data + seen.first, hidden, past);
+                    turbo_set(data + seen.first, data + seen.end, T(), past); // 0.0 has no bits, in F16 as well
+                    at = seen.end;
+                }
+            }
+            turbo_set(data + at, data + n_kv, hidden, past);
+        }
     };
     if (mask->type == GGML_TYPE_F16) {
-        turbo_set_rows(mask, streams * tokens, ggml_fp32_to_fp16(-INFINITY), run);
+        fill((ggml_fp16_t *) mask->data, ggml_fp32_to_fp16(-INFINITY));
     } else {
-        turbo_set_rows(mask, streams * tokens, -INFINITY, run);
+        fill((float *) mask->data, -INFINITY);
     }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
     return true;
 }
