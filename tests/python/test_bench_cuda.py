@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_cuda.py"
@@ -119,6 +121,31 @@ def test_tables(bench: Bench) -> None:
     assert rows_of(done.stdout, "\nDecode of slots of 512, ")["turbo4"] == ["1280 (1.60; 2.00)"] * 2
     assert rows_of(done.stdout, "\nDecode by the size of heads, ")["K/V"] == ["64 at 256", "128 at 256"]
     assert "[54/54] round 1, heads, heads of 128, depth 256, q8_0/turbo3, window 0: 120 1200" in done.stderr
+
+
+def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    from bench_model import write_model  # noqa: PLC0415
+
+    file = write_model(tmp_path, [2, 256, 4, 2, 128, 512, 1000], 64)
+    assert file.name == "bench-2-256-8-4-64-512-1000-q4_0.gguf"
+    reader = gguf.GGUFReader(file)
+    known = {key: reader.get_field(f"llama.{key}").contents() for key in (
+        "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length", "vocab_size")}
+    assert list(known.values()) == [2, 8, 4, 64, 1000]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == 2 + 1 + 2 * 9
+    assert np.all(tensors["output_norm.weight"].data == 1)
+    for name, rows, columns, gain in (("token_embd", 1000, 256, 16.0), ("blk.1.attn_q", 512, 256, 1.25),
+                                      ("blk.1.attn_output", 256, 512, 2.0), ("blk.0.ffn_down", 256, 512, 0.5)):
+        tensor = tensors[f"{name}.weight"]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert values.shape == (rows, columns)
+        # the deviation over 131072 values, with the scale in float16: 0.5%
+        assert values.std() * columns**0.5 == pytest.approx(gain, rel=0.01)
+    written = file.stat().st_mtime_ns
+    assert write_model(tmp_path, [2, 256, 4, 2, 128, 512, 1000], 64) == file
+    assert file.stat().st_mtime_ns == written
 
 
 def test_what_the_programs_get(bench: Bench) -> None:
@@ -260,6 +287,7 @@ def test_a_model_of_the_user(bench: Bench) -> None:
         (["--depths", "-1"], "wanted numbers above -1"),
         (["--model-shape", "1,2,3"], "wanted seven numbers"),
         (["--tables"], "--tables needs --json"),
+        (["--skip-kernels", "--parts", "heads", "--heads", "96", "--models", "."], "heads of 96 do not divide"),
         (["--rounds", "0"], "--rounds takes a number from 1 on"),
         (["--skip-kernels", "--json", "nowhere/a.json"], "no folder"),
         (["--skip-kernels", "--model", "nowhere.gguf"], "nowhere.gguf is not a file"),
