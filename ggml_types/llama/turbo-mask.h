@@ -132,8 +132,8 @@ void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<
 // attention on a GPU at long contexts, and copies the row for the other tokens of the sequence.
 //
 // mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask and members of the cache.
-// The result is false, and the mask stays unchanged, if attention is not causal or has other positions or values than
-// usual, if the cells are so scattered that llama.cpp's code is not slower, or if the cache has no turbo type;
+// The result is false, and the mask stays unchanged, if attention is not causal, has ALiBi or positions in two
+// dimensions, if the cells are so scattered that llama.cpp's code is not slower, or if the cache has no turbo type.
 // llama.cpp's own code then fills the mask.
 template <typename Ubatch, typename Layers, typename Hparams, typename Swa, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,

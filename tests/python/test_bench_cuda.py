@@ -55,6 +55,21 @@ SMALL = ("--skip-kernels", "--depths", "0,4096", "--batch-depths", 1024, "--batc
          "--slot-depth", 512, "--heads", "64,128", "--head-depths", 256, "--types", "turbo4,q8_0:turbo3")
 
 
+#: An nvcc whose programs print the lines of tools/bench_cuda.cu.
+NVCC = """#!/bin/sh
+test "$1" = --version && { echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; }
+while test "$1" != -o; do shift; done
+cat > "$2" <<'END'
+#!/bin/sh
+echo "kernels $*" >> HERE/kernels
+echo '{"device": "H200", "copy_tb_s": 2.78}'
+echo '{"pair": "turbo4", "depth": 8192, "layer_us": 15.24, "cache_bytes": 1, "tb_s": 1.694, "share": 0.61}'
+echo '{"encode": "turbo4", "tokens": 512, "us": 1, "gb_s": 1, "million_blocks_s": 1}'
+END
+chmod +x "$2"
+"""
+
+
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -197,6 +212,21 @@ def test_a_failure_loses_nothing_and_a_rerun_completes(bench: Bench) -> None:
     done = bench(*few, "--types", "turbo4", "--depths", "0,64")
     prompts = [args[args.index("-npp") + 1] for *_, args, _ in bench.runs() if "-npp" in args]
     assert set(prompts) == {"64"}
+
+
+def test_kernels(bench: Bench) -> None:
+    bench.program("nvcc", NVCC.replace("HERE", str(bench.folder)))
+    chosen = ("--types", "turbo4,q4_0:turbo3,turbo2_tcq", "--depths", "0,8192", "--json", bench.json)
+    done = bench("--skip-model", *chosen, CUDACXX=str(bench.folder / "nvcc"))
+    assert done.returncode == 0, done.stderr
+    table = rows_of(done.stdout, "One layer's attention, H200, cudaMemcpy 2.78 TB/s")
+    assert table == {"K/V": ["depth", "µs", "TB/s of cache", "of cudaMemcpy"], "turbo4": ["8192", "15.2", "1.69", "61%"]}
+    asked = "kernels turbo4:turbo4,turbo2_tcq:turbo2_tcq 256,8192 32,8,128,1\n"
+    assert (bench.folder / "kernels").read_text() == asked
+    assert bench("--skip-model", *chosen, CUDACXX="nothing").stdout == done.stdout  # they are stored
+    done = bench("--parts", "kernels,decode", *chosen, "--shape", "64,8,128,1", "--types", "turbo4", CUDACXX="nothing")
+    assert done.returncode == 1 and "bench_cuda: kernels: the CUDA compiler that CUDACXX names" in done.stderr
+    assert "160 (1.60; 2.00)" in done.stdout
 
 
 def test_rounds(bench: Bench) -> None:
