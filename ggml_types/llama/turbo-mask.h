@@ -15,8 +15,6 @@
 #    include <emmintrin.h>
 #endif
 
-constexpr int64_t TURBO_MASK_RUNS = 8; // of all rows, for each cell; with more of them llama.cpp's code is not slower
-
 // Sets the values from `to` to before `end`. With `past_caches` they are stored to memory without reading it first.
 template <typename T> void turbo_set(T * to, T * end, T value, bool past_caches) {
 #if defined(__SSE2__)
@@ -46,22 +44,18 @@ struct turbo_run {
 template <typename Cells> struct turbo_mask_sequence {
     llama_seq_id           id;
     const Cells *          cells; // of its stream
-    int64_t                tokens = 0;
-    llama_pos              least  = 0; // the lowest position of its tokens
+    llama_pos              least; // the lowest position of its tokens
     std::vector<turbo_run> runs;
+    int64_t                row;   // a row of the mask that was filled for it, or -1
 
-    // The part of a run that a token at this position sees. left: whether the sliding window has left a position behind.
-    template <typename Left> turbo_run visible(turbo_run run, llama_pos pos, bool window, const Left & left) const {
+    // The part of a run that a token at this position sees without a sliding window.
+    turbo_run visible(turbo_run run, llama_pos pos) const {
         if (cells->pos_get(run.end - 1) > pos) {
             run.end = split(run, [&](llama_pos p) { return p <= pos; });
-        }
-        if (window) {
-            run.first = split(run, left);
         }
         return run;
     }
 
-private:
     // The first cell of a run with a position for which `is` is false. It is true for the positions before.
     template <typename Is> int64_t split(turbo_run run, const Is & is) const {
         while (run.first < run.end) {
@@ -133,8 +127,7 @@ void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<
 //
 // mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask and members of the cache.
 // The result is false, and the mask stays unchanged, if attention is not causal, has ALiBi or positions in two
-// dimensions, if the cells are so scattered that llama.cpp's code is not slower, or if the cache has no turbo type.
-// llama.cpp's own code then fills the mask.
+// dimensions, or if the cache has no turbo type. llama.cpp's own code then fills the mask.
 template <typename Ubatch, typename Layers, typename Hparams, typename Swa, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,
                      const Hparams & hparams, uint32_t n_swa, Swa swa_type, const std::vector<Cells> & v_cells,
@@ -158,11 +151,10 @@ bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, con
         const llama_seq_id id = ubatch.seq_id[i][0]; // llama.cpp's code uses the first sequence of a token alone
         if (index[id] < 0) {
             index[id] = (int32_t) sequences.size();
-            sequences.push_back({ id, &v_cells.at(seq_to_stream[id]), 0, ubatch.pos[i], {} });
+            sequences.push_back({ id, &v_cells.at(seq_to_stream[id]), ubatch.pos[i], {}, -1 });
         }
-        turbo_mask_sequence<Cells> & one = sequences[index[id]];
-        one.least = std::min(one.least, ubatch.pos[i]);
-        ++one.tokens;
+        llama_pos & least = sequences[index[id]].least;
+        least = std::min(least, ubatch.pos[i]);
     }
     std::vector<std::vector<turbo_mask_sequence<Cells> *>> of_stream(v_cells.size());
     for (turbo_mask_sequence<Cells> & one : sequences) {
@@ -173,33 +165,43 @@ bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, con
             turbo_find_runs(v_cells[s], of_stream[s], n_kv, window, seq_to_stream.size());
         }
     }
-    int64_t runs = 0; // of all rows
-    for (const turbo_mask_sequence<Cells> & one : sequences) {
-        runs += one.tokens * (int64_t) one.runs.size();
-    }
-    if (runs > TURBO_MASK_RUNS * n_kv) {
-        return false;
-    }
     turbo_count("mask filled at once", tokens / mask->ne[3], mask->ne[3]);
 
     const auto fill = [&](auto * data, auto hidden) {
         using T = decltype(hidden);
         // The caches rarely hold a mask of this size until it is read, and without them stores take half the time.
-        const bool past = tokens * n_kv * (int64_t) sizeof(T) >= 64 << 20 && runs <= 8 * tokens;
-        for (int64_t i = 0; i < tokens; ++i, data += n_kv) {
-            const turbo_mask_sequence<Cells> & one = sequences[index[ubatch.seq_id[i][0]]];
-            const llama_pos                    pos = ubatch.pos[i];
-            int64_t                            at  = 0;
+        const bool large = tokens * n_kv * (int64_t) sizeof(T) >= 64 << 20;
+        for (int64_t i = 0; i < tokens; ++i) {
+            turbo_mask_sequence<Cells> & one  = sequences[index[ubatch.seq_id[i][0]]];
+            const llama_pos              pos  = ubatch.pos[i];
+            T *                          row  = data + i * n_kv;
+            const bool                   many = one.runs.size() > 8;
+            if (many && !window && one.row >= 0) { // only runs with later positions differ
+                std::copy_n(data + one.row * n_kv, n_kv, row);
+                for (const turbo_run & run : one.runs) {
+                    if (one.cells->pos_get(run.end - 1) > one.least) {
+                        const turbo_run seen = one.visible(run, pos);
+                        turbo_set(row + run.first, row + seen.end, T(), false);
+                        turbo_set(row + seen.end, row + run.end, hidden, false);
+                    }
+                }
+                continue;
+            }
+            int64_t at = 0;
             for (const turbo_run & run : one.runs) {
-                const auto      left = [&](llama_pos p) { return Hparams::is_masked_swa(n_swa, swa_type, p, pos); };
-                const turbo_run seen = one.visible(run, pos, window, left);
+                turbo_run seen = one.visible(run, pos);
+                if (window) {
+                    const auto left = [&](llama_pos p) { return Hparams::is_masked_swa(n_swa, swa_type, p, pos); };
+                    seen.first = one.split(seen, left);
+                }
                 if (seen.first < seen.end) {
-                    turbo_set(data + at, data + seen.first, hidden, past);
-                    turbo_set(data + seen.first, data + seen.end, T(), past); // 0.0 has no bits, in F16 as well
+                    turbo_set(row + at, row + seen.first, hidden, large && !many);
+                    turbo_set(row + seen.first, row + seen.end, T(), large && !many); // 0.0 has no bits, in F16 as well
                     at = seen.end;
                 }
             }
-            turbo_set(data + at, data + n_kv, hidden, past);
+            turbo_set(row + at, row + n_kv, hidden, large && !many);
+            one.row = i;
         }
     };
     if (mask->type == GGML_TYPE_F16) {
