@@ -40,7 +40,7 @@ struct turbo_run {
     int64_t first, end;
 };
 
-// A sequence that has tokens in the batch, and its cells: runs of cells with the same sequences and ascending positions.
+// A sequence that has tokens in the batch, and its cells: runs with the same sequences and ascending positions.
 template <typename Cells> struct turbo_mask_sequence {
     llama_seq_id           id;
     const Cells *          cells; // of its stream
@@ -83,8 +83,8 @@ bool turbo_same_sequences(const Cells & cells, int64_t a, int64_t b, const Seque
                        [&](const auto * one) { return cells.seq_has(a, one->id) == cells.seq_has(b, one->id); });
 }
 
-// Finds the runs of all sequences of a stream that have tokens in the batch, in its first n_kv cells. The cells may have
-// those of `ids` sequences. window: whether there is a sliding window.
+// Finds the runs of all sequences of a stream that have tokens in the batch, in its first n_kv cells. There may be cells
+// of `ids` sequences. window: whether there is a sliding window.
 template <typename Cells>
 void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<Cells> *> & sequences, int64_t n_kv,
                      bool window, size_t ids) {
@@ -93,7 +93,7 @@ void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<
     for (llama_seq_id id = 0; alone && id < (llama_seq_id) ids; ++id) {
         alone = id == sequences[0]->id || cells.seq_pos_max(id) == -1;
     }
-    if (alone && end == (int64_t) cells.get_used()) { // without empty cells
+    if (alone && end > 0 && cells.get_used() == cells.used_max_p1()) { // without empty cells
         // The order is irrelevant if every token sees every cell. The loop has no branch, for vector instructions.
         const bool all      = !window && cells.seq_pos_max(sequences[0]->id) <= sequences[0]->least;
         bool       descends = false;
@@ -125,8 +125,8 @@ void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<
 // Hook in set_input_kq_mask. llama.cpp tests every cell for the first token of each sequence, which takes longer than
 // attention on a GPU at long contexts, and copies the row for the other tokens of the sequence.
 //
-// mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask and members of the cache.
-// The result is false, and the mask stays unchanged, if attention is not causal, has ALiBi or positions in two
+// mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask, and members of the
+// cache. The result is false, and the mask stays unchanged, if attention is not causal, has ALiBi or positions in two
 // dimensions, or if the cache has no turbo type. llama.cpp's own code then fills the mask.
 template <typename Ubatch, typename Layers, typename Hparams, typename Swa, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,

@@ -79,8 +79,8 @@ struct Kind {
     }
 };
 
-// Fills the cells of a stream at random with those of sequences first ... first + n - 1. The last cells are those of the
-// batch: sets the positions and sequences of its tokens. `shared`: cells may belong to another sequence as well.
+// Fills the cells of a stream at random with those of sequences first ... first + n - 1. The last cells are those of
+// the batch: sets the positions and sequences of its tokens. `shared`: cells may belong to another sequence as well.
 static Kind fill(llama_kv_cells & cells, llama_seq_id first, int n, bool shared, int tokens, llama_pos * pos,
                  llama_seq_id * seq) {
     cells.reset();
@@ -191,7 +191,8 @@ int main(int, char ** argv) {
         Cache plain(model.get(), GGML_TYPE_F16, streams), turbo(model.get(), GGML_TYPE_TURBO4, streams);
         for (int round = 0; round < ROUNDS; ++round) {
             const int            n = below(3) == 0 ? 1 : 1 + below(24); // tokens of a stream
-            const llama_swa_type types[] = { LLAMA_SWA_TYPE_STANDARD, LLAMA_SWA_TYPE_CHUNKED, LLAMA_SWA_TYPE_SYMMETRIC };
+            const llama_swa_type types[] = { LLAMA_SWA_TYPE_STANDARD, LLAMA_SWA_TYPE_CHUNKED,
+                                             LLAMA_SWA_TYPE_SYMMETRIC };
             const bool           window  = chance(30);
             const llama_swa_type type    = window ? types[below(3)] : LLAMA_SWA_TYPE_NONE;
             const uint32_t       length  = window ? 1 + below(100) : 0;
@@ -223,20 +224,26 @@ int main(int, char ** argv) {
             ubatch.n_seq_id     = counts.data();
             ubatch.seq_id       = ids.data();
 
+            const int64_t           n_kv   = chance(20) ? 1 + below(CELLS) : CELLS;
             const ggml_type         format = chance(50) ? GGML_TYPE_F16 : GGML_TYPE_F32;
             const ggml_context_ptr  ctx(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
-            ggml_tensor * const     masks[] = { ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams),
-                                                ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams),
-                                                ggml_new_tensor_4d(ctx.get(), format, CELLS, n, 1, streams) };
+            ggml_tensor * const     masks[] = { ggml_new_tensor_4d(ctx.get(), format, n_kv, n, 1, streams),
+                                                ggml_new_tensor_4d(ctx.get(), format, n_kv, n, 1, streams),
+                                                ggml_new_tensor_4d(ctx.get(), format, n_kv, n, 1, streams) };
             const size_t            bytes   = ggml_nbytes(masks[0]);
-            ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
+            ggml_backend_buffer_ptr buffer(
+                ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_cpu_buffer_type()));
             for (ggml_tensor * mask : masks) {
                 memset(mask->data, 0x77, bytes);
             }
             const llama_kv_cache & k = *turbo.cells;
             plain.cells->set_input_kq_mask(masks[0], &ubatch, causal); // llama.cpp's loop
-            const bool filled = turbo_fill_mask(masks[1], ubatch, causal, k.layers, k.hparams, k.n_swa, k.swa_type,
-                                                k.v_cells, k.seq_to_stream);
+            const auto fill_with = [&](const auto & cells, const auto & layers, const llama_hparams & hparams,
+                                       const llama_ubatch & tokens) {
+                return turbo_fill_mask(masks[1], tokens, causal, layers, hparams, k.n_swa, k.swa_type, cells,
+                                       k.seq_to_stream);
+            };
+            const bool filled = fill_with(k.v_cells, k.layers, k.hparams, ubatch);
             // Without a buffer llama.cpp's code would abort, so the hook has filled the mask.
             masks[2]->buffer = causal ? nullptr : masks[2]->buffer;
             k.set_input_kq_mask(masks[2], &ubatch, causal);
@@ -260,22 +267,16 @@ int main(int, char ** argv) {
             }
             const std::vector<OldCells> old(k.v_cells.begin(), k.v_cells.end());
             memset(masks[1]->data, 0x77, bytes);
-            wrong += causal && (!turbo_fill_mask(masks[1], ubatch, causal, k.layers, k.hparams, k.n_swa, k.swa_type, old,
-                                                 k.seq_to_stream) ||
+            wrong += causal && (!fill_with(old, k.layers, k.hparams, ubatch) ||
                                 memcmp(masks[1]->data, masks[0]->data, bytes) != 0);
             // ALiBi, positions in two dimensions and llama.cpp's own types are left to its loop.
             llama_hparams alibi = k.hparams;
             alibi.use_alibi     = true;
             llama_ubatch image  = ubatch;
             image.n_pos         = 3;
-            wrong += turbo_fill_mask(masks[1], ubatch, causal, k.layers, alibi, k.n_swa, k.swa_type, k.v_cells,
-                                     k.seq_to_stream);
-            wrong += turbo_fill_mask(masks[1], image, causal, k.layers, k.hparams, k.n_swa, k.swa_type, k.v_cells,
-                                     k.seq_to_stream);
-            if (turbo_fill_mask(masks[1], ubatch, causal, plain.cells->layers, k.hparams, k.n_swa, k.swa_type, k.v_cells,
-                                k.seq_to_stream)) {
-                ++wrong;
-            }
+            wrong += fill_with(k.v_cells, k.layers, alibi, ubatch);
+            wrong += fill_with(k.v_cells, k.layers, k.hparams, image);
+            wrong += fill_with(k.v_cells, plain.cells->layers, k.hparams, ubatch);
         }
         if (streams == 1) {
             wrong += !large_mask_is_right(plain, turbo, false) + !large_mask_is_right(plain, turbo, true);

@@ -220,7 +220,8 @@ def test_kernels(bench: Bench) -> None:
     done = bench("--skip-model", *chosen, CUDACXX=str(bench.folder / "nvcc"))
     assert done.returncode == 0, done.stderr
     table = rows_of(done.stdout, "One layer's attention, H200, cudaMemcpy 2.78 TB/s")
-    assert table == {"K/V": ["depth", "µs", "TB/s of cache", "of cudaMemcpy"], "turbo4": ["8192", "15.2", "1.69", "61%"]}
+    assert table.pop("K/V") == ["depth", "µs", "TB/s of cache", "of cudaMemcpy"]
+    assert table == {"turbo4": ["8192", "15.2", "1.69", "61%"]}
     asked = "kernels turbo4:turbo4,turbo2_tcq:turbo2_tcq 256,8192 32,8,128,1\n"
     assert (bench.folder / "kernels").read_text() == asked
     assert bench("--skip-model", *chosen, CUDACXX="nothing").stdout == done.stdout  # they are stored
