@@ -83,8 +83,8 @@ bool turbo_same_sequences(const Cells & cells, int64_t a, int64_t b, const Seque
                        [&](const auto * one) { return cells.seq_has(a, one->id) == cells.seq_has(b, one->id); });
 }
 
-// Finds the runs of all sequences of a stream that have tokens in the batch, in its first n_kv cells. There may be cells
-// of `ids` sequences. window: whether there is a sliding window.
+// Finds the runs of all sequences of a stream that have tokens in the batch, in its first n_kv cells. Sequences have
+// ids below `ids`. window: whether there is a sliding window.
 template <typename Cells>
 void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<Cells> *> & sequences, int64_t n_kv,
                      bool window, size_t ids) {
