@@ -87,12 +87,20 @@ __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b
     return r;
 }
 
+// Transposes an 8 x 8 matrix of 16-bit elements. Lane 4 r + i has elements 2 i and 2 i + 1 of row r.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+    uint32_t r = 0;
+#if __CUDA_ARCH__ >= 750
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+#endif
+    return r;
+}
+
 constexpr uint32_t interleave_low = 0x5140,  // a0 b0 a1 b1
     interleave_high = 0x7362,                // a2 b2 a3 b3
     low_halves = 0x5410,                     // a0 a1 b0 b1
     high_halves = 0x7632,                    // a2 a3 b2 b3
-    lowest_bytes = 0x0040,                   // a0 b0 in the low half
-    second_bytes = 0x0051;                   // a1 b1 in the low half
+    high_and_low_bytes = 0x4051;             // a1 b1 a0 b0
 
 // Transposes four words of four bytes: word i becomes byte i of each word.
 __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {

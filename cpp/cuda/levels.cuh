@@ -34,23 +34,22 @@ template <typename Family> struct Table {
     static constexpr uint32_t low0 = magnitude(0), low1 = magnitude(1), low2 = magnitude(2), low3 = magnitude(3);
 };
 
-// Whether 128 is added to the levels that are looked up, which are then unsigned bytes. Levels that need two permutes or
-// more are differences of bytes that are not negative: with the 128, the difference of two words borrows nothing.
-template <typename Family> constexpr bool biased_levels = Family::levels >= 16;
-constexpr uint32_t four_biases = 0x80808080;
+// Levels that need two permutes are the difference of two operands, whose products with the other matrix are subtracted.
+template <typename Family> constexpr int level_parts = Family::levels >= 16 ? 2 : 1;
 // Whether an index has a fifth bit, which is the sign of its level and has a selector of its own, that of Unit.
 template <typename Family> constexpr bool signed_units = Family::levels == 32;
 
-// Looks up the levels of the four indices in the low 16 bits of `nibbles`, plus 128 if biased_levels. If the upper bit
-// of a nibble is set, prmt repeats the sign of the selected byte.
+// Looks up the levels of the four indices in the low 16 bits of `nibbles`. If the upper bit of a nibble is set, prmt
+// repeats the sign of the selected byte.
 //   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
-//   32 levels: the nibble selects 128 + a magnitude, from one of two tables; the byte from the other is 255. The level is
+//   32 levels: the nibble selects a magnitude from one of two tables; the byte from the other is zero. The level is
 //     positive if a bit of the nibble in `signs` is set, the lowest bit for field 0 and the third for field 1 (Unit).
-//     Otherwise 127 is subtracted from the complement of the magnitude.
+//     Otherwise -1 is subtracted from the complement of the magnitude.
 template <typename Family> struct LookUp {
     using T = Table<Family>;
+    static constexpr int parts = level_parts<Family>;
     // first operands of prmt, which are registers
-    uint32_t low0 = T::low0 | bias, low2 = T::low2 | bias, c2 = T::c2, sign0 = 0x007f007f, sign1 = 0x7f7f7f7f;
+    uint32_t low0 = T::low0, low2 = T::low2, c2 = T::c2, sign0 = 0x00ff00ff, sign1 = 0xffffffff;
 
     // Without this, kernels that need many registers load the constants again for each lookup.
     __device__ __forceinline__ void keep_in_registers() {
@@ -61,20 +60,19 @@ template <typename Family> struct LookUp {
         sign0 ^= zero;
         sign1 ^= zero;
     }
-    __device__ __forceinline__ uint32_t operator()(uint32_t nibbles, uint32_t signs, int field) const {
+    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, int field, uint32_t (&part)[parts]) const {
         if constexpr (Family::levels == 32) {
-            const uint32_t low = prmt(low0, T::low1 | bias, nibbles), high = prmt(low2, T::low3 | bias, nibbles ^ 0x8888);
+            const uint32_t magnitude = prmt(low0, T::low1, nibbles) | prmt(low2, T::low3, nibbles ^ 0x8888);
             const uint32_t negative = field ? prmt(sign1, 0, signs) : prmt(sign0, sign0, signs);
-            return ((low & high) ^ negative) - negative;
+            part[0] = magnitude ^ negative;
+            part[1] = negative;
         } else if constexpr (Family::levels == 16) {
-            return prmt(c2, T::c3, nibbles ^ 0x8888) - prmt(low0, T::low1, nibbles) + four_biases;
+            part[0] = prmt(c2, T::c3, nibbles ^ 0x8888);
+            part[1] = prmt(low0, T::low1, nibbles);
         } else {
-            return prmt(T::c0, T::c1, nibbles);
+            part[0] = prmt(T::c0, T::c1, nibbles);
         }
     }
-
-private:
-    static constexpr uint32_t bias = Family::levels == 32 ? four_biases : 0;
 };
 
 // ---- units

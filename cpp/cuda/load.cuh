@@ -17,7 +17,8 @@ namespace {
 template <typename Family_> struct TurboKind {
     using Family = Family_;
     static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
-    static constexpr bool nibbles = packs_nibbles<Family>, biased = biased_levels<Family>, signs = signed_units<Family>;
+    static constexpr bool nibbles = packs_nibbles<Family>, signs = signed_units<Family>;
+    static constexpr int parts = level_parts<Family>;
     static constexpr float step = Family::step;
     template <int D> static constexpr int block = rotated_block<D>;
     template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(Family::bits, block<D>);
@@ -27,7 +28,8 @@ template <typename Family_> struct TurboKind {
 template <int Block, int Bytes, bool Floats> struct PlainKind {
     using Family = void;
     static constexpr bool covered = true, turbo = false, floats = Floats;
-    static constexpr bool nibbles = false, biased = false, signs = false;
+    static constexpr bool nibbles = false, signs = false;
+    static constexpr int parts = 1;
     static constexpr float step = 1.0f;
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
@@ -62,7 +64,8 @@ template <KV T, int D> struct Layout {
     using LookUpLevels = typename Kind<T>::LookUpLevels;
     static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
-    static constexpr bool nibbles = Kind<T>::nibbles, biased = Kind<T>::biased, signs = Kind<T>::signs; // see levels.cuh
+    static constexpr bool nibbles = Kind<T>::nibbles, signs = Kind<T>::signs; // see levels.cuh
+    static constexpr int parts = Kind<T>::parts;                               // of a level, as an operand
     static constexpr int block = Kind<T>::template block<D>;
     static constexpr int block_bytes = Kind<T>::template block_bytes<D>;
     static constexpr int bytes = D / block * block_bytes;
@@ -183,9 +186,9 @@ template <KV TK, KV TV, int D> struct Stages {
     int rows;             // of a stage
     int bytes;            // of a stage
     uint32_t shared_address;
-    // The offsets in a stage of a lane's rows of its warp's tile. The operands of K are in row `quad`. The scales of K,
-    // and V, are in rows 2 * in_quad and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
-    int k_operand, k_scale0, k_scale1, v_row0, v_row1;
+    // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad and
+    // 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
+    int k_row, v_row, v_row0, v_row1;
 
     __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
         : call(call), place(place) {
@@ -205,9 +208,8 @@ template <KV TK, KV TV, int D> struct Stages {
         const int v_at =
             rows * p.pitch_k + place.row_tile * tile_rows * p.pitch_v + place.head_in_block * LV::bytes;
         const int quad = place.quad, even = 2 * place.in_quad, odd = even + 1;
-        k_operand = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
-        k_scale0 = keep(k_at + even * p.pitch_k + row_offset(k_low, k_stride, even));
-        k_scale1 = keep(k_at + odd * p.pitch_k + row_offset(k_low, k_stride, odd));
+        k_row = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
+        v_row = keep(v_at + quad * p.pitch_v + row_offset(v_low, v_stride, quad));
         v_row0 = keep(v_at + even * p.pitch_v + row_offset(v_low, v_stride, even));
         v_row1 = keep(v_at + odd * p.pitch_v + row_offset(v_low, v_stride, odd));
     }
