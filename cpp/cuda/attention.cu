@@ -257,13 +257,14 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
         // of shared memory that CUDA takes for each of them.
         const int resident = a.head <= 128 ? 2 : 1, reserved = 1024;
-        const int share = device->shared_per_multiprocessor / resident - reserved;
+        const int share = device->shared_per_multiprocessor / resident - reserved - barrier_bytes;
+        const int most = device->shared_per_block - barrier_bytes;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
         p.row_tiles = most_warps / heads;
-        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > device->shared_per_block) --p.row_tiles;
+        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > most) --p.row_tiles;
         const int stage = p.row_tiles * row_tile;
-        if (2 * stage > device->shared_per_block) continue;
-        p.stages = 3 * stage <= share && 3 * stage <= device->shared_per_block ? 3 : 2;
+        if (2 * stage > most) continue;
+        p.stages = 3 * stage <= share && 3 * stage <= most ? 3 : 2;
         p.shared_bytes = p.stages * stage;
         const int64_t beside = int64_t(p.head_groups) * p.column_tiles * a.streams;
         if (beside / a.streams > 65535) return false;
@@ -284,6 +285,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
             p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
         }
+        p.shared_bytes += barrier_bytes;
         const size_t parts = size_t(query_rows(a)) * size_t(p.parts);
         p.states_at = parts * size_t(a.head) * sizeof(float);
         p.workspace_bytes = p.states_at + parts * sizeof(SoftmaxState);

@@ -117,10 +117,14 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
     mask.load(place.begin + place.row_tile * tile_rows);
     prepare_queries<TK, D>(call, place, scratch, values);
     const Query<TK, D, C> query(place, scratch);
+    before_bulk_copies();
 
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
-    for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
-        stages.advance(row, stage, ahead);
+    int stage = -1, parity = 1;
+    for (int row = 0; row < place.length; row += stages.rows) {
+        stage = stages.after(stage);
+        parity ^= stage == 0;
+        stages.advance(row, stage, parity, ahead);
         const int first = row + place.row_tile * tile_rows; // row of the warp's tile
         if (first >= place.length) continue;
         const bool visible = mask.is_zero(), hidden = !visible && mask.hides_all();
@@ -159,8 +163,9 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
     const Place place(call);
-    if (place.four) attend<TK, TV, D, Windowed, 1>(call, place, shared);
-    else attend<TK, TV, D, Windowed, 2>(call, place, shared);
+    uint8_t * stages = shared + barrier_bytes;
+    if (place.four) attend<TK, TV, D, Windowed, 1>(call, place, stages);
+    else attend<TK, TV, D, Windowed, 2>(call, place, stages);
 }
 
 } // namespace

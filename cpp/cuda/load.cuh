@@ -96,6 +96,10 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+__device__ __forceinline__ void store_shared(uint32_t shared, uint32_t x) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(uint16_t(x)) : "memory");
+}
+
 // As copy_async, for any even number `valid`, negative ones and those above 16 included. `any` is a readable address
 // for the case that nothing is valid.
 __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
@@ -107,8 +111,47 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 2 * i < valid ? uint16_t(load_u16(global + 2 * i)) : uint16_t(0);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * i), "h"(x[i]) : "memory");
+    for (int i = 0; i < 8; ++i) store_shared(shared + 2 * i, x[i]);
 }
+
+// ---- bulk copies, of Hopper and newer GPUs
+
+#if __CUDA_ARCH__ >= 900
+#define TURBOQUANT_BULK_COPIES
+#endif
+
+#ifdef TURBOQUANT_BULK_COPIES
+// A barrier in shared memory completes a phase when it has its arrivals and all bytes that were announced for the phase.
+// Phases have the parities 0, 1, 0, ...
+__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n"
+                 "fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void announce_bytes(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(barrier), "r"(parity) : "memory");
+}
+// Copies bytes from global to shared memory. Addresses and sizes are multiples of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, int bytes, uint32_t barrier) {
+    announce_bytes(barrier, bytes);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+// Orders a thread's accesses to shared memory before later bulk copies to the same memory.
+__device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+__device__ __forceinline__ void before_bulk_copies() {}
+#endif
 
 // The rows of K or V of a thread block's heads.
 struct Side {
@@ -168,6 +211,27 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
     }
 }
 
+#ifdef TURBOQUANT_BULK_COPIES
+// As load_rows, but this is the work of a part of the threads: `thread` of `threads`. A row that is not whole is copied with
+// ordinary loads and stores.
+__device__ __forceinline__ void load_rows_bulk(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
+                                               int thread, int threads, uint32_t barrier) {
+    const int64_t left = n_kv - 1 - first; // rows before the last one: the bytes behind them may be read
+#pragma unroll 1
+    for (int r = thread; r < rows; r += threads) {
+        const uint8_t * from = side.base + (first + r) * side.stride;
+        const uint32_t to = shared + r * side.pitch;
+        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk;
+        const int whole = r < left ? (bytes + 15) & ~15 : r == left ? bytes & ~15 : 0;
+        if (whole) copy_bulk(to, from - offset, whole, barrier);
+        if (r < left) continue;
+#pragma unroll 1
+        for (int at = whole; at < side.pitch; at += 2)
+            store_shared(to + at, r == left && at >= offset && at < bytes ? load_u16(from - offset + at) : 0);
+    }
+}
+#endif
+
 // The address of row r of a tile, modulo 16; `low` is that of row 0. Strides are even, so it depends only on r mod 8.
 __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
     return int((low + uint32_t(r) * stride) & 15);
@@ -176,7 +240,8 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 // ---- the pipeline
 
 // The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
-// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
+// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V. Before the
+// stages are their barriers.
 template <KV TK, KV TV, int D> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
@@ -185,11 +250,12 @@ template <KV TK, KV TV, int D> struct Stages {
     const uint8_t *k, *v; // row 0 of the thread block's heads
     int rows;             // of a stage
     int bytes;            // of a stage
-    uint32_t shared_address;
+    uint32_t barriers, shared_address; // of the first stage
     // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad and
     // 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
     int k_row, v_row, v_row0, v_row1;
 
+    // shared: where the stages begin.
     __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
         : call(call), place(place) {
         const Attention & a = call.a;
@@ -199,6 +265,7 @@ template <KV TK, KV TV, int D> struct Stages {
         rows = p.row_tiles * tile_rows;
         bytes = rows * (p.pitch_k + p.pitch_v);
         shared_address = uint32_t(__cvta_generic_to_shared(shared));
+        barriers = shared_address - barrier_bytes;
         // A step advances by a multiple of 32 rows, so the addresses of later tiles are the same modulo 16.
         const uint32_t row = uint32_t(place.begin + place.row_tile * tile_rows);
         const uint32_t k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
@@ -221,8 +288,58 @@ template <KV TK, KV TV, int D> struct Stages {
         prefetch(v + (place.begin + threadIdx.x) * call.a.v_row);
     }
 
-    // Starts to load the thread block's rows from `at` on into a stage. A group of copies without rows is committed as
-    // well, because copy_wait counts groups.
+#ifdef TURBOQUANT_BULK_COPIES
+    // Whether all rows of a stage of K and all of V are one run of bytes.
+    __device__ __forceinline__ bool gapless() const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        return a.k_row == p.pitch_k && p.block_heads * LK::bytes == p.pitch_k && a.v_row == p.pitch_v &&
+               p.block_heads * LV::bytes == p.pitch_v;
+    }
+    // Starts to load the thread block's rows from `at` on into a stage. The first warp does this alone if there are no
+    // gaps between the rows.
+    __device__ __forceinline__ void load(int at, int stage) const {
+        if (at >= place.length) return;
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        const bool alone = gapless();
+        if (alone && place.warp != 0) return;
+        const uint32_t barrier = barriers + 8 * stage, to_k = shared_address + stage * bytes,
+                       to_v = to_k + rows * p.pitch_k;
+        const int64_t first = place.begin + at;
+        if (alone && first + rows <= a.n_kv) {
+            if (place.lane == 0) {
+                copy_bulk(to_k, k + first * a.k_row, rows * p.pitch_k, barrier);
+                copy_bulk(to_v, v + first * a.v_row, rows * p.pitch_v, barrier);
+            }
+        } else {
+            const int thread = alone ? place.lane : threadIdx.x, threads = alone ? 32 : blockDim.x;
+            load_rows_bulk(to_k, Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k}, rows, first, a.n_kv, thread,
+                           threads, barrier);
+            load_rows_bulk(to_v, Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}, rows, first, a.n_kv, thread,
+                           threads, barrier);
+            __syncwarp();
+        }
+        if (place.lane == 0) arrive(barrier);
+    }
+    // Starts to load all stages but the last.
+    __device__ __forceinline__ void start() const {
+        if (threadIdx.x == 0)
+            for (int stage = 0; stage < call.plan.stages; ++stage)
+                start_barrier(barriers + 8 * stage, gapless() ? 1 : blockDim.x / 32);
+        __syncthreads();
+#pragma unroll 1
+        for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
+    }
+    // Starts to load the rows `ahead` of `at` into the stage before `stage`, which all warps have read, and waits for
+    // `stage`, which has the rows from `at` on. `parity` changes when the stages are used again.
+    __device__ __forceinline__ void advance(int at, int stage, int parity, int ahead) const {
+        __syncthreads();
+        load(at + ahead, stage ? stage - 1 : call.plan.stages - 1);
+        wait_for_phase(barriers + 8 * stage, parity);
+    }
+#else
+    // As above. A group of copies without rows is committed as well, because copy_wait counts groups.
     __device__ __forceinline__ void load(int at, int stage) const {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
@@ -236,21 +353,17 @@ template <KV TK, KV TV, int D> struct Stages {
         }
         copy_commit();
     }
-    // Starts to load all stages but the last.
     __device__ __forceinline__ void start() const {
 #pragma unroll 1
         for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
     }
-    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the
-    // preceding stage, which all warps have read. The caller computes `ahead` in advance; computed here, it makes some
-    // instances spill registers.
-    __device__ __forceinline__ void advance(int at, int stage, int ahead) const {
-        const int stages = call.plan.stages;
-        if (stages == 3) copy_wait<1>();
+    __device__ __forceinline__ void advance(int at, int stage, int, int ahead) const {
+        if (call.plan.stages == 3) copy_wait<1>();
         else copy_wait<0>();
         __syncthreads();
-        load(at + ahead, stage ? stage - 1 : stages - 1);
+        load(at + ahead, stage ? stage - 1 : call.plan.stages - 1);
     }
+#endif
     __device__ __forceinline__ int after(int stage) const { return stage + 1 == call.plan.stages ? 0 : stage + 1; }
 };
 

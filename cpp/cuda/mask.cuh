@@ -33,17 +33,26 @@ template <int C> struct Mask {
 
     // Loads the mask of the tile from row `first` on. Rows from n_kv on are hidden.
     __device__ __forceinline__ void load(int64_t first) {
-        const bool whole = first + tile_rows <= n_kv;
-        if (whole && !row[0]) return;
-#pragma unroll
-        for (int j = 0; j < lane_rows; ++j)
+        if (first + tile_rows <= n_kv) {
+            if (!row[0]) return;
 #pragma unroll
             for (int h = 0; h < C; ++h) {
+                const uint16_t * from = reinterpret_cast<const uint16_t *>(row[h]) + first + quad;
+#pragma unroll
+                for (int j = 0; j < lane_rows; ++j) values[j][h] = from[8 * j];
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int64_t r = first + quad; r < first + tile_rows; r += 8)
+#pragma unroll
+            for (int h = 0; h < C; ++h) {
+#pragma unroll
+                for (int j = 1; j < lane_rows; ++j) values[j - 1][h] = values[j][h];
                 constexpr uint32_t minus_infinity = 0xfc00;
-                const int64_t r = first + quad + 8 * j;
-                values[j][h] = !whole && r >= n_kv ? minus_infinity
-                               : row[h]            ? *reinterpret_cast<const uint16_t *>(row[h] + 2 * r)
-                                                   : 0;
+                values[lane_rows - 1][h] = r >= n_kv ? minus_infinity
+                                           : row[h]  ? reinterpret_cast<const uint16_t *>(row[h])[r]
+                                                     : 0;
             }
     }
 
