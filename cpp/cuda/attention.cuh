@@ -118,6 +118,9 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
     prepare_queries<TK, D>(call, place, scratch, values);
     const Query<TK, D, C> query(place, scratch);
     before_bulk_copies();
+    const uint32_t zero = unknown_zero();
+    const typename Layout<TK, D>::LookUpLevels look_up_keys(zero);
+    const typename Layout<TV, D>::LookUpLevels look_up_values(zero);
 
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
     int stage = -1, parity = 1;
@@ -131,7 +134,7 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
         const uint8_t * memory = shared + stage * stages.bytes;
         float score[lane_rows][C];
         if (!hidden) {
-            scores<TK, D, C>(query, memory + stages.k_row, plan.pitch_k, place.in_quad, score);
+            scores<TK, D, C>(query, look_up_keys, memory + stages.k_row, plan.pitch_k, place.in_quad, score);
             scale_scores<C>(call.a.soft_cap, query.factor, score);
             if (!visible) mask.apply(score);
         }
@@ -148,7 +151,7 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
         for (int h = 0; h < C; ++h)
             needed = needed || (columns.valid[h] && !(exp2f(largest[h] - state[h].largest) <= call.a.sparse_v));
         if (!__any_sync(all_lanes, needed)) continue;
-        output<TV, D, C>(sums, weight, visible, memory + stages.v_row, memory + stages.v_row0, memory + stages.v_row1,
+        output<TV, D, C>(sums, look_up_values, weight, visible, memory + stages.v_row, memory + stages.v_row0, memory + stages.v_row1,
                          plan.pitch_v, place.quad);
     }
 #pragma unroll

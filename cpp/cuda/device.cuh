@@ -49,6 +49,9 @@ __device__ __forceinline__ int warp_sum(int x) {
 // x again in every step.
 __device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, threadIdx.x % 32); }
 
+// A zero that the compiler does not know.
+__device__ __forceinline__ uint32_t unknown_zero() { return keep(threadIdx.x % 32) ^ threadIdx.x % 32; }
+
 // The sign bits of 32 elements.
 constexpr uint32_t sign_word(const uint8_t * signs, int word) {
     return uint32_t(signs[4 * word]) | uint32_t(signs[4 * word + 1]) << 8 | uint32_t(signs[4 * word + 2]) << 16 |

@@ -34,7 +34,9 @@ template <int Block, int Bytes, bool Floats> struct PlainKind {
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
     template <int D> using BlockFormat = void;
-    struct LookUpLevels {};
+    struct LookUpLevels {
+        __device__ explicit LookUpLevels(uint32_t) {}
+    };
 };
 
 template <KV T> struct Kind;

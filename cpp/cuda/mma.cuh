@@ -42,7 +42,8 @@ __device__ __forceinline__ int join_bytes(const int (&c)[2][4], int half, int h)
 // Computes the products of the lane's columns with its rows of a tile, quad + 8 j, which become scores if they are
 // multiplied by the factors of the queries. `row` is row `quad`.
 template <KV TK, int D, int C>
-__device__ __forceinline__ void scores(const Query<TK, D, C> & query, const uint8_t * row, int pitch, int in_quad,
+__device__ __forceinline__ void scores(const Query<TK, D, C> & query,
+                                       const typename Layout<TK, D>::LookUpLevels & look_up, const uint8_t * row, int pitch, int in_quad,
                                        float (&s)[lane_rows][C]) {
     using L = Layout<TK, D>;
 #pragma unroll
@@ -69,7 +70,8 @@ __device__ __forceinline__ void scores(const Query<TK, D, C> & query, const uint
                 int c[L::parts][C][4] = {};
 #pragma unroll
                 for (int i = 0; i < steps; ++i) {
-                    const auto k0 = key_levels<TK, D>(block0, i, in_quad), k1 = key_levels<TK, D>(block1, i, in_quad);
+                    const auto k0 = key_levels<TK, D>(look_up, block0, i, in_quad),
+                               k1 = key_levels<TK, D>(look_up, block1, i, in_quad);
 #pragma unroll
                     for (int p = 0; p < L::parts; ++p) {
                         const uint32_t k[4] = {k0.x[p][0], k1.x[p][0], k0.x[p][1], k1.x[p][1]};
@@ -117,7 +119,7 @@ __device__ __forceinline__ void correct_output(Sums<D, C> & sums, const float (&
 // hidden unless `visible`. scale_row is row `quad`; row0 and row1 are rows 2 * in_quad and 2 * in_quad + 1, whose values and
 // those of the rows 8, 16 and 24 further on the lane computes. store_output maps the elements of o to those of the row.
 template <KV TV, int D, int C>
-__device__ __forceinline__ void output(Sums<D, C> & o, const float (&p)[lane_rows][C], bool visible,
+__device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV, D>::LookUpLevels & look_up, const float (&p)[lane_rows][C], bool visible,
                                        const uint8_t * scale_row, const uint8_t * row0, const uint8_t * row1, int pitch,
                                        int quad) {
     using L = Layout<TV, D>;
@@ -152,8 +154,6 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const float (&p)[lane_row
         }
     } else {
         using Units = ValueUnits<TV, D>;
-        typename L::LookUpLevels look_up;
-        if constexpr (L::parts == 2) look_up.keep_in_registers();
 #pragma unroll
         for (int b = 0; b < D / L::block; ++b) {
             const int offset = b * L::block_bytes;

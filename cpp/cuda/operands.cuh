@@ -35,12 +35,11 @@ template <int P, int R> struct Levels {
 // ---- K
 
 // The levels of a lane's eight elements, of the 32 elements of a block that product `step` takes.
-template <KV TK, int D>
-__device__ __forceinline__ auto key_levels(const uint8_t * block, int step, int in_quad) {
+template <KV TK, int D, typename LookUp>
+__device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t * block, int step, int in_quad) {
     using L = Layout<TK, D>;
     Levels<L::parts, 2> k;
     if constexpr (L::turbo) {
-        const LookUp<typename L::Family> look_up;
         uint32_t nibbles[2], signs = 0;
         if constexpr (L::nibbles) { // half of a unit is what one load reads
             const uint8_t * unit = block + 2 + 4 * (in_quad + 4 * step);
