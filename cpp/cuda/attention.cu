@@ -168,7 +168,7 @@ template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream
 struct Head {
     int size;
     RowType (*row_type)(KV type);
-    AttentionKernel (*kernel)(KV type_k, KV type_v, bool windowed);
+    AttentionKernel (*kernel)(const KernelChoice & choice);
     cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
 };
 const Head heads[] = {
@@ -193,10 +193,11 @@ constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
 // 48 KB.
 cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
     constexpr int most_devices = 64;
-    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count][2];
+    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count][2][2];
     const int id = call.plan.device;
     if (id >= most_devices) return cudaErrorNotSupported;
-    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)][call.a.windowed];
+    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)][call.a.windowed]
+                                      [call.plan.column_tile == 4];
     if (known.load(std::memory_order_relaxed) >= call.plan.shared_bytes) return cudaSuccess;
     const int most = all_devices()[size_t(id)].shared_per_block;
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
@@ -226,7 +227,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     const Head * head = head_of(a.head);
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
         a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
-        device->version < 80 || !head || !head->kernel(a.type_k, a.type_v, a.windowed))
+        device->version < 80 || !head || !head->kernel({a.type_k, a.type_v, a.windowed, true}))
         return false;
     if (a.windowed && !covers_exact(a)) return false;
     const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
@@ -256,7 +257,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
         // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
         // of shared memory that CUDA takes for each of them.
-        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024;
+        const int resident = resident_blocks(a.head, p.column_tile / 4), reserved = 1024;
         const int share = device->shared_per_multiprocessor / resident - reserved - barrier_bytes;
         const int most = device->shared_per_block - barrier_bytes;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
@@ -306,7 +307,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const Head & head = *head_of(a.head);
-    const AttentionKernel kernel = head.kernel(a.type_k, a.type_v, a.windowed);
+    const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, plan.column_tile == 4});
     const cudaError_t error = allow_shared(head, kernel, call);
     if (error != cudaSuccess) return error;
     call.stored_groups = stored_groups(a);

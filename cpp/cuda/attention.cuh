@@ -82,9 +82,14 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     }
 }
 
-// The kernel for C columns of a lane.
+// C: columns of a lane. Thread blocks have four or eight columns.
 template <KV TK, KV TV, int D, bool Windowed, int C>
-__device__ __forceinline__ void attend(const AttentionCall & call, const Place & place, uint8_t * shared) {
+__global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
+    attention_kernel(const __grid_constant__ AttentionCall call) {
+    extern __shared__ __align__(16) uint8_t all_shared[];
+    let_next_start();
+    uint8_t * shared = all_shared + barrier_bytes;
+    const Place place(call);
     const AttentionPlan & plan = call.plan;
     const LaneColumns<C> columns(call, place);
     Mask<C> mask(call, place, columns);
@@ -117,7 +122,7 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
     mask.load(place.begin + place.row_tile * tile_rows);
     prepare_queries<TK, D>(call, place, scratch, values);
     const Query<TK, D, C> query(place, scratch);
-    before_bulk_copies();
+    if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();
     const typename Layout<TK, D>::LookUpLevels look_up_keys(zero);
     const typename Layout<TV, D>::LookUpLevels look_up_values(zero);
@@ -160,35 +165,34 @@ __device__ __forceinline__ void attend(const AttentionCall & call, const Place &
     else finish_rows<TV, D, C>(call, place, shared, state, sums);
 }
 
-template <KV TK, KV TV, int D, bool Windowed>
-__global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
-    attention_kernel(const __grid_constant__ AttentionCall call) {
-    extern __shared__ __align__(16) uint8_t shared[];
-    let_next_start();
-    const Place place(call);
-    uint8_t * stages = shared + barrier_bytes;
-    if (place.four) attend<TK, TV, D, Windowed, 1>(call, place, stages);
-    else attend<TK, TV, D, Windowed, 2>(call, place, stages);
-}
-
 } // namespace
 
 using AttentionKernel = void (*)(AttentionCall);
 
-// The kernel for a pair of types, or nullptr if there is none. The function of each head size is in a file of its own,
+struct KernelChoice {
+    KV type_k, type_v;
+    bool windowed, four; // four: whether a thread block has four columns, not eight
+};
+
+// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its own,
 // so the instances can be compiled in parallel.
-#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v, bool windowed);
+#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
 
 namespace {
 
-template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
-    switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                     \
-    case KV::name:                                                                                \
-        if constexpr (covers_pair<TK, KV::name>)                                                  \
-            return windowed ? attention_kernel<TK, KV::name, D, true> : attention_kernel<TK, KV::name, D, false>; \
+template <KV TK, KV TV, int D> AttentionKernel kernel_for_types(bool windowed, bool four) {
+    if (windowed) return four ? attention_kernel<TK, TV, D, true, 1> : attention_kernel<TK, TV, D, true, 2>;
+    return four ? attention_kernel<TK, TV, D, false, 1> : attention_kernel<TK, TV, D, false, 2>;
+}
+
+template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choice) {
+    switch (choice.type_v) {
+#define TURBOQUANT_CASE(name)                                                                  \
+    case KV::name:                                                                             \
+        if constexpr (covers_pair<TK, KV::name>)                                               \
+            return kernel_for_types<TK, KV::name, D>(choice.windowed, choice.four);            \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -196,10 +200,10 @@ template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
     return nullptr;
 }
 
-template <int D> AttentionKernel kernel_for(KV type_k, KV type_v, bool windowed) {
-    switch (type_k) {
+template <int D> AttentionKernel kernel_for(const KernelChoice & choice) {
+    switch (choice.type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return kernel_for<D, KV::name>(type_v, windowed);
+    case KV::name: return kernel_for_key<KV::name, D>(choice);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

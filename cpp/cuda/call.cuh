@@ -12,6 +12,8 @@ constexpr int tile_rows = 32;   // KV rows that a warp computes at a time
 constexpr int lane_rows = 4;    // of these, the number whose scores a lane has: rows quad + 8 j
 constexpr int most_columns = 8; // maximum query columns of a thread block
 constexpr int most_warps = 8;   // of a thread block
+// Thread blocks of a multiprocessor at a time, in the launch bounds of the kernel for C columns of a lane.
+constexpr int resident_blocks(int head, int C) { return head > 128 ? 1 : 2; }
 constexpr int barrier_bytes = 32; // of the barriers of the stages of the pipeline, in shared memory
 
 struct AttentionCall {

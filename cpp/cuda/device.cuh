@@ -118,7 +118,15 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
 __device__ __forceinline__ uint32_t load_u8(const uint8_t * p) { return *p; }
 // Blocks begin at even addresses.
 __device__ __forceinline__ uint32_t load_u16(const uint8_t * p) { return *reinterpret_cast<const uint16_t *>(p); }
-__device__ __forceinline__ uint32_t load_u32(const uint8_t * p) { return load_u16(p) + (load_u16(p + 2) << 16); }
+__device__ __forceinline__ uint32_t load_u32(const uint8_t * p) {
+#ifdef __CUDA_ARCH__ // a multiplication; compilers take a permute instead, and attention has too many of these
+    uint32_t x;
+    asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(x) : "r"(load_u16(p + 2)), "r"(load_u16(p)));
+    return x;
+#else
+    return load_u16(p) + (load_u16(p + 2) << 16);
+#endif
+}
 __device__ __forceinline__ float load_half(const uint8_t * p) {
     return __half2float(__ushort_as_half(uint16_t(load_u16(p))));
 }

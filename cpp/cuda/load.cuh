@@ -121,39 +121,47 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
 #if __CUDA_ARCH__ >= 900
 #define TURBOQUANT_BULK_COPIES
 #endif
-
 #ifdef TURBOQUANT_BULK_COPIES
+#define TURBOQUANT_BULK(...) asm volatile(__VA_ARGS__)
+constexpr bool bulk_copies = true;
+#else
+#define TURBOQUANT_BULK(...)
+constexpr bool bulk_copies = false;
+#endif
+
 // A barrier in shared memory completes a phase when it has its arrivals and all bytes that were announced for the phase.
 // Phases have the parities 0, 1, 0, ...
 __device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n"
-                 "fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void announce_bytes(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    TURBOQUANT_BULK("mbarrier.init.shared::cta.b64 [%0], %1;\n"
+                    "fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    TURBOQUANT_BULK("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}" ::"r"(barrier), "r"(parity) : "memory");
+    TURBOQUANT_BULK("{\n"
+                    ".reg .pred done;\n"
+                    "again:\n"
+                    "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                    "@!done bra again;\n"
+                    "}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// Copies bytes from global to shared memory. Addresses and sizes are multiples of 16.
+// Announces bytes for the barrier's phase, and copies them from global to shared memory. Addresses and sizes are multiples
+// of 16.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, int bytes, uint32_t barrier) {
-    announce_bytes(barrier, bytes);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-                 "l"(global), "r"(bytes), "r"(barrier) : "memory");
+    TURBOQUANT_BULK("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                    "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 // Orders a thread's accesses to shared memory before later bulk copies to the same memory.
-__device__ __forceinline__ void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#else
-__device__ __forceinline__ void before_bulk_copies() {}
-#endif
+__device__ __forceinline__ void before_bulk_copies() { TURBOQUANT_BULK("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A warp waits until all other warps of the thread block have called tell_waiting_warp with the same number, 1, 2, ...
+__device__ __forceinline__ void wait_for_warps(int number) {
+    TURBOQUANT_BULK("barrier.cta.sync %0, %1;" ::"r"(number), "r"(blockDim.x) : "memory");
+}
+__device__ __forceinline__ void tell_waiting_warp(int number) {
+    TURBOQUANT_BULK("barrier.cta.arrive %0, %1;" ::"r"(number), "r"(blockDim.x) : "memory");
+}
 
 // The rows of K or V of a thread block's heads.
 struct Side {
@@ -213,26 +221,13 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
     }
 }
 
-#ifdef TURBOQUANT_BULK_COPIES
-// As load_rows, but this is the work of a part of the threads: `thread` of `threads`. A row that is not whole is copied with
-// ordinary loads and stores.
-__device__ __forceinline__ void load_rows_bulk(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
-                                               int thread, int threads, uint32_t barrier) {
-    const int64_t left = n_kv - 1 - first; // rows before the last one: the bytes behind them may be read
-#pragma unroll 1
-    for (int r = thread; r < rows; r += threads) {
-        const uint8_t * from = side.base + (first + r) * side.stride;
-        const uint32_t to = shared + r * side.pitch;
-        const int offset = int(reinterpret_cast<uintptr_t>(from) & 15), bytes = offset + side.chunk;
-        const int whole = r < left ? (bytes + 15) & ~15 : r == left ? bytes & ~15 : 0;
-        if (whole) copy_bulk(to, from - offset, whole, barrier);
-        if (r < left) continue;
-#pragma unroll 1
-        for (int at = whole; at < side.pitch; at += 2)
-            store_shared(to + at, r == left && at >= offset && at < bytes ? load_u16(from - offset + at) : 0);
-    }
+// Copies rows without gaps, which are one run of bytes. A whole warp calls this.
+__device__ __forceinline__ void load_run(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv, int lane,
+                                         uint32_t barrier) {
+    const int valid = first + rows <= n_kv ? rows : int(n_kv - first);
+    if (lane == 0) copy_bulk(shared, side.base + first * side.stride, valid * side.pitch, barrier);
+    for (int at = valid * side.pitch + 2 * lane; at < rows * side.pitch; at += 64) store_shared(shared + at, 0);
 }
-#endif
 
 // The address of row r of a tile, modulo 16; `low` is that of row 0. Strides are even, so it depends only on r mod 8.
 __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
@@ -290,82 +285,74 @@ template <KV TK, KV TV, int D> struct Stages {
         prefetch(v + (place.begin + threadIdx.x) * call.a.v_row);
     }
 
-#ifdef TURBOQUANT_BULK_COPIES
-    // Whether all rows of a stage of K and all of V are one run of bytes.
-    __device__ __forceinline__ bool gapless() const {
-        const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
-        return a.k_row == p.pitch_k && p.block_heads * LK::bytes == p.pitch_k && a.v_row == p.pitch_v &&
-               p.block_heads * LV::bytes == p.pitch_v;
+    __device__ __forceinline__ Side keys() const {
+        return {k, call.a.k_row, call.plan.block_heads * LK::bytes, call.plan.pitch_k};
     }
-    // Starts to load the thread block's rows from `at` on into a stage. The first warp does this alone if there are no
-    // gaps between the rows.
+    __device__ __forceinline__ Side values() const {
+        return {v, call.a.v_row, call.plan.block_heads * LV::bytes, call.plan.pitch_v};
+    }
+    // Whether the stages are loaded by bulk copies: all rows of a stage of K are one run of bytes, and those of V too.
+    __device__ __forceinline__ bool bulk() const {
+        const Side a = keys(), b = values();
+        return bulk_copies && a.stride == a.pitch && a.chunk == a.pitch && b.stride == b.pitch && b.chunk == b.pitch;
+    }
+    // The warp that loads a stage by bulk copies.
+    __device__ __forceinline__ bool loads(int stage) const {
+        return place.warp == min(stage, int(blockDim.x / 32) - 1);
+    }
+    __device__ __forceinline__ uint32_t barrier(int stage) const { return barriers + 8 * stage; }
+
+    // Starts to load the thread block's rows from `at` on into a stage. One warp calls this for bulk copies, else all.
     __device__ __forceinline__ void load(int at, int stage) const {
-        if (at >= place.length) return;
-        const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
-        const bool alone = gapless();
-        if (alone && place.warp != 0) return;
-        const uint32_t barrier = barriers + 8 * stage, to_k = shared_address + stage * bytes,
-                       to_v = to_k + rows * p.pitch_k;
-        const int64_t first = place.begin + at;
-        if (alone && first + rows <= a.n_kv) {
-            if (place.lane == 0) {
-                copy_bulk(to_k, k + first * a.k_row, rows * p.pitch_k, barrier);
-                copy_bulk(to_v, v + first * a.v_row, rows * p.pitch_v, barrier);
-            }
-        } else {
-            const int thread = alone ? place.lane : threadIdx.x, threads = alone ? 32 : blockDim.x;
-            load_rows_bulk(to_k, Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k}, rows, first, a.n_kv, thread,
-                           threads, barrier);
-            load_rows_bulk(to_v, Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}, rows, first, a.n_kv, thread,
-                           threads, barrier);
+        const uint32_t to_k = shared_address + stage * bytes, to_v = to_k + rows * call.plan.pitch_k;
+        const int64_t first = place.begin + at, n_kv = call.a.n_kv;
+        if (bulk()) {
+            load_run(to_k, keys(), rows, first, n_kv, place.lane, barrier(stage));
+            load_run(to_v, values(), rows, first, n_kv, place.lane, barrier(stage));
             __syncwarp();
+            if (place.lane == 0) arrive(barrier(stage));
+        } else {
+            if (at < place.length) {
+#pragma unroll 1
+                for (int side = 0; side < 2; ++side)
+                    load_rows(side ? to_v : to_k, side ? values() : keys(), rows, first, n_kv);
+            }
+            copy_commit(); // of a group without rows as well, because copy_wait counts groups
         }
-        if (place.lane == 0) arrive(barrier);
     }
     // Starts to load all stages but the last.
     __device__ __forceinline__ void start() const {
-        if (threadIdx.x == 0)
-            for (int stage = 0; stage < call.plan.stages; ++stage)
-                start_barrier(barriers + 8 * stage, gapless() ? 1 : blockDim.x / 32);
-        __syncthreads();
-#pragma unroll 1
-        for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
-    }
-    // Starts to load the rows `ahead` of `at` into the stage before `stage`, which all warps have read, and waits for
-    // `stage`, which has the rows from `at` on. `parity` changes when the stages are used again.
-    __device__ __forceinline__ void advance(int at, int stage, int parity, int ahead) const {
-        __syncthreads();
-        load(at + ahead, stage ? stage - 1 : call.plan.stages - 1);
-        wait_for_phase(barriers + 8 * stage, parity);
-    }
-#else
-    // As above. A group of copies without rows is committed as well, because copy_wait counts groups.
-    __device__ __forceinline__ void load(int at, int stage) const {
-        const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
-        if (at < place.length) {
-#pragma unroll 1
-            for (int side = 0; side < 2; ++side)
-                load_rows(shared_address + stage * bytes + (side ? rows * p.pitch_k : 0),
-                          side ? Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}
-                               : Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k},
-                          rows, place.begin + at, a.n_kv);
+        if (bulk()) {
+            if (threadIdx.x == 0)
+                for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
+            __syncthreads();
         }
-        copy_commit();
-    }
-    __device__ __forceinline__ void start() const {
 #pragma unroll 1
-        for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
+        for (int stage = 0, at = 0; stage < call.plan.stages - 1; ++stage, at += rows)
+            if (!bulk() || (loads(stage) && at < place.length)) load(at, stage);
     }
-    __device__ __forceinline__ void advance(int at, int stage, int, int ahead) const {
-        if (call.plan.stages == 3) copy_wait<1>();
-        else copy_wait<0>();
-        __syncthreads();
-        load(at + ahead, stage ? stage - 1 : call.plan.stages - 1);
+    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the preceding
+    // stage as soon as all warps have read it. With bulk copies, only the warp that loads waits for the other warps.
+    // `parity` changes when the stages are used again.
+    __device__ __forceinline__ void advance(int at, int stage, int parity, int ahead) const {
+        const int stages = call.plan.stages, preceding = stage ? stage - 1 : stages - 1;
+        if (bulk()) {
+            if (at + ahead < place.length) {
+                if (loads(preceding)) {
+                    wait_for_warps(preceding + 1);
+                    load(at + ahead, preceding);
+                } else {
+                    tell_waiting_warp(preceding + 1);
+                }
+            }
+            wait_for_phase(barrier(stage), parity);
+        } else {
+            if (stages == 3) copy_wait<1>();
+            else copy_wait<0>();
+            __syncthreads();
+            load(at + ahead, preceding);
+        }
     }
-#endif
     __device__ __forceinline__ int after(int stage) const { return stage + 1 == call.plan.stages ? 0 : stage + 1; }
 };
 
