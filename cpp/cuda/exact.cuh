@@ -12,7 +12,7 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_exact_rows = 1; // of a warp, if more thread blocks can take them
+constexpr int most_exact_rows = 2; // of a warp, if more thread blocks can take them
 
 // The exact rows of a KV head: first the slots, then the batch's own rows.
 struct ExactHead {
