@@ -255,6 +255,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
+        p.gapless = a.k_row == p.pitch_k && heads * k.bytes == p.pitch_k && a.v_row == p.pitch_v &&
+                    heads * v.bytes == p.pitch_v;
         // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
         // of shared memory that CUDA takes for each of them.
         const int resident = resident_blocks(a.head, p.column_tile / 4), reserved = 1024;

@@ -291,11 +291,7 @@ template <KV TK, KV TV, int D> struct Stages {
     __device__ __forceinline__ Side values() const {
         return {v, call.a.v_row, call.plan.block_heads * LV::bytes, call.plan.pitch_v};
     }
-    // Whether the stages are loaded by bulk copies: all rows of a stage of K are one run of bytes, and those of V too.
-    __device__ __forceinline__ bool bulk() const {
-        const Side a = keys(), b = values();
-        return bulk_copies && a.stride == a.pitch && a.chunk == a.pitch && b.stride == b.pitch && b.chunk == b.pitch;
-    }
+    __device__ __forceinline__ bool bulk() const { return bulk_copies && call.plan.gapless; }
     // The warp that loads a stage by bulk copies.
     __device__ __forceinline__ bool loads(int stage) const {
         return place.warp == min(stage, int(blockDim.x / 32) - 1);
