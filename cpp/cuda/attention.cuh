@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
 
     stages.prefetch_rows();
     if (threadIdx.x == 0) prefetch(call.a.q);
-    if (mask.row[0] && threadIdx.x == 0) prefetch(mask.row[0]);
+    if (mask.row && threadIdx.x == 0) prefetch(mask.row);
     if constexpr (Windowed) prefetch_exact(call, place);
     wait_for_previous();
     float values[4][D / 32];
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         if (!hidden) {
             scores<TK, D, C>(query, look_up_keys, memory + stages.k_row, plan.pitch_k, place.in_quad, score);
             scale_scores<C>(call.a.soft_cap, query.factor, score);
-            if (!visible) mask.apply(score);
+            if (!visible) mask.apply(call, columns, score);
         }
         if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step
         if (hidden) continue;

@@ -12,57 +12,39 @@ namespace {
 
 // The masks of a lane's C columns.
 template <int C> struct Mask {
-    const char * row[C]; // the mask row of the query, or nullptr without a mask
+    const char * row;    // the mask row of the first column's query, or nullptr without a mask
+    int64_t to_next = 0; // bytes from there to that of the second column
     int64_t n_kv;
     int quad;
-    float slope[C]; // of ALiBi, or 1; times log2e, because weights are computed as powers of two
-    uint32_t values[lane_rows][C] = {}; // of the loaded tile: binary16
+    uint32_t values[lane_rows] = {}; // of the loaded tile: binary16 of the columns, the first one in the low half
 
     __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, const LaneColumns<C> & columns)
-        : n_kv(call.a.n_kv), quad(place.quad) {
-        const Attention & a = call.a;
-#pragma unroll
-        for (int h = 0; h < C; ++h) {
-            const int head = columns.head[h];
-            slope[h] = log2e * alibi_slope(call, head);
-            row[h] = a.mask ? static_cast<const char *>(a.mask) + columns.token[h] * a.mask_token +
-                                  head % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
-                            : nullptr;
-        }
+        : row(row_of(call, place, columns, 0)), n_kv(call.a.n_kv), quad(place.quad) {
+        if constexpr (C == 2) to_next = row_of(call, place, columns, 1) - row;
     }
 
     // Loads the mask of the tile from row `first` on. Rows from n_kv on are hidden.
     __device__ __forceinline__ void load(int64_t first) {
         if (first + tile_rows <= n_kv) {
-            if (!row[0]) return;
+            if (!row) return;
+            const char * from = row + 2 * (first + quad);
 #pragma unroll
-            for (int h = 0; h < C; ++h) {
-                const uint16_t * from = reinterpret_cast<const uint16_t *>(row[h]) + first + quad;
-#pragma unroll
-                for (int j = 0; j < lane_rows; ++j) values[j][h] = from[8 * j];
-            }
+            for (int j = 0; j < lane_rows; ++j) values[j] = load_values(from + 16 * j);
             return;
         }
 #pragma unroll 1
-        for (int64_t r = first + quad; r < first + tile_rows; r += 8)
+        for (int64_t r = first + quad; r < first + tile_rows; r += 8) {
 #pragma unroll
-            for (int h = 0; h < C; ++h) {
-#pragma unroll
-                for (int j = 1; j < lane_rows; ++j) values[j - 1][h] = values[j][h];
-                constexpr uint32_t minus_infinity = 0xfc00;
-                values[lane_rows - 1][h] = r >= n_kv ? minus_infinity
-                                           : row[h]  ? reinterpret_cast<const uint16_t *>(row[h])[r]
-                                                     : 0;
-            }
+            for (int j = 1; j < lane_rows; ++j) values[j - 1] = values[j];
+            values[lane_rows - 1] = r >= n_kv ? hidden : row ? load_values(row + 2 * r) : 0;
+        }
     }
 
     // Whether every column of the warp sees all rows of the loaded tile, without biases.
     __device__ __forceinline__ bool is_zero() const {
         uint32_t all = 0;
 #pragma unroll
-        for (int j = 0; j < lane_rows; ++j)
-#pragma unroll
-            for (int h = 0; h < C; ++h) all |= values[j][h];
+        for (int j = 0; j < lane_rows; ++j) all |= values[j];
         return !__any_sync(all_lanes, all != 0);
     }
 
@@ -70,21 +52,38 @@ template <int C> struct Mask {
     __device__ __forceinline__ bool hides_all() const {
         bool sees = false;
 #pragma unroll
-        for (int j = 0; j < lane_rows; ++j)
-#pragma unroll
-            for (int h = 0; h < C; ++h) sees = sees || values[j][h] != 0xfc00;
+        for (int j = 0; j < lane_rows; ++j) sees = sees || values[j] != hidden;
         return !__any_sync(all_lanes, sees);
     }
 
     // Adds the biases to the scores. The score of a hidden row is minus infinity, even if the bytes of the row give a NaN.
-    __device__ __forceinline__ void apply(float (&s)[lane_rows][C]) const {
+    __device__ __forceinline__ void apply(const AttentionCall & call, const LaneColumns<C> & columns,
+                                          float (&s)[lane_rows][C]) const {
 #pragma unroll
-        for (int j = 0; j < lane_rows; ++j)
+        for (int h = 0; h < C; ++h) {
+            const float slope = log2e * alibi_slope(call, columns.head[h]); // weights are powers of two
 #pragma unroll
-            for (int h = 0; h < C; ++h) {
-                const float bias = __half2float(__ushort_as_half(uint16_t(values[j][h])));
-                s[j][h] = bias == -INFINITY ? -INFINITY : s[j][h] + slope[h] * bias;
+            for (int j = 0; j < lane_rows; ++j) {
+                const float bias = __half2float(__ushort_as_half(uint16_t(values[j] >> (16 * h))));
+                s[j][h] = bias == -INFINITY ? -INFINITY : s[j][h] + slope * bias;
             }
+        }
+    }
+
+private:
+    static constexpr uint32_t hidden = C == 1 ? 0xfc00 : 0xfc00fc00; // minus infinity
+
+    static __device__ __forceinline__ const char * row_of(const AttentionCall & call, const Place & place,
+                                                          const LaneColumns<C> & columns, int h) {
+        const Attention & a = call.a;
+        return a.mask ? static_cast<const char *>(a.mask) + columns.token[h] * a.mask_token +
+                            columns.head[h] % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
+                      : nullptr;
+    }
+    __device__ __forceinline__ uint32_t load_values(const char * from) const {
+        const uint32_t first = *reinterpret_cast<const uint16_t *>(from);
+        if constexpr (C == 1) return first;
+        else return first | uint32_t(*reinterpret_cast<const uint16_t *>(from + to_next)) << 16;
     }
 };
 
