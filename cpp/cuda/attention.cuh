@@ -2,7 +2,7 @@
 // launches calls, and merges partial results. The instances of the template are compiled in files of their own.
 //
 // A thread block takes a run of KV rows of several KV heads, whose rows are adjacent, and up to eight query columns of
-// each (query heads of the KV head, times tokens). It copies encoded rows to shared memory with cp.async (load.cuh).
+// each (query heads of the KV head, times tokens). It copies encoded rows to shared memory (load.cuh).
 // Each warp takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores
 // (mma.cuh), or of binary16 matrices for K or V in f16. Byte permutes turn encoded rows into int8 operands
 // (operands.cuh). A thread block rotates its queries once (query.cuh), and the output is rotated back once, after all
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         for (int h = 0; h < C; ++h)
             needed = needed || (columns.valid[h] && !(exp2f(largest[h] - state[h].largest) <= call.a.sparse_v));
         if (!__any_sync(all_lanes, needed)) continue;
-        output<TV, D, C>(sums, look_up_values, weight, visible, memory + stages.v_row, memory + stages.v_row0, memory + stages.v_row1,
-                         plan.pitch_v, place.quad);
+        output<TV, D, C>(sums, look_up_values, weight, visible, memory + stages.v_row, memory + stages.v_row0,
+                         memory + stages.v_row1, plan.pitch_v, place.quad);
     }
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h].sum = over_quads(state[h].sum, [](float a, float b) { return a + b; });

@@ -222,8 +222,8 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
 }
 
 // Copies rows without gaps, which are one run of bytes. A whole warp calls this.
-__device__ __forceinline__ void load_run(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv, int lane,
-                                         uint32_t barrier) {
+__device__ __forceinline__ void load_run(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
+                                         int lane, uint32_t barrier) {
     const int valid = first + rows <= n_kv ? rows : int(n_kv - first);
     if (lane == 0) copy_bulk(shared, side.base + first * side.stride, valid * side.pitch, barrier);
     for (int at = valid * side.pitch + 2 * lane; at < rows * side.pitch; at += 64) store_shared(shared + at, 0);

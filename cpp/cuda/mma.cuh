@@ -43,8 +43,8 @@ __device__ __forceinline__ int join_bytes(const int (&c)[2][4], int half, int h)
 // multiplied by the factors of the queries. `row` is row `quad`.
 template <KV TK, int D, int C>
 __device__ __forceinline__ void scores(const Query<TK, D, C> & query,
-                                       const typename Layout<TK, D>::LookUpLevels & look_up, const uint8_t * row, int pitch, int in_quad,
-                                       float (&s)[lane_rows][C]) {
+                                       const typename Layout<TK, D>::LookUpLevels & look_up, const uint8_t * row,
+                                       int pitch, int in_quad, float (&s)[lane_rows][C]) {
     using L = Layout<TK, D>;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -119,9 +119,9 @@ __device__ __forceinline__ void correct_output(Sums<D, C> & sums, const float (&
 // hidden unless `visible`. scale_row is row `quad`; row0 and row1 are rows 2 * in_quad and 2 * in_quad + 1, whose values and
 // those of the rows 8, 16 and 24 further on the lane computes. store_output maps the elements of o to those of the row.
 template <KV TV, int D, int C>
-__device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV, D>::LookUpLevels & look_up, const float (&p)[lane_rows][C], bool visible,
-                                       const uint8_t * scale_row, const uint8_t * row0, const uint8_t * row1, int pitch,
-                                       int quad) {
+__device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV, D>::LookUpLevels & look_up,
+                                       const float (&p)[lane_rows][C], bool visible, const uint8_t * scale_row,
+                                       const uint8_t * row0, const uint8_t * row1, int pitch, int quad) {
     using L = Layout<TV, D>;
     // The order of the inner index is that of Weights: a register of a lane has two rows of 2 * in_quad + 8 j, then two of
     // 2 * in_quad + 1 + 8 j.
