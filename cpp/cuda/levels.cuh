@@ -33,6 +33,11 @@ template <typename Family> struct Table {
     static constexpr uint32_t c0 = word(0), c1 = word(1), c2 = word(2), c3 = word(3);
     static constexpr uint32_t low0 = magnitudes(0, 1), low1 = magnitudes(4, 1), high0 = magnitudes(15, -1),
                               high1 = magnitudes(11, -1);
+    static constexpr bool symmetric() {
+        for (int i = 0; i < Family::levels; ++i)
+            if (centroids[i] != -centroids[Family::levels - 1 - i]) return false;
+        return true;
+    }
 };
 
 // Levels that need two permutes are the difference of two operands, whose products with the other matrix are subtracted.
@@ -48,6 +53,7 @@ template <typename Family> constexpr bool signed_units = Family::levels == 32;
 //     bit for field 0 and the third for field 1 (Unit). Otherwise -1 is subtracted from the complement of the magnitude.
 template <typename Family> class LookUp {
     using T = Table<Family>;
+    static_assert(T::symmetric(), "both halves have the same magnitudes");
     uint32_t low0, high0, sign, ones; // in registers; the second operands of prmt may be constants
 
     // The multiplication does not need the units that permute and combine bits, which are the busiest.
