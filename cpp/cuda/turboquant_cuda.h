@@ -187,6 +187,7 @@ struct AttentionPlan {
     int row_tiles;          // warps of a KV head in a thread block, which take tiles of rows in turn
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
+    bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
     int parts;              // partial results of a query row: chunks * row_tiles

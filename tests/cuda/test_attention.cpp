@@ -11,7 +11,8 @@ using namespace turboquant::cuda;
 
 namespace {
 
-// Rounding errors: queries and weights are integers of 15 bits; with f16 they have 11 bits. Sums are float32.
+// Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. Sums are
+// float32.
 constexpr double integers = 2e-4, halves = 2e-3;
 
 // The cases that turboquant_cuda.h lists as supported.
