@@ -18,6 +18,7 @@ using namespace metal;
     typedef decltype(__VA_ARGS__) name##_t; \
     template [[host_name(#name)]] kernel name##_t __VA_ARGS__;
 
+#define TURBOQUANT_THREADGROUP(index) [[threadgroup(index)]]
 #define TURBOQUANT_FUNCTION_CONSTANT(name, index) constant int name [[function_constant(index)]];
 #endif
 

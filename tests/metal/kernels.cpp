@@ -1,4 +1,5 @@
 // The kernels, compiled for the emulator.
+#include "attention.metal"
 #include "codec.metal"
 
 // Only tests rotate rows by themselves.

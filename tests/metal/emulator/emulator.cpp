@@ -35,7 +35,7 @@ asm(".text\n.globl emulator_switch\nemulator_switch:\n"
 struct Fiber {
     void * at = nullptr;
     void start(uint8_t * stack, void (*entry)()) {
-        void ** top = reinterpret_cast<void **>(stack + stack_bytes) - 2;
+        void ** top = reinterpret_cast<void **>(stack + stack_bytes) - 3;
         *--top = reinterpret_cast<void *>(entry); // ret enters the function with the stack aligned as after a call
         at = top - 6;
         std::memset(at, 0, 6 * sizeof(void *));
@@ -156,8 +156,10 @@ void access_threadgroup(const Thread & t, size_t offset, size_t bytes, bool writ
             continue;
         }
         const uint32_t own = uint32_t(t.number / width) << 20 | (simd_epoch & 0xfffff);
-        if (s.read != global.epoch) s.reader = int16_t(t.number);
-        else if (s.reader == several_groups || (s.read_simd >> 20) != uint32_t(t.number / width)) s.reader = several_groups;
+        // An earlier read of the SIMD group, before its last barrier, is superseded: what conflicts with it does so with this.
+        if (s.read != global.epoch || (s.reader != several_groups && s.read_simd >> 20 == own >> 20 && s.read_simd < own))
+            s.reader = int16_t(t.number);
+        else if (s.reader == several_groups || s.read_simd >> 20 != own >> 20) s.reader = several_groups;
         else if (s.reader != t.number) s.reader = several_readers;
         s.read = global.epoch;
         s.read_simd = own;
