@@ -1,7 +1,7 @@
 # The Metal kernels' host code and their sources as one text, which the device's compiler gets at run time.
 set(TURBOQUANT_METAL_FOLDER ${CMAKE_CURRENT_LIST_DIR}/metal)
 # In an order in which each file follows those that it includes.
-set(TURBOQUANT_METAL_SOURCES language.h arguments.h constants.h device.h levels.h trellis.h codec.metal rows.h attention.metal)
+set(TURBOQUANT_METAL_SOURCES language.h arguments.h constants.h device.h levels.h trellis.h codec.metal load.h attention.metal)
 
 # Writes the text as C++ to `file`. It is a row of strings, because compilers limit the length of one.
 function(turboquant_write_metal_source file)

@@ -116,7 +116,7 @@ template <typename F> void print_scales(const char * what) {
 }
 
 void print_tables() {
-    std::printf("// By family: the levels of the codebook, ascending.\nconstant char codebooks[families][32] = {\n");
+    std::printf("// By family: the levels of the codebook, ascending.\nconstant int8_t codebooks[families][32] = {\n");
 #define ROW(name, F) print_levels<F>();
     EACH_FAMILY(ROW)
 #undef ROW
@@ -138,7 +138,7 @@ void print_tables() {
 #define ROW(name, F) print_midpoints<F>();
     EACH_FAMILY(ROW)
 #undef ROW
-    std::printf("};\nconstant char coarse_thresholds[families][search_steps][7] = {\n");
+    std::printf("};\nconstant int8_t coarse_thresholds[families][search_steps][7] = {\n");
 #define ROW(name, F) print_thresholds<F>();
     EACH_FAMILY(ROW)
 #undef ROW

@@ -2,7 +2,9 @@
 #ifndef TURBOQUANT_METAL_ARGUMENTS_H
 #define TURBOQUANT_METAL_ARGUMENTS_H
 
-#ifndef __METAL_VERSION__
+#ifdef __METAL_VERSION__
+#include "language.h"
+#else
 #include <cstdint>
 #endif
 
@@ -66,7 +68,7 @@ enum { most_blocks = 4 }; // with scales of their own in a row of K or V
 enum {
     memory_queries,  // float [columns][head]
     memory_tile,     // half [rows][pitch] of K, then of V
-    memory_bias,     // binary16 [2][columns][rows] of the mask
+    memory_masks,    // binary16 [2][columns][rows]
     memory_factors,  // float [columns]: of the sums so far
     memory_flags,    // uint [simdgroups]: whether V is needed
     memory_scratch,  // float [simdgroups][8][8]

@@ -5,7 +5,7 @@
 // turns the products into weights, decodes V to the same memory, and adds the product of weights and V to its sums. The
 // matrices of the SIMD groups compute the products: a factor in float32, which has the queries or the weights times the
 // scales of V, and a factor in binary16, which has levels. The sums of rotated rows are rotated back by the merge.
-#include "rows.h"
+#include "load.h"
 
 namespace turboquant {
 
@@ -36,12 +36,9 @@ inline void multiply_rows(thread simdgroup_float8x8 & sums, threadgroup const fl
 
 // D: values of a head; T: tiles of eight columns.
 template <int D, int T>
-kernel void attention(constant AttentionArguments & a [[buffer(0)]], device const uchar * q [[buffer(1)]],
-                      device const uchar * k [[buffer(2)]], device const uchar * v [[buffer(3)]],
-                      device const uchar * mask [[buffer(4)]], device float * partial [[buffer(5)]],
-                      device float * states [[buffer(6)]], threadgroup uchar * shared TURBOQUANT_THREADGROUP(0),
-                      uint3 group [[threadgroup_position_in_grid]], ushort lane [[thread_index_in_simdgroup]],
-                      ushort simd [[simdgroup_index_in_threadgroup]]) {
+inline void attend(constant AttentionArguments & a, device const uchar * q, device const uchar * k,
+                   device const uchar * v, device const uchar * mask, device float * partial, device float * states,
+                   threadgroup uchar * shared, uint3 group, ushort lane, ushort simd) {
     enum { C = 8 * T, own_columns = C / simdgroups, own_tiles = D / 32 }; // of a SIMD group
     const int R = tile_rows(D), pitch = tile_pitch(D);
     const uint thread_index = simd * 32 + lane;
@@ -53,7 +50,7 @@ kernel void attention(constant AttentionArguments & a [[buffer(0)]], device cons
 
     threadgroup float * queries = reinterpret_cast<threadgroup float *>(shared);
     threadgroup half * tile = reinterpret_cast<threadgroup half *>(shared + memory_offset(memory_tile, D, C, a.blocks));
-    threadgroup ushort * bias = reinterpret_cast<threadgroup ushort *>(shared + memory_offset(memory_bias, D, C, a.blocks));
+    threadgroup ushort * masks = reinterpret_cast<threadgroup ushort *>(shared + memory_offset(memory_masks, D, C, a.blocks));
     threadgroup float * factors =
         reinterpret_cast<threadgroup float *>(shared + memory_offset(memory_factors, D, C, a.blocks));
     threadgroup uint * flags = reinterpret_cast<threadgroup uint *>(shared + memory_offset(memory_flags, D, C, a.blocks));
@@ -108,11 +105,11 @@ kernel void attention(constant AttentionArguments & a [[buffer(0)]], device cons
                                     long(stream % a.mask_streams) * a.mask_stream + 2 * long(row + r));
                 }
             }
-            bias[turn + i] = ushort(bits);
+            masks[turn + i] = ushort(bits);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         bool seen_row = false; // the lane's
-        for (int c = 0; c < C && int(lane) < R; ++c) seen_row = seen_row || bias[turn + c * R + lane] != hidden_bits;
+        for (int c = 0; c < C && int(lane) < R; ++c) seen_row = seen_row || masks[turn + c * R + lane] != hidden_bits;
         const uint seen = simd_or((seen_row ? 1u : 0u) << lane);
         if (seen == 0) continue;
 
@@ -143,7 +140,7 @@ kernel void attention(constant AttentionArguments & a [[buffer(0)]], device cons
         for (int i = 0; i < own_columns; ++i) {
             const int c = simd + i * simdgroups;
             const bool in_tile = int(lane) < R;
-            const uint bits = in_tile ? uint(bias[turn + c * R + lane]) : hidden_bits;
+            const uint bits = in_tile ? uint(masks[turn + c * R + lane]) : hidden_bits;
             const bool hidden = bits == hidden_bits;
             float score = 0.0f;
             for (int block = 0; block < blocks_k && in_tile; ++block)
@@ -210,10 +207,8 @@ kernel void attention(constant AttentionArguments & a [[buffer(0)]], device cons
 
 // A SIMD group has a row of the result.
 template <int D>
-kernel void merge(constant MergeArguments & a [[buffer(0)]], device const float * partial [[buffer(1)]],
-                  device const float * states [[buffer(2)]], device const float * sinks [[buffer(3)]],
-                  device float * dst [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
-                  ushort lane [[thread_index_in_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]]) {
+inline void merge_parts(constant MergeArguments & a, device const float * partial, device const float * states,
+                        device const float * sinks, device float * dst, uint3 group, ushort lane, ushort simd) {
     const int row = int(group.x) * simdgroups + int(simd);
     if (row >= a.rows) return;
     const int head = row % a.heads, token = row / a.heads % a.tokens, stream = row / a.heads / a.tokens;
@@ -240,14 +235,39 @@ kernel void merge(constant MergeArguments & a [[buffer(0)]], device const float 
     for (int j = 0; j < D / 32; ++j) dst[long(row) * D + lane + 32 * j] = y[j] * inverse;
 }
 
-#define TURBOQUANT_ATTENTION(D)                                     \
-    TURBOQUANT_KERNEL(turboquant_attention_##D##_1, attention<D, 1>) \
-    TURBOQUANT_KERNEL(turboquant_attention_##D##_2, attention<D, 2>) \
-    TURBOQUANT_KERNEL(turboquant_merge_##D, merge<D>)
+} // namespace turboquant
+
+// ---- kernels
+
+template <int D, int T>
+kernel void turboquant_attention(constant turboquant::AttentionArguments & a [[buffer(0)]],
+                                 device const uchar * q [[buffer(1)]], device const uchar * k [[buffer(2)]],
+                                 device const uchar * v [[buffer(3)]], device const uchar * mask [[buffer(4)]],
+                                 device float * partial [[buffer(5)]], device float * states [[buffer(6)]],
+                                 threadgroup uchar * shared TURBOQUANT_THREADGROUP(0),
+                                 uint3 group [[threadgroup_position_in_grid]],
+                                 ushort lane [[thread_index_in_simdgroup]],
+                                 ushort simd [[simdgroup_index_in_threadgroup]]) {
+    turboquant::attend<D, T>(a, q, k, v, mask, partial, states, shared, group, lane, simd);
+}
+
+template <int D>
+kernel void turboquant_merge(constant turboquant::MergeArguments & a [[buffer(0)]],
+                             device const float * partial [[buffer(1)]], device const float * states [[buffer(2)]],
+                             device const float * sinks [[buffer(3)]], device float * dst [[buffer(4)]],
+                             uint3 group [[threadgroup_position_in_grid]],
+                             ushort lane [[thread_index_in_simdgroup]],
+                             ushort simd [[simdgroup_index_in_threadgroup]]) {
+    turboquant::merge_parts<D>(a, partial, states, sinks, dst, group, lane, simd);
+}
+
+#define TURBOQUANT_ATTENTION(D)                                                \
+    TURBOQUANT_KERNEL(turboquant_attention_##D##_1, turboquant_attention<D, 1>) \
+    TURBOQUANT_KERNEL(turboquant_attention_##D##_2, turboquant_attention<D, 2>) \
+    TURBOQUANT_KERNEL(turboquant_merge_##D, turboquant_merge<D>)
 TURBOQUANT_ATTENTION(64)
 TURBOQUANT_ATTENTION(96)
 TURBOQUANT_ATTENTION(128)
 TURBOQUANT_ATTENTION(192)
 TURBOQUANT_ATTENTION(256)
-
-} // namespace turboquant
+#undef TURBOQUANT_ATTENTION

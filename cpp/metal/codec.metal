@@ -80,8 +80,8 @@ template <int N> inline void to_units(device const float * x, thread Units<N> & 
 
 // The stored scale before it is rounded to binary16; a = sum |z| c of the assignment.
 template <int F, int N> inline float exact_scale(thread const Units<N> & units, int a) {
-    const ulong ratio = divide(double_of_uint(ulong(uint(units.energy))), double_of_uint(ulong(uint(a))));
-    const ulong d = multiply(multiply(ratio, double_of_float(units.rms)), scale_units[F][Block<N>::index]);
+    const ulong ratio = double_divide(double_of_uint(ulong(uint(units.energy))), double_of_uint(ulong(uint(a))));
+    const ulong d = double_multiply(double_multiply(ratio, double_of_float(units.rms)), scale_units[F][Block<N>::index]);
     return float_of_double(scale_by(d, units.k));
 }
 
@@ -115,7 +115,7 @@ template <int F, int N> inline float search_scale(thread const int * magnitude, 
         b = lane % search_steps == s ? uint(sum_b) : b;
     }
     // a^2 / b is less than 2^21, so that of two positive doubles the one with the greater bits is greater.
-    const ulong explained = divide(double_of_uint(ulong(a) * ulong(a)), double_of_uint(ulong(b)));
+    const ulong explained = double_divide(double_of_uint(ulong(a) * ulong(a)), double_of_uint(ulong(b)));
     uint high = uint(explained >> 32), low = uint(explained), step = lane % search_steps;
     for (ushort h = 1; h < search_steps; h *= 2) {
         const uint other_high = simd_shuffle_xor(high, h), other_low = simd_shuffle_xor(low, h);
@@ -128,7 +128,7 @@ template <int F, int N> inline float search_scale(thread const int * magnitude, 
         }
     }
     const ulong scaled = ulong(a) * ulong(coarse_unit);
-    return simd_shuffle(float_of_double(divide(double_of_uint(scaled), double_of_uint(ulong(b)))), ushort(step));
+    return simd_shuffle(float_of_double(double_divide(double_of_uint(scaled), double_of_uint(ulong(b)))), ushort(step));
 }
 
 // Encodes a block in the steps of FORMAT.md, "Encoder".
@@ -238,10 +238,8 @@ template <int F, int N> inline void encode_block(device const float * x, device 
 }
 
 template <int N>
-kernel void encode(constant CodecArguments & a [[buffer(0)]], device const uchar * src [[buffer(1)]],
-                   device uchar * dst [[buffer(2)]], device const uchar * index [[buffer(3)]],
-                   uint3 group [[threadgroup_position_in_grid]], ushort lane [[thread_index_in_simdgroup]],
-                   ushort simd [[simdgroup_index_in_threadgroup]]) {
+inline void encode_rows(constant CodecArguments & a, device const uchar * src, device uchar * dst,
+                        device const uchar * index, uint3 group, ushort lane, ushort simd) {
     Place place;
     if (!place.find(a, index, a.src_nb, a.dst_nb, group, simd)) return;
     device const float * x = reinterpret_cast<device const float *>(src + place.plain) + place.block * N;
@@ -253,10 +251,6 @@ kernel void encode(constant CodecArguments & a [[buffer(0)]], device const uchar
 #undef TURBOQUANT_CASE
     }
 }
-
-TURBOQUANT_KERNEL(turboquant_encode_128, encode<128>)
-TURBOQUANT_KERNEL(turboquant_encode_64, encode<64>)
-TURBOQUANT_KERNEL(turboquant_encode_32, encode<32>)
 
 // ---- decode
 
@@ -276,10 +270,8 @@ inline void decode_block(device const uchar * block, device uchar * to, bool hal
 }
 
 template <int N>
-kernel void decode(constant CodecArguments & a [[buffer(0)]], device const uchar * src [[buffer(1)]],
-                   device uchar * dst [[buffer(2)]], device const uchar * index [[buffer(3)]],
-                   uint3 group [[threadgroup_position_in_grid]], ushort lane [[thread_index_in_simdgroup]],
-                   ushort simd [[simdgroup_index_in_threadgroup]]) {
+inline void decode_rows(constant CodecArguments & a, device const uchar * src, device uchar * dst,
+                        device const uchar * index, uint3 group, ushort lane, ushort simd) {
     Place place;
     if (!place.find(a, index, a.dst_nb, a.src_nb, group, simd)) return;
     device uchar * to = dst + place.plain + place.block * N * (a.half_floats ? 2 : 4);
@@ -292,8 +284,29 @@ kernel void decode(constant CodecArguments & a [[buffer(0)]], device const uchar
     }
 }
 
-TURBOQUANT_KERNEL(turboquant_decode_128, decode<128>)
-TURBOQUANT_KERNEL(turboquant_decode_64, decode<64>)
-TURBOQUANT_KERNEL(turboquant_decode_32, decode<32>)
-
 } // namespace turboquant
+
+// ---- kernels
+
+template <int N>
+kernel void turboquant_encode(constant turboquant::CodecArguments & a [[buffer(0)]],
+                              device const uchar * src [[buffer(1)]], device uchar * dst [[buffer(2)]],
+                              device const uchar * index [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
+                              ushort lane [[thread_index_in_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]]) {
+    turboquant::encode_rows<N>(a, src, dst, index, group, lane, simd);
+}
+
+template <int N>
+kernel void turboquant_decode(constant turboquant::CodecArguments & a [[buffer(0)]],
+                              device const uchar * src [[buffer(1)]], device uchar * dst [[buffer(2)]],
+                              device const uchar * index [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
+                              ushort lane [[thread_index_in_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]]) {
+    turboquant::decode_rows<N>(a, src, dst, index, group, lane, simd);
+}
+
+TURBOQUANT_KERNEL(turboquant_encode_128, turboquant_encode<128>)
+TURBOQUANT_KERNEL(turboquant_encode_64, turboquant_encode<64>)
+TURBOQUANT_KERNEL(turboquant_encode_32, turboquant_encode<32>)
+TURBOQUANT_KERNEL(turboquant_decode_128, turboquant_decode<128>)
+TURBOQUANT_KERNEL(turboquant_decode_64, turboquant_decode<64>)
+TURBOQUANT_KERNEL(turboquant_decode_32, turboquant_decode<32>)

@@ -25,7 +25,7 @@ constant uint signs2[4] = {0xcc9a6bdau, 0x2e4eaef4u, 0x0ddd2eedu, 0xb47164adu};
 constant float one_over_sqrt[3] = {8.83883461e-02f, 1.25000000e-01f, 1.76776692e-01f}; // by block: 128, 64, 32
 
 // By family: the levels of the codebook, ascending.
-constant char codebooks[families][32] = {
+constant int8_t codebooks[families][32] = {
 {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 {-127, -79, -45, -14, 14, 45, 79, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 {-127, -38, 38, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},
@@ -67,7 +67,7 @@ constant float midpoints[families][7] = {
 {},
 {},
 };
-constant char coarse_thresholds[families][search_steps][7] = {
+constant int8_t coarse_thresholds[families][search_steps][7] = {
 {
 {6, 12, 19, 26, 34, 44, 58},
 {6, 13, 21, 28, 37, 48, 62},

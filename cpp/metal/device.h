@@ -68,7 +68,7 @@ inline ulong double_of_float(float x) {
     return ((b >> 23) + 896ul) << 52 | (b & 0x7ffffful) << 29;
 }
 
-inline ulong multiply(ulong x, ulong y) {
+inline ulong double_multiply(ulong x, ulong y) {
     const ulong a = double_fraction(x), b = double_fraction(y), low = 0xfffffffful;
     const ulong p00 = (a & low) * (b & low), p01 = (a & low) * (b >> 32), p10 = (a >> 32) * (b & low);
     const ulong middle = (p00 >> 32) + (p01 & low) + (p10 & low);
@@ -81,7 +81,7 @@ inline ulong multiply(ulong x, ulong y) {
     return double_of(int(x >> 52) + int(y >> 52) - 1023 + more, q);
 }
 
-inline ulong divide(ulong x, ulong y) {
+inline ulong double_divide(ulong x, ulong y) {
     ulong rest = double_fraction(x), q = 0;
     const ulong b = double_fraction(y);
     int e = int(x >> 52) - int(y >> 52) + 1023;

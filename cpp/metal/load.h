@@ -1,7 +1,7 @@
 // Rows of K and V: their scales, and the tile of them in threadgroup memory. A row of a turbo type becomes the levels of
 // its codebook, which binary16 represents exactly, and a scale for each block; the other types become values.
-#ifndef TURBOQUANT_METAL_ROWS_H
-#define TURBOQUANT_METAL_ROWS_H
+#ifndef TURBOQUANT_METAL_LOAD_H
+#define TURBOQUANT_METAL_LOAD_H
 
 #include "levels.h"
 
@@ -30,7 +30,7 @@ inline half load_value(int type, device const uchar * row, uint i) {
     if (type == row_f16) return as_type<half>(ushort(load_u16(row + 2 * i)));
     if (type == row_f32) return half(reinterpret_cast<device const float *>(row)[i]);
     device const uchar * block = row + i / 32 * 34;
-    return half(float_of_half(load_u16(block)) * float(char(block[2 + i % 32])));
+    return half(float_of_half(load_u16(block)) * float(int8_t(block[2 + i % 32])));
 }
 
 // Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values. All
