@@ -82,9 +82,10 @@ struct Shadow {
 constexpr int16_t several_readers = -1, several_groups = -2;
 
 struct Memory {
+    ~Memory() { std::free(writer); }
     uint8_t * data;
     size_t bytes;
-    std::vector<uint64_t> writer; // of two bytes: the epoch of the encoder, and the thread's number in it
+    uint64_t * writer; // of two bytes: the epoch of the encoder, and the thread's number in it
 };
 
 struct State {
@@ -167,7 +168,7 @@ void access_threadgroup(const Thread & t, size_t offset, size_t bytes, bool writ
 }
 
 void access_memory(const Thread & t, Memory & m, size_t offset, size_t bytes, bool write) {
-    if (m.writer.empty()) m.writer.resize(m.bytes / 2 + 1);
+    if (!m.writer) m.writer = static_cast<uint64_t *>(std::calloc(m.bytes / 2 + 1, sizeof(uint64_t))); // touched lazily
     const uint64_t own = global.encoder_epoch << 40 | (global.thread_base + uint64_t(t.number));
     for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         uint64_t & writer = m.writer[i];
@@ -456,7 +457,7 @@ static void check_access(const void * p, size_t bytes, bool write) {
 
 void add_memory(void * data, size_t bytes) {
     uint8_t * p = static_cast<uint8_t *>(data);
-    if (bytes) global.memory[p].reset(new Memory{p, bytes, {}});
+    if (bytes) global.memory[p].reset(new Memory{p, bytes, nullptr});
 }
 
 void remove_memory(void * data) {
