@@ -11,10 +11,14 @@
 #include "ggml-metal-common.h"
 #include "ggml-metal-context.h"
 #include "ggml-metal-device.h"
+#include "ggml-metal-fusion.h"
 #include "ggml-metal-ops.h"
+#include "ggml/turbo-ops.h"
 #include "metal/turbo-metal.h"
 #include "turboquant_metal.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -135,6 +139,7 @@ void ggml_metal_encoder_end_encoding(ggml_metal_encoder_t) { emulator::encoder_b
 struct ggml_metal_device {
     ggml_metal_device_props props;
     ggml_metal_library_t library;
+    ggml_metal_fusion_info * fusion;
 };
 
 ggml_metal_device_t ggml_metal_device_init(int device, int) {
@@ -148,11 +153,13 @@ ggml_metal_device_t ggml_metal_device_init(int device, int) {
     dev->props.has_unified_memory = dev->props.use_shared_buffers = true;
     dev->props.op_offload_min_batch_size = 1 << 30;
     dev->library = ggml_metal_library_init(dev);
+    dev->fusion  = ggml_metal_fusion_info_init(true, 0);
     return dev;
 }
 
 void ggml_metal_device_free(ggml_metal_device_t dev) {
     ggml_metal_library_free(dev->library);
+    ggml_metal_fusion_info_free(dev->fusion);
     delete dev;
 }
 
@@ -169,7 +176,7 @@ void ggml_metal_device_event_synchronize(ggml_metal_device_t, ggml_metal_event_t
 void ggml_metal_event_encode_signal(ggml_metal_event_t, ggml_metal_cmd_buf_t) {}
 void ggml_metal_event_encode_wait(ggml_metal_event_t, ggml_metal_cmd_buf_t) {}
 const ggml_metal_device_props * ggml_metal_device_get_props(ggml_metal_device_t dev) { return &dev->props; }
-ggml_metal_fusion_info * ggml_metal_device_get_fusion_info(ggml_metal_device_t) { return nullptr; }
+ggml_metal_fusion_info * ggml_metal_device_get_fusion_info(ggml_metal_device_t dev) { return dev->fusion; }
 
 void ggml_metal_device_get_memory(ggml_metal_device_t dev, size_t * free, size_t * total) {
     *free = *total = dev->props.max_working_set_size;
@@ -265,9 +272,104 @@ void ggml_metal_get_tensor_async(ggml_metal_t, const ggml_tensor * tensor, void 
 }
 bool ggml_metal_cpy_tensor_async(ggml_metal_t, ggml_metal_t, const ggml_tensor *, ggml_tensor *) { return false; }
 
+// ---- what the ops must give, in double precision ---------------------------------------------------------------------
+
+double fake_metal_error;
+int fake_metal_wrong_rows;
+
+static std::vector<float> values_of(ggml_type type, const char * row, int64_t n) {
+    std::vector<float> values(n);
+    if (type == GGML_TYPE_F32) {
+        memcpy(values.data(), row, n * sizeof(float));
+    } else {
+        ggml_get_type_traits(type)->to_float(row, values.data(), n);
+    }
+    return values;
+}
+
+// The largest relative error of a row of attention's output.
+static double attention_error(const ggml_tensor * op) {
+    turbo_attention a;
+    GGML_ASSERT(turbo_describe_attention(op, a));
+    double worst = 0;
+    for (int64_t stream = 0; stream < a.streams; ++stream) {
+        for (int64_t token = 0; token < a.tokens; ++token) {
+            for (int64_t head = 0; head < a.heads; ++head) {
+                std::vector<double> scores, sum(a.head_v);
+                std::vector<std::vector<float>> rows;
+                const turbo_source * sources[] = { &a, &a.slots, &a.batch };
+                for (const turbo_source * source : sources) {
+                    const ggml_fp16_t * mask = source->n_kv ? source->mask_row(token, head, stream) : nullptr;
+                    for (int64_t r = 0; r < source->n_kv; ++r) {
+                        const float bias = mask ? ggml_fp16_to_fp32(mask[r]) : 0;
+                        if (bias == -INFINITY) {
+                            continue;
+                        }
+                        const int64_t kv_head = head / a.group, kv_stream = a.kv_stream(stream);
+                        const auto k = values_of(source->type_k, source->k.at(r, kv_head, kv_stream), a.head_k);
+                        double dot = 0;
+                        for (int64_t i = 0; i < a.head_k; ++i) {
+                            dot += (double) a.query(token, head, stream)[i] * k[i];
+                        }
+                        dot *= a.scale;
+                        if (a.soft_cap != 0) {
+                            dot = a.soft_cap * tanh(dot / a.soft_cap);
+                        }
+                        scores.push_back(dot + turbo_mask_slope(a, head) * bias);
+                        rows.push_back(values_of(source->type_v, source->v.at(r, kv_head, kv_stream), a.head_v));
+                    }
+                }
+                double top = a.sinks ? a.sinks[head] : -INFINITY, difference = 0, square = 0;
+                for (const double score : scores) {
+                    top = std::max(top, score);
+                }
+                double total = a.sinks ? exp(a.sinks[head] - top) : 0;
+                for (size_t r = 0; r < rows.size(); ++r) {
+                    const double weight = exp(scores[r] - top);
+                    total += weight;
+                    for (int64_t i = 0; i < a.head_v; ++i) {
+                        sum[i] += weight * rows[r][i];
+                    }
+                }
+                for (int64_t i = 0; i < a.head_v; ++i) {
+                    const double want = total > 0 ? sum[i] / total : 0;
+                    difference += pow(a.result(token, head, stream)[i] - want, 2);
+                    square += want * want;
+                }
+                worst = std::max(worst, sqrt(difference / std::max(square, 1e-30)));
+            }
+        }
+    }
+    return worst;
+}
+
+// The rows that SET_ROWS has not stored as the CPU does.
+static int wrong_rows(const ggml_tensor * op) {
+    const ggml_tensor *src = op->src[0], *index = op->src[1];
+    std::vector<char> want(ggml_row_size(op->type, src->ne[0]));
+    int wrong = 0;
+    for (int64_t i = 0; i < src->ne[1]; ++i) {
+        const char *  at  = (const char *) index->data + i * index->nb[0];
+        const int64_t row = index->type == GGML_TYPE_I64 ? *(const int64_t *) at : *(const int32_t *) at;
+        ggml_get_type_traits(op->type)->from_float_ref((const float *) ((const char *) src->data + i * src->nb[1]),
+                                                       want.data(), src->ne[0]);
+        wrong += memcmp((const char *) op->data + row * op->nb[1], want.data(), want.size()) != 0;
+    }
+    return wrong;
+}
+
+static void check(const ggml_tensor * op) {
+    const turbo_op kind = turbo_op_kind(op);
+    if (kind == turbo_op::attention) {
+        fake_metal_error = std::max(fake_metal_error, attention_error(op));
+    } else if (kind == turbo_op::store) {
+        fake_metal_wrong_rows += wrong_rows(op);
+    }
+}
+
 // Encodes a run of nodes with turbo types as ggml-metal does, with concurrency, so that the emulator sees a missing barrier.
 static void encode(ggml_metal_t ctx, ggml_cgraph * graph, int first, int last) {
-    ggml_metal_op_t op = ggml_metal_op_init(ctx->device, nullptr, graph, nullptr, first, last, true, false, 0);
+    ggml_metal_op_t op = ggml_metal_op_init(ctx->device, nullptr, graph, ctx->device->fusion, first, last, true, false, 0);
     for (int i = 0; i < ggml_metal_op_n_nodes(op);) {
         i += ggml_metal_op_encode(op, i);
     }
@@ -282,6 +384,9 @@ ggml_status ggml_metal_graph_compute(ggml_metal_t ctx, ggml_cgraph * graph) {
                 ++last;
             }
             encode(ctx, graph, i, last);
+            for (int j = i; j < last; ++j) {
+                check(graph->nodes[j]);
+            }
             continue;
         }
         ggml_cgraph one = ggml_graph_view(graph, i, last);
