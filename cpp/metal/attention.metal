@@ -69,9 +69,9 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
         device const float * row = reinterpret_cast<device const float *>(
             q + long(token) * a.q_token + long(head) * a.q_head + long(stream) * a.q_stream);
         float y[D / 32];
-        for (int j = 0; j < D / 32; ++j) y[j] = column < a.columns ? row[lane + 32 * j] : 0.0f;
+        FOR_UNROLLED (int j = 0; j < D / 32; ++j) y[j] = column < a.columns ? row[lane + 32 * j] : 0.0f;
         if (is_turbo(function_type_k)) rotate_row<D>(y, block_of(function_type_k), false, lane);
-        for (int j = 0; j < D / 32; ++j) queries[c * D + lane + 32 * j] = y[j];
+        FOR_UNROLLED (int j = 0; j < D / 32; ++j) queries[c * D + lane + 32 * j] = y[j];
     }
     if (simd < 2) {
         const int type = simd == 0 ? function_type_k : function_type_v;
@@ -83,14 +83,14 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
     device const uchar * rows_k = k + long(kv_head) * a.k_head + long(kv_stream) * a.k_stream;
     device const uchar * rows_v = v + long(kv_head) * a.v_head + long(kv_stream) * a.v_stream;
     float largest[own_columns], sum[own_columns], slope[own_columns];
-    for (int i = 0; i < own_columns; ++i) {
+    FOR_UNROLLED (int i = 0; i < own_columns; ++i) {
         largest[i] = nothing_seen;
         sum[i] = 0.0f;
         slope[i] = log2e * alibi_slope(a, kv_head * a.group + (first_column + simd + i * simdgroups) % a.group);
     }
     simdgroup_float8x8 sums[T][own_tiles];
-    for (int t = 0; t < T; ++t)
-        for (int i = 0; i < own_tiles; ++i) sums[t][i] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+    FOR_UNROLLED (int t = 0; t < T; ++t)
+        FOR_UNROLLED (int i = 0; i < own_tiles; ++i) sums[t][i] = make_filled_simdgroup_matrix<float, 8>(0.0f);
 
     // Threads may still read the mask of a tile when others begin the next one.
     for (int row = first, turn = 0; row < last; row += R, turn ^= C * R) {
@@ -137,7 +137,7 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
 
         // Weights, times the scales of V, take the place of the products. A lane has a row.
         bool needed = false;
-        for (int i = 0; i < own_columns; ++i) {
+        FOR_UNROLLED (int i = 0; i < own_columns; ++i) {
             const int c = simd + i * simdgroups;
             const bool in_tile = int(lane) < R;
             const uint bits = in_tile ? uint(masks[turn + c * R + lane]) : hidden_bits;
@@ -172,30 +172,30 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
 
         // Sums: a SIMD group has a quarter of the values.
         if (simd_any(lane < C && factors[lane % C] != 1.0f))
-            for (int t = 0; t < T; ++t)
-                for (int i = 0; i < own_tiles; ++i) multiply_rows(sums[t][i], factors + 8 * t, scratch, lane);
+            FOR_UNROLLED (int t = 0; t < T; ++t)
+                FOR_UNROLLED (int i = 0; i < own_tiles; ++i) multiply_rows(sums[t][i], factors + 8 * t, scratch, lane);
         for (int r = 0; r < R; r += 8) {
             simdgroup_float8x8 weights[T];
             int loaded = -1;
-            for (int i = 0; i < own_tiles; ++i) {
+            FOR_UNROLLED (int i = 0; i < own_tiles; ++i) {
                 const int e = simd * (D / simdgroups) + 8 * i, block = e / values_v;
                 for (int t = 0; t < T && block != loaded; ++t)
                     simdgroup_load(weights[t], products + (block * C + 8 * t) * R + r, R);
                 loaded = block;
                 simdgroup_half8x8 of_values;
                 simdgroup_load(of_values, tile + r * pitch + e, pitch);
-                for (int t = 0; t < T; ++t) simdgroup_multiply_accumulate(sums[t][i], weights[t], of_values, sums[t][i]);
+                FOR_UNROLLED (int t = 0; t < T; ++t) simdgroup_multiply_accumulate(sums[t][i], weights[t], of_values, sums[t][i]);
             }
         }
     }
 
     const int part = a.first_part + int(group.x);
     const long at = (long(stream) * a.kv_heads + kv_head) * a.padded_columns + first_column;
-    for (int t = 0; t < T; ++t)
-        for (int i = 0; i < own_tiles; ++i)
+    FOR_UNROLLED (int t = 0; t < T; ++t)
+        FOR_UNROLLED (int i = 0; i < own_tiles; ++i)
             simdgroup_store(sums[t][i], partial + ((at + 8 * t) * a.parts + part) * D + simd * (D / simdgroups) + 8 * i,
                             ulong(a.parts) * D);
-    for (int i = 0; i < own_columns; ++i)
+    FOR_UNROLLED (int i = 0; i < own_columns; ++i)
         if (lane == 0) {
             device float * state = states + ((at + simd + i * simdgroups) * a.parts + part) * 2;
             state[0] = largest[i];
@@ -221,7 +221,7 @@ inline void merge_parts(constant MergeArguments & a, device const float * partia
 
     float sum = a.has_sinks ? exp2(sink - top) : 0.0f; // an attention sink counts as a row without values
     float y[D / 32];
-    for (int j = 0; j < D / 32; ++j) y[j] = 0.0f;
+    FOR_UNROLLED (int j = 0; j < D / 32; ++j) y[j] = 0.0f;
     for (int p = 0; p < a.parts; ++p) {
         if (p == a.rotated_parts && p > 0) rotate_row<D>(y, a.block, true, lane);
         const float largest = states[(at + p) * 2];
@@ -232,7 +232,7 @@ inline void merge_parts(constant MergeArguments & a, device const float * partia
     }
     if (a.parts == a.rotated_parts) rotate_row<D>(y, a.block, true, lane);
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum; // zeros if no row was seen
-    for (int j = 0; j < D / 32; ++j) dst[long(row) * D + lane + 32 * j] = y[j] * inverse;
+    FOR_UNROLLED (int j = 0; j < D / 32; ++j) dst[long(row) * D + lane + 32 * j] = y[j] * inverse;
 }
 
 } // namespace turboquant

@@ -45,7 +45,7 @@ template <int N> inline void to_units(device const float * x, thread Units<N> & 
     enum { P = N / 32 };
     float y[P];
     uint largest = 0;
-    for (int j = 0; j < P; ++j) {
+    FOR_UNROLLED (int j = 0; j < P; ++j) {
         y[j] = x[lane + 32 * j];
         largest = max(largest, as_type<uint>(y[j]) & 0x7fffffffu);
     }
@@ -54,13 +54,13 @@ template <int N> inline void to_units(device const float * x, thread Units<N> & 
     if (!out.codable) return;
     out.k = clamp(int(largest >> 23) - 127, -126, 126);
     const float shrink = as_type<float>(uint(127 - out.k) << 23);
-    for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j] * shrink, signs1[j], lane);
+    FOR_UNROLLED (int j = 0; j < P; ++j) y[j] = flip_sign(y[j] * shrink, signs1[j], lane);
     hadamard<N>(y, lane);
-    for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], signs2[j], lane);
+    FOR_UNROLLED (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], signs2[j], lane);
 
     // Sixteen running sums, as in the specification: lanes l and l + 16 hold the terms of sum l in turn.
     float sum = 0;
-    for (int j = 0; j < P; ++j) {
+    FOR_UNROLLED (int j = 0; j < P; ++j) {
         const float own = y[j] * y[j], other = simd_shuffle_xor(own, ushort(16));
         sum = sum + (lane < 16 ? own : other);
         sum = sum + (lane < 16 ? other : own);
@@ -71,7 +71,7 @@ template <int N> inline void to_units(device const float * x, thread Units<N> & 
     if (!out.codable) return;
     const float unit = float(rms_unit) / out.rms;
     out.energy = 0;
-    for (int j = 0; j < P; ++j) {
+    FOR_UNROLLED (int j = 0; j < P; ++j) {
         out.z[j] = int(rint(y[j] * unit));
         out.energy += out.z[j] * out.z[j];
     }
@@ -89,7 +89,7 @@ template <int F, int N> inline float exact_scale(thread const Units<N> & units, 
 template <int Width, int N> inline void store_fields(thread const uint * value, device uchar * to, ushort lane) {
     enum { bytes = N * Width / 8 };
     uint byte = 0;
-    for (int j = 0; j < N / 32; ++j) byte |= value[j] << (32 * j / bytes * Width);
+    FOR_UNROLLED (int j = 0; j < N / 32; ++j) byte |= value[j] << (32 * j / bytes * Width);
     byte <<= lane / bytes * Width;
     for (ushort h = bytes; h < 32; h *= 2) byte |= simd_shuffle_xor(byte, h);
     if (lane < bytes) to[lane] = uchar(byte);
@@ -101,7 +101,7 @@ template <int F, int N> inline float search_scale(thread const int * magnitude, 
     uint a = 1, b = 1;
     for (int s = 0; s < search_steps; ++s) {
         int sum_a = 0, sum_b = 0;
-        for (int j = 0; j < N / 32; ++j) {
+        FOR_UNROLLED (int j = 0; j < N / 32; ++j) {
             const int r = min((magnitude[j] + coarse_unit / 2) / coarse_unit, 127);
             int m = 0;
             for (int t = 0; t < half_levels - 1; ++t) m += r > coarse_thresholds[F][s][t] ? 1 : 0;
@@ -140,24 +140,24 @@ template <int F, int N> inline void encode_plain(device const float * x, device 
     uint d = 0;
     if (units.codable) {
         int magnitude[P], m[P];
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             magnitude[j] = abs(units.z[j]);
             m[j] = 0;
         }
         const float scale = search_scale<F, N>(magnitude, lane);
         for (int t = 0; t < M - 1; ++t) {
             const int threshold = int(rint(midpoints[F][t] * scale));
-            for (int j = 0; j < P; ++j) m[j] += magnitude[j] > threshold ? 1 : 0;
+            FOR_UNROLLED (int j = 0; j < P; ++j) m[j] += magnitude[j] > threshold ? 1 : 0;
         }
         int a = 0;
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             a += magnitude[j] * codebooks[F][M + m[j]];
             index[j] = uint(units.z[j] < 0 ? M - 1 - m[j] : M + m[j]);
         }
         const float exact = exact_scale<F, N>(units, simd_sum(a));
         d = exact >= 65520.0f ? 0x7bffu : half_of_float(exact);
     }
-    for (int j = 0; j < P; ++j) index[j] = d == 0 ? 0u : index[j];
+    FOR_UNROLLED (int j = 0; j < P; ++j) index[j] = d == 0 ? 0u : index[j];
     if (lane == 0) *reinterpret_cast<device ushort *>(dst) = ushort(d);
     device uchar * q = dst + 2;
     if (B == 4) {
@@ -165,15 +165,15 @@ template <int F, int N> inline void encode_plain(device const float * x, device 
             const uint upper = simd_shuffle_xor(index[0], ushort(16));
             if (lane < 16) q[lane] = uchar(index[0] | upper << 4);
         } else {
-            for (int j = 0; j < P / 2; ++j) q[lane + 32 * j] = uchar(index[j] | index[j + P / 2] << 4);
+            FOR_UNROLLED (int j = 0; j < P / 2; ++j) q[lane + 32 * j] = uchar(index[j] | index[j + P / 2] << 4);
         }
         return;
     }
     uint low[P];
-    for (int j = 0; j < P; ++j) low[j] = index[j] & 3u;
+    FOR_UNROLLED (int j = 0; j < P; ++j) low[j] = index[j] & 3u;
     store_fields<2, N>(low, q, lane);
     if (B == 3)
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             const uint word = simd_or((index[j] >> 2) << lane);
             if (lane < 4) q[N / 4 + 4 * j + lane] = uchar(word >> (8 * lane));
         }
@@ -185,12 +185,12 @@ template <int F, int N> inline void encode_trellis(device const float * x, devic
     Units<N> units;
     to_units<N>(x, units, lane);
     uint low[P], high[P], words[words_count];
-    for (int j = 0; j < P; ++j) low[j] = high[j] = 0;
-    for (int w = 0; w < words_count; ++w) words[w] = 0;
+    FOR_UNROLLED (int j = 0; j < P; ++j) low[j] = high[j] = 0;
+    FOR_UNROLLED (int w = 0; w < words_count; ++w) words[w] = 0;
     if (units.codable) {
         const int ratio = choose_ratio<F, N>(units.z);
         uint metrics[P], rests[P];
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             const GridEntry entry = grid_entry<F>(clamp((units.z[j] * ratio + (1 << 14)) >> 15, -int(limit), int(limit)));
             metrics[j] = entry.metrics;
             rests[j] = entry.rests;
@@ -198,12 +198,12 @@ template <int F, int N> inline void encode_trellis(device const float * x, devic
         find_path<N>(metrics, words, lane);
         const uint at = lane % (N / 8) + 1; // two bytes of the block: the steps of the lane, and those before
         uint path = 0;
-        for (uint w = 0; w < words_count; ++w) {
+        FOR_UNROLLED (uint w = 0; w < words_count; ++w) {
             path |= w == at / 4 ? words[w] >> (8 * (at % 4)) : 0u;
             path |= w == at / 4 + 1 && at % 4 == 3 ? words[w] << 8 : 0u;
         }
         int a = 0;
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             const uint subset = subset_at(path >> (2 + (lane + 32 * j) / (N / 8)));
             const uint rest = rests[j] >> (4 * subset) & 15u;
             a += units.z[j] * codebooks[F][4 * rest + subset];
@@ -218,13 +218,13 @@ template <int F, int N> inline void encode_trellis(device const float * x, devic
                                  : min((half_of_float(d) + 16u) >> (15 - scale_bits), uint(greatest_scale_code));
         }
         words[0] |= code;
-        for (int w = 0; w < words_count; ++w) words[w] = code == 0 ? 0u : words[w];
-        for (int j = 0; j < P; ++j) {
+        FOR_UNROLLED (int w = 0; w < words_count; ++w) words[w] = code == 0 ? 0u : words[w];
+        FOR_UNROLLED (int j = 0; j < P; ++j) {
             low[j] = code == 0 ? 0u : low[j];
             high[j] = code == 0 ? 0u : high[j];
         }
     }
-    for (uint w = 0; w < words_count; ++w)
+    FOR_UNROLLED (uint w = 0; w < words_count; ++w)
         if (uint(lane) / 2 == w && lane < (2 + N / 8) / 2)
             *reinterpret_cast<device ushort *>(dst + 2 * lane) = ushort(words[w] >> (16 * (lane & 1)));
     device uchar * q = dst + 2 + N / 8;
@@ -258,11 +258,11 @@ template <int F, int N>
 inline void decode_block(device const uchar * block, device uchar * to, bool half_floats, ushort lane) {
     enum { P = N / 32 };
     float w[P];
-    for (int j = 0; j < P; ++j) // sums of levels are integers, and exact
+    FOR_UNROLLED (int j = 0; j < P; ++j) // sums of levels are integers, and exact
         w[j] = flip_sign(float(codebooks[F][level_number<F, N>(block, lane + 32 * j)]), signs2[j], lane);
     hadamard<N>(w, lane);
     const float scale = load_scale<F>(block) * steps_over_sqrt[F][Block<N>::index];
-    for (int j = 0; j < P; ++j) {
+    FOR_UNROLLED (int j = 0; j < P; ++j) {
         const float x = flip_sign(scale * w[j], signs1[j], lane);
         if (half_floats) reinterpret_cast<device ushort *>(to)[lane + 32 * j] = ushort(half_of_float(x));
         else reinterpret_cast<device float *>(to)[lane + 32 * j] = x;

@@ -123,12 +123,12 @@ inline float flip_sign(float x, uint word, uint bit) { return as_type<float>(as_
 // specification.
 template <int N> inline void hadamard(thread float * y, ushort lane) {
     for (ushort h = 1; h < 32; h *= 2)
-        for (int j = 0; j < N / 32; ++j) {
+        FOR_UNROLLED (int j = 0; j < N / 32; ++j) {
             const float other = simd_shuffle_xor(y[j], h);
             y[j] = lane & h ? other - y[j] : y[j] + other;
         }
     for (int h = 1; h < N / 32; h *= 2)
-        for (int j = 0; j < N / 32; ++j)
+        FOR_UNROLLED (int j = 0; j < N / 32; ++j)
             if (!(j & h)) {
                 const float a = y[j], b = y[j + h];
                 y[j] = a + b;
@@ -138,10 +138,10 @@ template <int N> inline void hadamard(thread float * y, ushort lane) {
 
 // Rotates a block as the specification says, or applies the inverse. Lane l holds elements l, l + 32, ...
 template <int N> inline void transform(thread float * y, bool inverse, ushort lane) {
-    for (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], inverse ? signs2[j] : signs1[j], lane);
+    FOR_UNROLLED (int j = 0; j < N / 32; ++j) y[j] = flip_sign(y[j], inverse ? signs2[j] : signs1[j], lane);
     hadamard<N>(y, lane);
     const float norm = one_over_sqrt[Block<N>::index];
-    for (int j = 0; j < N / 32; ++j)
+    FOR_UNROLLED (int j = 0; j < N / 32; ++j)
         y[j] = inverse ? flip_sign(y[j] * norm, signs1[j], lane) : flip_sign(y[j], signs2[j], lane) * norm;
 }
 

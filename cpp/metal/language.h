@@ -1,5 +1,5 @@
-// What the kernels need from the language: the standard library, kernels by name, and constants that are set when a
-// pipeline is made. tests/metal/emulator defines the same macros for C++.
+// What the kernels need from the language: the standard library, kernels by name, constants that are set when a pipeline
+// is made, and unrolled loops. tests/metal/emulator defines the same macros for C++.
 #ifndef TURBOQUANT_METAL_LANGUAGE_H
 #define TURBOQUANT_METAL_LANGUAGE_H
 
@@ -17,6 +17,9 @@ using namespace metal;
 #define TURBOQUANT_KERNEL(name, ...)    \
     typedef decltype(__VA_ARGS__) name##_t; \
     template [[host_name(#name)]] kernel name##_t __VA_ARGS__;
+
+// A loop over registers, which must be unrolled.
+#define FOR_UNROLLED(...) _Pragma("clang loop unroll(full)") for (__VA_ARGS__)
 
 #define TURBOQUANT_THREADGROUP(index) [[threadgroup(index)]]
 #define TURBOQUANT_FUNCTION_CONSTANT(name, index) constant int name [[function_constant(index)]];

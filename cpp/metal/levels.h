@@ -56,7 +56,7 @@ template <int F, int N> inline Unit load_unit(device const uchar * block, uint u
     const uint bytes = 4 * (unit >> 1), field = unit & 1; // the runs have fields `field` and field + 2 of four bytes
     if (!Family<F>::trellis) {
         const uint word = load_u32(q + bytes) >> (2 * field);
-        for (uint run = 0; run < 2; ++run) {
+        FOR_UNROLLED (uint run = 0; run < 2; ++run) {
             out.numbers[run] = word >> (4 * run) & 0x03030303u;
             if (Family<F>::bits == 3) {
                 const uint e = run_start<F, N>(unit, run);
@@ -70,11 +70,11 @@ template <int F, int N> inline Unit load_unit(device const uchar * block, uint u
     const uint path = load_u32(q + x), before = block[1 + x];
     const uint crumbs = Family<F>::bits == 2 ? 0u : load_u32(rests + bytes) >> (2 * field);
     const uint plane = Family<F>::bits == 3 ? 0u : load_u32(rests + (Family<F>::bits == 4 ? N / 4 : 0) + x) >> first;
-    for (uint run = 0; run < 2; ++run) {
+    FOR_UNROLLED (uint run = 0; run < 2; ++run) {
         uint rest = Family<F>::bits == 2 ? 0u : crumbs >> (4 * run) & 0x03030303u;
         rest |= (plane >> (4 * run) & 0x01010101u) << (Family<F>::bits == 4 ? 2 : 0);
         uint subsets = 0;
-        for (uint byte = 0; byte < 4; ++byte) {
+        FOR_UNROLLED (uint byte = 0; byte < 4; ++byte) {
             const uint two = byte == 0 ? before | path << 8 : path >> (8 * byte - 8);
             subsets |= subset_at(two >> (first + 4 * run + 2)) << (8 * byte);
         }

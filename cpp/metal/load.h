@@ -19,9 +19,9 @@ inline void put_unit(device const uchar * row, bool exists, uint unit, threadgro
     const uint block = unit / (N / 8), in_block = unit % (N / 8);
     Unit x = {{0, 0}};
     if (exists) x = load_unit<F, N>(row + block * Format<F, N>::bytes, in_block);
-    for (uint run = 0; run < 2; ++run) {
+    FOR_UNROLLED (uint run = 0; run < 2; ++run) {
         threadgroup half * four = to + block * N + run_start<F, N>(in_block, run);
-        for (uint i = 0; i < 4; ++i) four[i] = exists ? table[x.numbers[run] >> (8 * i) & 255u] : half(0.0f);
+        FOR_UNROLLED (uint i = 0; i < 4; ++i) four[i] = exists ? table[x.numbers[run] >> (8 * i) & 255u] : half(0.0f);
     }
 }
 
@@ -88,7 +88,7 @@ template <int D> inline void rotate_row(thread float * y, int block, bool invers
     if (block == 64 && D % 64 == 0)
         for (int j = 0; j < D / 32; j += 2) transform<64>(y + j, inverse, lane);
     if (block == 32)
-        for (int j = 0; j < D / 32; ++j) transform<32>(y + j, inverse, lane);
+        FOR_UNROLLED (int j = 0; j < D / 32; ++j) transform<32>(y + j, inverse, lane);
 }
 
 } // namespace turboquant

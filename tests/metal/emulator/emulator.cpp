@@ -207,7 +207,7 @@ void access(Thread & t, const void * address, size_t bytes, bool write) {
     for (const auto & part : global.image)
         if (!write && p >= part.first && p + bytes <= part.second) return;
     if (p >= t.stack - stack_bytes && p < t.stack) stop("stack overflow");
-    stop("%s of %zu bytes at %p, which is in no allocation", write ? "write" : "read", bytes, address);
+    stop("%s of %zu bytes that are in no allocation", write ? "write" : "read", bytes);
 }
 
 void find_image() {
