@@ -1,5 +1,5 @@
-// Prints cpp/metal/constants.h: the list of formats and the tables of their families for the Metal kernels, which cannot
-// include C++ headers. tests/metal compares the file with the output:
+// Prints cpp/metal/constants.h: the list of formats and the tables of their families for the Metal kernels, which
+// cannot include C++ headers. tests/metal compares the file with the output:
 //
 //   make_metal_constants > cpp/metal/constants.h
 #include "../cpp/src/format.h"
@@ -58,11 +58,12 @@ void print_families() {
                 number++, F::bits, F::levels, trellis_bits<F> > 0);
     EACH_FAMILY(ROW)
 #undef ROW
-    std::printf("\nenum { families = %d, rms_unit = %d, coarse_unit = %d, search_steps = %d, path_memory = %d, "
-                "scale_bits = %d,\n       trellis_scales = %d, most_distance = %d, metric_shift = %d, grid_margin = %d, "
-                "greatest_scale_code = %d };\n\n",
-                count, rms_unit, coarse_unit, search_steps, path_memory, scale_bits, trellis_scales, most_distance,
-                metric_shift, grid_margin, greatest_scale_code);
+    std::printf(
+        "\nenum { families = %d, rms_unit = %d, coarse_unit = %d, search_steps = %d, path_memory = %d, "
+        "scale_bits = %d,\n       trellis_scales = %d, most_distance = %d, metric_shift = %d, grid_margin = %d, "
+        "greatest_scale_code = %d };\n\n",
+        count, rms_unit, coarse_unit, search_steps, path_memory, scale_bits, trellis_scales, most_distance,
+        metric_shift, grid_margin, greatest_scale_code);
 }
 
 void print_signs() {
@@ -75,8 +76,8 @@ void print_signs() {
         std::printf("};\n");
     }
     std::printf("constant float one_over_sqrt[3] = ");
-    std::printf("{%.8ef, %.8ef, %.8ef}; // by block: 128, 64, 32\n\n", double(one_over_sqrt[0]), double(one_over_sqrt[1]),
-                double(one_over_sqrt[2]));
+    std::printf("{%.8ef, %.8ef, %.8ef}; // by block: 128, 64, 32\n\n", double(one_over_sqrt[0]),
+                double(one_over_sqrt[1]), double(one_over_sqrt[2]));
 }
 
 template <typename F> void print_levels() { print_row(F::centroids, F::levels, 32); }
@@ -108,7 +109,8 @@ template <typename F> void print_scales(const char * what) {
         const ScaleTable<B, 32> c;
         std::printf("\n");
         const auto rows = [&](const auto & t) {
-            print_row(what[0] == 'o' ? t.outermost : what[0] == 'g' ? t.granular : t.ratio, trellis_scales, trellis_scales);
+            const int32_t * row = what[0] == 'o' ? t.outermost : what[0] == 'g' ? t.granular : t.ratio;
+            print_row(row, trellis_scales, trellis_scales);
         };
         rows(a), rows(b), rows(c);
     }
@@ -124,7 +126,8 @@ void print_tables() {
 #define ROW(name, F) std::printf("%.8ef, ", double(F::step));
     EACH_FAMILY(ROW)
 #undef ROW
-    std::printf("};\n\n// By family and block: the step over sqrt(block).\nconstant float steps_over_sqrt[families][3] = {\n");
+    std::printf(
+        "};\n\n// By family and block: the step over sqrt(block).\nconstant float steps_over_sqrt[families][3] = {\n");
 #define ROW(name, F) print_row(F::step_over_sqrt, 3, 3);
     EACH_FAMILY(ROW)
 #undef ROW
@@ -133,8 +136,9 @@ void print_tables() {
 #define ROW(name, F) print_units<F>();
     EACH_FAMILY(ROW)
 #undef ROW
-    std::printf("};\n\n// By family: the midpoints of neighbouring magnitudes, and the search's thresholds by step. The\n"
-                "// trellis-coded types have none.\nconstant float midpoints[families][7] = {\n");
+    std::printf(
+        "};\n\n// By family: the midpoints of neighbouring magnitudes, and the search's thresholds by step. The\n"
+        "// trellis-coded types have none.\nconstant float midpoints[families][7] = {\n");
 #define ROW(name, F) print_midpoints<F>();
     EACH_FAMILY(ROW)
 #undef ROW
@@ -142,7 +146,8 @@ void print_tables() {
 #define ROW(name, F) print_thresholds<F>();
     EACH_FAMILY(ROW)
 #undef ROW
-    std::printf("};\n\n// By family, block and candidate scale: ScaleTable of generic/trellis.h. The other types have none.\n");
+    std::printf(
+        "};\n\n// By family, block and candidate scale: ScaleTable of generic/trellis.h. The other types have none.\n");
     for (const char * what : {"outermost", "granular", "ratios"}) {
         std::printf("constant int scale_%s[families][3][trellis_scales] = {\n", what);
 #define ROW(name, F) print_scales<F>(what);

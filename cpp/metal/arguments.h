@@ -18,8 +18,8 @@ enum { simdgroups = 4 }; // of a threadgroup, in all kernels
 // The numbers of row types besides those of tq_type.
 enum { row_f16 = 64, row_q8_0 = 66, row_f32 = 68 };
 
-// Rows of `blocks` blocks, ne[0] * ne[1] * ne[2] of them. A kernel of codec.metal reads row (i1, i2, i3) of the source and
-// writes it to the destination; `index` names i1 of the encoded side.
+// Rows of `blocks` blocks, ne[0] * ne[1] * ne[2] of them. A kernel of codec.metal reads row (i1, i2, i3) of the source
+// and writes it to the destination; `index` names i1 of the encoded side.
 struct CodecArguments {
     int64_t blocks;
     int64_t ne[3], src_nb[3], dst_nb[3];

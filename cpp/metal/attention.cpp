@@ -130,8 +130,8 @@ AttentionArguments arguments_of(const Attention & a, const Plan & p, const Sourc
 } // namespace
 
 bool covers(const Attention & a) {
-    if (!kernels_of(a.head).merge || a.sources.empty() || a.kv_heads <= 0 || a.heads % a.kv_heads || a.kv_streams <= 0 ||
-        a.streams % a.kv_streams || (a.q_token | a.q_head | a.q_stream) % 4)
+    if (!kernels_of(a.head).merge || a.sources.empty() || a.kv_heads <= 0 || a.heads % a.kv_heads ||
+        a.kv_streams <= 0 || a.streams % a.kv_streams || (a.q_token | a.q_head | a.q_stream) % 4)
         return false;
     const int64_t most = int64_t(1) << 30;
     if (int64_t(a.heads) * a.tokens * a.streams >= most || int64_t(a.heads) * a.tokens >= most) return false;
@@ -140,7 +140,9 @@ bool covers(const Attention & a) {
     return true;
 }
 
-size_t workspace_bytes(const Attention & a) { return size_t(states_of(a, plan_of(a))) * (size_t(a.head) + 2) * sizeof(float); }
+size_t workspace_bytes(const Attention & a) {
+    return size_t(states_of(a, plan_of(a))) * (size_t(a.head) + 2) * sizeof(float);
+}
 
 bool attention(const Attention & a, Encoder & encoder) {
     if (!covers(a)) return false;
@@ -148,7 +150,8 @@ bool attention(const Attention & a, Encoder & encoder) {
     if (rows == 0) return true;
     const Plan p = plan_of(a);
     const Kernels kernels = kernels_of(a.head);
-    const Buffer states = {a.workspace.object, a.workspace.offset + size_t(states_of(a, p)) * size_t(a.head) * sizeof(float)};
+    const Buffer states = {a.workspace.object,
+                           a.workspace.offset + size_t(states_of(a, p)) * size_t(a.head) * sizeof(float)};
     int part = 0;
     for (size_t i = 0; i < a.sources.size(); ++i) {
         const Source & s = a.sources[i];

@@ -1,10 +1,11 @@
 // Attention over rows of K and V of one source, and the merge of the results of all sources.
 //
-// A threadgroup has up to 16 query columns (query heads of a KV head, times tokens) and a run of rows, which it computes
-// in tiles of 32 or 16 rows. It decodes the rows of K of a tile to threadgroup memory, multiplies them with its queries,
-// turns the products into weights, decodes V to the same memory, and adds the product of weights and V to its sums. The
-// matrices of the SIMD groups compute the products: a factor in float32, which has the queries or the weights times the
-// scales of V, and a factor in binary16, which has levels. The sums of rotated rows are rotated back by the merge.
+// A threadgroup has up to 16 query columns (query heads of a KV head, times tokens) and a run of rows, which it
+// computes in tiles of 32 or 16 rows. It decodes the rows of K of a tile to threadgroup memory, multiplies them with
+// its queries, turns the products into weights, decodes V to the same memory, and adds the product of weights and V to
+// its sums. The matrices of the SIMD groups compute the products: a factor in float32, which has the queries or the
+// weights times the scales of V, and a factor in binary16, which has levels. The sums of rotated rows are rotated back
+// by the merge.
 #include "load.h"
 
 namespace turboquant {
@@ -20,7 +21,8 @@ constant uint hidden_bits = 0xfc00u; // of the mask: -inf
 // The factor of the mask of a query head: its ALiBi slope, or 1 without ALiBi.
 inline float alibi_slope(constant AttentionArguments & a, int head) {
     if (a.slope_heads == 0) return 1.0f;
-    return head < a.slope_heads ? powr(a.slope0, float(head + 1)) : powr(a.slope1, float(2 * (head - a.slope_heads) + 1));
+    return head < a.slope_heads ? powr(a.slope0, float(head + 1))
+                                : powr(a.slope1, float(2 * (head - a.slope_heads) + 1));
 }
 
 // Multiplies the rows of a matrix of sums by factors, which only the memory gives access to.
@@ -50,13 +52,16 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
 
     threadgroup float * queries = reinterpret_cast<threadgroup float *>(shared);
     threadgroup half * tile = reinterpret_cast<threadgroup half *>(shared + memory_offset(memory_tile, D, C, a.blocks));
-    threadgroup ushort * masks = reinterpret_cast<threadgroup ushort *>(shared + memory_offset(memory_masks, D, C, a.blocks));
+    threadgroup ushort * masks =
+        reinterpret_cast<threadgroup ushort *>(shared + memory_offset(memory_masks, D, C, a.blocks));
     threadgroup float * factors =
         reinterpret_cast<threadgroup float *>(shared + memory_offset(memory_factors, D, C, a.blocks));
-    threadgroup uint * flags = reinterpret_cast<threadgroup uint *>(shared + memory_offset(memory_flags, D, C, a.blocks));
+    threadgroup uint * flags =
+        reinterpret_cast<threadgroup uint *>(shared + memory_offset(memory_flags, D, C, a.blocks));
     threadgroup float * scratch =
         reinterpret_cast<threadgroup float *>(shared + memory_offset(memory_scratch, D, C, a.blocks)) + 64 * simd;
-    threadgroup half * tables = reinterpret_cast<threadgroup half *>(shared + memory_offset(memory_tables, D, C, a.blocks));
+    threadgroup half * tables =
+        reinterpret_cast<threadgroup half *>(shared + memory_offset(memory_tables, D, C, a.blocks));
     threadgroup float * scales_k =
         reinterpret_cast<threadgroup float *>(shared + memory_offset(memory_scales, D, C, a.blocks));
     threadgroup float * scales_v = scales_k + a.blocks * R;
@@ -184,7 +189,8 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
                 loaded = block;
                 simdgroup_half8x8 of_values;
                 simdgroup_load(of_values, tile + r * pitch + e, pitch);
-                FOR_UNROLLED (int t = 0; t < T; ++t) simdgroup_multiply_accumulate(sums[t][i], weights[t], of_values, sums[t][i]);
+                FOR_UNROLLED (int t = 0; t < T; ++t)
+                    simdgroup_multiply_accumulate(sums[t][i], weights[t], of_values, sums[t][i]);
             }
         }
     }

@@ -81,7 +81,8 @@ template <int N> inline void to_units(device const float * x, thread Units<N> & 
 // The stored scale before it is rounded to binary16; a = sum |z| c of the assignment.
 template <int F, int N> inline float exact_scale(thread const Units<N> & units, int a) {
     const ulong ratio = double_divide(double_of_uint(ulong(uint(units.energy))), double_of_uint(ulong(uint(a))));
-    const ulong d = double_multiply(double_multiply(ratio, double_of_float(units.rms)), scale_units[F][Block<N>::index]);
+    const ulong d =
+        double_multiply(double_multiply(ratio, double_of_float(units.rms)), scale_units[F][Block<N>::index]);
     return float_of_double(scale_by(d, units.k));
 }
 
@@ -191,7 +192,8 @@ template <int F, int N> inline void encode_trellis(device const float * x, devic
         const int ratio = choose_ratio<F, N>(units.z);
         uint metrics[P], rests[P];
         FOR_UNROLLED (int j = 0; j < P; ++j) {
-            const GridEntry entry = grid_entry<F>(clamp((units.z[j] * ratio + (1 << 14)) >> 15, -int(limit), int(limit)));
+            const GridEntry entry =
+                grid_entry<F>(clamp((units.z[j] * ratio + (1 << 14)) >> 15, -int(limit), int(limit)));
             metrics[j] = entry.metrics;
             rests[j] = entry.rests;
         }
@@ -292,7 +294,8 @@ template <int N>
 kernel void turboquant_encode(constant turboquant::CodecArguments & a [[buffer(0)]],
                               device const uchar * src [[buffer(1)]], device uchar * dst [[buffer(2)]],
                               device const uchar * index [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
-                              ushort lane [[thread_index_in_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]]) {
+                              ushort lane [[thread_index_in_simdgroup]],
+                              ushort simd [[simdgroup_index_in_threadgroup]]) {
     turboquant::encode_rows<N>(a, src, dst, index, group, lane, simd);
 }
 
@@ -300,7 +303,8 @@ template <int N>
 kernel void turboquant_decode(constant turboquant::CodecArguments & a [[buffer(0)]],
                               device const uchar * src [[buffer(1)]], device uchar * dst [[buffer(2)]],
                               device const uchar * index [[buffer(3)]], uint3 group [[threadgroup_position_in_grid]],
-                              ushort lane [[thread_index_in_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]]) {
+                              ushort lane [[thread_index_in_simdgroup]],
+                              ushort simd [[simdgroup_index_in_threadgroup]]) {
     turboquant::decode_rows<N>(a, src, dst, index, group, lane, simd);
 }
 

@@ -1,5 +1,5 @@
-// What the kernels need from the language: the standard library, kernels by name, constants that are set when a pipeline
-// is made, and unrolled loops. tests/metal/emulator defines the same macros for C++.
+// What the kernels need from the language: the standard library, kernels by name, constants that are set when a
+// pipeline is made, and unrolled loops. tests/metal/emulator defines the same macros for C++.
 #ifndef TURBOQUANT_METAL_LANGUAGE_H
 #define TURBOQUANT_METAL_LANGUAGE_H
 

@@ -6,8 +6,8 @@
 
 namespace turboquant {
 
-// The subset of an element of a trellis-coded type. `path` has the path bits of six steps before and of the element's own
-// in its lower seven bits, the newest in bit 6.
+// The subset of an element of a trellis-coded type. `path` has the path bits of six steps before and of the element's
+// own in its lower seven bits, the newest in bit 6.
 inline uint subset_at(uint path) { return subset_words[path >> 4 & 7u] >> (2 * (path & 15u)) & 3u; }
 
 // The number of the level of element i in the codebook.

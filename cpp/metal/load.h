@@ -1,5 +1,5 @@
-// Rows of K and V: their scales, and the tile of them in threadgroup memory. A row of a turbo type becomes the levels of
-// its codebook, which binary16 represents exactly, and a scale for each block; the other types become values.
+// Rows of K and V: their scales, and the tile of them in threadgroup memory. A row of a turbo type becomes the levels
+// of its codebook, which binary16 represents exactly, and a scale for each block; the other types become values.
 #ifndef TURBOQUANT_METAL_LOAD_H
 #define TURBOQUANT_METAL_LOAD_H
 
@@ -33,8 +33,8 @@ inline half load_value(int type, device const uchar * row, uint i) {
     return half(float_of_half(load_u16(block)) * float(int8_t(block[2 + i % 32])));
 }
 
-// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values. All
-// threads of the threadgroup take part.
+// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values.
+// All threads of the threadgroup take part.
 template <int D>
 inline void load_tile(int type, device const uchar * rows, long row_bytes, uint seen, threadgroup const half * table,
                       threadgroup half * tile, uint thread_index) {

@@ -1,8 +1,9 @@
-// The encoder of the trellis-coded types (FORMAT.md, "Encoder of the trellis-coded types"). A SIMD group encodes a block.
+// The encoder of the trellis-coded types (FORMAT.md, "Encoder of the trellis-coded types"). A SIMD group encodes a
+// block.
 //
 // Lane i has the costs of the states i and i + 32, from which branches lead to the states 2 i and 2 i + 1: the lane
-// computes these, and keeps a bit for each that tells whether the branch from i + 32 has won. Two shuffles then bring the
-// new costs to the lanes of their states.
+// computes these, and keeps a bit for each that tells whether the branch from i + 32 has won. Two shuffles then bring
+// the new costs to the lanes of their states.
 #ifndef TURBOQUANT_METAL_TRELLIS_H
 #define TURBOQUANT_METAL_TRELLIS_H
 
@@ -15,8 +16,8 @@ constant int path_states = 1 << path_memory;
 // The grid on which values are compared with levels: bits - 1 fractional bits of a level.
 template <int F> inline int grid_level(int number) { return int(codebooks[F][number]) << (Family<F>::bits - 1); }
 
-// The metrics of the four subsets for a value on the grid, a byte each, and the numbers of their nearest levels, four bits
-// each.
+// The metrics of the four subsets for a value on the grid, a byte each, and the numbers of their nearest levels, four
+// bits each.
 struct GridEntry {
     uint metrics, rests;
 };

@@ -2,9 +2,11 @@
 // Encoder of the host makes the pipelines and encodes the dispatches.
 //
 // Conventions
-//  - Strides are in bytes. Addresses and strides of rows are multiples of 4 bytes for float32, and of 2 bytes for encoded
+//  - Strides are in bytes. Addresses and strides of rows are multiples of 4 bytes for float32, and of 2 bytes for
+//  encoded
 //    blocks, q8_0 and binary16.
-//  - A function that returns a bool encodes dispatches, or returns false, and encodes nothing, if the kernels do not cover
+//  - A function that returns a bool encodes dispatches, or returns false, and encodes nothing, if the kernels do not
+//  cover
 //    the call.
 //  - Every function is thread-safe.
 #ifndef TURBOQUANT_METAL_H
@@ -69,8 +71,8 @@ struct Index {
 bool encode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                  Encoder & encoder);
 
-// Decodes rows to the floats of tq_decode, in float32 or, if `half_floats`, in binary16. ne counts the values and the rows
-// of dst; the index selects rows of src.
+// Decodes rows to the floats of tq_decode, in float32 or, if `half_floats`, in binary16. ne counts the values and the
+// rows of dst; the index selects rows of src.
 bool decode_rows(tq_type type, const Rows & src, const Rows & dst, const int64_t ne[4], const Index & index,
                  bool half_floats, Encoder & encoder);
 
@@ -89,10 +91,10 @@ struct Source {
     int mask_heads, mask_streams; // head h and stream s have the mask of h % mask_heads and s % mask_streams
 };
 
-// A call: softmax(scale * Q K^T [soft cap] + slope * mask) V for every query, over the rows of all sources. A query that
-// sees no row gets zeros. A row that the mask hides (-inf) from a query does not affect it, with one exception: rows of V
-// that have no turbo type are multiplied by zero where they are hidden, so that a value in such a row that is not finite
-// may reach queries that are computed together with one that sees a row of the same tile.
+// A call: softmax(scale * Q K^T [soft cap] + slope * mask) V for every query, over the rows of all sources. A query
+// that sees no row gets zeros. A row that the mask hides (-inf) from a query does not affect it, with one exception:
+// rows of V that have no turbo type are multiplied by zero where they are hidden, so that a value in such a row that is
+// not finite may reach queries that are computed together with one that sees a row of the same tile.
 struct Attention {
     std::vector<Source> sources; // the cache, whose K or V is turbo; then others, none of which is turbo
     int head;                    // values in a head of K and of V
@@ -101,10 +103,10 @@ struct Attention {
     int kv_streams;              // divides streams; consecutive streams share a KV stream
     Buffer q;                    // float32 [streams][heads][tokens][head]
     int64_t q_token, q_head, q_stream;
-    Buffer sinks;                    // float32 [heads], scores that count in the softmax without a row of V; or no object
+    Buffer sinks; // float32 [heads], scores that count in the softmax without a row of V; or no object
     float scale, max_bias, soft_cap; // max_bias > 0: ALiBi, else slope = 1; soft_cap 0 = none
-    float sparse_v; // V of a tile of rows is left out of the sum (but counts in the softmax) if its weights, relative to
-                    // the largest so far, are at most this for all queries that are computed together
+    float sparse_v; // V of a tile of rows is left out of the sum (but counts in the softmax) if its weights, relative
+                    // to the largest so far, are at most this for all queries that are computed together
     Buffer dst;       // float32 [streams][tokens][heads][head] without gaps
     Buffer workspace; // workspace_bytes(), aligned to 16 bytes
 };

@@ -1,8 +1,8 @@
 // turbo-metal.cpp: the turbo types in ggml's Metal backend, with the kernels of cpp/metal. Part of ggml-metal.
 //
-// The kernels are a library of their own, which ggml's functions compile from the source in this program. So it does not
-// matter whether ggml's own library is embedded. One kernel computes attention for prompts and for single tokens; it
-// reads the blocks directly. The rows of an exact window are further sources of the same kernel.
+// The kernels are a library of their own, which ggml's functions compile from the source in this program. So it does
+// not matter whether ggml's own library is embedded. One kernel computes attention for prompts and for single tokens;
+// it reads the blocks directly. The rows of an exact window are further sources of the same kernel.
 
 #include "metal/turbo-metal.h"
 
@@ -259,7 +259,8 @@ bool turbo_metal_encode(ggml_metal_device_t dev, ggml_metal_encoder_t enc, const
                                       op->type == GGML_TYPE_F16, encoder);
             break;
         case turbo_op::store:
-            encoded = tq::encode_rows(to_tq(op->type), rows_of(src), rows_of(op), src->ne, index_of(op->src[1]), encoder);
+            encoded =
+                tq::encode_rows(to_tq(op->type), rows_of(src), rows_of(op), src->ne, index_of(op->src[1]), encoder);
             break;
         case turbo_op::load:
             encoded = tq::decode_rows(to_tq(src->type), rows_of(src), rows_of(op), op->ne, index_of(op->src[1]), false,

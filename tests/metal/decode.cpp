@@ -1,9 +1,11 @@
-// Runs a model on the CPU and on the fake Metal device, through llama.cpp and ggml's scheduler, and compares the logits.
+// Runs a model on the CPU and on the fake Metal device, through llama.cpp and ggml's scheduler, and compares the
+// logits.
 //
 //   decode MODEL TYPE_K TYPE_V
 //
-// Decodes a prompt, some tokens one by one, and one more after a context shift if the model permits it. Prints for each step the relative error of
-// the device's logits, then the largest errors of single ops, and the number of dispatches by kernel. The status is 3 if something cannot run.
+// Decodes a prompt, some tokens one by one, and one more after a context shift if the model permits it. Prints for each
+// step the relative error of the device's logits, then the largest errors of single ops, and the number of dispatches
+// by kernel. The status is 3 if something cannot run.
 #include "fake_metal.h"
 
 #include "ggml-backend.h"

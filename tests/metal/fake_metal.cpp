@@ -1,6 +1,6 @@
-// A Metal device without Metal: the functions of ggml-metal's Objective-C files in C++. The real C++ files of ggml-metal
-// and the hooks in them describe the dispatches, which the emulator executes when they are encoded. Only ops on the turbo
-// types take this way. The CPU computes all other ops, in the memory of the device.
+// A Metal device without Metal: the functions of ggml-metal's Objective-C files in C++. The real C++ files of
+// ggml-metal and the hooks in them describe the dispatches, which the emulator executes when they are encoded. Only ops
+// on the turbo types take this way. The CPU computes all other ops, in the memory of the device.
 #include "fake_metal.h"
 
 #include "emulator.h"
@@ -121,7 +121,8 @@ void ggml_metal_encoder_set_threadgroup_memory_size(ggml_metal_encoder_t encoder
     encoder->dispatch.threadgroup_bytes = size;
 }
 
-void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t encoder, int g0, int g1, int g2, int t0, int t1, int t2) {
+void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t encoder, int g0, int g1, int g2, int t0, int t1,
+                                              int t2) {
     GGML_ASSERT(t1 == 1 && t2 == 1);
     encoder->dispatch.groups[0] = g0;
     encoder->dispatch.groups[1] = g1;
@@ -222,13 +223,16 @@ void ggml_metal_buffer_free(ggml_metal_buffer_t buffer) {
 void * ggml_metal_buffer_get_base(ggml_metal_buffer_t buffer) { return buffer->data; }
 bool ggml_metal_buffer_is_shared(ggml_metal_buffer_t buffer) { return buffer->shared; }
 
-void ggml_metal_buffer_memset_tensor(ggml_metal_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+void ggml_metal_buffer_memset_tensor(ggml_metal_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset,
+                                     size_t size) {
     memset((char *) tensor->data + offset, value, size);
 }
-void ggml_metal_buffer_set_tensor(ggml_metal_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+void ggml_metal_buffer_set_tensor(ggml_metal_buffer_t, ggml_tensor * tensor, const void * data, size_t offset,
+                                  size_t size) {
     memcpy((char *) tensor->data + offset, data, size);
 }
-void ggml_metal_buffer_get_tensor(ggml_metal_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+void ggml_metal_buffer_get_tensor(ggml_metal_buffer_t, const ggml_tensor * tensor, void * data, size_t offset,
+                                  size_t size) {
     memcpy(data, (const char *) tensor->data + offset, size);
 }
 bool ggml_metal_buffer_cpy_tensor(ggml_metal_buffer_t, const ggml_tensor * src, ggml_tensor * dst) {
@@ -272,7 +276,8 @@ void ggml_metal_get_tensor_async(ggml_metal_t, const ggml_tensor * tensor, void 
 }
 bool ggml_metal_cpy_tensor_async(ggml_metal_t, ggml_metal_t, const ggml_tensor *, ggml_tensor *) { return false; }
 
-// ---- what the ops must give, in double precision ---------------------------------------------------------------------
+// ---- what the ops must give, in double precision
+// ---------------------------------------------------------------------
 
 double fake_metal_error;
 int fake_metal_wrong_rows;
@@ -367,9 +372,11 @@ static void check(const ggml_tensor * op) {
     }
 }
 
-// Encodes a run of nodes with turbo types as ggml-metal does, with concurrency, so that the emulator sees a missing barrier.
+// Encodes a run of nodes with turbo types as ggml-metal does, with concurrency, so that the emulator sees a missing
+// barrier.
 static void encode(ggml_metal_t ctx, ggml_cgraph * graph, int first, int last) {
-    ggml_metal_op_t op = ggml_metal_op_init(ctx->device, nullptr, graph, ctx->device->fusion, first, last, true, false, 0);
+    ggml_metal_op_t op =
+        ggml_metal_op_init(ctx->device, nullptr, graph, ctx->device->fusion, first, last, true, false, 0);
     for (int i = 0; i < ggml_metal_op_n_nodes(op);) {
         i += ggml_metal_op_encode(op, i);
     }

@@ -1,5 +1,5 @@
-// A second look at the sources: Clang compiles them as C++ for OpenCL, which has the same address spaces as Metal, and no
-// conversions between them. The functions of Metal's library are only declared.
+// A second look at the sources: Clang compiles them as C++ for OpenCL, which has the same address spaces as Metal, and
+// no conversions between them. The functions of Metal's library are only declared.
 #ifndef TURBOQUANT_TESTS_METAL_OPENCL_H
 #define TURBOQUANT_TESTS_METAL_OPENCL_H
 

@@ -27,7 +27,8 @@ bool is_covered(const AttentionCase & c) {
     return head && known(c.type_k) && known(c.type_v) && (turbo(c.type_k) || turbo(c.type_v));
 }
 
-// Values of V that are not turbo are multiplied by zero where they are hidden; the newest rows of a window are such rows.
+// Values of V that are not turbo are multiplied by zero where they are hidden; the newest rows of a window are such
+// rows.
 bool exempt(const AttentionCase & c, bool windowed) {
     return (c.type_v >= TQ_TYPE_COUNT || windowed) && c.hides_bad_values();
 }
@@ -107,7 +108,9 @@ Attention call_of(const AttentionCase & c, const Problem & p) {
 // slots: the type of a window's, or no_window.
 constexpr int no_window = -1;
 void conforms(const AttentionCase & c, int slots) {
-    check::Case case_(c.name, slots == no_window ? "" : slots == TQ_ROW_F16 ? ", with a window in f16" : ", with a window in q8_0");
+    check::Case case_(c.name, slots == no_window    ? ""
+                              : slots == TQ_ROW_F16 ? ", with a window in f16"
+                                                    : ", with a window in q8_0");
     Problem p(c);
     Attention a = call_of(c, p);
     const DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
@@ -126,7 +129,8 @@ void conforms(const AttentionCase & c, int slots) {
         a.sources[0].mask = window->far.buffer();
         window->add_to(a, c);
     }
-    if (!CHECK_EQ(c.head_k == c.head_v && covers(a), is_covered(c)) || !is_covered(c) || exempt(c, slots != no_window)) return;
+    if (!CHECK_EQ(c.head_k == c.head_v && covers(a), is_covered(c)) || !is_covered(c) || exempt(c, slots != no_window))
+        return;
     const DeviceArray<uint8_t> workspace(workspace_bytes(a));
     a.workspace = workspace.buffer();
     EmulatorEncoder encoder;

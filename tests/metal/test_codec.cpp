@@ -1,4 +1,4 @@
-// Compares the Metal codec, in the emulator, with that of the CPU: the conformance list, and rows scattered by an index.
+// Compares the Metal codec in the emulator with that of the CPU: the conformance list, and rows scattered by an index.
 #include "arguments.h"
 #include "check.h"
 #include "codec.h"
@@ -65,7 +65,8 @@ void encodes(tq_type type, const CodecCase & c) {
     const DeviceArray<uint8_t> dst(want.size());
     EmulatorEncoder encoder;
     const int64_t ne[4] = {n, c.rows, 1, 1};
-    CHECK(encode_rows(type, dense(src.buffer(), stride * 4), dense(dst.buffer(), int64_t(pitch)), ne, no_index, encoder));
+    CHECK(
+        encode_rows(type, dense(src.buffer(), stride * 4), dense(dst.buffer(), int64_t(pitch)), ne, no_index, encoder));
     const std::vector<uint8_t> got = dst.host();
     CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
     decodes(type, want, pitch, n, c.rows);
@@ -114,8 +115,10 @@ void conforms(const RotationCase & c) {
             turboquant::CodecArguments a = {};
             a.blocks = n / block;
             a.half_floats = inverse; // the kernel's flag
-            EmulatorEncoder().dispatch({block == 128 ? "rotate_128" : block == 64 ? "rotate_64" : "rotate_32", {}, &a,
-                                        sizeof(a), {src.buffer(), dst.buffer()}, 0, {int((a.blocks + 3) / 4), 1, 1}, 128});
+            const char * kernel = block == 128 ? "rotate_128" : block == 64 ? "rotate_64" : "rotate_32";
+            const int groups = int((a.blocks + 3) / 4);
+            EmulatorEncoder().dispatch(
+                {kernel, {}, &a, sizeof(a), {src.buffer(), dst.buffer()}, 0, {groups, 1, 1}, 128});
             const std::vector<float> got = dst.host();
             CHECK_EQ(first_difference(got.data(), want.data(), n), int64_t(-1));
         }

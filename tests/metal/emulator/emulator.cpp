@@ -149,7 +149,8 @@ void access_threadgroup(const Thread & t, size_t offset, size_t bytes, bool writ
                 const bool separated = s.reader != several_groups && s.read_simd >> 20 == uint32_t(t.number / width) &&
                                        (s.read_simd & 0xfffff) < simd_epoch;
                 if (!separated)
-                    stop("write of threadgroup memory at %zu, which another thread has read since the last barrier", 2 * i);
+                    stop("write of threadgroup memory at %zu, which another thread has read since the last barrier",
+                         2 * i);
             }
             s.written = global.epoch;
             s.written_simd = simd_epoch;
@@ -157,8 +158,10 @@ void access_threadgroup(const Thread & t, size_t offset, size_t bytes, bool writ
             continue;
         }
         const uint32_t own = uint32_t(t.number / width) << 20 | (simd_epoch & 0xfffff);
-        // An earlier read of the SIMD group, before its last barrier, is superseded: what conflicts with it does so with this.
-        if (s.read != global.epoch || (s.reader != several_groups && s.read_simd >> 20 == own >> 20 && s.read_simd < own))
+        // An earlier read of the SIMD group, before its last barrier, is superseded: what conflicts with it does so
+        // with this.
+        if (s.read != global.epoch ||
+            (s.reader != several_groups && s.read_simd >> 20 == own >> 20 && s.read_simd < own))
             s.reader = int16_t(t.number);
         else if (s.reader == several_groups || s.read_simd >> 20 != own >> 20) s.reader = several_groups;
         else if (s.reader != t.number) s.reader = several_readers;
@@ -174,7 +177,9 @@ void access_memory(const Thread & t, Memory & m, size_t offset, size_t bytes, bo
         uint64_t & writer = m.writer[i];
         if (writer >> 40 == global.encoder_epoch && writer != own) {
             // Bytes at odd addresses have neighbours of other threads.
-            if (bytes != 1) stop("%s of memory at %zu of %zu, which another thread has written", write ? "write" : "read", 2 * i, m.bytes);
+            if (bytes != 1)
+                stop("%s of memory at %zu of %zu, which another thread has written", write ? "write" : "read", 2 * i,
+                     m.bytes);
         }
         if (write) writer = own;
     }
@@ -198,7 +203,8 @@ void access(Thread & t, const void * address, size_t bytes, bool write) {
         return access_threadgroup(t, size_t(p - base), bytes, write);
     }
     if (Memory * m = find_memory(p)) {
-        if (p + bytes > m->data + m->bytes) stop("access of %zu bytes at the end of an allocation of %zu", bytes, m->bytes);
+        if (p + bytes > m->data + m->bytes)
+            stop("access of %zu bytes at the end of an allocation of %zu", bytes, m->bytes);
         if (uintptr_t(p) % (bytes > 8 ? 8 : bytes) != 0) stop("access of %zu bytes at an unaligned address", bytes);
         return access_memory(t, *m, size_t(p - m->data), bytes, write);
     }
@@ -216,7 +222,8 @@ void find_image() {
         [](dl_phdr_info * info, size_t, void *) {
             for (int i = 0; i < info->dlpi_phnum; ++i)
                 if (info->dlpi_phdr[i].p_type == PT_LOAD) {
-                    const uint8_t * at = reinterpret_cast<const uint8_t *>(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
+                    const uint8_t * at =
+                        reinterpret_cast<const uint8_t *>(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
                     global.image.emplace_back(at, at + info->dlpi_phdr[i].p_memsz);
                 }
             return 0;
@@ -250,7 +257,8 @@ bool all_wait(const Thread & t) {
         if (lanes[i].waiting == Waiting::no) return false;
         if (lanes[i].waiting != t.waiting || lanes[i].line != t.line || lanes[i].operation != t.operation) {
             if (lanes[i].waiting == Waiting::ended) stop("lane %d has ended, and this one waits in line %d", i, t.line);
-            if (t.waiting == Waiting::ended) stop("this lane has ended, and lane %d waits in line %d", i, lanes[i].line);
+            if (t.waiting == Waiting::ended)
+                stop("this lane has ended, and lane %d waits in line %d", i, lanes[i].line);
             stop("lane %d waits in line %d, and this one in line %d", i, lanes[i].line, t.line);
         }
     }
@@ -271,7 +279,8 @@ template <typename Act> void meet(int line, int operation, const Act & act) {
     }
     // Lanes arrive in order, beginning with the one after the lane that was the last to arrive before.
     Thread & next = lanes[(t.number + 1) % width];
-    if (next.waiting != Waiting::no) stop("lane %d waits in line %d, and this one in line %d", next.frame.lane, next.line, line);
+    if (next.waiting != Waiting::no)
+        stop("lane %d waits in line %d, and this one in line %d", next.frame.lane, next.line, line);
     resume(next, t.fiber);
     global.current = &t;
 }
@@ -401,7 +410,8 @@ void barrier(bool of_threadgroup, int flags, int line) {
     global.current = &t;
 }
 
-void matrix_move(Fragment & m, void * p, int element_bytes, uint64_t elements_per_row, bool transpose, bool store, int line) {
+void matrix_move(Fragment & m, void * p, int element_bytes, uint64_t elements_per_row, bool transpose, bool store,
+                 int line) {
     Thread & t = *global.current;
     t.d = &m;
     t.memory = static_cast<uint8_t *>(p);
@@ -414,7 +424,8 @@ void matrix_move(Fragment & m, void * p, int element_bytes, uint64_t elements_pe
                 const int at = transpose ? place(column, row) : place(row, column);
                 Thread & owner = lanes[at / 2];
                 float & x = owner.d->element[at % 2];
-                uint8_t * q = lanes[0].memory + (size_t(row) * elements_per_row + size_t(column)) * size_t(element_bytes);
+                uint8_t * q =
+                    lanes[0].memory + (size_t(row) * elements_per_row + size_t(column)) * size_t(element_bytes);
                 access(owner, q, size_t(element_bytes), store);
                 if (element_bytes == 4) {
                     if (store) std::memcpy(q, &x, 4);
@@ -444,7 +455,8 @@ void matrix_multiply(Fragment & d, const Fragment & a, const Fragment & b, const
         }
         for (int row = 0; row < 8; ++row)
             for (int k = 0; k < 8; ++k)
-                for (int column = 0; column < 8; ++column) z[place(row, column)] += x[place(row, k)] * y[place(k, column)];
+                for (int column = 0; column < 8; ++column)
+                    z[place(row, column)] += x[place(row, k)] * y[place(k, column)];
         for (int i = 0; i < 64; ++i) lanes[i / 2].d->element[i % 2] = z[i];
     });
 }
@@ -476,12 +488,14 @@ RegisteredConstant::RegisteredConstant(int number, int * value) { state().consta
 void * bind_pointer(Frame & frame) {
     const size_t i = size_t(frame.pointers++);
     if (i < frame.dispatch->buffers.size()) return frame.dispatch->buffers[i];
-    if (i > frame.dispatch->buffers.size() || frame.dispatch->threadgroup_bytes == 0) stop("buffer %zu is not set", i + 1);
+    if (i > frame.dispatch->buffers.size() || frame.dispatch->threadgroup_bytes == 0)
+        stop("buffer %zu is not set", i + 1);
     return frame.threadgroup;
 }
 
 const void * bind_arguments(Frame & frame, size_t bytes) {
-    if (frame.dispatch->arguments.size() != bytes) stop("%zu bytes of arguments, wanted %zu", frame.dispatch->arguments.size(), bytes);
+    if (frame.dispatch->arguments.size() != bytes)
+        stop("%zu bytes of arguments, wanted %zu", frame.dispatch->arguments.size(), bytes);
     return frame.dispatch->arguments.data();
 }
 
@@ -502,8 +516,10 @@ void run(const Dispatch & dispatch) {
     find_image();
     global.dispatch = &dispatch;
     if (!has_kernel(dispatch.kernel)) stop("there is no such kernel");
-    if (dispatch.threads == 0 || dispatch.threads % width || dispatch.threads > 1024) stop("%u threads", dispatch.threads);
-    if (dispatch.threadgroup_bytes > 32768 || dispatch.threadgroup_bytes % 16) stop("%zu bytes of threadgroup memory", dispatch.threadgroup_bytes);
+    if (dispatch.threads == 0 || dispatch.threads % width || dispatch.threads > 1024)
+        stop("%u threads", dispatch.threads);
+    if (dispatch.threadgroup_bytes > 32768 || dispatch.threadgroup_bytes % 16)
+        stop("%zu bytes of threadgroup memory", dispatch.threadgroup_bytes);
     for (const auto & entry : global.constants) {
         const auto given = dispatch.constants.find(entry.first);
         *entry.second = given == dispatch.constants.end() ? -1 : given->second;

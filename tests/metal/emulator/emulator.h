@@ -2,18 +2,19 @@
 //
 // A thread is a fiber. The threads of a SIMD group take turns until all have reached the same SIMD-group function or
 // barrier, and the SIMD groups of a threadgroup until all have reached the same barrier. The kernels are compiled with
-// -fsanitize=thread, without its runtime: the emulator defines the functions that the compiler calls for every access to
-// memory, so it sees all of them. It stops with a message at
+// -fsanitize=thread, without its runtime: the emulator defines the functions that the compiler calls for every access
+// to memory, so it sees all of them. It stops with a message at
 //   - an access outside of the allocations, of the threadgroup's memory and of the thread's own stack
 //   - a read of threadgroup memory that was not written
-//   - two accesses of different threads to the same bytes, one of them a write, that no barrier separates: in threadgroup
+//   - two accesses of different threads to the same bytes, one of them a write, that no barrier separates: in
+//   threadgroup
 //     memory within a threadgroup, and in allocations between all threads since the last barrier of the encoder (there,
 //     a write after a read is not seen)
 //   - threads of a SIMD group that reach different SIMD-group functions, and threads of a threadgroup that reach
 //     different barriers, or of which some have ended
 //
-// What it cannot judge: whether Apple's compiler accepts the sources, its code, the limits of registers, speed, and memory
-// of an alignment that only hardware demands.
+// What it cannot judge: whether Apple's compiler accepts the sources, its code, the limits of registers, speed, and
+// memory of an alignment that only hardware demands.
 #ifndef TURBOQUANT_EMULATOR_H
 #define TURBOQUANT_EMULATOR_H
 
@@ -54,7 +55,8 @@ uint32_t shuffle(uint32_t x, int lane, int line);
 uint32_t shuffle_xor(uint32_t x, int mask, int line);
 uint32_t reduce(Reduction how, uint32_t x, int line);
 void barrier(bool of_threadgroup, int flags, int line);
-void matrix_move(Fragment & m, void * p, int element_bytes, uint64_t elements_per_row, bool transpose, bool store, int line);
+void matrix_move(Fragment & m, void * p, int element_bytes, uint64_t elements_per_row, bool transpose, bool store,
+                 int line);
 void matrix_multiply(Fragment & d, const Fragment & a, const Fragment & b, const Fragment & c, int line);
 
 // ---- memory
