@@ -36,7 +36,16 @@ def decode(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tests/metal/decode.cpp, linked with the fake device."""
     tools = find_tools(Reporter())
     folder = tmp_path_factory.mktemp("metal")
-    command = [tools.cmake, "-S", ROOT / "tests" / "metal", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
+    command = [
+        tools.cmake,
+        "-S",
+        ROOT / "tests" / "metal",
+        "-B",
+        folder,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tools.ninja}",
+    ]
     checked([*command, f"-DTURBOQUANT_LLAMA_SOURCE={build.source}", f"-DTURBOQUANT_LLAMA_BIN={build.bin}"])
     checked([tools.ninja, "-C", folder, "decode"])
     return folder / "decode"
@@ -83,10 +92,20 @@ def test_the_glue_compiles_with_every_release(version, tmp_path):
     tree = copy_tree(builds.source(version), tmp_path / "tree")
     engine.patch(tree)
     metal = tree / "ggml" / "src" / "ggml-metal"
-    folders = [metal, tree / "ggml" / "include", tree / "ggml" / "src", tree / "include", *(ROOT / name for name in HEADERS)]
+    folders = [
+        metal,
+        tree / "ggml" / "include",
+        tree / "ggml" / "src",
+        tree / "include",
+        *(ROOT / name for name in HEADERS),
+    ]
     include = [f"-I{folder}" for folder in folders]
     compiler = os.environ.get("CXX", "c++")
-    for file in (metal / "ggml-metal-ops.cpp", metal / "ggml-metal.cpp", ROOT / "ggml_types" / "metal" / "turbo-metal.cpp"):
+    for file in (
+        metal / "ggml-metal-ops.cpp",
+        metal / "ggml-metal.cpp",
+        ROOT / "ggml_types" / "metal" / "turbo-metal.cpp",
+    ):
         checked([compiler, "-std=c++17", "-fsyntax-only", "-include", "memory", *include, file])
     header = tmp_path / "header.c"
     header.write_text('#include "metal/turbo-metal.h"\n')
@@ -94,5 +113,7 @@ def test_the_glue_compiles_with_every_release(version, tmp_path):
     text = (metal / "ggml-metal-device.m").read_text()
     supports = re.search(r"^bool ggml_metal_device_supports_op\(.*?\{(.*?)const bool", text, re.DOTALL | re.MULTILINE)
     assert "turbo_metal_supports_op(dev, op)" in supports[1]
-    compiled = re.search(r"^ggml_metal_library_t ggml_metal_library_init_from_source\(.*?^\}", text, re.DOTALL | re.MULTILINE)
+    compiled = re.search(
+        r"^ggml_metal_library_t ggml_metal_library_init_from_source\(.*?^\}", text, re.DOTALL | re.MULTILINE
+    )
     assert compiled[0].index("options.fastMathEnabled = NO") < compiled[0].index("newLibraryWithSource")

@@ -74,7 +74,9 @@ def main() -> int:
             continue
         code = code_of(path.read_text())
         found = check_kernels(code) + check_pointers(code)
-        found += [f"{match.group(0)!r} is not part of the language" for f in FORBIDDEN for match in re.finditer(f, code)]
+        found += [
+            f"{match.group(0)!r} is not part of the language" for f in FORBIDDEN for match in re.finditer(f, code)
+        ]
         wrong += [f"{path.name}: {item}" for item in found]
     if len(sys.argv) > 2:
         wrong += check_address_spaces(sys.argv[2], folder)
