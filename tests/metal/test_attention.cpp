@@ -1,4 +1,5 @@
 // Tests the Metal attention in the emulator: the conformance list, and the cases that it refuses.
+#include "arguments.h"
 #include "check.h"
 #include "device.h"
 #include "problem.h"
@@ -149,6 +150,28 @@ void conforms(const AttentionCase & c, int slots) {
     CHECK(e <= bound);
 }
 
+// Blocks that are shorter than the longest that divides the head, mixed families, and the heads that the list lacks.
+std::vector<AttentionCase> more_cases() {
+    const struct {
+        int k, v, head;
+    } types[] = {{TQ_TURBO4_32, TQ_TURBO3_64, 128},    {TQ_TURBO2_TCQ_64, TQ_TURBO4, 256}, {TQ_TURBO3_32, TQ_TURBO3_32, 96},
+                 {TQ_TURBO4_TCQ_32, TQ_ROW_Q8_0, 96},  {TQ_TURBO3_TCQ_64, TQ_TURBO2_64, 192},
+                 {TQ_ROW_F16, TQ_TURBO4_TCQ_32, 128}};
+    attention_list::List list;
+    for (const auto & t : types)
+        for (const int tokens : {1, 5}) {
+            AttentionCase c;
+            c.type_k = t.k;
+            c.type_v = t.v;
+            c.head_k = c.head_v = t.head;
+            c.tokens = tokens;
+            c.rows = 75;
+            c.sinks = Sinks::normal;
+            list.add("pairs", c, Extent::brief);
+        }
+    return list.cases;
+}
+
 } // namespace
 
 // The arguments are an extent of the list, and which of `of` shares of it runs.
@@ -156,7 +179,9 @@ int main(int argc, char ** argv) {
     const Extent extent = extent_from(argc > 1 ? argv[1] : "usual");
     const int share = argc > 3 ? std::atoi(argv[2]) : 0, of = argc > 3 ? std::atoi(argv[3]) : 1;
     int covered = 0, number = 0;
-    for (const AttentionCase & c : attention_cases()) {
+    std::vector<AttentionCase> cases = attention_cases();
+    for (AttentionCase & c : more_cases()) cases.push_back(c);
+    for (const AttentionCase & c : cases) {
         if (c.extent > extent || number++ % of != share) continue;
         conforms(c, no_window);
         covered += is_covered(c) && !exempt(c, false);
@@ -167,5 +192,8 @@ int main(int argc, char ** argv) {
             conforms(c, covered % 2 ? TQ_ROW_F16 : TQ_ROW_Q8_0);
     }
     std::printf("%d cases\n", covered);
+    for (const int head : {64, 96, 128, 192, 256})
+        for (const int columns : {8, 16})
+            CHECK(turboquant::memory_offset(turboquant::memory_end, head, columns, turboquant::most_blocks) <= 32768);
     return check::summary();
 }
