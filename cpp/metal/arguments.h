@@ -70,7 +70,7 @@ enum {
     memory_tile,     // half [rows][pitch] of K, then of V
     memory_masks,    // binary16 [2][columns][rows]
     memory_factors,  // float [columns]: of the sums so far
-    memory_flags,    // uint [simdgroups]: whether V is needed
+    memory_flags,    // uint [2][simdgroups]: whether V is needed, and its rows that are not finite
     memory_scratch,  // float [simdgroups][8][8]
     memory_tables,   // half [2][32]: the codebooks of K and V
     memory_scales,   // float [2][blocks][rows] of K and V
@@ -85,7 +85,7 @@ inline int memory_offset(int part, int head, int columns, int blocks) {
                                    2 * rows * tile_pitch(head),
                                    2 * 2 * columns * rows,
                                    4 * columns,
-                                   4 * simdgroups,
+                                   4 * 2 * simdgroups,
                                    4 * simdgroups * 64,
                                    2 * 2 * 32,
                                    4 * 2 * blocks * rows,

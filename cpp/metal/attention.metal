@@ -118,7 +118,7 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
         const uint seen = simd_or((seen_row ? 1u : 0u) << lane);
         if (seen == 0) continue;
 
-        load_tile<D>(function_type_k, rows_k + long(row) * a.k_row, a.k_row, seen, tables, tile, thread_index);
+        load_tile<D>(function_type_k, rows_k + long(row) * a.k_row, a.k_row, seen, false, tables, tile, thread_index);
         load_scales<D>(function_type_k, rows_k + long(row) * a.k_row, a.k_row, seen, scales_k, thread_index);
         load_scales<D>(function_type_v, rows_v + long(row) * a.v_row, a.v_row, seen, scales_v, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -172,8 +172,21 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
             for (uint i = 0; i < simdgroups; ++i) any |= flags[i];
             if (any == 0) continue;
         }
-        load_tile<D>(function_type_v, rows_v + long(row) * a.v_row, a.v_row, seen, tables + 32, tile, thread_index);
+        const uint found = load_tile<D>(function_type_v, rows_v + long(row) * a.v_row, a.v_row, seen, true, tables + 32,
+                                        tile, thread_index);
+        const uint found_any = simd_or(found);
+        if (lane == 0) flags[simdgroups + simd] = found_any;
         threadgroup_barrier(mem_flags::mem_threadgroup);
+
+        // A matrix would multiply values that are not finite by zero where they are hidden. So queries that see such a row
+        // get a sum of weights that is NaN instead. In rows of turbo types only the scales may be not finite.
+        uint not_finite = 0;
+        FOR_UNROLLED (uint i = 0; i < simdgroups; ++i) not_finite |= flags[simdgroups + i];
+        FOR_UNROLLED (int i = 0; i < own_columns; ++i) {
+            const int c = simd + i * simdgroups;
+            const bool sees = (not_finite >> lane & 1u) && masks[turn + c * R + lane] != hidden_bits;
+            if (not_finite && simd_any(sees)) sum[i] = as_type<float>(0x7fc00000u);
+        }
 
         // Sums: a SIMD group has a quarter of the values.
         if (simd_any(lane < C && factors[lane % C] != 1.0f))

@@ -33,28 +33,38 @@ inline half load_value(int type, device const uchar * row, uint i) {
     return half(float_of_half(load_u16(block)) * float(int8_t(block[2 + i % 32])));
 }
 
-// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values.
-// All threads of the threadgroup take part.
+// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values. All
+// threads of the threadgroup take part. If only_finite, values that are not finite become zeros; the result has the bits
+// of the rows in which the thread has found one.
 template <int D>
-inline void load_tile(int type, device const uchar * rows, long row_bytes, uint seen, threadgroup const half * table,
-                      threadgroup half * tile, uint thread_index) {
+inline uint load_tile(int type, device const uchar * rows, long row_bytes, uint seen, bool only_finite,
+                      threadgroup const half * table, threadgroup half * tile, uint thread_index) {
     const int in_tile = tile_rows(D);
+    uint found = 0;
     for (uint u = thread_index; u < uint(in_tile * D / 8); u += 32 * simdgroups) {
         const uint row = u / (D / 8), unit = u % (D / 8);
         const bool exists = seen >> row & 1u;
         device const uchar * from = rows + (exists ? long(row) * row_bytes : 0);
         threadgroup half * to = tile + row * tile_pitch(D);
         switch (type) {
-#define TURBOQUANT_CASE(F)                                                                     \
-    case 3 * F: if (D % 128 == 0) put_unit<F, 128>(from, exists, unit, table, to); break;      \
-    case 3 * F + 1: if (D % 64 == 0) put_unit<F, 64>(from, exists, unit, table, to); break;    \
+#define TURBOQUANT_CASE(F)                                                                  \
+    case 3 * F: if (D % 128 == 0) put_unit<F, 128>(from, exists, unit, table, to); break;   \
+    case 3 * F + 1: if (D % 64 == 0) put_unit<F, 64>(from, exists, unit, table, to); break; \
     case 3 * F + 2: put_unit<F, 32>(from, exists, unit, table, to); break;
             TURBOQUANT_EACH_FAMILY(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
             default:
-                for (uint i = 8 * unit; i < 8 * unit + 8; ++i) to[i] = exists ? load_value(type, from, i) : half(0.0f);
+                for (uint i = 8 * unit; i < 8 * unit + 8; ++i) {
+                    half x = exists ? load_value(type, from, i) : half(0.0f);
+                    if (only_finite && (as_type<ushort>(x) & 0x7c00u) == 0x7c00u) {
+                        found |= 1u << row;
+                        x = half(0.0f);
+                    }
+                    to[i] = x;
+                }
         }
     }
+    return found;
 }
 
 // Loads the scales of the rows, with the factor by which levels become values. scales is [blocks][rows of the tile].

@@ -28,12 +28,6 @@ bool is_covered(const AttentionCase & c) {
     return head && known(c.type_k) && known(c.type_v) && (turbo(c.type_k) || turbo(c.type_v));
 }
 
-// Values of V that are not turbo are multiplied by zero where they are hidden; the newest rows of a window are such
-// rows.
-bool exempt(const AttentionCase & c, bool windowed) {
-    return (c.type_v >= TQ_TYPE_COUNT || windowed) && c.hides_bad_values();
-}
-
 // A window's rows on the device.
 struct Window {
     Windowed host;
@@ -130,8 +124,7 @@ void conforms(const AttentionCase & c, int slots) {
         a.sources[0].mask = window->far.buffer();
         window->add_to(a, c);
     }
-    if (!CHECK_EQ(c.head_k == c.head_v && covers(a), is_covered(c)) || !is_covered(c) || exempt(c, slots != no_window))
-        return;
+    if (!CHECK_EQ(c.head_k == c.head_v && covers(a), is_covered(c)) || !is_covered(c)) return;
     const DeviceArray<uint8_t> workspace(workspace_bytes(a));
     a.workspace = workspace.buffer();
     EmulatorEncoder encoder;
@@ -184,7 +177,7 @@ int main(int argc, char ** argv) {
     for (const AttentionCase & c : cases) {
         if (c.extent > extent || number++ % of != share) continue;
         conforms(c, no_window);
-        covered += is_covered(c) && !exempt(c, false);
+        covered += is_covered(c);
         const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
         // A far row's weight is zero beside the rows of a window, and a NaN in it counts only by chance.
         if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1 && c.head_k == c.head_v &&

@@ -130,7 +130,7 @@ State & global = state(); // an access is far more frequent than a call
 
 // ---- accesses
 
-// The last access since which a barrier has separated the two threads.
+// Whether a barrier lies between the access of thread `other` in these epochs and t.
 bool is_separated(const Thread & t, uint32_t epoch, uint32_t simd_epoch, int other) {
     const int simd = t.number / width;
     return epoch < global.epoch || (other / width == simd && simd_epoch < global.simd_epoch[size_t(simd)]);
@@ -176,7 +176,7 @@ void access_memory(const Thread & t, Memory & m, size_t offset, size_t bytes, bo
     for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         uint64_t & writer = m.writer[i];
         if (writer >> 40 == global.encoder_epoch && writer != own) {
-            // Bytes at odd addresses have neighbours of other threads.
+            // Two threads may have the two bytes.
             if (bytes != 1)
                 stop("%s of memory at %zu of %zu, which another thread has written", write ? "write" : "read", 2 * i,
                      m.bytes);
