@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Check the Metal backend on a Mac: `python3 tools/check_metal.py`, about five minutes after the build.
+"""Check the Metal backend on a Mac: `python3 tools/check_metal.py`. After the build it should take five minutes.
 
-The kernels were written without Apple hardware, and run in an emulator in the tests. This program builds llama.cpp with
-them, compares every op on the turbo types with the CPU (test-backend-ops), measures the KL divergence of the bundled model
-from its f16 cache in batches and token by token, on the GPU and on the CPU, and the speed of decode and prefill. It prints
-a report in Markdown; paste it into an issue, also if something failed.
+The kernels were written without Apple hardware, and run in an emulator in the tests. This program builds llama.cpp
+with them, compares every op on the turbo types with the CPU (test-backend-ops), measures the KL divergence of the
+bundled model from its f16 cache in batches and token by token, on the GPU and on the CPU, and the speed of decode and
+prefill. It prints a report in Markdown; paste it into an issue, also if something failed.
 
 It needs `pip install .` (or the quickstart's environment) and the Xcode command line tools.
 """
@@ -99,7 +99,8 @@ def check_quality(folder: Path) -> tuple[list[str], bool]:
 def check_speed(folder: Path) -> tuple[list[str], bool]:
     """Tokens per second of a model with the attention of an 8B model in two layers, and little else."""
     depths, model = (0, 8192, 32768), make_model(folder)
-    lines = [f"| K/V | {' | '.join(f'decode at {d} | prefill at {d}' for d in depths)} |", f"|---|{'--:|' * 2 * len(depths)}"]
+    lines = [f"| K/V | {' | '.join(f'decode at {d} | prefill at {d}' for d in depths)} |"]
+    lines += [f"|---|{'--:|' * 2 * len(depths)}"]
     for pair in SPEED_PAIRS:
         k, v = pair.split("/")
         command = [folder / "llama-bench", "-m", model, "-ngl", 99, "-fa", 1, "-ctk", k, "-ctv", v, "-p", 512, "-n", 64]
@@ -118,14 +119,15 @@ def check_speed(folder: Path) -> tuple[list[str], bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-embed", action="store_true", help="build ggml's own library as a file beside the programs")
+    parser.add_argument("--no-embed", action="store_true", help="build ggml's own library as a file")
     parser.add_argument("--bin", type=Path, help="check the programs in this folder instead of building them")
     parser.add_argument("--skip-speed", action="store_true")
     given = parser.parse_args()
     options = ["GGML_METAL_EMBED_LIBRARY=OFF"] if given.no_embed else []
     try:
         folder = given.bin or build(targets=("default", "test-backend-ops"), backend="metal", cmake_args=options)
-        parts = [("Ops", check_ops), ("KL divergence", check_quality)] + [("Speed", check_speed)] * (not given.skip_speed)
+        parts = [("Ops", check_ops), ("KL divergence", check_quality), ("Speed", check_speed)]
+        parts = parts[:-1] if given.skip_speed else parts
         report, good = ["# Metal check", *machine(), f"- library: {'a file' if given.no_embed else 'embedded'}"], True
         for title, check in parts:
             lines, fine = check(folder)

@@ -178,8 +178,8 @@ inline void attend(constant AttentionArguments & a, device const uchar * q, devi
         if (lane == 0) flags[simdgroups + simd] = found_any;
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        // A matrix would multiply values that are not finite by zero where they are hidden. So queries that see such a row
-        // get a sum of weights that is NaN instead. In rows of turbo types only the scales may be not finite.
+        // A matrix would multiply values that are not finite by zero where they are hidden. So queries that see such a
+        // row get a sum of weights that is NaN instead. In rows of turbo types only the scales may be not finite.
         uint not_finite = 0;
         FOR_UNROLLED (uint i = 0; i < simdgroups; ++i) not_finite |= flags[simdgroups + i];
         FOR_UNROLLED (int i = 0; i < own_columns; ++i) {

@@ -33,9 +33,9 @@ inline half load_value(int type, device const uchar * row, uint i) {
     return half(float_of_half(load_u16(block)) * float(int8_t(block[2 + i % 32])));
 }
 
-// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values. All
-// threads of the threadgroup take part. If only_finite, values that are not finite become zeros; the result has the bits
-// of the rows in which the thread has found one.
+// Loads those rows of a tile whose bits are set in `seen`, and zeros for the others, whose bytes may have any values.
+// All threads of the threadgroup take part. If only_finite, values that are not finite become zeros; the result has the
+// bits of the rows in which the thread has found one.
 template <int D>
 inline uint load_tile(int type, device const uchar * rows, long row_bytes, uint seen, bool only_finite,
                       threadgroup const half * table, threadgroup half * tile, uint thread_index) {

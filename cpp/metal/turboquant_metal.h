@@ -91,9 +91,10 @@ struct Source {
     int mask_heads, mask_streams; // head h and stream s have the mask of h % mask_heads and s % mask_streams
 };
 
-// A call: softmax(scale * Q K^T [soft cap] + slope * mask) V for every query, over the rows of all sources. A query that
-// sees no row gets zeros. A row that the mask hides (-inf) from a query does not affect it, whatever bytes the row has. If
-// a row of V that has no turbo type has a value that is not finite, all values of the queries that see it are NaN.
+// A call: softmax(scale * Q K^T [soft cap] + slope * mask) V for every query, over the rows of all sources. A query
+// that sees no row gets zeros. A row that the mask hides (-inf) from a query does not affect it, whatever bytes the row
+// has. If a row of V that has no turbo type has a value that is not finite, all values of the queries that see it are
+// NaN.
 struct Attention {
     std::vector<Source> sources; // the cache, whose K or V is turbo; then others, none of which is turbo
     int head;                    // values in a head of K and of V

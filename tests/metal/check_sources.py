@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks what the emulator does not see in the kernels' sources: `check_sources.py FOLDER [CLANG]`.
 
-- The emulator passes parameters by their order. So they must be the arguments, the buffers from 1 on, threadgroup memory,
-  the position of the threadgroup, the lane, the SIMD group, with these attributes.
+- The emulator passes parameters by their order. So they must be the arguments, the buffers from 1 on, threadgroup
+  memory, the position of the threadgroup, the lane, the SIMD group, with these attributes.
 - Metal demands an address space for every pointer and reference, and has no lambdas, `if constexpr`, `auto`, double
   precision or functions of the C++ library.
 - With CLANG, the sources are also compiled as C++ for OpenCL (opencl.h), which has the same address spaces and does not

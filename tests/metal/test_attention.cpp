@@ -147,9 +147,9 @@ void conforms(const AttentionCase & c, int slots) {
 std::vector<AttentionCase> more_cases() {
     const struct {
         int k, v, head;
-    } types[] = {{TQ_TURBO4_32, TQ_TURBO3_64, 128},    {TQ_TURBO2_TCQ_64, TQ_TURBO4, 256}, {TQ_TURBO3_32, TQ_TURBO3_32, 96},
-                 {TQ_TURBO4_TCQ_32, TQ_ROW_Q8_0, 96},  {TQ_TURBO3_TCQ_64, TQ_TURBO2_64, 192},
-                 {TQ_ROW_F16, TQ_TURBO4_TCQ_32, 128}};
+    } types[] = {{TQ_TURBO4_32, TQ_TURBO3_64, 128},     {TQ_TURBO2_TCQ_64, TQ_TURBO4, 256},
+                 {TQ_TURBO3_32, TQ_TURBO3_32, 96},      {TQ_TURBO4_TCQ_32, TQ_ROW_Q8_0, 96},
+                 {TQ_TURBO3_TCQ_64, TQ_TURBO2_64, 192}, {TQ_ROW_F16, TQ_TURBO4_TCQ_32, 128}};
     attention_list::List list;
     for (const auto & t : types)
         for (const int tokens : {1, 5}) {
