@@ -174,7 +174,7 @@ def build(
         str,
         typer.Option(
             metavar="NAME",
-            help="cpu; cuda for CPU and NVIDIA GPUs, which needs the CUDA toolkit's nvcc; or metal for CPU and Apple GPUs.",
+            help="cpu; cuda, also for NVIDIA GPUs, which needs the CUDA toolkit's nvcc; or metal, also for Apple GPUs.",
         ),
     ] = "cpu",
     arch: Annotated[
