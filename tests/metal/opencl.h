@@ -16,7 +16,7 @@
 #define TURBOQUANT_KERNEL(name, ...) void name##_instance() { (void) &__VA_ARGS__; }
 #define TURBOQUANT_FUNCTION_CONSTANT(name, index) constant int name = 0;
 #define TURBOQUANT_THREADGROUP(index)
-#define FOR_UNROLLED(...) for (__VA_ARGS__)
+#define FOR_UNROLLED(...) _Pragma("clang loop unroll(full)") for (__VA_ARGS__)
 
 typedef unsigned char uint8_t, uchar;
 typedef unsigned short uint16_t, ushort;
