@@ -86,6 +86,14 @@ def test_shapes_run_on_the_fake_device(decode, tiny, shape):
     check_run(decode, tiny(shape), "turbo4", "turbo4", "0")
 
 
+def test_other_heads_are_refused(decode, tiny):
+    command = [str(decode), str(tiny("head512")), "turbo4", "turbo4"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **QUIET})
+    assert done.returncode == 3, done.stderr
+    sentence = next(line for line in done.stderr.splitlines() if "turboquant:" in line and "cannot run" in line)
+    assert "MTL0 (an emulated GPU)" in sentence and "FLASH_ATTN_EXT on turbo4" in sentence and "-nkvo" in sentence
+
+
 @pytest.mark.parametrize("version", builds.VERSIONS)
 def test_the_glue_compiles_with_every_release(version, tmp_path):
     """The C++ files that have hooks, and the glue; and the header that the Objective-C file includes, as C."""
