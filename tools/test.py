@@ -344,8 +344,6 @@ def run_pytest(context: Context, folder: str) -> Count:
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
         command = [python(context), "-m", "pytest", "-q", folder, f"--junitxml={report}", "-p", "no:cacheprovider"]
-        # The tests of a file run in one process, and share what its fixtures make.
-        command += ["-n", str(os.cpu_count() or 1), "--dist", "loadfile"]
         try:
             run(context, [*command, *context.pytest_args], show=True)
         except Broken as problem:
