@@ -114,32 +114,6 @@ tq::Index index_of(const ggml_tensor * t) {
 
 const tq::Index no_index = { { nullptr, 0 }, false, { 1, 1, 1 }, { 0, 0, 0 } };
 
-// ---- copies --------------------------------------------------------------------------------------------------------
-
-// The kernels encode rows of float32, and decode rows to float32 or float16.
-
-bool can_encode(const ggml_tensor * src, const ggml_tensor * dst) {
-    return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
-}
-
-bool can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
-    if (!ggml_are_same_shape(src, dst)) {
-        return false;
-    }
-    return turbo_is_type(dst->type) ? can_encode(src, dst) :
-                                      (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) &&
-                                          turbo_whole_rows(src) && turbo_whole_rows(dst);
-}
-
-bool can_set_rows(const ggml_tensor * op) {
-    return can_encode(op->src[0], op) && (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
-}
-
-bool can_get_rows(const ggml_tensor * op) {
-    return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 && turbo_whole_rows(op->src[0]) &&
-           turbo_whole_rows(op) && op->src[1]->ne[3] == 1;
-}
-
 // ---- attention -----------------------------------------------------------------------------------------------------
 
 void take_rows(const turbo_rows & from, int64_t & row, int64_t & head, int64_t & stream) {
@@ -231,9 +205,9 @@ bool turbo_metal_supports_op(ggml_metal_device_t dev, const ggml_tensor * op) {
     }
     switch (kind) {
         case turbo_op::encode:
-        case turbo_op::decode: return can_copy(op->src[0], op);
-        case turbo_op::store: return can_set_rows(op);
-        case turbo_op::load: return can_get_rows(op);
+        case turbo_op::decode: return turbo_copies_rows(op->src[0], op);
+        case turbo_op::store: return turbo_sets_rows(op);
+        case turbo_op::load: return turbo_gets_rows(op);
         case turbo_op::attention: {
             tq::Attention call = {};
             return describe(op, call);
