@@ -202,7 +202,7 @@ bool plan_attention(const Attention & a, AttentionPlan & plan);
 
 // Computes attention with the plan of the same call for the current device. The result is cudaErrorNotSupported if the
 // number of the device is 64 or greater. `stores`: nullptr, or two stores, of K and of V, that encode_rows takes. They are
-// made after all reads of K and V, beside the kernel that merges parts.
+// made beside the call, so `exact` must have the batch, and the rows that they write must be hidden from all queries.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);
 
