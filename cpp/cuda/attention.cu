@@ -98,6 +98,10 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     const int parts = call.plan.parts;
     const float * partial = call.partial + int64_t(row) * parts * D + V * lane;
     const SoftmaxState * part_states = call.states + int64_t(row) * parts;
+    if (lane == 0 && warp < parts) { // for the translations of the addresses
+        prefetch(partial + int64_t(warp) * D);
+        prefetch(part_states + warp);
+    }
     wait_for_previous();
     Merged<P> own(nothing_seen);
 #pragma unroll 1
@@ -284,6 +288,8 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
             const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows;
             p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
         }
+        // A window that has a slot for each row of the cache has all rows, unless several sequences share the cache.
+        p.likely_hidden = a.windowed && a.mask && a.n_kv <= a.exact.slots && a.n_kv <= p.row_tiles * tile_rows;
         p.parts = p.chunks * p.row_tiles;
         p.merged = p.chunks > 1 || a.windowed;
         if (!p.merged) { // the warps exchange their results in the memory of the stages

@@ -89,53 +89,69 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     extern __shared__ __align__(16) uint8_t all_shared[];
     if (!call.stores_beside) let_next_start();
     uint8_t * shared = all_shared + barrier_bytes;
-    const Place place(call);
+    Place place(call);
     const AttentionPlan & plan = call.plan;
     const LaneColumns<C> columns(call, place);
     Mask<C> mask(call, place, columns);
     const Stages<TK, TV, D> stages(call, place, shared);
 
     stages.prefetch_rows();
-    if (threadIdx.x == 0) prefetch(call.a.q);
-    if (mask.row && threadIdx.x == 0) prefetch(mask.row);
+    if (threadIdx.x == 0) {
+        prefetch(call.a.q);
+        if (mask.row) prefetch(mask.row);
+        if (plan.merged) prefetch(call.partial);
+        if constexpr (Windowed) prefetch(call.a.exact.mask);
+    }
     if constexpr (Windowed) prefetch_exact(call, place);
     wait_for_previous();
-    Columns<TK, D> own_columns(call, place, 4 * place.row_tile);
-    stages.start();
     uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
     uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
     SoftmaxState state[C];
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h] = {nothing_seen, 0};
     Sums<D, C> sums = {};
+    Columns<TK, D> own_columns(place);
+    Query<TK, D, C> query;
+    const int64_t first_row = place.begin + place.row_tile * tile_rows; // of the warp
+    const auto load = [&] {
+        own_columns.load(call, 4 * place.row_tile);
+        stages.start();
+    };
     const auto prepare = [&] {
         write_columns<TK, D, C>(call, place, scratch, own_columns);
-        mask.load(place.begin + place.row_tile * tile_rows);
+        mask.load(first_row);
     };
     const auto prepared = [&] {
         __syncthreads();
-        if (call.stores_beside) let_next_start(); // what encode_beside reads is complete
-        return Query<TK, D, C>(place, scratch);
+        query = Query<TK, D, C>(place, scratch);
     };
-    const auto query = [&] {
-        if constexpr (!Windowed) {
-            prepare();
-            return prepared();
-        } else {
-            ExactAttention<TV, D, C> exact(call, place, columns);
-            prepare();
-            float q[4][D / 32];
-            if constexpr (C == 1) load_columns<D>(call, place, 0, q);
-            const Query<TK, D, C> query = prepared();
-            // The only warp of a KV head shares the head's scratch memory with no other warp.
-            const bool alone = plan.row_tiles == 1;
+    if constexpr (!Windowed) {
+        load();
+        prepare();
+        prepared();
+    } else {
+        bool needed = place.length > 0; // whether a query may see rows of the cache that the thread block has
+        if (needed && !plan.likely_hidden) load();
+        ExactAttention<TV, D, C> exact(call, place, columns);
+        if (needed && plan.likely_hidden) {
+            mask.load(first_row);
+            needed = __syncthreads_or(!mask.hides_all());
+            if (needed) load();
+        }
+        float q[4][D / 32];
+        if (needed) prepare();
+        if constexpr (C == 1) load_columns<D>(call, place, 0, q);
+        // The only warp of a KV head shares the head's scratch memory with no other warp.
+        const bool alone = plan.row_tiles == 1;
+        if (needed) {
+            prepared();
             if (alone) __syncwarp();
             else __syncthreads();
-            exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
-                         sums);
-            return query;
         }
-    }();
+        if (call.stores_beside) let_next_start(); // what encode_beside reads is complete
+        exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state, sums);
+        if (!needed) place.length = 0;
+    }
     if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();
     const typename Layout<TK, D>::LookUpLevels look_up_keys(zero);

@@ -127,8 +127,10 @@ template <KV TK, int D> class RotatedColumns {
     float x[blocks][2][W][4]; // [half][16 elements][four of them, from 4 * in_quad on] of column quad % 4
 
 public:
+    __device__ __forceinline__ explicit RotatedColumns(const Place & place) : place(place) {}
+
     // Loads columns of the thread block from number c0 on; zeros for columns that do not exist.
-    __device__ __forceinline__ RotatedColumns(const AttentionCall & call, const Place & place, int c0) : place(place) {
+    __device__ __forceinline__ void load(const AttentionCall & call, int c0) {
         const bool aligned = queries_are_aligned(call.a);
         const float * row = query_of(call, place, c0 + place.quad % 4);
 #pragma unroll
@@ -228,9 +230,9 @@ template <KV TK, int D> class PlainColumns {
     float y[4][P];
 
 public:
-    __device__ __forceinline__ PlainColumns(const AttentionCall & call, const Place & place, int c0) : place(place) {
-        load_columns<D>(call, place, c0, y);
-    }
+    __device__ __forceinline__ explicit PlainColumns(const Place & place) : place(place) {}
+
+    __device__ __forceinline__ void load(const AttentionCall & call, int c0) { load_columns<D>(call, place, c0, y); }
 
     // Writes the columns as integers of 16 bits, or in binary16 if K is f16.
     __device__ __forceinline__ void write(const Attention & a, int c0, uint8_t * bytes) {
@@ -277,7 +279,10 @@ __device__ __forceinline__ void write_columns(const AttentionCall & call, const 
                                               Columns<TK, D> & own) {
     if (place.row_tile < C) own.write(call.a, 4 * place.row_tile, bytes);
     if constexpr (C == 2)
-        if (call.plan.row_tiles == 1) Columns<TK, D>(call, place, 4).write(call.a, 4, bytes);
+        if (call.plan.row_tiles == 1) {
+            own.load(call, 4);
+            own.write(call.a, 4, bytes);
+        }
 }
 
 // The queries of a lane's C columns, as operand B of the scores: rows are elements. If there are four columns, two columns
@@ -289,6 +294,7 @@ template <KV TK, int D, int C> struct Query {
     uint32_t x[steps][parts][2];
     float factor[C]; // by which products become scores, times log2e
 
+    Query() = default;
     __device__ __forceinline__ Query(const Place & place, const uint8_t * bytes) {
         if constexpr (L::floats) {
             const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + place.quad * D / 2;

@@ -191,6 +191,7 @@ struct AttentionPlan {
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
     int parts;              // partial results of a query row: chunks * row_tiles
+    bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
 };
