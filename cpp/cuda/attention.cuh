@@ -113,10 +113,6 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     Columns<TK, D> own_columns(place);
     Query<TK, D, C> query;
     const int64_t first_row = place.begin + place.row_tile * tile_rows; // of the warp
-    const auto load = [&] {
-        own_columns.load(call, 4 * place.row_tile);
-        stages.start();
-    };
     const auto prepare = [&] {
         write_columns<TK, D, C>(call, place, scratch, own_columns);
         mask.load(first_row);
@@ -126,20 +122,23 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         query = Query<TK, D, C>(place, scratch);
     };
     if constexpr (!Windowed) {
-        load();
+        own_columns.load(call, 4 * place.row_tile);
+        stages.start();
         prepare();
         prepared();
     } else {
         bool needed = place.length > 0; // whether a query may see rows of the cache that the thread block has
-        if (needed && !plan.likely_hidden) load();
+        if (needed) own_columns.load(call, 4 * place.row_tile);
         ExactAttention<TV, D, C> exact(call, place, columns);
         if (needed && plan.likely_hidden) {
             mask.load(first_row);
             needed = __syncthreads_or(!mask.hides_all());
-            if (needed) load();
         }
         float q[4][D / 32];
-        if (needed) prepare();
+        if (needed) {
+            stages.start();
+            prepare();
+        }
         if constexpr (C == 1) load_columns<D>(call, place, 0, q);
         // The only warp of a KV head shares the head's scratch memory with no other warp.
         const bool alone = plan.row_tiles == 1;
@@ -147,10 +146,11 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
             prepared();
             if (alone) __syncwarp();
             else __syncthreads();
+        } else {
+            place.length = 0;
         }
         if (call.stores_beside) let_next_start(); // what encode_beside reads is complete
         exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state, sums);
-        if (!needed) place.length = 0;
     }
     if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();
