@@ -1,17 +1,19 @@
 // Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
 #include "launch.h"
+#include "wide.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <map>
+#include <utility>
 #include <vector>
 
 namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_column_tiles = 4; // with more tiles, decoding K and V once is faster than reading them for each tile
+constexpr int most_decode_columns = 32; // with more columns, the kernel of wide.cuh is faster
 
 struct Device {
     int version, multiprocessors, shared_per_block, shared_per_multiprocessor;
@@ -176,7 +178,6 @@ const Head heads[] = {
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
-constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
 
 // The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
@@ -185,27 +186,17 @@ const Head * head_of(int size) {
     return nullptr;
 }
 
-#define TURBOQUANT_ONE_MORE(name) +1
-constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
-#undef TURBOQUANT_ONE_MORE
+} // namespace
 
-// Permits the kernel to use the shared memory of the call. CUDA requires this once per kernel and device for more than
-// 48 KB.
-cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
-    constexpr int most_devices = 64;
-    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count][2];
-    const int id = call.plan.device;
-    if (id >= most_devices) return cudaErrorNotSupported;
-    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)][call.a.windowed];
-    if (known.load(std::memory_order_relaxed) >= call.plan.shared_bytes) return cudaSuccess;
-    const int most = all_devices()[size_t(id)].shared_per_block;
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error == cudaSuccess) known.store(most, std::memory_order_relaxed);
+cudaError_t allow_shared(const void * kernel, int device, int bytes) {
+    static thread_local std::map<std::pair<const void *, int>, int> allowed;
+    int & known = allowed[{kernel, device}];
+    if (known >= bytes) return cudaSuccess;
+    const int most = all_devices()[size_t(device)].shared_per_block;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error == cudaSuccess) known = most;
     return error;
 }
-
-} // namespace
 
 bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
@@ -237,9 +228,13 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
 
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
+    p.wide = false;
+    if (p.columns > most_decode_columns)
+        return plan_wide(a, {device->multiprocessors, device->shared_per_block},
+                         pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
+                         pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p);
     p.column_tile = p.columns <= 4 ? 4 : most_columns;
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
-    if (p.column_tiles > most_column_tiles) return false;
 
     const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
     // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
@@ -304,14 +299,19 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const Head & head = *head_of(a.head);
-    const AttentionKernel kernel = head.kernel(a.type_k, a.type_v, a.windowed);
-    const cudaError_t error = allow_shared(head, kernel, call);
-    if (error != cudaSuccess) return error;
     call.stored_groups = stored_groups(a);
     call.stores_beside = stores != nullptr;
-    const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
-    const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
-                                        size_t(plan.shared_bytes), stream, call);
+    cudaError_t launched;
+    if (plan.wide) {
+        launched = launch_wide(call, workspace, stream);
+    } else {
+        const AttentionKernel kernel = head.kernel(a.type_k, a.type_v, a.windowed);
+        launched = allow_shared(reinterpret_cast<const void *>(kernel), plan.device, plan.shared_bytes);
+        if (launched != cudaSuccess) return launched;
+        const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
+        launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
+                          size_t(plan.shared_bytes), stream, call);
+    }
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;

@@ -192,6 +192,11 @@ struct AttentionPlan {
     int parts;              // partial results of a query row: chunks * row_tiles
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
+    // The kernel for many columns. Thread blocks have one KV head.
+    bool wide;
+    int operands;            // of 16 columns, of a warp
+    int step_rows;           // KV rows that a thread block expands at a time
+    size_t queries_at, factors_at, seen_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The

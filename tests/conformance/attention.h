@@ -25,6 +25,7 @@ enum class Mask {
     random,      // tokens see a random half of the rows, with random biases; the last token sees nothing, and every 64th
                  // token sees none of the rows 64 to 127
     alternating, // requests that share a cache: a token sees the rows of its own parity
+    runs,        // requests whose rows lie one after the other: token t sees quarter t % 4 of the rows
     prefixes,    // token t sees the first seen[t % 3] rows
     first        // the first token sees all rows, the others all but the bad one
 };
@@ -89,8 +90,8 @@ inline std::string described(const AttentionCase & c) {
     if (!c.heads_adjacent) s << ", heads apart";
     if (c.pad) s << ", padded by " << c.pad;
     const char * bytes[] = {"", ", odd scales", ", subnormal scales", ", any bytes"};
-    const char * masks[] = {", no mask", "", ", random masks", ", alternating masks", "",
-                            ", seen by the first token"};
+    const char * masks[] = {", no mask", "", ", random masks", ", alternating masks",
+                            ", masks of runs", "", ", seen by the first token"};
     const char * sinks[] = {"", ", sinks", ", sinks of -infinity"};
     s << bytes[int(c.bytes)] << masks[int(c.mask)] << sinks[int(c.sinks)];
     if (c.max_bias > 0) s << ", ALiBi " << c.max_bias;
@@ -414,6 +415,71 @@ inline void options(List & list) {
     }
 }
 
+// Many query columns: prefill, and batches of several requests.
+inline void columns(List & list) {
+    struct Shape {
+        int tokens, heads, kv_heads;
+        int64_t rows;
+    };
+    const Shape shapes[] = {{9, 4, 1, 300}, {17, 8, 2, 517}, {40, 8, 4, 1300}, {33, 2, 2, 64}, {70, 8, 2, 700},
+                            {50, 14, 2, 200}, {300, 1, 1, 520}};
+    for (const AttentionCase & base : bases())
+        for (const Shape & shape : shapes)
+            for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {
+                AttentionCase c = base;
+                c.tokens = shape.tokens;
+                c.heads = shape.heads;
+                c.kv_heads = shape.kv_heads;
+                c.rows = shape.rows;
+                c.mask = mask;
+                list.add("columns", c, Extent::usual);
+            }
+    for (const AttentionCase & base : bases()) {
+        AttentionCase c = base;
+        c.tokens = 24;
+        c.rows = 2100;
+        c.mask = Mask::prefixes;
+        c.seen[0] = 1;
+        c.seen[1] = 640;
+        c.seen[2] = 2050;
+        list.add("columns", c, Extent::usual);
+        c.rows = 300;
+        c.mask = Mask::causal;
+        c.streams = c.kv_streams = 3;
+        list.add("columns", c, Extent::usual);
+        c.kv_streams = 1;
+        list.add("columns", c, Extent::usual);
+        c.streams = 1;
+        c.heads_adjacent = false;
+        c.pad = 2;
+        list.add("columns", c, Extent::usual);
+        c.heads_adjacent = true;
+        c.pad = 0;
+        c.sinks = Sinks::normal;
+        c.max_bias = 8;
+        c.heads = 12;
+        list.add("columns", c, Extent::usual);
+        c.max_bias = 0;
+        c.soft_cap = 10;
+        list.add("columns", c, Extent::usual);
+        c.soft_cap = 0;
+        c.first = c.last = 150; // no other row is seen
+        list.add("columns", c, Extent::usual);
+        c.first = 0;
+        c.last = INT64_MAX;
+        c.bytes = Bytes::odd;
+        list.add("columns", c, Extent::usual);
+        c.bytes = Bytes::encoded;
+        for (const Bad bad : {Bad::nan, Bad::infinity})
+            for (const bool key : {true, false}) {
+                c.bad = bad;
+                (key ? c.bad_key : c.bad_value) = c.rows - 20; // only the last tokens see it
+                list.add("columns", c, Extent::usual);
+                c.bad_key = c.bad_value = -1;
+            }
+    }
+}
+
 } // namespace attention_list
 
 // Every name occurs once.
@@ -428,6 +494,7 @@ inline std::vector<AttentionCase> attention_cases() {
     row_counts(list);
     shapes(list);
     options(list);
+    columns(list);
     return list.cases;
 }
 

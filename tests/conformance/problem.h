@@ -157,6 +157,7 @@ private:
                 bias = random.normal();
                 break;
             case Mask::alternating: hidden = hidden || row % 2 != token % 2; break;
+            case Mask::runs: hidden = hidden || row * 4 / c.rows != token % 4; break;
             case Mask::prefixes: hidden = hidden || row >= c.seen[token % 3]; break;
             case Mask::first: hidden = hidden || (token > 0 && row == bad); break;
         }

@@ -1,0 +1,596 @@
+// The kernel template for attention of many query tokens (prefill, batches of several requests). wide.cu prepares the
+// queries and launches calls; the instances of the template are compiled in files of their own.
+//
+// A thread block takes a tile of the query columns of a KV head (query heads times tokens) and a run of KV rows. It
+// copies encoded rows to shared memory with cp.async (load.cuh) and expands each row once: K to int8 levels, V to
+// binary16 values. All columns of the block use the expanded rows as operands of the tensor cores. Scores are products of
+// int8 matrices, output is the product of binary16 weights and V.
+//
+// Operand A has the columns, 16 in a tile, of which a warp has one or two. Operand B has the rows. A lane has rows
+// 2 * in_quad and 2 * in_quad + 1 of eight for the columns `quad` and quad + 8 of a tile, and values 2 * in_quad and
+// 2 * in_quad + 1 of eight of their output.
+#ifndef TURBOQUANT_CUDA_WIDE_H
+#define TURBOQUANT_CUDA_WIDE_H
+
+#include "mma.cuh"
+
+namespace turboquant {
+namespace cuda {
+
+constexpr int wide_warps = 8;            // of a thread block
+constexpr int wide_columns = 16;         // of an operand
+constexpr int seen_rows = 32 * tile_rows; // rows of a word of SeenTiles
+
+// How int32 products of a column become scores: they start from `start`, which removes the bias of the levels and makes
+// the product the bits of a float (magic_bits), and are multiplied by `to_log2`.
+struct __align__(8) QueryFactor {
+    float to_log2;
+    int start;
+};
+
+// What a row of the mask says about 32 tiles of tile_rows rows: a bit for each tile.
+struct __align__(8) SeenTiles {
+    uint32_t some;  // the query sees a row of the tile
+    uint32_t mixed; // the mask is not zero everywhere in the tile
+};
+
+// The arrays that prepare_wide fills.
+struct WideArrays {
+    int8_t * queries;      // [stream][KV head][column of all column tiles][head], in the order of operand_position
+    QueryFactor * factors; // [stream][KV head][column of all column tiles]
+    SeenTiles * seen;      // [stream of the mask][head of the mask][token][words], or nullptr without a mask
+    int words;             // of a row of the mask
+};
+
+struct WideCall {
+    AttentionCall call;
+    WideArrays arrays;
+};
+
+namespace {
+
+// ---- operands
+
+// The place of element e of a query among the bytes of its column: that of the elements in expanded rows of K. In the
+// levels of a unit, elements of the first and of the second half of a block alternate.
+template <KV TK, int D> __device__ __forceinline__ int operand_position(int e) {
+    using L = Layout<TK, D>;
+    constexpr int N = L::block;
+    if constexpr (!L::turbo) return e;
+    const int in_block = e % N;
+    return e - in_block + 2 * (in_block % (N / 2)) + in_block / (N / 2);
+}
+
+// Four 8 x 8 matrices of 16-bit words (or rows of 16 bytes) from shared memory. Lane i has the address of row i % 8 of
+// matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t address) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// Expanded rows are units of 16 bytes. The unit with number u of row r is in place u ^ unit_swizzle(r), so that the same
+// unit of eight rows, and four units of two rows, lie in different banks.
+__device__ __forceinline__ int unit_swizzle(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
+
+// The levels of four units of a block, which are part `part` of its 32 N / 32 parts. Words 2 i and 2 i + 1 have nibbles
+// 0-3 and 4-7 of unit i. Units 0 and 1 have the eight elements from 8 * part on and those half a block further on; units 2
+// and 3 those a quarter of a block further on.
+template <KV T, int D, typename LookUp>
+__device__ __forceinline__ void read_levels(const uint8_t * block, int part, const LookUp & look_up, uint32_t (&x)[8]) {
+    using L = Layout<T, D>;
+    constexpr int N = L::block;
+    if constexpr (L::nibbles) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t * unit = block + 2 + 4 * (2 * part + i % 2 + N / 16 * (i / 2));
+            x[2 * i] = look_up(load_u16(unit), 0, 0);
+            x[2 * i + 1] = look_up(load_u16(unit + 2), 0, 0);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Crumbs<typename L::BlockFormat> crumbs(block + 2, 2 * part + i);
+#pragma unroll
+            for (int field = 0; field < 2; ++field) {
+                const Unit unit = crumbs.unit(field);
+                x[2 * (i + 2 * field)] = look_up(unit.nibbles, unit.signs, field);
+                x[2 * (i + 2 * field) + 1] = look_up(unit.nibbles >> 16, unit.signs >> 16, field);
+            }
+        }
+    }
+}
+
+// Two bytes of a word of levels + 128, as binary16 level / 128 * scale. Byte 0x48 above such a byte gives 8 + byte / 128.
+__device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t selector, half2 scale) {
+    const uint32_t bits = prmt(levels, four_biases - 0x38383838u, selector); // 0x48484848
+    const half2 nine = __floats2half2_rn(9.0f, 9.0f);
+    const half2 product = __hmul2(__hsub2(*reinterpret_cast<const half2 *>(&bits), nine), scale);
+    return *reinterpret_cast<const uint32_t *>(&product);
+}
+constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341; // with bytes of the second operand above them
+
+// ---- the share of a warp
+
+struct WidePlace {
+    int lane, quad, in_quad, warp;
+    int first_column;      // of the warp
+    int row_group;         // the warp takes tiles row_group, row_group + row_tiles, ... of a step
+    int kv_head, stream, kv_stream;
+    int64_t begin;         // the first KV row of the thread block, a multiple of the rows of a step
+    int length;            // the number of its KV rows
+
+    __device__ __forceinline__ WidePlace(const AttentionCall & call, int warp_columns) {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        lane = threadIdx.x % 32;
+        quad = lane / 4;
+        in_quad = lane % 4;
+        warp = threadIdx.x / 32;
+        const int column_warps = p.column_tile / warp_columns, column_tile = blockIdx.y / a.kv_heads;
+        row_group = keep(warp / column_warps);
+        first_column = column_tile * p.column_tile + (warp - row_group * column_warps) * warp_columns;
+        kv_head = blockIdx.y - column_tile * a.kv_heads;
+        stream = blockIdx.z;
+        kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
+        begin = int64_t(blockIdx.x) * p.chunk_rows;
+        length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+    }
+};
+
+// ---- shared memory
+
+// The division of a thread block's shared memory. There are two buffers of expanded rows and two of encoded rows.
+template <KV TK, KV TV, int D> struct WideMemory {
+    static constexpr int key_bytes = D, value_bytes = 2 * D;
+    int rows; // of a step
+    int expanded, encoded_k, encoded; // bytes of a buffer of expanded rows, of encoded rows of K, of encoded rows
+    uint8_t * base;                   // aligned to 128 bytes
+
+    __device__ __forceinline__ WideMemory(const AttentionPlan & p, uint8_t * shared)
+        : rows(p.step_rows), expanded(p.step_rows * (key_bytes + value_bytes + int(sizeof(float2)))),
+          encoded_k(p.step_rows * p.pitch_k), encoded(p.step_rows * (p.pitch_k + p.pitch_v)) {
+        base = shared + (-int(__cvta_generic_to_shared(shared)) & 127);
+    }
+    __device__ __forceinline__ uint8_t * keys(int buffer) const { return base + buffer * expanded; }
+    __device__ __forceinline__ uint8_t * values(int buffer) const { return keys(buffer) + rows * key_bytes; }
+    // The factors from products to scores without the factor of the query, and -magic times these.
+    __device__ __forceinline__ float2 * key_factors(int buffer) const {
+        return reinterpret_cast<float2 *>(values(buffer) + rows * value_bytes);
+    }
+    __device__ __forceinline__ uint8_t * encoded_rows(int buffer) const { return base + 2 * expanded + buffer * encoded; }
+    // Tiles that a column of the block sees, then those of the columns of each warp.
+    __device__ __forceinline__ uint32_t * seen() const { return reinterpret_cast<uint32_t *>(base + 2 * (expanded + encoded)); }
+    __device__ __forceinline__ SeenTiles * warp_seen(int words) const {
+        return reinterpret_cast<SeenTiles *>(seen() + (words + 1) / 2 * 2);
+    }
+};
+
+// ---- rows
+
+// Copies rows of a KV head to shared memory, and expands them.
+template <KV TK, KV TV, int D> struct WideRows {
+    using LK = Layout<TK, D>;
+    using LV = Layout<TV, D>;
+    using Memory = WideMemory<TK, TV, D>;
+    static constexpr int lanes = D / 32, rows_at_once = 32 / lanes; // lanes of a row
+    const AttentionCall & call;
+    const WidePlace & place;
+    const Memory & memory;
+    const uint8_t *k, *v; // row 0
+
+    __device__ __forceinline__ WideRows(const AttentionCall & call, const WidePlace & place, const Memory & memory)
+        : call(call), place(place), memory(memory) {
+        const Attention & a = call.a;
+        k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
+        v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
+    }
+
+    // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
+    __device__ __forceinline__ void load(int at, int buffer) const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        if (at < place.length) {
+            const uint32_t to = uint32_t(__cvta_generic_to_shared(memory.encoded_rows(buffer)));
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side)
+                load_rows(to + (side ? memory.encoded_k : 0),
+                          side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
+                          memory.rows, place.begin + at, a.n_kv);
+        }
+        copy_commit();
+    }
+
+    // Expands the rows from `at` on. The warps share the rows.
+    __device__ __forceinline__ void expand(int at, int from, int to) const {
+        const int part = place.lane % lanes, in_block = part % (LK::block / 32);
+        const uint32_t first = uint32_t(place.begin + at);
+        const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + first * uint32_t(call.a.k_row),
+                       v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + first * uint32_t(call.a.v_row);
+        const uint8_t *encoded_k = memory.encoded_rows(from), *encoded_v = encoded_k + memory.encoded_k;
+        uint8_t *keys = memory.keys(to), *values = memory.values(to);
+        float2 * factors = memory.key_factors(to);
+        const typename LK::LookUpLevels look_up_k;
+        const typename LV::LookUpLevels look_up_v;
+#pragma unroll 1
+        for (int r = place.warp * rows_at_once + place.lane / lanes; r < memory.rows; r += wide_warps * rows_at_once) {
+            const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
+            const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
+            const uint8_t *block_k = row_k + part / (LK::block / 32) * LK::block_bytes,
+                          *block_v = row_v + part / (LV::block / 32) * LV::block_bytes;
+            const int swizzle = unit_swizzle(r);
+            uint32_t x[8], y[8];
+            read_levels<TK, D>(block_k, in_block, look_up_k, x);
+            read_levels<TV, D>(block_v, in_block, look_up_v, y);
+            const float scale_k = LK::load_block_scale(block_k), scale_v = LV::load_block_scale(block_v);
+            // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
+            // makes the score NaN instead, which the mask replaces.
+            const bool finite = fabsf(scale_v) <= 65504.0f;
+            if (part == 0) {
+                const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
+                factors[r] = make_float2(factor, -magic * factor);
+            }
+            const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
+            uint4 * to_k = reinterpret_cast<uint4 *>(keys + r * Memory::key_bytes);
+            uint4 * to_v = reinterpret_cast<uint4 *>(values + r * Memory::value_bytes);
+            to_k[part ^ swizzle] = make_uint4(x[0], x[1], x[2], x[3]);
+            to_k[(part + 4) ^ swizzle] = make_uint4(x[4], x[5], x[6], x[7]);
+            if constexpr (!LV::biased) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) y[i] ^= four_biases;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t bytes = h ? odd_bytes : even_bytes;
+                    to_v[(part + 4 * i + 8 * h) ^ swizzle] = make_uint4(
+                        scaled_halves(y[4 * i], bytes, scale), scaled_halves(y[4 * i + 1], bytes, scale),
+                        scaled_halves(y[4 * i + 2], bytes, scale), scaled_halves(y[4 * i + 3], bytes, scale));
+                }
+        }
+    }
+};
+
+// ---- the columns of a warp
+
+// Weights are relative to a reference, which is lowered_by below the largest score of the column when it was chosen. It
+// stays until a score exceeds it by more than `headroom`. So weights fit into binary16, and small ones are not lost.
+constexpr float lowered_by = 8, headroom = 15;
+
+// The columns of a warp: M operands of 16. Arrays with 2 M elements have an element for each of the lane's columns.
+template <KV TK, KV TV, int D, int M> struct WideColumns {
+    using LK = Layout<TK, D>;
+    const WideCall & wide;
+    const WidePlace & place;
+    uint32_t query[M][D / 32][4];
+    QueryFactor factor[2 * M];
+    float reference[2 * M], sum[2 * M]; // sum: over the lane's rows
+    float output[M][D / 8][4] = {};
+
+    __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place) : wide(wide), place(place) {
+        const AttentionPlan & p = wide.call.plan;
+        const int64_t first = (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile *
+                                  p.column_tiles + place.first_column + place.quad;
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4) + place.in_quad;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            factor[c] = wide.arrays.factors[first + 8 * c];
+            reference[c] = nothing_seen;
+            sum[c] = 0;
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i) {
+                query[c / 2][i][c % 2] = words[8 * c * (D / 4) + 8 * i];
+                query[c / 2][i][c % 2 + 2] = words[8 * c * (D / 4) + 8 * i + 4];
+            }
+        }
+    }
+
+    __device__ __forceinline__ int column(int c) const { return place.first_column + 8 * c + place.quad; }
+
+    // Computes the scores of the tile, without the factors of the queries.
+    __device__ __forceinline__ void compute_scores(uint32_t keys, const float2 * key_factors,
+                                                   float (&s)[M][tile_rows / 8][4]) const {
+        const int in_eight = place.lane % 8;
+        const uint32_t at = keys + in_eight * D + ((place.lane / 8 ^ unit_swizzle(in_eight)) << 4);
+#pragma unroll
+        for (int n = 0; n < tile_rows / 8; ++n) {
+            uint32_t k[D / 64][4];
+#pragma unroll
+            for (int i = 0; i < D / 64; ++i) load_matrices(k[i], (at ^ 64 * i) + 8 * n * D);
+            const float4 two = *reinterpret_cast<const float4 *>(key_factors + 8 * n + 2 * place.in_quad);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                int c[4] = {factor[2 * m].start, factor[2 * m].start, factor[2 * m + 1].start, factor[2 * m + 1].start};
+#pragma unroll
+                for (int i = 0; i < D / 32; ++i) {
+                    const uint32_t b[2] = {k[i / 2][i % 2 * 2], k[i / 2][i % 2 * 2 + 1]};
+                    mma_int8<false, LK::biased>(c, query[m][i], b, c);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    s[m][n][i] = __fmaf_rn(__int_as_float(c[i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void cap(float (&s)[M][tile_rows / 8][4]) const {
+        const float limit = wide.call.a.soft_cap * log2e;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float to_log2 = factor[2 * m + i / 2].to_log2;
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n)
+                    s[m][n][i] = limit * tanhf(s[m][n][i] * to_log2 / limit) / to_log2;
+            }
+    }
+
+    // Adds the mask of the tile from row `first` on. Rows from n_kv on are hidden.
+    __device__ __forceinline__ void apply_mask(int64_t first, float (&s)[M][tile_rows / 8][4]) const {
+        const Attention & a = wide.call.a;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            if (column(c) >= wide.call.plan.columns) continue;
+            const int token = column(c) / wide.call.plan.group, in_group = column(c) - token * wide.call.plan.group;
+            const int head = place.kv_head * wide.call.plan.group + in_group;
+            const char * row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
+                                            head % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
+                                      : nullptr;
+            const float slope = log2e * alibi_slope(wide.call, head) / factor[c].to_log2;
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int64_t r = first + 8 * n + 2 * place.in_quad + i;
+                    const float bias = r >= a.n_kv ? -INFINITY : row ? load_half(reinterpret_cast<const uint8_t *>(row) + 2 * r) : 0.0f;
+                    float & score = s[c / 2][n][c % 2 * 2 + i];
+                    score = bias == -INFINITY ? -INFINITY : score + bias * slope;
+                }
+        }
+    }
+
+    // Chooses a higher reference for columns with scores that exceed theirs by more than `headroom`.
+    __device__ __forceinline__ void raise_references(const float (&s)[M][tile_rows / 8][4]) {
+        float top[2 * M];
+        bool exceeds = false;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            top[c] = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n)
+                top[c] = fmaxf(top[c], fmaxf(s[c / 2][n][c % 2 * 2], s[c / 2][n][c % 2 * 2 + 1]));
+            top[c] *= factor[c].to_log2;
+            exceeds = exceeds || top[c] > reference[c] + headroom;
+        }
+        if (!__any_sync(all_lanes, exceeds)) return;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            float largest = fmaxf(top[c], __shfl_xor_sync(all_lanes, top[c], 1));
+            largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
+            const float before = reference[c];
+            if (largest > before + headroom) reference[c] = largest - lowered_by;
+            const float correction = exp2f(before - reference[c]);
+            sum[c] *= correction;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                output[c / 2][n][c % 2 * 2] *= correction;
+                output[c / 2][n][c % 2 * 2 + 1] *= correction;
+            }
+        }
+    }
+
+    // Turns scores into weights, as the operand A of the output.
+    __device__ __forceinline__ void weigh(const float (&s)[M][tile_rows / 8][4], uint32_t (&w)[M][tile_rows / 16][4]) {
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            const float offset = -reference[c];
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n) {
+                const float a = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2], factor[c].to_log2, offset)),
+                            b = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2 + 1], factor[c].to_log2, offset));
+                sum[c] += a + b;
+                const half2 pair = __floats2half2_rn(a, b);
+                w[c / 2][n / 2][n % 2 * 2 + c % 2] = *reinterpret_cast<const uint32_t *>(&pair);
+            }
+        }
+    }
+
+    // Adds weights times V to the output.
+    __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&w)[M][tile_rows / 16][4]) {
+        const uint32_t at = (values + place.lane * 2 * D) | unit_swizzle(place.lane % 8) << 4;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            uint32_t v[4];
+            load_transposed(v, at ^ n << 4);
+#pragma unroll
+            for (int h = 0; h < tile_rows / 16; ++h)
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+                    mma_f16(output[m][n], w[m][h][0], w[m][h][1], w[m][h][2], w[m][h][3], v[2 * h], v[2 * h + 1]);
+        }
+    }
+
+    // Computes the tile from row `row` of the cache on. `in_step` is its first row in the buffer.
+    template <typename Memory>
+    __device__ __forceinline__ void add_tile(const Memory & memory, int buffer, int in_step, int64_t row, bool mixed) {
+        const uint32_t keys = uint32_t(__cvta_generic_to_shared(memory.keys(buffer) + in_step * Memory::key_bytes)),
+                       values = uint32_t(__cvta_generic_to_shared(memory.values(buffer) + in_step * Memory::value_bytes));
+        float s[M][tile_rows / 8][4];
+        compute_scores(keys, memory.key_factors(buffer) + in_step, s);
+        if (wide.call.a.soft_cap != 0) cap(s);
+        if (mixed) apply_mask(row, s);
+        raise_references(s);
+        uint32_t w[M][tile_rows / 16][4];
+        weigh(s, w);
+        add_values(values, w);
+    }
+
+    // Stores the partial results for the merge.
+    __device__ __forceinline__ void store(int part) {
+        const AttentionCall & call = wide.call;
+        constexpr float to_value = 128 * Layout<TV, D>::step;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
+            if (column(c) >= call.plan.columns) continue;
+            const int64_t at = query_row(call, place.stream, place.kv_head, column(c)) * call.plan.parts + part;
+            if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
+            float * to = call.partial + at * D + 2 * place.in_quad;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *reinterpret_cast<float2 *>(to + 8 * n) = make_float2(output[c / 2][n][c % 2 * 2] * to_value,
+                                                                      output[c / 2][n][c % 2 * 2 + 1] * to_value);
+        }
+    }
+};
+
+// ---- the kernel
+
+// Collects which tiles the thread block's columns see.
+template <typename Memory>
+__device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePlace & place, const Memory & memory,
+                                             int warp_columns, int words) {
+    const AttentionCall & call = wide.call;
+    const Attention & a = call.a;
+    const int64_t first_word = place.begin / seen_rows;
+    const int column_warps = call.plan.column_tile / warp_columns;
+    SeenTiles * warp_seen = memory.warp_seen(words);
+    if (place.row_group == 0) {
+        const int first = place.first_column / call.plan.group,
+                  end = min((place.first_column + warp_columns - 1) / call.plan.group + 1, a.tokens);
+        const SeenTiles * from = wide.arrays.seen +
+                                 int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
+        for (int w = place.lane; w < words; w += 32) {
+            SeenTiles seen = {0, 0};
+            if (!a.mask) {
+                const int64_t left = a.n_kv - (first_word + w) * seen_rows; // rows from the word's on
+                const int tiles = int(min(left / tile_rows, int64_t(32)));
+                seen.mixed = left < seen_rows && left % tile_rows ? 1u << tiles : 0;
+                seen.some = (tiles < 32 ? (1u << tiles) - 1 : ~0u) | seen.mixed;
+                if (first >= end) seen.some = 0;
+            } else {
+#pragma unroll 1
+                for (int head = 0; head < a.mask_heads; ++head)
+#pragma unroll 8
+                    for (int token = first; token < end; ++token) {
+                        const SeenTiles one = from[(int64_t(head) * a.tokens + token) * wide.arrays.words + w];
+                        seen.some |= one.some;
+                        seen.mixed |= one.mixed;
+                    }
+            }
+            warp_seen[place.warp * words + w] = seen;
+        }
+    }
+    __syncthreads();
+    for (int w = threadIdx.x; w < words; w += blockDim.x) {
+        uint32_t some = 0;
+        for (int i = 0; i < column_warps; ++i) some |= warp_seen[i * words + w].some;
+        memory.seen()[w] = some;
+    }
+    __syncthreads();
+}
+
+template <KV TK, KV TV, int D, int M>
+__global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_constant__ WideCall wide) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    let_next_start();
+    const AttentionCall & call = wide.call;
+    const AttentionPlan & plan = call.plan;
+    constexpr int warp_columns = wide_columns * M;
+    const WidePlace place(call, warp_columns);
+    const WideMemory<TK, TV, D> memory(plan, shared);
+    const WideRows<TK, TV, D> rows(call, place, memory);
+    wait_for_previous();
+    const int first_tile = int(place.begin / tile_rows % 32);
+    const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
+    collect_seen(wide, place, memory, warp_columns, words);
+    const uint32_t * seen = memory.seen();
+    const SeenTiles * warp_seen = memory.warp_seen(words) + place.warp % (plan.column_tile / warp_columns) * words;
+
+    const int step = memory.rows;
+    const uint32_t all_tiles = (1u << (step / tile_rows)) - 1;
+    const auto next = [&](int at) { // the rows after `at` that a column sees
+        do at += step;
+        while (at < place.length && !(seen[(first_tile + at / tile_rows) / 32] >> (first_tile + at / tile_rows) % 32 & all_tiles));
+        return at;
+    };
+    WideColumns<TK, TV, D, M> columns(wide, place);
+    int at = next(-step), after = next(at);
+    rows.load(at, 0);
+    rows.load(after, 1);
+    copy_wait<1>();
+    __syncthreads();
+    if (at < place.length) rows.expand(at, 0, 0);
+    const bool early = place.warp < wide_warps / 2; // half of the warps expand rows while the others use the tensor cores
+    for (int buffer = 0; at < place.length; buffer ^= 1) {
+        copy_wait<0>();
+        __syncthreads();
+        const int later = next(after);
+        rows.load(later, buffer);
+        if (early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
+#pragma unroll 1
+        for (int t = place.row_group; t < step / tile_rows; t += plan.row_tiles) {
+            const int tile = first_tile + at / tile_rows + t;
+            const SeenTiles one = warp_seen[tile / 32];
+            if (!(one.some >> tile % 32 & 1)) continue;
+            columns.add_tile(memory, buffer, t * tile_rows, place.begin + at + t * tile_rows, one.mixed >> tile % 32 & 1);
+        }
+        if (!early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
+        at = after;
+        after = later;
+    }
+    if (place.row_group < plan.row_tiles) columns.store(blockIdx.x * plan.row_tiles + place.row_group);
+}
+
+} // namespace
+
+using WideKernel = void (*)(WideCall);
+
+// The kernel for a pair of types and a number of operands of a warp, or nullptr if there is none.
+WideKernel wide_kernel_128(KV type_k, KV type_v, int operands);
+
+namespace {
+
+template <int D, KV TK> WideKernel wide_kernel_for(KV type_v, int operands) {
+    switch (type_v) {
+#define TURBOQUANT_CASE(name)                                                                       \
+    case KV::name:                                                                                  \
+        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)         \
+            return operands == 1 ? wide_kernel<TK, KV::name, D, 1> : wide_kernel<TK, KV::name, D, 2>; \
+        break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+template <int D> WideKernel wide_kernel_for(KV type_k, KV type_v, int operands) {
+    switch (type_k) {
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return wide_kernel_for<D, KV::name>(type_v, operands);
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+} // namespace
+
+} // namespace cuda
+} // namespace turboquant
+
+#endif
