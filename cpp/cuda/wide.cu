@@ -155,7 +155,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const auto bytes = [&](int rows) {
         const int expanded = rows * (3 * a.head + int(sizeof(float2))), encoded = rows * (pitch_k + pitch_v);
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
-        return 128 + 2 * (expanded + encoded) + seen;
+        return wide_alignment + 2 * (expanded + encoded) + seen;
     };
     p.step_rows = 4 * tile_rows;
     if (bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;

@@ -19,6 +19,7 @@ namespace cuda {
 
 constexpr int wide_warps = 8;            // of a thread block
 constexpr int wide_columns = 16;         // of an operand
+constexpr int wide_alignment = 256;      // of the expanded rows, so that bits of an address are the unit
 constexpr int seen_rows = 32 * tile_rows; // rows of a word of SeenTiles
 
 // How int32 products of a column become scores: they start from `start`, which removes the bias of the levels and makes
@@ -156,12 +157,12 @@ template <KV TK, KV TV, int D> struct WideMemory {
     static constexpr int key_bytes = D, value_bytes = 2 * D;
     int rows; // of a step
     int expanded, encoded_k, encoded; // bytes of a buffer of expanded rows, of encoded rows of K, of encoded rows
-    uint8_t * base;                   // aligned to 128 bytes
+    uint8_t * base;                   // aligned to a row of V
 
     __device__ __forceinline__ WideMemory(const AttentionPlan & p, uint8_t * shared)
         : rows(p.step_rows), expanded(p.step_rows * (key_bytes + value_bytes + int(sizeof(float2)))),
           encoded_k(p.step_rows * p.pitch_k), encoded(p.step_rows * (p.pitch_k + p.pitch_v)) {
-        base = shared + (-int(__cvta_generic_to_shared(shared)) & 127);
+        base = shared + (-int(__cvta_generic_to_shared(shared)) & (wide_alignment - 1));
     }
     __device__ __forceinline__ uint8_t * keys(int buffer) const { return base + buffer * expanded; }
     __device__ __forceinline__ uint8_t * values(int buffer) const { return keys(buffer) + rows * key_bytes; }
