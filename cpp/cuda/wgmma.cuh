@@ -1,0 +1,163 @@
+// Instructions of Hopper GPUs: matrix products of warpgroups, barriers in shared memory, and the division of registers.
+// They exist only in code for sm_90a; elsewhere the functions are empty.
+//
+// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp, in registers that are laid
+// out as those of mma.sync. Operand B is in shared memory, where a descriptor says how. Results are laid out as those of
+// mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows `quad` and quad + 8.
+#ifndef TURBOQUANT_CUDA_WGMMA_H
+#define TURBOQUANT_CUDA_WGMMA_H
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TURBOQUANT_WGMMA 1
+#endif
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+// ---- matrices in shared memory
+//
+// Both matrices consist of rows of 128 bytes, and a group of eight rows is aligned to 1024 bytes. The unit of 16 bytes
+// with number u of row r is in place u ^ r % 8.
+constexpr int matrix_alignment = 1024;
+
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Operand B of scores from `address` on: rows of 128 int8 values of K. A product takes 32 of these, 32 bytes further on
+// each time.
+__device__ __forceinline__ uint64_t key_descriptor(uint32_t address) { return matrix_descriptor(address, 16, 1024); }
+
+// Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further on. A
+// product takes 16 rows.
+__device__ __forceinline__ uint64_t value_descriptor(uint32_t address, int apart) {
+    return matrix_descriptor(address, apart, 1024);
+}
+
+// ---- products
+
+#define TURBOQUANT_4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define TURBOQUANT_16(c, d, i) \
+    TURBOQUANT_4(c, d, i), TURBOQUANT_4(c, d, i + 4), TURBOQUANT_4(c, d, i + 8), TURBOQUANT_4(c, d, i + 12)
+
+// Orders accesses of registers and the following products.
+__device__ __forceinline__ void products_fence() {
+#if TURBOQUANT_WGMMA
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+// Ends a group of products.
+__device__ __forceinline__ void products_commit() {
+#if TURBOQUANT_WGMMA
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Waits until at most N groups are not complete.
+template <int N> __device__ __forceinline__ void products_wait() {
+#if TURBOQUANT_WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#endif
+}
+// Keeps the compiler from moving accesses of registers that products in flight read or write.
+template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&x)[N]) {
+#if TURBOQUANT_WGMMA
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if constexpr (sizeof(T) == 4 && T(0.5f) != T(0)) asm volatile("" : "+f"(x[i])::"memory");
+        else asm volatile("" : "+r"(x[i])::"memory");
+    }
+#endif
+}
+
+// d += a product of 64 x 32 bytes of A, signed, and 64 rows of B, whose bytes are unsigned if UnsignedB.
+template <bool UnsignedB>
+__device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+#define TURBOQUANT_PRODUCT(B)                                                                                            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." B " "                                                  \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
+                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1;"                                                      \
+                 : TURBOQUANT_16("+r", d, 0), TURBOQUANT_16("+r", d, 16)                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+    if constexpr (UnsignedB) TURBOQUANT_PRODUCT("u8");
+    else TURBOQUANT_PRODUCT("s8");
+#undef TURBOQUANT_PRODUCT
+#endif
+}
+
+// d += a product of 64 x 16 binary16 values of A, and 16 rows of 128 binary16 values of B.
+__device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
+                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                 : TURBOQUANT_16("+f", d, 0), TURBOQUANT_16("+f", d, 16), TURBOQUANT_16("+f", d, 32),
+                   TURBOQUANT_16("+f", d, 48)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+#undef TURBOQUANT_16
+#undef TURBOQUANT_4
+
+// ---- barriers
+
+// Makes the thread's writes to shared memory visible to products.
+__device__ __forceinline__ void publish_writes() {
+#if TURBOQUANT_WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A barrier in shared memory that `count` arrivals complete, after which it begins the next phase.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
+#if TURBOQUANT_WGMMA
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+#endif
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+#if TURBOQUANT_WGMMA
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// Waits until the phase with this parity is complete. The phase before the first one counts as complete, with parity 1.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
+#if TURBOQUANT_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+// A barrier for `threads` threads of the thread block. Barrier 0 is that of __syncthreads.
+template <int Barrier, int Threads> __device__ __forceinline__ void sync_some() {
+    asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
+}
+
+// Changes the number of registers of the warpgroup's threads.
+template <int N> __device__ __forceinline__ void take_registers() {
+#if TURBOQUANT_WGMMA
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+template <int N> __device__ __forceinline__ void leave_registers() {
+#if TURBOQUANT_WGMMA
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+} // namespace
+} // namespace cuda
+} // namespace turboquant
+
+#endif
