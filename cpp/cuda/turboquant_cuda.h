@@ -194,6 +194,7 @@ struct AttentionPlan {
     int shared_bytes;       // dynamic shared memory of a thread block
     // The kernel for many columns. Thread blocks have one KV head.
     bool wide;
+    bool hopper;             // the kernel for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     int step_rows;           // KV rows that a thread block expands at a time
     size_t queries_at, factors_at, seen_at; // offsets in the workspace

@@ -1,8 +1,11 @@
 // What precedes the kernel of wide.cuh: the queries as its operands, and which tiles of KV rows a mask shows to a query.
+#include "hopper.cuh"
 #include "wide.h"
 #include "wide.cuh"
 
 #include <algorithm>
+#include <map>
+#include <utility>
 
 namespace turboquant {
 namespace cuda {
@@ -132,6 +135,26 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     return cudaErrorNotSupported;
 }
 
+// The kernel for Hopper GPUs, or nullptr if the current device has no code for it.
+WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
+#ifdef TURBOQUANT_HOPPER
+    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
+    if (!kernel) return nullptr;
+    static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
+    const auto found = known.find({kernel, device});
+    if (found != known.end()) return found->second ? kernel : nullptr;
+    cudaFuncAttributes attributes;
+    const bool exists = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel)) == cudaSuccess;
+    if (!exists) cudaGetLastError(); // so that the caller does not find this error
+    known.emplace(std::make_pair(kernel, device), exists);
+    return exists ? kernel : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
+constexpr int least_hopper_columns = 128; // with fewer columns, the kernel of wide.cuh has more thread blocks
+
 } // namespace
 
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
@@ -142,33 +165,35 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
+    p.hopper = p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
     p.operands = p.columns <= 2 * wide_columns ? 1 : 2;
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
-    p.column_tile = column_warps * warp_columns;
+    p.column_tile = p.hopper ? hopper_columns : column_warps * warp_columns;
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
     if (beside > 65535) return false;
 
     constexpr int most_words = 128; // of SeenTiles, in shared memory
     const auto bytes = [&](int rows) {
+        if (p.hopper) return HopperMemory<128>::bytes(rows * (pitch_k + pitch_v), most_words);
         const int expanded = rows * (3 * a.head + int(sizeof(float2))), encoded = rows * (pitch_k + pitch_v);
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
         return wide_alignment + 2 * (expanded + encoded) + seen;
     };
-    p.step_rows = 4 * tile_rows;
-    if (bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
+    p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows;
+    if (!p.hopper && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
     p.shared_bytes = bytes(p.step_rows);
     if (p.shared_bytes > device.shared_per_block) return false;
-    p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
+    p.row_tiles = p.hopper ? 1 : std::min(wide_warps / column_warps, p.step_rows / tile_rows);
 
     // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some rows.
     const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
     const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
     int64_t chosen = least, cost = INT64_MAX;
     for (int64_t chunks = least; chunks <= std::max(least, std::min<int64_t>(steps, 2 * device.multiprocessors)); ++chunks) {
-        constexpr int64_t overhead = 4; // of a thread block, in steps
+        const int64_t overhead = 4 * 4 * tile_rows / p.step_rows; // of a thread block, in steps
         const int64_t waves = (blocks * chunks + device.multiprocessors - 1) / device.multiprocessors;
         const int64_t here = waves * ((steps + chunks - 1) / chunks + overhead);
         if (here < cost) {
@@ -203,12 +228,13 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
     wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
     wide.arrays.words = int((a.n_kv + seen_rows - 1) / seen_rows);
-    const WideKernel kernel = wide_kernel_128(a.type_k, a.type_v, p.operands);
+    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+                                       : wide_kernel_128(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = launch_prepare<128>(wide, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
-    return launch(kernel, grid, dim3(32 * wide_warps), size_t(p.shared_bytes), stream, wide);
+    return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * wide_warps), size_t(p.shared_bytes), stream, wide);
 }
 
 } // namespace cuda

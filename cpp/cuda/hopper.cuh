@@ -1,0 +1,618 @@
+// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products of
+// warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
+//
+// Some warpgroups of a thread block copy encoded rows to shared memory and expand them, step by step. The other
+// warpgroups, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in shared
+// memory say which buffers of expanded rows are full and which are empty.
+#ifndef TURBOQUANT_CUDA_HOPPER_H
+#define TURBOQUANT_CUDA_HOPPER_H
+
+#include "wgmma.cuh"
+#include "wide.cuh"
+
+namespace turboquant {
+namespace cuda {
+
+constexpr int warpgroup = 128;                   // threads
+constexpr int expanding_groups = 2;              // warpgroups of a thread block that expand rows: the first ones
+constexpr int hopper_groups = 2;                 // warpgroups with columns
+constexpr int group_columns = 64;                // of a warpgroup
+constexpr int expanding_threads = expanding_groups * warpgroup;
+constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
+constexpr int hopper_columns = hopper_groups * group_columns;
+constexpr int hopper_rows = 64;                  // of a step
+constexpr int hopper_buffers = 4;                // of expanded rows
+constexpr int encoded_buffers = 3;
+constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 512 threads have 128 on average
+
+// The division of a thread block's shared memory.
+template <int D> struct HopperMemory {
+    static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
+    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
+    static constexpr int barriers = 2 * hopper_buffers * 8;
+    static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
+
+    // Bytes for chunks with so many words of SeenTiles.
+    static constexpr int bytes(int encoded, int words) {
+        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers +
+               words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
+    }
+
+    uint8_t * base;
+    uint32_t address; // of base
+    int encoded_k, encoded;
+
+    __device__ __forceinline__ HopperMemory(const AttentionPlan & p, uint8_t * shared)
+        : encoded_k(hopper_rows * p.pitch_k), encoded(hopper_rows * (p.pitch_k + p.pitch_v)) {
+        base = shared + (-int(__cvta_generic_to_shared(shared)) & (matrix_alignment - 1));
+        address = uint32_t(__cvta_generic_to_shared(base));
+    }
+    static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
+    static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
+    static __device__ __forceinline__ int factors_at(int buffer) { return hopper_buffers * expanded + buffer * factors; }
+    __device__ __forceinline__ int encoded_at(int buffer) const {
+        return hopper_buffers * (expanded + factors) + buffer * encoded;
+    }
+    __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
+    __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
+    __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
+    // Tiles that the columns of each warpgroup see, then those that any column sees.
+    __device__ __forceinline__ SeenTiles * group_seen() const {
+        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
+    }
+    __device__ __forceinline__ uint32_t * seen(int words) const {
+        return reinterpret_cast<uint32_t *>(group_seen() + hopper_groups * words);
+    }
+};
+
+namespace {
+
+// threadIdx.x, which is read again each time, so that what is computed from it takes no register in between.
+__device__ __forceinline__ int read_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// The share of a thread.
+struct HopperPlace {
+    int lane, quad, in_quad, warp; // of its warpgroup
+    int group;                     // the number of the warpgroup among those with columns; negative: it expands rows
+    int first_column;              // of the warpgroup
+    int kv_head, stream, kv_stream;
+    int64_t begin; // the first KV row of the thread block, a multiple of the rows of a step
+    int length;    // the number of its KV rows
+
+    __device__ __forceinline__ explicit HopperPlace(const AttentionCall & call) {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        const int thread = read_thread();
+        lane = thread % 32;
+        quad = lane / 4;
+        in_quad = lane % 4;
+        warp = thread / 32 % 4;
+        group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
+        const int column_tile = blockIdx.y / a.kv_heads;
+        first_column = column_tile * hopper_columns + group * group_columns;
+        kv_head = blockIdx.y - column_tile * a.kv_heads;
+        stream = blockIdx.z;
+        kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
+        begin = int64_t(blockIdx.x) * p.chunk_rows;
+        length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+    }
+};
+
+// Buffers are used in turn.
+struct Turn {
+    int buffer = 0;
+    uint32_t parity = 0; // of the phase in which the buffer becomes full
+    __device__ __forceinline__ void go_on() {
+        if (++buffer == hopper_buffers) {
+            buffer = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- steps
+
+// Which rows the columns of a thread block see.
+struct Steps {
+    const uint32_t * seen; // by any column
+    const SeenTiles * own; // by the columns of the warpgroup
+    int first_tile, length;
+    static constexpr uint32_t tiles = (1u << (hopper_rows / tile_rows)) - 1; // of a step
+
+    __device__ __forceinline__ int tile(int at) const { return first_tile + at / tile_rows; }
+    // The step after `at` that a column sees.
+    __device__ __forceinline__ int next(int at) const {
+        do at += hopper_rows;
+        while (at < length && !(seen[tile(at) / 32] >> tile(at) % 32 & tiles));
+        return at;
+    }
+    __device__ __forceinline__ bool sees(int at) const { return own[tile(at) / 32].some >> tile(at) % 32 & tiles; }
+    // Whether the step has rows that are hidden or have a bias.
+    __device__ __forceinline__ bool mixed(int at) const {
+        const SeenTiles word = own[tile(at) / 32];
+        return (word.mixed | ~word.some) >> tile(at) % 32 & tiles;
+    }
+};
+
+// All threads collect what the columns see.
+template <typename Memory>
+__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace & place, const Memory & memory,
+                                              int words) {
+    const AttentionCall & call = wide.call;
+    const Attention & a = call.a;
+    const int64_t first_word = place.begin / seen_rows;
+    if (place.group >= 0) {
+        const int first = place.first_column / call.plan.group,
+                  end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
+        const SeenTiles * from = wide.arrays.seen +
+                                 int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
+        for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
+            SeenTiles seen = {0, 0};
+            if (!a.mask) {
+                const int64_t left = a.n_kv - (first_word + w) * seen_rows; // rows from the word's on
+                const int tiles = int(min(left / tile_rows, int64_t(32)));
+                seen.mixed = left < seen_rows && left % tile_rows ? 1u << tiles : 0;
+                seen.some = first >= end ? 0 : (tiles < 32 ? (1u << tiles) - 1 : ~0u) | seen.mixed;
+            } else {
+#pragma unroll 1
+                for (int head = 0; head < a.mask_heads; ++head)
+#pragma unroll 4
+                    for (int token = first; token < end; ++token) {
+                        const SeenTiles one = from[(int64_t(head) * a.tokens + token) * wide.arrays.words + w];
+                        seen.some |= one.some;
+                        seen.mixed |= one.mixed;
+                    }
+            }
+            memory.group_seen()[place.group * words + w] = seen;
+        }
+    }
+    __syncthreads();
+    for (int w = threadIdx.x; w < words; w += hopper_threads) {
+        uint32_t some = 0;
+        for (int g = 0; g < hopper_groups; ++g) some |= memory.group_seen()[g * words + w].some;
+        memory.seen(words)[w] = some;
+    }
+    __syncthreads();
+}
+
+// ---- rows
+
+// Copies rows of a KV head to shared memory, and expands them.
+template <KV TK, KV TV, int D> struct HopperRows {
+    using LK = Layout<TK, D>;
+    using LV = Layout<TV, D>;
+    using Memory = HopperMemory<D>;
+    static constexpr int lanes = D / 32; // of a row
+    static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
+    const AttentionCall & call;
+    const HopperPlace & place;
+    const Memory & memory;
+    const uint8_t *k, *v; // row 0
+
+    __device__ __forceinline__ HopperRows(const AttentionCall & call, const HopperPlace & place, const Memory & memory)
+        : call(call), place(place), memory(memory) {
+        const Attention & a = call.a;
+        k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
+        v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
+    }
+
+    // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
+    __device__ __forceinline__ void load(int at, int buffer) const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        if (at < place.length) {
+            const uint32_t to = memory.address + memory.encoded_at(buffer);
+#pragma unroll 1
+            for (int side = 0; side < 2; ++side)
+                load_rows(to + (side ? memory.encoded_k : 0),
+                          side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
+                          hopper_rows, place.begin + at, a.n_kv, threadIdx.x, expanding_threads);
+        }
+        copy_commit();
+    }
+
+    // Expands the rows from `at` on. A lane has a quarter of a row. The rows of neighbouring lanes differ by four, so
+    // that eight lanes write to different banks.
+    __device__ __forceinline__ void expand(int at, int from, int to) const {
+        constexpr int warp_rows = 32 / lanes, apart = expanding_threads / lanes, turns = hopper_rows / apart;
+        const int part = place.lane % lanes, in_warp = place.lane / lanes;
+        const int first_row = int(threadIdx.x) / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
+        const uint32_t first = uint32_t(place.begin + at);
+        const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + first * uint32_t(call.a.k_row),
+                       v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + first * uint32_t(call.a.v_row);
+        const uint8_t *encoded_k = memory.base + memory.encoded_at(from), *encoded_v = encoded_k + memory.encoded_k;
+        const typename LK::LookUpLevels look_up_k;
+        const typename LV::LookUpLevels look_up_v;
+        const int swizzle = first_row % 8;
+        uint8_t * row_to = memory.base + first_row * 128; // rows of all matrices have 128 bytes
+        bool finite[turns];
+        half2 scale[turns];
+#pragma unroll
+        for (int i = 0; i < turns; ++i) {
+            const int r = first_row + i * apart;
+            const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
+            const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
+            const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
+            // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
+            // makes the score NaN instead, which the mask replaces.
+            finite[i] = fabsf(scale_v) <= 65504.0f;
+            if (part == 0) {
+                const float factor = finite[i] ? scale_k * LK::step : __uint_as_float(0x7fc00000);
+                reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[r] = make_float2(factor, -magic * factor);
+            }
+            scale[i] = __floats2half2_rn(finite[i] ? scale_v : 0.0f, finite[i] ? scale_v : 0.0f);
+            uint32_t x[8];
+            read_levels<TK, D>(row_k, part, look_up_k, x);
+            uint4 * to_k = reinterpret_cast<uint4 *>(row_to + Memory::keys_at(to) + i * apart * 128);
+            to_k[part ^ swizzle] = make_uint4(x[0], x[1], x[2], x[3]);
+            to_k[(part + 4) ^ swizzle] = make_uint4(x[4], x[5], x[6], x[7]);
+        }
+#pragma unroll
+        for (int i = 0; i < turns; ++i) {
+            const int r = first_row + i * apart;
+            const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
+            uint32_t y[8];
+            read_levels<TV, D>(row_v, part, look_up_v, y);
+            if constexpr (!LV::biased) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) y[j] ^= four_biases;
+            }
+            uint8_t * to_v = row_to + Memory::values_at(to) + i * apart * 128;
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t bytes = h ? odd_bytes : even_bytes;
+                    reinterpret_cast<uint4 *>(to_v + h * Memory::half_bytes)[(part + 4 * j) ^ swizzle] = make_uint4(
+                        scaled_halves(y[4 * j], bytes, scale[i]), scaled_halves(y[4 * j + 1], bytes, scale[i]),
+                        scaled_halves(y[4 * j + 2], bytes, scale[i]), scaled_halves(y[4 * j + 3], bytes, scale[i]));
+                }
+        }
+    }
+
+    // Expands all steps that a column sees.
+    __device__ __forceinline__ void expand_all(const Steps & steps) const {
+        int at = steps.next(-hopper_rows), after = steps.next(at), from = 0;
+        load(at, 0);
+        load(after, 1);
+        Turn turn;
+#pragma unroll 1
+        while (at < place.length) {
+            const int later = steps.next(after);
+            copy_wait<1>();
+            sync_some<1, expanding_threads>(); // the rows are there, and those of the preceding step have been read
+            const int last = from == 0 ? encoded_buffers - 1 : from - 1;
+            load(later, last);
+            wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
+            expand(at, from, turn.buffer);
+            publish_writes();
+            __syncwarp();
+            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            turn.go_on();
+            from = from + 1 == encoded_buffers ? 0 : from + 1;
+            at = after;
+            after = later;
+        }
+        copy_wait<0>();
+    }
+};
+
+// ---- the columns of a warpgroup
+
+// A lane has rows `quad` and quad + 8 of the 16 columns of its warp: arrays with two elements have one for each of them.
+template <KV TK, KV TV, int D> struct HopperColumns {
+    using LK = Layout<TK, D>;
+    using Memory = HopperMemory<D>;
+    static constexpr int eights = hopper_rows / 8; // of rows of a step
+    static constexpr float most_weight = 32768;    // weights are binary16
+    const WideCall & wide;
+    const HopperPlace & place;
+    const Memory & memory;
+    uint32_t query[D / 32][4];
+    int start[2];
+    float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
+    float output[D / 2] = {};
+    union {
+        int products[4 * eights];
+        float score[4 * eights];
+    };
+    uint32_t weight[hopper_rows / 16][4];
+
+    __device__ __forceinline__ HopperColumns(const WideCall & wide, const HopperPlace & place, const Memory & memory)
+        : wide(wide), place(place), memory(memory) {
+        const AttentionPlan & p = wide.call.plan;
+        const int64_t first = (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile *
+                                  p.column_tiles + place.first_column + 16 * place.warp + place.quad;
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4) + place.in_quad;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const QueryFactor factor = wide.arrays.factors[first + 8 * c];
+            to_log2[c] = factor.to_log2;
+            start[c] = factor.start;
+            reference[c] = nothing_seen;
+            sum[c] = 0;
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i) {
+                query[i][c] = words[8 * c * (D / 4) + 8 * i];
+                query[i][c + 2] = words[8 * c * (D / 4) + 8 * i + 4];
+            }
+        }
+    }
+
+    __device__ __forceinline__ int column(int c, const HopperPlace & place) const { return place.first_column + 16 * place.warp + 8 * c + place.quad; }
+
+    // Starts the products of the queries and the rows of a buffer.
+    __device__ __forceinline__ void start_products(int buffer) {
+        const uint64_t keys = key_descriptor(memory.address + Memory::keys_at(buffer));
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], keys + 2 * i);
+    }
+    __device__ __forceinline__ void clear_products() {
+#pragma unroll
+        for (int i = 0; i < 4 * eights; ++i) products[i] = start[i / 2 % 2];
+        keep_registers(products);
+    }
+    // Starts to add the weights times V.
+    __device__ __forceinline__ void start_output(int buffer) {
+        const uint64_t values = value_descriptor(memory.address + Memory::values_at(buffer), Memory::half_bytes);
+#pragma unroll
+        for (int i = 0; i < hopper_rows / 16; ++i) multiply_values(output, weight[i], values + i * (16 * 128 / 16));
+    }
+
+    // Turns products into scores, without the factors of the queries.
+    __device__ __forceinline__ void scale_products(int buffer) {
+        const float2 * factors = reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
+#pragma unroll
+        for (int n = 0; n < eights; ++n) {
+            const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
+        }
+    }
+
+    __device__ __forceinline__ void cap() {
+        const float limit = wide.call.a.soft_cap * log2e;
+#pragma unroll
+        for (int i = 0; i < 4 * eights; ++i) {
+            const float factor = to_log2[i / 2 % 2];
+            score[i] = limit * tanhf(score[i] * factor / limit) / factor;
+        }
+    }
+
+    // Adds the mask of the rows from `first` on. Rows from n_kv on are hidden.
+    __device__ __forceinline__ void apply_mask(int at) {
+        const Attention & a = wide.call.a;
+        const HopperPlace place(wide.call);
+        const int64_t first = place.begin + at;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            if (column(c, place) >= wide.call.plan.columns) continue;
+            const int token = column(c, place) / wide.call.plan.group, in_group = column(c, place) - token * wide.call.plan.group;
+            const int head = place.kv_head * wide.call.plan.group + in_group;
+            const char * row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
+                                            head % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
+                                      : nullptr;
+            const float slope = log2e * alibi_slope(wide.call, head) / to_log2[c];
+#pragma unroll
+            for (int n = 0; n < eights; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int64_t r = first + 8 * n + 2 * place.in_quad + i;
+                    const float bias = r >= a.n_kv ? -INFINITY : row ? load_half(reinterpret_cast<const uint8_t *>(row) + 2 * r) : 0.0f;
+                    float & s = score[4 * n + 2 * c + i];
+                    s = bias == -INFINITY ? -INFINITY : s + bias * slope;
+                }
+        }
+    }
+
+    // Turns scores into weights, as the operand A of the output, and adds the weights of each column to `added`.
+    __device__ __forceinline__ void weigh(float (&added)[2]) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            added[c] = 0;
+            const float offset = -reference[c];
+#pragma unroll
+            for (int n = 0; n < eights; ++n) {
+                const float a = exp2f(__fmaf_rn(score[4 * n + 2 * c], to_log2[c], offset)),
+                            b = exp2f(__fmaf_rn(score[4 * n + 2 * c + 1], to_log2[c], offset));
+                added[c] += a + b;
+                const half2 pair = __floats2half2_rn(a, b);
+                weight[n / 2][n % 2 * 2 + c] = *reinterpret_cast<const uint32_t *>(&pair);
+            }
+        }
+    }
+
+    // Chooses a higher reference for columns with scores that exceed theirs by far.
+    __device__ __forceinline__ void raise_references() {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float largest = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < eights; ++n) largest = fmaxf(largest, fmaxf(score[4 * n + 2 * c], score[4 * n + 2 * c + 1]));
+            largest *= to_log2[c];
+            largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
+            const float before = reference[c];
+            if (largest > before + lowered_by) reference[c] = largest - lowered_by;
+            const float correction = exp2f(before - reference[c]);
+            sum[c] *= correction;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                output[4 * n + 2 * c] *= correction;
+                output[4 * n + 2 * c + 1] *= correction;
+            }
+        }
+    }
+
+    // Turns the products of the step from row `row` of the cache on into weights. These are first computed with the old
+    // references, and again in the rare case that a sum shows that a weight may be too large for binary16.
+    __device__ __forceinline__ void weigh_step(int buffer, int row, bool mixed) {
+        scale_products(buffer);
+        if (wide.call.a.soft_cap != 0) cap();
+        if (mixed) apply_mask(row);
+        float added[2];
+        weigh(added);
+        if (__any_sync(all_lanes, !(fmaxf(added[0], added[1]) <= most_weight) || added[0] != added[0] || added[1] != added[1])) {
+            raise_references();
+            weigh(added);
+        }
+        sum[0] += added[0];
+        sum[1] += added[1];
+        keep_registers(weight[0]);
+        keep_registers(weight[1]);
+        keep_registers(weight[2]);
+        keep_registers(weight[3]);
+    }
+
+    __device__ __forceinline__ void release(int buffer) const {
+        __syncwarp();
+        if (place.lane == 0) arrive(memory.empty(buffer));
+    }
+
+    // Adds all steps that a column of the thread block sees.
+    __device__ __forceinline__ void add_all(const Steps & steps) {
+        Turn turn;
+        int at = steps.next(-hopper_rows);
+#pragma unroll 1
+        while (at < place.length) {
+            wait_barrier(memory.full(turn.buffer), turn.parity);
+            bool follows = steps.sees(at);
+            if (follows) {
+                clear_products();
+                products_fence();
+                start_products(turn.buffer);
+                products_commit();
+                products_wait<0>();
+                keep_registers(products);
+            }
+            // While the tensor cores add a step to the output, and begin the next one, other warpgroups compute weights.
+#pragma unroll 1
+            while (follows) {
+                weigh_step(turn.buffer, at, steps.mixed(at));
+                const int buffer = turn.buffer, after = steps.next(at);
+                follows = after < place.length && steps.sees(after);
+                if (!follows) break;
+                turn.go_on();
+                at = after;
+                wait_barrier(memory.full(turn.buffer), turn.parity);
+                clear_products();
+                keep_registers(output);
+                products_fence();
+                start_output(buffer);
+                start_products(turn.buffer);
+                products_commit();
+                products_wait<0>();
+                keep_registers(output);
+                keep_registers(products);
+                release(buffer);
+            }
+            if (steps.sees(at)) {
+                keep_registers(output);
+                products_fence();
+                start_output(turn.buffer);
+                products_commit();
+                products_wait<0>();
+                keep_registers(output);
+            }
+            release(turn.buffer);
+            turn.go_on();
+            at = steps.next(at);
+        }
+    }
+
+    // Stores the partial results for the merge.
+    __device__ __forceinline__ void store() {
+        const AttentionCall & call = wide.call;
+        const HopperPlace place(call);
+        constexpr float to_value = 128 * Layout<TV, D>::step;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
+            if (column(c, place) >= call.plan.columns) continue;
+            const int64_t at = query_row(call, place.stream, place.kv_head, column(c, place)) * call.plan.parts + blockIdx.x;
+            if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
+            float * to = call.partial + at * D + 2 * place.in_quad;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *reinterpret_cast<float2 *>(to + 8 * n) =
+                    make_float2(output[4 * n + 2 * c] * to_value, output[4 * n + 2 * c + 1] * to_value);
+        }
+    }
+};
+
+// ---- the kernel
+
+template <KV TK, KV TV, int D>
+__global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
+#if TURBOQUANT_WGMMA
+    extern __shared__ __align__(16) uint8_t shared[];
+    let_next_start();
+    const AttentionCall & call = wide.call;
+    const HopperPlace place(call);
+    const HopperMemory<D> memory(call.plan, shared);
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
+            init_barrier(memory.full(i), expanding_threads / 32);
+            init_barrier(memory.empty(i), hopper_groups * warpgroup / 32);
+        }
+    }
+    wait_for_previous();
+    const int first_tile = int(place.begin / tile_rows % 32);
+    const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
+    collect_steps(wide, place, memory, words);
+    const Steps steps = {memory.seen(words), memory.group_seen() + place.group * words, first_tile, place.length};
+    if (place.group < 0) {
+        leave_registers<expanding_registers>();
+        HopperRows<TK, TV, D>(call, place, memory).expand_all(steps);
+    } else {
+        take_registers<column_registers>();
+        HopperColumns<TK, TV, D> columns(wide, place, memory);
+        columns.add_all(steps);
+        columns.store();
+    }
+#endif
+}
+
+} // namespace
+
+// The kernel for a pair of types, or nullptr if there is none.
+WideKernel hopper_kernel_128(KV type_k, KV type_v);
+
+namespace {
+
+template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
+    switch (type_v) {
+#define TURBOQUANT_CASE(name)                                                                        \
+    case KV::name:                                                                                   \
+        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)          \
+            return hopper_kernel<TK, KV::name, D>;                                                   \
+        break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
+    switch (type_k) {
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return hopper_kernel_for<D, KV::name>(type_v);
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+} // namespace
+
+} // namespace cuda
+} // namespace turboquant
+
+#endif
