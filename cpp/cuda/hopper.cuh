@@ -29,12 +29,12 @@ constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int barriers = 2 * hopper_buffers * 8;
+    static constexpr int barriers = 2 * hopper_buffers * 8, infos = hopper_buffers * int(sizeof(int));
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers +
+        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers + infos +
                words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
     }
 
@@ -56,9 +56,12 @@ template <int D> struct HopperMemory {
     __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
+    __device__ __forceinline__ int & info(int buffer) const {
+        return reinterpret_cast<int *>(base + barriers_at() + barriers)[buffer];
+    }
     // Tiles that the columns of each warpgroup see, then those that any column sees.
     __device__ __forceinline__ SeenTiles * group_seen() const {
-        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
+        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers + infos);
     }
     __device__ __forceinline__ uint32_t * seen(int words) const {
         return reinterpret_cast<uint32_t *>(group_seen() + hopper_groups * words);
@@ -116,26 +119,42 @@ struct Turn {
 
 // ---- steps
 
+// What a warpgroup with columns must know about the step in a buffer: its first row, counted from the thread block's, a
+// multiple of hopper_rows; a bit for each of the warpgroups that see rows of the step; and a bit for each of those for which
+// rows are hidden or have a bias.
+static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
+constexpr int no_step = INT32_MIN; // behind the last one
+__device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
+__device__ __forceinline__ bool mixed(int info, int group) { return info >> (hopper_groups + group) & 1; }
+__device__ __forceinline__ int first_row(int info) { return info & -hopper_rows; }
+
 // Which rows the columns of a thread block see.
 struct Steps {
-    const uint32_t * seen; // by any column
-    const SeenTiles * own; // by the columns of the warpgroup
-    int first_tile, length;
+    const uint32_t * seen;        // by any column
+    const SeenTiles * group_seen; // by the columns of each warpgroup
+    int words, first_tile, length;
     static constexpr uint32_t tiles = (1u << (hopper_rows / tile_rows)) - 1; // of a step
 
-    __device__ __forceinline__ int tile(int at) const { return first_tile + at / tile_rows; }
     // The step after `at` that a column sees.
     __device__ __forceinline__ int next(int at) const {
         do at += hopper_rows;
         while (at < length && !(seen[tile(at) / 32] >> tile(at) % 32 & tiles));
         return at;
     }
-    __device__ __forceinline__ bool sees(int at) const { return own[tile(at) / 32].some >> tile(at) % 32 & tiles; }
-    // Whether the step has rows that are hidden or have a bias.
-    __device__ __forceinline__ bool mixed(int at) const {
-        const SeenTiles word = own[tile(at) / 32];
-        return (word.mixed | ~word.some) >> tile(at) % 32 & tiles;
+    __device__ __forceinline__ int info(int at) const {
+        int info = at;
+#pragma unroll
+        for (int g = 0; g < hopper_groups; ++g) {
+            const SeenTiles word = group_seen[g * words + tile(at) / 32];
+            const uint32_t some = word.some >> tile(at) % 32 & tiles;
+            info |= int(some != 0) << g;
+            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (hopper_groups + g);
+        }
+        return info;
     }
+
+private:
+    __device__ __forceinline__ uint32_t tile(int at) const { return uint32_t(first_tile) + uint32_t(at) / tile_rows; }
 };
 
 // All threads collect what the columns see.
@@ -181,31 +200,81 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 
 // ---- rows
 
-// Copies rows of a KV head to shared memory, and expands them.
+// Copies rows of a KV head to shared memory, and expands them. Addresses of a thread are computed once, but for the
+// buffers: in all steps, a row has the same offset.
 template <KV TK, KV TV, int D> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     using Memory = HopperMemory<D>;
-    static constexpr int lanes = D / 32; // of a row
+    static constexpr int lanes = D / 32; // that expand a row
+    static constexpr int copy_lanes = 8, copies = hopper_rows * copy_lanes / expanding_threads; // lanes that copy a row
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
+    static_assert(hopper_rows * lanes == expanding_threads, "a lane has a quarter of a row");
+    static_assert(LK::bytes <= 16 * copy_lanes - 15 && LV::bytes <= 16 * copy_lanes - 15, "the lanes copy all of a row");
     const AttentionCall & call;
     const HopperPlace & place;
     const Memory & memory;
     const uint8_t *k, *v; // row 0
+    const uint8_t *copy_k, *copy_v; // the thread's units of the first row that it copies
+    int copy_to_k, copy_to_v;       // and their offsets in a buffer
+    bool copies_k, copies_v;        // whether the rows have such units
+    int encoded_k, encoded_v;       // the offsets of the row that the thread expands
+    int part, row;                  // the quarter of this row
+    int unit0, unit1;               // offsets of the units that it writes
+    typename LK::LookUpLevels look_up_k;
+    typename LV::LookUpLevels look_up_v;
+    uint32_t even = even_bytes, odd = odd_bytes;
 
     __device__ __forceinline__ HopperRows(const AttentionCall & call, const HopperPlace & place, const Memory & memory)
         : call(call), place(place), memory(memory) {
         const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
+        const int copied = threadIdx.x / copy_lanes, unit = threadIdx.x % copy_lanes * 16;
+        copy_k = k + (place.begin + copied) * a.k_row;
+        copy_v = v + (place.begin + copied) * a.v_row;
+        const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15), before_v = int(reinterpret_cast<uintptr_t>(copy_v) & 15);
+        copies_k = unit < before_k + LK::bytes;
+        copies_v = unit < before_v + LV::bytes;
+        copy_k += unit - before_k;
+        copy_v += unit - before_v;
+        copy_to_k = copied * p.pitch_k + unit;
+        copy_to_v = memory.encoded_k + copied * p.pitch_v + unit;
+
+        // The rows of neighbouring lanes differ by four, so that eight lanes write to different banks.
+        const int in_warp = place.lane / lanes, thread = threadIdx.x;
+        part = place.lane % lanes;
+        row = thread / 32 * (32 / lanes) + (in_warp & 1) * 4 + in_warp / 2;
+        const auto offset = [&](const uint8_t * base, int64_t stride) {
+            return int((reinterpret_cast<uintptr_t>(base) + (place.begin + row) * stride) & 15);
+        };
+        encoded_k = row * p.pitch_k + offset(k, a.k_row);
+        encoded_v = memory.encoded_k + row * p.pitch_v + offset(v, a.v_row);
+        unit0 = row * 128 + ((part ^ row % 8) << 4);
+        unit1 = unit0 ^ 64;
+        look_up_k.keep_in_registers();
+        look_up_v.keep_in_registers();
+        const int zero = keep(place.lane) ^ place.lane;
+        even ^= zero;
+        odd ^= zero;
     }
 
     // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
     __device__ __forceinline__ void load(int at, int buffer) const {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
-        if (at < place.length) {
-            const uint32_t to = memory.address + memory.encoded_at(buffer);
+        const uint32_t to = memory.address + memory.encoded_at(buffer);
+        if (at >= place.length) {
+        } else if (place.begin + at + hopper_rows < a.n_kv) { // the bytes behind these rows may be read
+            constexpr int apart = hopper_rows / copies;
+            const uint8_t *from_k = copy_k + at * a.k_row, *from_v = copy_v + at * a.v_row;
+#pragma unroll
+            for (int i = 0; i < copies; ++i) {
+                if (copies_k) copy_async(to + copy_to_k + apart * i * p.pitch_k, from_k + apart * i * a.k_row, 16);
+                if (copies_v) copy_async(to + copy_to_v + apart * i * p.pitch_v, from_v + apart * i * a.v_row, 16);
+            }
+        } else {
 #pragma unroll 1
             for (int side = 0; side < 2; ++side)
                 load_rows(to + (side ? memory.encoded_k : 0),
@@ -215,63 +284,39 @@ template <KV TK, KV TV, int D> struct HopperRows {
         copy_commit();
     }
 
-    // Expands the rows from `at` on. A lane has a quarter of a row. The rows of neighbouring lanes differ by four, so
-    // that eight lanes write to different banks.
-    __device__ __forceinline__ void expand(int at, int from, int to) const {
-        constexpr int warp_rows = 32 / lanes, apart = expanding_threads / lanes, turns = hopper_rows / apart;
-        const int part = place.lane % lanes, in_warp = place.lane / lanes;
-        const int first_row = int(threadIdx.x) / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
-        const uint32_t first = uint32_t(place.begin + at);
-        const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + first * uint32_t(call.a.k_row),
-                       v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + first * uint32_t(call.a.v_row);
-        const uint8_t *encoded_k = memory.base + memory.encoded_at(from), *encoded_v = encoded_k + memory.encoded_k;
-        const typename LK::LookUpLevels look_up_k;
-        const typename LV::LookUpLevels look_up_v;
-        const int swizzle = first_row % 8;
-        uint8_t * row_to = memory.base + first_row * 128; // rows of all matrices have 128 bytes
-        bool finite[turns];
-        half2 scale[turns];
+    // Expands a quarter of a row.
+    __device__ __forceinline__ void expand(int from, int to) const {
+        const uint8_t * encoded = memory.base + memory.encoded_at(from);
+        const uint8_t *row_k = encoded + encoded_k, *row_v = encoded + encoded_v;
+        uint32_t x[8], y[8];
+        read_levels<TK, D>(row_k, part, look_up_k, x);
+        read_levels<TV, D>(row_v, part, look_up_v, y);
+        const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
+        // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
+        // the score NaN instead, which the mask replaces.
+        const bool finite = fabsf(scale_v) <= 65504.0f;
+        if (part == 0) {
+            const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
+            reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[row] = make_float2(factor, -magic * factor);
+        }
+        const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
+        uint8_t * buffer = memory.base + to * Memory::expanded;
+        uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
+        *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
+        *reinterpret_cast<uint4 *>(at1) = make_uint4(x[4], x[5], x[6], x[7]);
+        if constexpr (!LV::biased) {
 #pragma unroll
-        for (int i = 0; i < turns; ++i) {
-            const int r = first_row + i * apart;
-            const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
-            const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
-            const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
-            // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
-            // makes the score NaN instead, which the mask replaces.
-            finite[i] = fabsf(scale_v) <= 65504.0f;
-            if (part == 0) {
-                const float factor = finite[i] ? scale_k * LK::step : __uint_as_float(0x7fc00000);
-                reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[r] = make_float2(factor, -magic * factor);
-            }
-            scale[i] = __floats2half2_rn(finite[i] ? scale_v : 0.0f, finite[i] ? scale_v : 0.0f);
-            uint32_t x[8];
-            read_levels<TK, D>(row_k, part, look_up_k, x);
-            uint4 * to_k = reinterpret_cast<uint4 *>(row_to + Memory::keys_at(to) + i * apart * 128);
-            to_k[part ^ swizzle] = make_uint4(x[0], x[1], x[2], x[3]);
-            to_k[(part + 4) ^ swizzle] = make_uint4(x[4], x[5], x[6], x[7]);
+            for (int j = 0; j < 8; ++j) y[j] ^= four_biases;
         }
 #pragma unroll
-        for (int i = 0; i < turns; ++i) {
-            const int r = first_row + i * apart;
-            const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
-            uint32_t y[8];
-            read_levels<TV, D>(row_v, part, look_up_v, y);
-            if constexpr (!LV::biased) {
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
-                for (int j = 0; j < 8; ++j) y[j] ^= four_biases;
+            for (int h = 0; h < 2; ++h) {
+                const uint32_t bytes = h ? odd : even;
+                *reinterpret_cast<uint4 *>((j ? at1 : at0) + Memory::key_bytes + h * Memory::half_bytes) =
+                    make_uint4(scaled_halves(y[4 * j], bytes, scale), scaled_halves(y[4 * j + 1], bytes, scale),
+                               scaled_halves(y[4 * j + 2], bytes, scale), scaled_halves(y[4 * j + 3], bytes, scale));
             }
-            uint8_t * to_v = row_to + Memory::values_at(to) + i * apart * 128;
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const uint32_t bytes = h ? odd_bytes : even_bytes;
-                    reinterpret_cast<uint4 *>(to_v + h * Memory::half_bytes)[(part + 4 * j) ^ swizzle] = make_uint4(
-                        scaled_halves(y[4 * j], bytes, scale[i]), scaled_halves(y[4 * j + 1], bytes, scale[i]),
-                        scaled_halves(y[4 * j + 2], bytes, scale[i]), scaled_halves(y[4 * j + 3], bytes, scale[i]));
-                }
-        }
     }
 
     // Expands all steps that a column sees.
@@ -285,19 +330,27 @@ template <KV TK, KV TV, int D> struct HopperRows {
             const int later = steps.next(after);
             copy_wait<1>();
             sync_some<1, expanding_threads>(); // the rows are there, and those of the preceding step have been read
-            const int last = from == 0 ? encoded_buffers - 1 : from - 1;
-            load(later, last);
+            load(later, from == 0 ? encoded_buffers - 1 : from - 1);
             wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
-            expand(at, from, turn.buffer);
-            publish_writes();
-            __syncwarp();
-            if (place.lane == 0) arrive(memory.full(turn.buffer));
-            turn.go_on();
+            expand(from, turn.buffer);
+            if (threadIdx.x == 0) memory.info(turn.buffer) = steps.info(at);
+            publish(turn);
             from = from + 1 == encoded_buffers ? 0 : from + 1;
             at = after;
             after = later;
         }
         copy_wait<0>();
+        wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
+        if (threadIdx.x == 0) memory.info(turn.buffer) = no_step;
+        publish(turn);
+    }
+
+private:
+    __device__ __forceinline__ void publish(Turn & turn) const {
+        publish_writes();
+        __syncwarp();
+        if (place.lane == 0) arrive(memory.full(turn.buffer));
+        turn.go_on();
     }
 };
 
@@ -347,9 +400,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Starts the products of the queries and the rows of a buffer.
     __device__ __forceinline__ void start_products(int buffer) {
-        const uint64_t keys = key_descriptor(memory.address + Memory::keys_at(buffer));
+        const uint32_t keys = memory.address + Memory::keys_at(buffer);
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], keys + 2 * i);
+        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], key_descriptor(keys + 32 * i));
     }
     __device__ __forceinline__ void clear_products() {
 #pragma unroll
@@ -358,9 +411,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
-        const uint64_t values = value_descriptor(memory.address + Memory::values_at(buffer), Memory::half_bytes);
+        const uint32_t values = memory.address + Memory::values_at(buffer);
 #pragma unroll
-        for (int i = 0; i < hopper_rows / 16; ++i) multiply_values(output, weight[i], values + i * (16 * 128 / 16));
+        for (int i = 0; i < hopper_rows / 16; ++i)
+            multiply_values(output, weight[i], value_descriptor(values + i * 16 * 128, Memory::half_bytes));
     }
 
     // Turns products into scores, without the factors of the queries.
@@ -474,32 +528,39 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
+    // Waits for the step in a buffer, and returns its info.
+    __device__ __forceinline__ int wait(const Turn & turn) const {
+        wait_barrier(memory.full(turn.buffer), turn.parity);
+        return memory.info(turn.buffer);
+    }
+
     // Adds all steps that a column of the thread block sees.
-    __device__ __forceinline__ void add_all(const Steps & steps) {
+    __device__ __forceinline__ void add_all() {
         Turn turn;
-        int at = steps.next(-hopper_rows);
+        int info = wait(turn);
 #pragma unroll 1
-        while (at < place.length) {
-            wait_barrier(memory.full(turn.buffer), turn.parity);
-            bool follows = steps.sees(at);
-            if (follows) {
-                clear_products();
-                products_fence();
-                start_products(turn.buffer);
-                products_commit();
-                products_wait<0>();
-                keep_registers(products);
+        while (info != no_step) {
+            if (!sees(info, place.group)) {
+                release(turn.buffer);
+                turn.go_on();
+                info = wait(turn);
+                continue;
             }
+            clear_products();
+            products_fence();
+            start_products(turn.buffer);
+            products_commit();
+            products_wait<0>();
+            keep_registers(products);
+            int buffer;
             // While the tensor cores add a step to the output, and begin the next one, other warpgroups compute weights.
 #pragma unroll 1
-            while (follows) {
-                weigh_step(turn.buffer, at, steps.mixed(at));
-                const int buffer = turn.buffer, after = steps.next(at);
-                follows = after < place.length && steps.sees(after);
-                if (!follows) break;
+            while (true) {
+                weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
+                buffer = turn.buffer;
                 turn.go_on();
-                at = after;
-                wait_barrier(memory.full(turn.buffer), turn.parity);
+                info = wait(turn);
+                if (!sees(info, place.group)) break;
                 clear_products();
                 keep_registers(output);
                 products_fence();
@@ -511,17 +572,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                 keep_registers(products);
                 release(buffer);
             }
-            if (steps.sees(at)) {
-                keep_registers(output);
-                products_fence();
-                start_output(turn.buffer);
-                products_commit();
-                products_wait<0>();
-                keep_registers(output);
-            }
-            release(turn.buffer);
-            turn.go_on();
-            at = steps.next(at);
+            keep_registers(output);
+            products_fence();
+            start_output(buffer);
+            products_commit();
+            products_wait<0>();
+            keep_registers(output);
+            release(buffer);
         }
     }
 
@@ -567,14 +624,14 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
-    const Steps steps = {memory.seen(words), memory.group_seen() + place.group * words, first_tile, place.length};
     if (place.group < 0) {
         leave_registers<expanding_registers>();
+        const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length};
         HopperRows<TK, TV, D>(call, place, memory).expand_all(steps);
     } else {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);
-        columns.add_all(steps);
+        columns.add_all();
         columns.store();
     }
 #endif

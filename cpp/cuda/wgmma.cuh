@@ -26,7 +26,8 @@ namespace {
 constexpr int matrix_alignment = 1024;
 
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
-    return uint64_t(address >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+    // Addresses of shared memory have less than 18 bits.
+    return uint64_t(address >> 4 | uint32_t(leading >> 4) << 16) | uint64_t(uint32_t(stride >> 4) | 1u << 30) << 32;
 }
 
 // Operand B of scores from `address` on: rows of 128 int8 values of K. A product takes 32 of these, 32 bytes further on
