@@ -199,6 +199,17 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 }
 
 // ---- rows
+//
+// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank. This
+// changes the order of the values in expanded rows: value i of the eight of a unit of V is element value_element + i, for i =
+// 0 ... 3, and 16 elements further on, for i = 4 ... 7. The queries are in the same order as the levels of K.
+
+// The first element of a unit of eight values of V.
+__device__ __forceinline__ constexpr int value_element(int unit) { return unit / 8 * 64 + unit / 4 % 2 * 32 + unit % 4 * 4; }
+// The word of a prepared query whose elements are those of word `word` of a row of K.
+__device__ __forceinline__ constexpr int query_word(int word) {
+    return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
+}
 
 // Copies rows of a KV head to shared memory, and expands them. Addresses of a thread are computed once, but for the
 // buffers: in all steps, a row has the same offset.
@@ -289,8 +300,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const uint8_t * encoded = memory.base + memory.encoded_at(from);
         const uint8_t *row_k = encoded + encoded_k, *row_v = encoded + encoded_v;
         uint32_t x[8], y[8];
-        read_levels<TK, D>(row_k, part, look_up_k, x);
-        read_levels<TV, D>(row_v, part, look_up_v, y);
+        read_levels<TK, D>(row_k, part, lanes, look_up_k, x);
+        read_levels<TV, D>(row_v, part, lanes, look_up_v, y);
         const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
         // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
         // the score NaN instead, which the mask replaces.
@@ -380,7 +391,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         const AttentionPlan & p = wide.call.plan;
         const int64_t first = (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile *
                                   p.column_tiles + place.first_column + 16 * place.warp + place.quad;
-        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4) + place.in_quad;
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const QueryFactor factor = wide.arrays.factors[first + 8 * c];
@@ -390,8 +401,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             sum[c] = 0;
 #pragma unroll
             for (int i = 0; i < D / 32; ++i) {
-                query[i][c] = words[8 * c * (D / 4) + 8 * i];
-                query[i][c + 2] = words[8 * c * (D / 4) + 8 * i + 4];
+                query[i][c] = words[8 * c * (D / 4) + query_word(8 * i + place.in_quad)];
+                query[i][c + 2] = words[8 * c * (D / 4) + query_word(8 * i + 4 + place.in_quad)];
             }
         }
     }
@@ -594,10 +605,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             if (column(c, place) >= call.plan.columns) continue;
             const int64_t at = query_row(call, place.stream, place.kv_head, column(c, place)) * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
-            float * to = call.partial + at * D + 2 * place.in_quad;
+            float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                *reinterpret_cast<float2 *>(to + 8 * n) =
+                *reinterpret_cast<float2 *>(to + value_element(n)) =
                     make_float2(output[4 * n + 2 * c] * to_value, output[4 * n + 2 * c + 1] * to_value);
         }
     }

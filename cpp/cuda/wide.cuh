@@ -85,24 +85,25 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t addre
 // unit of eight rows, and four units of two rows, lie in different banks.
 __device__ __forceinline__ int unit_swizzle(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 
-// The levels of four units of a block, which are part `part` of its 32 N / 32 parts. Words 2 i and 2 i + 1 have nibbles
-// 0-3 and 4-7 of unit i. Units 0 and 1 have the eight elements from 8 * part on and those half a block further on; units 2
-// and 3 those a quarter of a block further on.
+// The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the four
+// elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a quarter
+// of a block further on.
 template <KV T, int D, typename LookUp>
-__device__ __forceinline__ void read_levels(const uint8_t * block, int part, const LookUp & look_up, uint32_t (&x)[8]) {
+__device__ __forceinline__ void read_levels(const uint8_t * block, int first, int apart, const LookUp & look_up,
+                                            uint32_t (&x)[8]) {
     using L = Layout<T, D>;
     constexpr int N = L::block;
     if constexpr (L::nibbles) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint8_t * unit = block + 2 + 4 * (2 * part + i % 2 + N / 16 * (i / 2));
+            const uint8_t * unit = block + 2 + 4 * (first + i % 2 * apart + N / 16 * (i / 2));
             x[2 * i] = look_up(load_u16(unit), 0, 0);
             x[2 * i + 1] = look_up(load_u16(unit + 2), 0, 0);
         }
     } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const Crumbs<typename L::BlockFormat> crumbs(block + 2, 2 * part + i);
+            const Crumbs<typename L::BlockFormat> crumbs(block + 2, first + i * apart);
 #pragma unroll
             for (int field = 0; field < 2; ++field) {
                 const Unit unit = crumbs.unit(field);
@@ -232,8 +233,8 @@ template <KV TK, KV TV, int D> struct WideRows {
                           *block_v = row_v + part / (LV::block / 32) * LV::block_bytes;
             const int swizzle = unit_swizzle(r);
             uint32_t x[8], y[8];
-            read_levels<TK, D>(block_k, in_block, look_up_k, x);
-            read_levels<TV, D>(block_v, in_block, look_up_v, y);
+            read_levels<TK, D>(block_k, 2 * in_block, 1, look_up_k, x);
+            read_levels<TV, D>(block_v, 2 * in_block, 1, look_up_v, y);
             const float scale_k = LK::load_block_scale(block_k), scale_v = LV::load_block_scale(block_v);
             // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
             // makes the score NaN instead, which the mask replaces.
