@@ -196,7 +196,7 @@ struct AttentionPlan {
     bool wide;
     int operands;            // of 16 columns, of a warp
     int step_rows;           // KV rows that a thread block expands at a time
-    size_t queries_at, factors_at, seen_at; // offsets in the workspace
+    size_t queries_at, factors_at, seen_at, exact_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
