@@ -275,9 +275,11 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     };
     p.step_rows = 4 * tile_rows;
     if (bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
-    p.shared_bytes = bytes(p.step_rows);
-    if (p.shared_bytes > device.shared_per_block) return false;
     p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
+    // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
+    const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
+    p.shared_bytes = std::max(bytes(p.step_rows), wide_alignment + p.row_tiles / 2 * column_warps * exchange);
+    if (p.shared_bytes > device.shared_per_block) return false;
 
     // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some rows.
     const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
@@ -295,7 +297,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     }
     p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
     p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-    p.parts = p.chunks * p.row_tiles;
+    p.parts = p.chunks;
     p.merged = true;
 
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
