@@ -189,7 +189,7 @@ struct AttentionPlan {
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
-    int parts;              // partial results of a query row: chunks * row_tiles
+    int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
     // The kernel for many columns. Thread blocks have one KV head.
@@ -197,7 +197,7 @@ struct AttentionPlan {
     bool hopper;             // the kernel for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     int step_rows;           // KV rows that a thread block expands at a time
-    size_t queries_at, factors_at, seen_at; // offsets in the workspace
+    size_t queries_at, factors_at, seen_at, exact_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The

@@ -1,4 +1,6 @@
-// What precedes the kernel of wide.cuh: the queries as its operands, and which tiles of KV rows a mask shows to a query.
+// What precedes the kernels of wide.cuh and hopper.cuh: the queries and the rows of an exact window as their operands, and
+// which tiles of KV rows a mask shows to a query.
+#include "exact.cuh"
 #include "hopper.cuh"
 #include "wide.h"
 #include "wide.cuh"
@@ -11,9 +13,10 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int prepare_warps = 4; // of a thread block
+constexpr int prepare_warps = 8; // of a thread block
 
-// A warp rotates a query as K is, and rounds it to int8.
+// A warp rotates a query as K is, and rounds it to int8. With an exact window it also stores the query as binary16, in the
+// same unit.
 template <KV TK, int D>
 __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
@@ -26,9 +29,9 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
     const float * row = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
                                                         head * a.q_head + stream * a.q_stream);
-    float y[D / 32];
+    float y[D / 32], plain[D / 32];
 #pragma unroll
-    for (int j = 0; j < D / 32; ++j) y[j] = exists ? row[lane + 32 * j] : 0.0f;
+    for (int j = 0; j < D / 32; ++j) y[j] = plain[j] = exists ? row[lane + 32 * j] : 0.0f;
     constexpr int B = L::block / 32;
 #pragma unroll
     for (int b = 0; b < D / L::block; ++b) {
@@ -55,19 +58,22 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     sum = warp_sum(sum);
     if (lane == 0)
         wide.arrays.factors[item] = {zero ? 1.0f : top * (a.scale * log2e / 127.0f), magic_bits - (L::biased ? 128 * sum : 0)};
+    if (a.windowed) {
+        half * to = reinterpret_cast<half *>(wide.arrays.exact_queries) + item * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) to[lane + 32 * j] = __float2half_rn(plain[j] * inverse);
+    }
     __syncwarp();
     uint32_t * to = reinterpret_cast<uint32_t *>(wide.arrays.queries + item * D);
 #pragma unroll
     for (int i = lane; i < D / 4; i += 32) to[i] = reinterpret_cast<const uint32_t *>(bytes)[i];
 }
 
-// A warp computes a word of SeenTiles.
-__device__ __forceinline__ void prepare_word(const WideCall & wide, int64_t item, int lane) {
-    const Attention & a = wide.call.a;
-    const int64_t row = item / wide.arrays.words, first = (item - row * wide.arrays.words) * seen_rows;
-    const int token = int(row % a.tokens), head = int(row / a.tokens % a.mask_heads),
-              stream = int(row / a.tokens / a.mask_heads);
-    const char * mask = static_cast<const char *>(a.mask) + token * a.mask_token + head * a.mask_head + stream * a.mask_stream;
+// A warp computes word number `item` of `all`, in the order [stream of the mask][head of the mask][token][words].
+__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, int64_t item,
+                                             int lane) {
+    const int64_t row = item / words, first = (item - row * words) * seen_rows;
+    const uint8_t * mask = of.row(int(row % tokens), int(row / tokens % of.heads), int(row / tokens / of.heads));
     constexpr uint32_t hidden = 0xfc00;
     SeenTiles seen = {0, 0};
     const bool aligned = (reinterpret_cast<uintptr_t>(mask) & 15) == 0;
@@ -75,7 +81,7 @@ __device__ __forceinline__ void prepare_word(const WideCall & wide, int64_t item
     for (int part = 0; part < 4; ++part) { // a lane reads eight values, a quarter of a tile
         const int64_t at = first + 256 * part + 8 * lane;
         uint32_t x[4];
-        if (aligned && at + 8 <= a.n_kv) {
+        if (aligned && at + 8 <= of.rows) {
             const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * at);
             x[0] = four.x;
             x[1] = four.y;
@@ -88,7 +94,7 @@ __device__ __forceinline__ void prepare_word(const WideCall & wide, int64_t item
 #pragma unroll
                 for (int h = 1; h >= 0; --h) {
                     const int64_t r = at + 2 * i + h;
-                    x[i] = x[i] << 16 | (r < a.n_kv ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden);
+                    x[i] = x[i] << 16 | (r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden);
                 }
             }
         }
@@ -102,32 +108,109 @@ __device__ __forceinline__ void prepare_word(const WideCall & wide, int64_t item
             seen.mixed |= uint32_t((mixed_lanes >> 4 * i & 15) != 0) << (8 * part + i);
         }
     }
-    if (lane == 0) wide.arrays.seen[item] = seen;
+    if (lane == 0) all[item] = seen;
 }
+
+// A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
+template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
+    constexpr int P = D / 32, each = tile_rows / prepare_warps, N = rotated_block<D>; // each: rows of a warp
+    const Attention & a = wide.call.a;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t kv = item / wide.arrays.exact_tiles;
+    const int tile = int(item - kv * wide.arrays.exact_tiles);
+    const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
+    ExactRow<P> bytes[each];
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        const int row = tile * tile_rows + warp * each + i;
+        if (row < rows.rows) bytes[i] = ExactRow<P>(a.exact, rows, row, lane);
+    }
+    half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + (item * tile_rows + warp * each) * D;
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        const bool exists = tile * tile_rows + warp * each + i < rows.rows;
+        bool finite = true;
+#pragma unroll
+        for (int b = 0; b < D / N; ++b) {
+            float v[N / 32];
+#pragma unroll
+            for (int j = 0; j < N / 32; ++j) {
+                const int e = b * N / 32 + j;
+                v[j] = exists ? bytes[i].value(bytes[i].v[e], bytes[i].scale_v[e]) : 0.0f;
+            }
+            if (wide.rotated_values) transform_warp<N, false>(v);
+#pragma unroll
+            for (int j = 0; j < N / 32; ++j) {
+                const float x = v[j] * (1 / wide.value_unit);
+                const bool fits = fabsf(x) < 65504.0f;
+                finite = finite && fits;
+                values[(b * N + lane + 32 * j) * tile_rows + value_position(warp * each + i)] =
+                    __float2half_rn(fits ? x : 0.0f);
+            }
+        }
+        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in WideRows::expand,
+        // such a row has a score that is NaN instead.
+        finite = __all_sync(all_lanes, finite);
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            const float k = exists ? bytes[i].value(bytes[i].k[j], bytes[i].scale_k[j]) : 0.0f;
+            keys[i * D + lane + 32 * j] = __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
+        }
+    }
+    __syncthreads();
+    uint4 * to = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
+    for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps)
+        to[i] = reinterpret_cast<const uint4 *>(values)[i];
+}
+
+// What prepare_kernel does: a warp has a column or a word, or a thread block has a tile of exact rows.
+struct Items {
+    int64_t columns, words, exact_words, exact_tiles;
+    int64_t blocks_of_warps() const { return (columns + words + exact_words + prepare_warps - 1) / prepare_warps; }
+};
 
 template <KV TK, int D>
 __global__ void __launch_bounds__(32 * prepare_warps)
-    prepare_kernel(const __grid_constant__ WideCall wide, int64_t columns, int64_t words) {
-    __shared__ __align__(16) uint8_t bytes[prepare_warps][D];
+    prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
+    __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
+    const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
     wait_for_previous();
-    const int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
-    if (item < columns) prepare_column<TK, D>(wide, item, bytes[warp], lane);
-    else if (item < columns + words) prepare_word(wide, item - columns, lane);
+    if (blockIdx.x >= exact_at) {
+        prepare_exact<D>(wide, blockIdx.x - exact_at, reinterpret_cast<half *>(bytes));
+        return;
+    }
+    int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
+    if (item < items.columns) {
+        prepare_column<TK, D>(wide, item, bytes + warp * D, lane);
+        return;
+    }
+    item -= items.columns;
+    if (item < items.words)
+        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, item, lane);
+    else if (item - items.words < items.exact_words)
+        prepare_word(MaskRows(a.exact, a.tokens), wide.arrays.exact_seen, wide.arrays.exact_words, a.tokens,
+                     item - items.words, lane);
 }
 
 template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t stream) {
     const Attention & a = wide.call.a;
     const AttentionPlan & p = wide.call.plan;
-    const int64_t columns = int64_t(a.streams) * a.kv_heads * p.column_tile * p.column_tiles;
-    const int64_t words = a.mask ? int64_t(a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words : 0;
-    const dim3 blocks(unsigned((columns + words + prepare_warps - 1) / prepare_warps));
+    Items items = {};
+    items.columns = int64_t(a.streams) * a.kv_heads * p.column_tile * p.column_tiles;
+    if (a.mask) items.words = int64_t(a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words;
+    if (a.windowed) {
+        items.exact_words = int64_t(a.exact.mask_streams) * a.exact.mask_heads * a.tokens * wide.arrays.exact_words;
+        items.exact_tiles = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles;
+    }
+    const int64_t exact_at = items.blocks_of_warps();
+    const dim3 blocks(unsigned(exact_at + items.exact_tiles));
     switch (a.type_k) {
 #define TURBOQUANT_CASE(name)                                                                                             \
     case KV::name:                                                                                                        \
         if constexpr (Kind<KV::name>::turbo && Kind<KV::name>::covered)                                                   \
-            return launch(prepare_kernel<KV::name, D>, blocks, dim3(32 * prepare_warps), 0, stream, wide, columns, words); \
+            return launch(prepare_kernel<KV::name, D>, blocks, dim3(32 * prepare_warps), 0, stream, wide, items, exact_at); \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -155,17 +238,45 @@ WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
 
 constexpr int least_hopper_columns = 128; // with fewer columns, the kernel of wide.cuh has more thread blocks
 
+int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
+int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
+int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows - 1) / tile_rows); }
+
+// Bytes of the exact rows of K or of V, and of all arrays that an exact window needs. `columns` is the number of all
+// prepared columns.
+size_t exact_side_bytes(const Attention & a) {
+    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) * sizeof(half);
+}
+size_t exact_bytes(const Attention & a, size_t columns) {
+    const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
+    return columns * size_t(a.head) * sizeof(half) + 2 * exact_side_bytes(a) +
+           mask_rows * size_t(words_of(exact_rows(a))) * sizeof(SeenTiles);
+}
+
+// Sets what depends on the type of V, which is known only at run time.
+void describe_values(KV type, WideCall & wide) {
+    switch (type) {
+#define TURBOQUANT_CASE(name)                            \
+    case KV::name:                                       \
+        wide.value_unit = value_unit<KV::name>;          \
+        wide.rotated_values = Kind<KV::name>::turbo;     \
+        return;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+}
+
 } // namespace
 
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
-    if (a.head != 128 || a.windowed || !wide_kernel_128(a.type_k, a.type_v, 1)) return false;
+    if (a.head != 128 || !wide_kernel_128(a.type_k, a.type_v, 1)) return false;
     p.wide = true;
     p.pitch_k = pitch_k;
     p.pitch_v = pitch_v;
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.hopper = p.columns >= least_hopper_columns && !a.windowed && hopper_kernel_of(p.device, a.type_k, a.type_v);
     p.operands = p.columns <= 2 * wide_columns ? 1 : 2;
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
@@ -184,18 +295,21 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     };
     p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows;
     if (!p.hopper && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
-    p.shared_bytes = bytes(p.step_rows);
-    if (p.shared_bytes > device.shared_per_block) return false;
     p.row_tiles = p.hopper ? 1 : std::min(wide_warps / column_warps, p.step_rows / tile_rows);
+    // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
+    const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
+    p.shared_bytes = std::max(bytes(p.step_rows), wide_alignment + p.row_tiles / 2 * column_warps * exchange);
+    if (p.shared_bytes > device.shared_per_block) return false;
 
     // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some rows.
     const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
+    const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
     const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
     int64_t chosen = least, cost = INT64_MAX;
     for (int64_t chunks = least; chunks <= std::max(least, std::min<int64_t>(steps, 2 * device.multiprocessors)); ++chunks) {
         const int64_t overhead = 4 * 4 * tile_rows / p.step_rows; // of a thread block, in steps
         const int64_t waves = (blocks * chunks + device.multiprocessors - 1) / device.multiprocessors;
-        const int64_t here = waves * ((steps + chunks - 1) / chunks + overhead);
+        const int64_t here = waves * ((all_steps + chunks - 1) / chunks + overhead);
         if (here < cost) {
             cost = here;
             chosen = chunks;
@@ -203,7 +317,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     }
     p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
     p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-    p.parts = p.chunks * p.row_tiles;
+    p.parts = p.chunks;
     p.merged = true;
 
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
@@ -214,7 +328,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.factors_at = p.queries_at + columns * size_t(a.head);
     p.seen_at = after(p.factors_at + columns * sizeof(QueryFactor));
     const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
-    p.workspace_bytes = p.seen_at + mask_rows * size_t((a.n_kv + seen_rows - 1) / seen_rows) * sizeof(SeenTiles);
+    p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
+    p.workspace_bytes = p.exact_at + (a.windowed ? exact_bytes(a, columns) : 0);
     return true;
 }
 
@@ -222,12 +337,24 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
     char * bytes = static_cast<char *>(workspace);
-    WideCall wide;
+    WideCall wide = {};
     wide.call = call;
+    describe_values(a.type_v, wide);
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
     wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
     wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
-    wide.arrays.words = int((a.n_kv + seen_rows - 1) / seen_rows);
+    wide.arrays.words = words_of(a.n_kv);
+    if (a.windowed) {
+        const size_t columns = size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tile) * size_t(p.column_tiles);
+        char * at = bytes + p.exact_at;
+        const auto take = [&](size_t size) { return reinterpret_cast<uint16_t *>(std::exchange(at, at + size)); };
+        wide.arrays.exact_queries = take(columns * size_t(a.head) * sizeof(half));
+        wide.arrays.exact_k = take(exact_side_bytes(a));
+        wide.arrays.exact_v = take(exact_side_bytes(a));
+        wide.arrays.exact_seen = reinterpret_cast<SeenTiles *>(at);
+        wide.arrays.exact_words = words_of(exact_rows(a));
+        wide.arrays.exact_tiles = exact_tiles_of(a);
+    }
     const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
                                        : wide_kernel_128(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);

@@ -6,6 +6,9 @@
 // binary16 values. All columns of the block use the expanded rows as operands of the tensor cores. Scores are products of
 // int8 matrices, output is the product of binary16 weights and V.
 //
+// The rows of an exact window are prepared as binary16 values. The warps read them from global memory, in the order of
+// the operands, and add them to their columns before the rows of the cache.
+//
 // Operand A has the columns, 16 in a tile, of which a warp has one or two. Operand B has the rows. A lane has rows
 // 2 * in_quad and 2 * in_quad + 1 of eight for the columns `quad` and quad + 8 of a tile, and values 2 * in_quad and
 // 2 * in_quad + 1 of eight of their output.
@@ -29,7 +32,7 @@ struct __align__(8) QueryFactor {
     int start;
 };
 
-// What a row of the mask says about 32 tiles of tile_rows rows: a bit for each tile.
+// What a row of a mask says about 32 tiles of tile_rows rows: a bit for each tile.
 struct __align__(8) SeenTiles {
     uint32_t some;  // the query sees a row of the tile
     uint32_t mixed; // the mask is not zero everywhere in the tile
@@ -41,11 +44,19 @@ struct WideArrays {
     QueryFactor * factors; // [stream][KV head][column of all column tiles]
     SeenTiles * seen;      // [stream of the mask][head of the mask][token][words], or nullptr without a mask
     int words;             // of a row of the mask
+    // With an exact window. Its rows fill whole tiles; those behind the last one are zero.
+    uint16_t * exact_queries; // binary16 [stream][KV head][column of all column tiles][head], not rotated
+    uint16_t * exact_k;       // binary16 [KV stream][KV head][row][head], not rotated
+    uint16_t * exact_v;       // binary16 [KV stream][KV head][tile][head][row in the order of value_position]
+    SeenTiles * exact_seen;   // as `seen`, of the window's mask
+    int exact_words, exact_tiles;
 };
 
 struct WideCall {
     AttentionCall call;
     WideArrays arrays;
+    float value_unit;   // that of the sums of the output
+    bool rotated_values; // whether V has a type whose values are rotated
 };
 
 namespace {
@@ -122,6 +133,35 @@ __device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t sele
     return *reinterpret_cast<const uint32_t *>(&product);
 }
 constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341; // with bytes of the second operand above them
+
+// The sums of the output are in this unit, because expanded rows have level / 128 instead of level * step.
+template <KV T> constexpr float value_unit = Kind<T>::turbo ? 128 * Kind<T>::step : 1;
+
+// The place of row r of a tile among the 32 values of an element of exact V: eight values are those of a lane of a quad.
+__device__ __forceinline__ int value_position(int r) { return r % 8 / 2 * 8 + r / 8 * 2 + r % 2; }
+
+// A mask: that of the rows of the cache, or that of the rows of an exact window.
+struct MaskRows {
+    const char * base; // nullptr: all rows are seen
+    int64_t token, head, stream; // strides
+    int heads, streams;
+    int64_t rows; // rows from here on are hidden
+
+    __device__ __forceinline__ explicit MaskRows(const Attention & a)
+        : base(static_cast<const char *>(a.mask)), token(a.mask_token), head(a.mask_head), stream(a.mask_stream),
+          heads(a.mask_heads), streams(a.mask_streams), rows(a.n_kv) {}
+    __device__ __forceinline__ MaskRows(const ExactRows & x, int tokens)
+        : base(static_cast<const char *>(x.mask)), token(x.mask_token), head(x.mask_head), stream(x.mask_stream),
+          heads(x.mask_heads), streams(x.mask_streams), rows(x.slots + tokens) {}
+    __device__ __forceinline__ const uint8_t * row(int of_token, int of_head, int of_stream) const {
+        return reinterpret_cast<const uint8_t *>(base) + of_token * token + of_head % heads * head +
+               of_stream % streams * stream;
+    }
+    // The number of the row in [stream][head][token].
+    __device__ __forceinline__ int64_t number(int of_token, int of_head, int of_stream, int tokens) const {
+        return (int64_t(of_stream % streams) * heads + of_head % heads) * tokens + of_token;
+    }
+};
 
 // ---- the share of a warp
 
@@ -282,15 +322,26 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     float output[M][D / 8][4] = {};
 
     __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place) : wide(wide), place(place) {
-        const AttentionPlan & p = wide.call.plan;
-        const int64_t first = (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile *
-                                  p.column_tiles + place.first_column + place.quad;
-        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4) + place.in_quad;
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
-            factor[c] = wide.arrays.factors[first + 8 * c];
+            factor[c] = wide.arrays.factors[prepared_column() + 8 * c];
             reference[c] = nothing_seen;
             sum[c] = 0;
+        }
+    }
+
+    // The number of the lane's first column among those of all streams and KV heads.
+    __device__ __forceinline__ int64_t prepared_column() const {
+        const AttentionPlan & p = wide.call.plan;
+        return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile * p.column_tiles +
+               place.first_column + place.quad;
+    }
+
+    __device__ __forceinline__ void load_queries() {
+        const uint32_t * words =
+            reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4) + place.in_quad;
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
 #pragma unroll
             for (int i = 0; i < D / 32; ++i) {
                 query[c / 2][i][c % 2] = words[8 * c * (D / 4) + 8 * i];
@@ -340,24 +391,52 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             }
     }
 
-    // Adds the mask of the tile from row `first` on. Rows from n_kv on are hidden.
-    __device__ __forceinline__ void apply_mask(int64_t first, float (&s)[M][tile_rows / 8][4]) const {
-        const Attention & a = wide.call.a;
+    // Adds the mask of tile `tile`. `seen` has the words of the mask. In batches of several requests most columns that
+    // take part see no row of the tile or all of them, and need no value of the mask.
+    __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile,
+                                               float (&s)[M][tile_rows / 8][4]) const {
+        const AttentionPlan & p = wide.call.plan;
+        uint32_t some = 0, mixed = 0; // a bit for each of the lane's columns
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
-            if (column(c) >= wide.call.plan.columns) continue;
-            const int token = column(c) / wide.call.plan.group, in_group = column(c) - token * wide.call.plan.group;
-            const int head = place.kv_head * wide.call.plan.group + in_group;
-            const char * row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
-                                            head % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
-                                      : nullptr;
+            if (column(c) >= p.columns) continue;
+            const int token = column(c) / p.group, head = place.kv_head * p.group + column(c) - token * p.group;
+            SeenTiles one = {~0u, ~0u};
+            if (mask.base) one = seen[mask.number(token, head, place.stream, wide.call.a.tokens) * words + tile / 32];
+            some |= (one.some >> tile % 32 & 1) << c;
+            mixed |= (one.mixed >> tile % 32 & 1) << c;
+        }
+#pragma unroll
+        for (int c = 0; c < 2 * M; ++c) {
+            if (!(some >> c & 1)) {
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n)
+                    s[c / 2][n][c % 2 * 2] = s[c / 2][n][c % 2 * 2 + 1] = -INFINITY;
+                continue;
+            }
+            if (!(mixed >> c & 1)) continue;
+            const int token = column(c) / p.group, head = place.kv_head * p.group + column(c) - token * p.group;
+            const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
+            const uint8_t * values = mask.row(token, head, place.stream) + 2 * first;
+            uint32_t pairs[tile_rows / 8];
+            if (mask.base && int64_t(tile + 1) * tile_rows <= mask.rows && (reinterpret_cast<uintptr_t>(values) & 3) == 0) {
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n) pairs[n] = reinterpret_cast<const uint32_t *>(values)[4 * n];
+            } else {
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n) {
+                    const auto at = [&](int i) {
+                        return first + 8 * n + i >= mask.rows ? 0xfc00u : mask.base ? load_u16(values + 16 * n + 2 * i) : 0u;
+                    };
+                    pairs[n] = at(0) | at(1) << 16;
+                }
+            }
             const float slope = log2e * alibi_slope(wide.call, head) / factor[c].to_log2;
 #pragma unroll
             for (int n = 0; n < tile_rows / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int64_t r = first + 8 * n + 2 * place.in_quad + i;
-                    const float bias = r >= a.n_kv ? -INFINITY : row ? load_half(reinterpret_cast<const uint8_t *>(row) + 2 * r) : 0.0f;
+                    const float bias = __half2float(__ushort_as_half(uint16_t(pairs[n] >> 16 * i)));
                     float & score = s[c / 2][n][c % 2 * 2 + i];
                     score = bias == -INFINITY ? -INFINITY : score + bias * slope;
                 }
@@ -425,32 +504,146 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         }
     }
 
-    // Computes the tile from row `row` of the cache on. `in_step` is its first row in the buffer.
+    // Computes tile `tile` of the cache. `in_step` is its first row in the buffer.
     template <typename Memory>
-    __device__ __forceinline__ void add_tile(const Memory & memory, int buffer, int in_step, int64_t row, bool mixed) {
+    __device__ __forceinline__ void add_tile(const Memory & memory, int buffer, int in_step, int tile, bool mixed) {
         const uint32_t keys = uint32_t(__cvta_generic_to_shared(memory.keys(buffer) + in_step * Memory::key_bytes)),
                        values = uint32_t(__cvta_generic_to_shared(memory.values(buffer) + in_step * Memory::value_bytes));
         float s[M][tile_rows / 8][4];
         compute_scores(keys, memory.key_factors(buffer) + in_step, s);
         if (wide.call.a.soft_cap != 0) cap(s);
-        if (mixed) apply_mask(row, s);
+        if (mixed) apply_mask(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile, s);
         raise_references(s);
         uint32_t w[M][tile_rows / 16][4];
         weigh(s, w);
         add_values(values, w);
     }
 
-    // Stores the partial results for the merge.
-    __device__ __forceinline__ void store(int part) {
+    // Adds the row group's tiles of the rows of an exact window, but those that no column sees.
+    __device__ __forceinline__ void add_exact_rows() {
+        const WideArrays & x = wide.arrays;
+        const Attention & a = wide.call.a;
+        const int first = place.first_column / wide.call.plan.group,
+                  last = (place.first_column + wide_columns * M - 1) / wide.call.plan.group;
+        const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
+                                                    a.tokens * x.exact_words;
+        const AttentionPlan & p = wide.call.plan;
+#pragma unroll 1
+        for (int tile = blockIdx.x * p.row_tiles + place.row_group; tile < x.exact_tiles; tile += p.chunks * p.row_tiles) {
+            SeenTiles seen = {0, 0};
+            for (int head = 0; head < a.exact.mask_heads; ++head)
+                for (int token = first + place.lane; token <= min(last, a.tokens - 1); token += 32) {
+                    const SeenTiles one = from[(int64_t(head) * a.tokens + token) * x.exact_words + tile / 32];
+                    seen.some |= one.some;
+                    seen.mixed |= one.mixed;
+                }
+            const bool some = __any_sync(all_lanes, seen.some >> tile % 32 & 1);
+            if (some) add_exact_tile(tile, __any_sync(all_lanes, seen.mixed >> tile % 32 & 1));
+        }
+    }
+
+    // The inner index of the products has an order in which a lane's four registers of a row are adjacent elements.
+    __device__ __forceinline__ void add_exact_tile(int tile, bool mixed) {
+        const WideArrays & x = wide.arrays;
+        const int64_t at = (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * x.exact_tiles + tile;
+        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad,
+                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * (D / 8) + place.in_quad,
+                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + place.quad) * (tile_rows / 8) + place.in_quad;
+        float s[M][tile_rows / 8][4] = {};
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) {
+            uint4 q[2 * M], k[tile_rows / 8];
+#pragma unroll
+            for (int c = 0; c < 2 * M; ++c) q[c] = queries[c * D + 4 * i];
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n) k[n] = keys[n * D + 4 * i];
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n)
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    mma_f16(s[m][n], q[2 * m].x, q[2 * m + 1].x, q[2 * m].y, q[2 * m + 1].y, k[n].x, k[n].y);
+                    mma_f16(s[m][n], q[2 * m].z, q[2 * m + 1].z, q[2 * m].w, q[2 * m + 1].w, k[n].z, k[n].w);
+                }
+        }
+        if (wide.call.a.soft_cap != 0) cap(s);
+        if (mixed) apply_mask(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile, s);
+        raise_references(s);
+        uint32_t w[M][tile_rows / 16][4];
+        weigh(s, w);
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            const uint4 v = values[n * tile_rows];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_f16(output[m][n], w[m][0][0], w[m][0][1], w[m][0][2], w[m][0][3], v.x, v.y);
+                mma_f16(output[m][n], w[m][1][0], w[m][1][1], w[m][1][2], w[m][1][3], v.z, v.w);
+            }
+        }
+    }
+
+    // What a warp has, in shared memory.
+    struct Exchange {
+        float4 output[M][D / 8][32];
+        float2 states[2 * M][32];
+    };
+
+    // Merges the results of the row groups in the warps of the first one. All warps of the thread block take part.
+    __device__ __forceinline__ void merge_groups(uint8_t * memory) {
+        const int column_warps = wide.call.plan.column_tile / (wide_columns * M);
+        Exchange * exchanges = reinterpret_cast<Exchange *>(memory) + place.warp % column_warps;
+#pragma unroll 1
+        for (int half = wide.call.plan.row_tiles / 2; half > 0; half /= 2) {
+            Exchange & exchange = exchanges[place.row_group % half * column_warps];
+            __syncthreads();
+            if (place.row_group >= half && place.row_group < 2 * half) {
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int n = 0; n < D / 8; ++n) {
+                        const float(&o)[4] = output[m][n];
+                        exchange.output[m][n][place.lane] = make_float4(o[0], o[1], o[2], o[3]);
+                    }
+#pragma unroll
+                for (int c = 0; c < 2 * M; ++c) exchange.states[c][place.lane] = make_float2(reference[c], sum[c]);
+            }
+            __syncthreads();
+            if (place.row_group >= half) continue;
+            float own[2 * M], other[2 * M]; // factors
+#pragma unroll
+            for (int c = 0; c < 2 * M; ++c) {
+                const float2 state = exchange.states[c][place.lane];
+                const float before = reference[c];
+                reference[c] = fmaxf(before, state.x);
+                own[c] = exp2f(before - reference[c]);
+                other[c] = exp2f(state.x - reference[c]);
+                sum[c] = sum[c] * own[c] + state.y * other[c];
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n) {
+                    const float4 four = exchange.output[m][n][place.lane];
+                    float(&o)[4] = output[m][n];
+                    o[0] = o[0] * own[2 * m] + four.x * other[2 * m];
+                    o[1] = o[1] * own[2 * m] + four.y * other[2 * m];
+                    o[2] = o[2] * own[2 * m + 1] + four.z * other[2 * m + 1];
+                    o[3] = o[3] * own[2 * m + 1] + four.w * other[2 * m + 1];
+                }
+        }
+    }
+
+    // Stores the results of the thread block's rows for merge_kernel, which reads no values of columns that have seen no row.
+    __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
-        constexpr float to_value = 128 * Layout<TV, D>::step;
+        constexpr float to_value = value_unit<TV>;
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (column(c) >= call.plan.columns) continue;
-            const int64_t at = query_row(call, place.stream, place.kv_head, column(c)) * call.plan.parts + part;
+            const int64_t at = query_row(call, place.stream, place.kv_head, column(c)) * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
+            if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + 2 * place.in_quad;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
@@ -534,6 +727,8 @@ __global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_c
     int at = next(-step), after = next(at);
     rows.load(at, 0);
     rows.load(after, 1);
+    if (call.a.windowed && place.row_group < plan.row_tiles) columns.add_exact_rows();
+    columns.load_queries();
     copy_wait<1>();
     __syncthreads();
     if (at < place.length) rows.expand(at, 0, 0);
@@ -546,16 +741,18 @@ __global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_c
         if (early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
 #pragma unroll 1
         for (int t = place.row_group; t < step / tile_rows; t += plan.row_tiles) {
-            const int tile = first_tile + at / tile_rows + t;
-            const SeenTiles one = warp_seen[tile / 32];
-            if (!(one.some >> tile % 32 & 1)) continue;
-            columns.add_tile(memory, buffer, t * tile_rows, place.begin + at + t * tile_rows, one.mixed >> tile % 32 & 1);
+            const int in_words = first_tile + at / tile_rows + t;
+            const SeenTiles one = warp_seen[in_words / 32];
+            if (!(one.some >> in_words % 32 & 1)) continue;
+            columns.add_tile(memory, buffer, t * tile_rows, int(place.begin / tile_rows) + at / tile_rows + t,
+                             one.mixed >> in_words % 32 & 1);
         }
         if (!early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
         at = after;
         after = later;
     }
-    if (place.row_group < plan.row_tiles) columns.store(blockIdx.x * plan.row_tiles + place.row_group);
+    columns.merge_groups(memory.base);
+    if (place.row_group == 0) columns.store();
 }
 
 } // namespace

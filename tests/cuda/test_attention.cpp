@@ -14,11 +14,11 @@ namespace {
 // Rounding errors: queries and weights are integers of 15 bits; with f16 they have 11 bits. Sums are float32.
 constexpr double integers = 2e-4, halves = 2e-3, bytes = 2e-2;
 
-// Columns of a KV head that the kernel for few columns takes.
+// Columns of a KV head that the kernel for few columns takes at most.
 constexpr int few_columns = 32;
 
 // The cases that turboquant_cuda.h lists as supported.
-bool covers(const AttentionCase & c, bool windowed) {
+bool covers(const AttentionCase & c) {
     const auto turbo = [&](int type) {
         return type < TQ_TYPE_COUNT && tq_type_get(tq_type(type))->block == std::min(c.head_k, 128);
     };
@@ -29,7 +29,7 @@ bool covers(const AttentionCase & c, bool windowed) {
                                                          : turbo(c.type_k) || turbo(c.type_v);
     const bool wide = c.head_k == 128 && turbo(c.type_k) && turbo(c.type_v);
     return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0 &&
-           (c.group() * c.tokens <= few_columns || (wide && !windowed));
+           (c.group() * c.tokens <= few_columns || wide);
 }
 
 // Tensor cores multiply hidden values of f16 by zero, so hidden infinities and NaN have an effect.
@@ -217,7 +217,7 @@ void conforms(const AttentionCase & c, int slots) {
     }
     AttentionPlan plan;
     const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
-    if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c, windowed)) || !covers(c, windowed) || exempt(c))
+    if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
     std::optional<Stored> stored;
@@ -229,8 +229,7 @@ void conforms(const AttentionCase & c, int slots) {
     const std::vector<float> got = dst.host();
     const double e = relative_error(got.data(), want.data(), int64_t(want.size()));
     const bool half = a.type_k == KV::f16 || a.type_v == KV::f16;
-    const bool wide = c.group() * c.tokens > few_columns;
-    const double bound = (wide ? bytes : half ? halves : integers) + double(c.sparse_v) * double(c.rows);
+    const double bound = (plan.wide ? bytes : half ? halves : integers) + double(c.sparse_v) * double(c.rows);
     static double worst = 0;
     if (e > worst || !(e <= bound)) {
         worst = std::max(worst, e);
@@ -252,7 +251,7 @@ int main(int argc, char ** argv) {
     for (const AttentionCase & c : attention_cases()) {
         if (c.extent > extent || (argc > 2 && c.name.rfind(argv[2], 0) != 0)) continue;
         conforms(c, no_window);
-        covered += covers(c, false) && !exempt(c);
+        covered += covers(c) && !exempt(c);
         const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
         // A far row's weight is zero beside the rows of a window, and a NaN in it counts only by chance.
         if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1 && !(c.far && c.bad_value >= 0))
