@@ -388,17 +388,27 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     __device__ __forceinline__ HopperColumns(const WideCall & wide, const HopperPlace & place, const Memory & memory)
         : wide(wide), place(place), memory(memory) {
-        const AttentionPlan & p = wide.call.plan;
-        const int64_t first = (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile *
-                                  p.column_tiles + place.first_column + 16 * place.warp + place.quad;
-        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + first * (D / 4);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const QueryFactor factor = wide.arrays.factors[first + 8 * c];
+            const QueryFactor factor = wide.arrays.factors[prepared_column() + 8 * c];
             to_log2[c] = factor.to_log2;
             start[c] = factor.start;
             reference[c] = nothing_seen;
             sum[c] = 0;
+        }
+    }
+
+    // The number of the lane's first column among those of all streams and KV heads.
+    __device__ __forceinline__ int64_t prepared_column() const {
+        const AttentionPlan & p = wide.call.plan;
+        return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile * p.column_tiles +
+               place.first_column + 16 * place.warp + place.quad;
+    }
+
+    __device__ __forceinline__ void load_queries() {
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
 #pragma unroll
             for (int i = 0; i < D / 32; ++i) {
                 query[i][c] = words[8 * c * (D / 4) + query_word(8 * i + place.in_quad)];
@@ -440,49 +450,58 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    __device__ __forceinline__ void cap() {
+    template <int Eights> __device__ __forceinline__ void cap() {
         const float limit = wide.call.a.soft_cap * log2e;
 #pragma unroll
-        for (int i = 0; i < 4 * eights; ++i) {
+        for (int i = 0; i < 4 * Eights; ++i) {
             const float factor = to_log2[i / 2 % 2];
             score[i] = limit * tanhf(score[i] * factor / limit) / factor;
         }
     }
 
-    // Adds the mask of the rows from `first` on. Rows from n_kv on are hidden.
-    __device__ __forceinline__ void apply_mask(int at) {
-        const Attention & a = wide.call.a;
+    // Adds the mask of tile `tile` to the scores from number First on. `seen` has the words of the mask. In batches of
+    // several requests most columns see no row of the tile or all of them, and need no value of the mask.
+    template <int First>
+    __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile) {
         const HopperPlace place(wide.call);
-        const int64_t first = place.begin + at;
+        const AttentionPlan & p = wide.call.plan;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            if (column(c, place) >= wide.call.plan.columns) continue;
-            const int token = column(c, place) / wide.call.plan.group, in_group = column(c, place) - token * wide.call.plan.group;
-            const int head = place.kv_head * wide.call.plan.group + in_group;
-            const char * row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token +
-                                            head % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
-                                      : nullptr;
+            if (column(c, place) >= p.columns) continue;
+            const int token = column(c, place) / p.group, head = place.kv_head * p.group + column(c, place) - token * p.group;
+            SeenTiles one = {~0u, ~0u};
+            if (mask.base) one = seen[mask.number(token, head, place.stream, wide.call.a.tokens) * words + tile / 32];
+            if (!(one.some >> tile % 32 & 1)) {
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n)
+                    score[First + 4 * n + 2 * c] = score[First + 4 * n + 2 * c + 1] = -INFINITY;
+                continue;
+            }
+            if (!(one.mixed >> tile % 32 & 1)) continue;
+            const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
+            const uint8_t * values = mask.row(token, head, place.stream) + 2 * first;
             const float slope = log2e * alibi_slope(wide.call, head) / to_log2[c];
 #pragma unroll
-            for (int n = 0; n < eights; ++n)
+            for (int n = 0; n < tile_rows / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int64_t r = first + 8 * n + 2 * place.in_quad + i;
-                    const float bias = r >= a.n_kv ? -INFINITY : row ? load_half(reinterpret_cast<const uint8_t *>(row) + 2 * r) : 0.0f;
-                    float & s = score[4 * n + 2 * c + i];
+                    const bool exists = first + 8 * n + i < mask.rows;
+                    const float bias = !exists ? -INFINITY : mask.base ? load_half(values + 16 * n + 2 * i) : 0.0f;
+                    float & s = score[First + 4 * n + 2 * c + i];
                     s = bias == -INFINITY ? -INFINITY : s + bias * slope;
                 }
         }
     }
 
-    // Turns scores into weights, as the operand A of the output, and adds the weights of each column to `added`.
-    __device__ __forceinline__ void weigh(float (&added)[2]) {
+    // Turns scores of Eights times eight rows into weights, as the operand A of the output, and adds the weights of each
+    // column to `added`.
+    template <int Eights> __device__ __forceinline__ void weigh(float (&added)[2]) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             added[c] = 0;
             const float offset = -reference[c];
 #pragma unroll
-            for (int n = 0; n < eights; ++n) {
+            for (int n = 0; n < Eights; ++n) {
                 const float a = exp2f(__fmaf_rn(score[4 * n + 2 * c], to_log2[c], offset)),
                             b = exp2f(__fmaf_rn(score[4 * n + 2 * c + 1], to_log2[c], offset));
                 added[c] += a + b;
@@ -493,12 +512,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     }
 
     // Chooses a higher reference for columns with scores that exceed theirs by far.
-    __device__ __forceinline__ void raise_references() {
+    template <int Eights> __device__ __forceinline__ void raise_references() {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             float largest = -INFINITY;
 #pragma unroll
-            for (int n = 0; n < eights; ++n) largest = fmaxf(largest, fmaxf(score[4 * n + 2 * c], score[4 * n + 2 * c + 1]));
+            for (int n = 0; n < Eights; ++n) largest = fmaxf(largest, fmaxf(score[4 * n + 2 * c], score[4 * n + 2 * c + 1]));
             largest *= to_log2[c];
             largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
@@ -514,24 +533,93 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Turns the products of the step from row `row` of the cache on into weights. These are first computed with the old
-    // references, and again in the rare case that a sum shows that a weight may be too large for binary16.
-    __device__ __forceinline__ void weigh_step(int buffer, int row, bool mixed) {
-        scale_products(buffer);
-        if (wide.call.a.soft_cap != 0) cap();
-        if (mixed) apply_mask(row);
+    // Turns scores into weights. These are first computed with the old references, and again in the rare case that a sum
+    // shows that a weight may be too large for binary16.
+    template <int Eights> __device__ __forceinline__ void weigh_scores() {
         float added[2];
-        weigh(added);
-        if (__any_sync(all_lanes, !(fmaxf(added[0], added[1]) <= most_weight) || added[0] != added[0] || added[1] != added[1])) {
-            raise_references();
-            weigh(added);
+        weigh<Eights>(added);
+        if (__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight))) {
+            raise_references<Eights>();
+            weigh<Eights>(added);
         }
         sum[0] += added[0];
         sum[1] += added[1];
+    }
+
+    // Turns the products of the step from row `at` of the thread block's on into weights.
+    __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
+        scale_products(buffer);
+        if (wide.call.a.soft_cap != 0) cap<eights>();
+        if (mixed) {
+            const int tile = int((int64_t(blockIdx.x) * wide.call.plan.chunk_rows + at) / tile_rows);
+            apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
+            apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
+        }
+        weigh_scores<eights>();
         keep_registers(weight[0]);
         keep_registers(weight[1]);
         keep_registers(weight[2]);
         keep_registers(weight[3]);
+    }
+
+    // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warp sees. Warps read
+    // them from global memory, in the order of the operands.
+    __device__ __forceinline__ void add_exact_rows() {
+        const WideArrays & x = wide.arrays;
+        const Attention & a = wide.call.a;
+        const AttentionPlan & p = wide.call.plan;
+        const int first = (place.first_column + 16 * place.warp) / p.group,
+                  last = min((place.first_column + 16 * place.warp + 15) / p.group, a.tokens - 1);
+        const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
+                                                    a.tokens * x.exact_words;
+#pragma unroll 1
+        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += p.chunks) {
+            SeenTiles seen = {0, 0};
+            for (int head = 0; head < a.exact.mask_heads; ++head)
+                for (int token = first + place.lane; token <= last; token += 32) {
+                    const SeenTiles one = from[(int64_t(head) * a.tokens + token) * x.exact_words + tile / 32];
+                    seen.some |= one.some;
+                    seen.mixed |= one.mixed;
+                }
+            const bool some = __any_sync(all_lanes, seen.some >> tile % 32 & 1);
+            if (some) add_exact_tile(tile, __any_sync(all_lanes, seen.mixed >> tile % 32 & 1));
+        }
+    }
+
+    // The inner index of the products has an order in which a lane's four registers of a row are adjacent elements.
+    __device__ __forceinline__ void add_exact_tile(int tile, bool mixed) {
+        const WideArrays & x = wide.arrays;
+        constexpr int exact_eights = tile_rows / 8;
+        const int64_t at = (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * x.exact_tiles + tile;
+        const int element = place.quad / 4 * 16 + place.quad % 4; // in the order of the output
+        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad,
+                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * (D / 8) + place.in_quad,
+                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + element) * (tile_rows / 8) + place.in_quad;
+        float s[exact_eights][4] = {};
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) {
+            const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
+#pragma unroll
+            for (int n = 0; n < exact_eights; ++n) {
+                const uint4 k = keys[n * D + 4 * i];
+                mma_f16(s[n], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
+                mma_f16(s[n], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * exact_eights; ++i) score[i] = s[i / 4][i % 4];
+        if (wide.call.a.soft_cap != 0) cap<exact_eights>();
+        if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
+        weigh_scores<exact_eights>();
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            const uint4 v = values[value_element(n) * (tile_rows / 8)];
+            float o[4] = {output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]};
+            mma_f16(o, weight[0][0], weight[0][1], weight[0][2], weight[0][3], v.x, v.y);
+            mma_f16(o, weight[1][0], weight[1][1], weight[1][2], weight[1][3], v.z, v.w);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) output[4 * n + i] = o[i];
+        }
     }
 
     __device__ __forceinline__ void release(int buffer) const {
@@ -593,11 +681,11 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Stores the partial results for the merge.
+    // Stores the results for merge_kernel, which reads no values of columns that have seen no row.
     __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
         const HopperPlace place(call);
-        constexpr float to_value = 128 * Layout<TV, D>::step;
+        constexpr float to_value = value_unit<TV>;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
@@ -605,6 +693,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             if (column(c, place) >= call.plan.columns) continue;
             const int64_t at = query_row(call, place.stream, place.kv_head, column(c, place)) * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
+            if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
@@ -642,6 +731,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     } else {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);
+        if (call.a.windowed) columns.add_exact_rows();
+        columns.load_queries();
         columns.add_all();
         columns.store();
     }

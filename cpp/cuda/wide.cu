@@ -276,7 +276,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = p.columns >= least_hopper_columns && !a.windowed && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.hopper = p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
     p.operands = p.columns <= 2 * wide_columns ? 1 : 2;
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
