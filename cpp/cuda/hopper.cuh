@@ -28,7 +28,7 @@ constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 
 // The division of a thread block's shared memory.
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
-    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
+    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float));
     static constexpr int barriers = 2 * hopper_buffers * 8, infos = hopper_buffers * int(sizeof(int));
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
@@ -211,24 +211,25 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
-// Copies rows of a KV head to shared memory, and expands them. Addresses of a thread are computed once, but for the
-// buffers: in all steps, a row has the same offset.
+// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
+// other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
 template <KV TK, KV TV, int D> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     using Memory = HopperMemory<D>;
     static constexpr int lanes = D / 32; // that expand a row
-    static constexpr int copy_lanes = 8, copies = hopper_rows * copy_lanes / expanding_threads; // lanes that copy a row
+    static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
+    static constexpr int warp_rows = 32 / lanes;
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
     static_assert(hopper_rows * lanes == expanding_threads, "a lane has a quarter of a row");
-    static_assert(LK::bytes <= 16 * copy_lanes - 15 && LV::bytes <= 16 * copy_lanes - 15, "the lanes copy all of a row");
+    static_assert(LK::bytes <= copies * copied_at_once - 15 && LV::bytes <= copies * copied_at_once - 15, "all of a row is copied");
     const AttentionCall & call;
     const HopperPlace & place;
     const Memory & memory;
     const uint8_t *k, *v; // row 0
-    const uint8_t *copy_k, *copy_v; // the thread's units of the first row that it copies
+    const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
     int copy_to_k, copy_to_v;       // and their offsets in a buffer
-    bool copies_k, copies_v;        // whether the rows have such units
+    int copied_k, copied_v;         // bytes of the row from there on
     int encoded_k, encoded_v;       // the offsets of the row that the thread expands
     int part, row;                  // the quarter of this row
     int unit0, unit1;               // offsets of the units that it writes
@@ -242,12 +243,12 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
-        const int copied = threadIdx.x / copy_lanes, unit = threadIdx.x % copy_lanes * 16;
+        const int copied = threadIdx.x / 32 * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
         copy_k = k + (place.begin + copied) * a.k_row;
         copy_v = v + (place.begin + copied) * a.v_row;
         const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15), before_v = int(reinterpret_cast<uintptr_t>(copy_v) & 15);
-        copies_k = unit < before_k + LK::bytes;
-        copies_v = unit < before_v + LV::bytes;
+        copied_k = before_k + LK::bytes - unit;
+        copied_v = before_v + LV::bytes - unit;
         copy_k += unit - before_k;
         copy_v += unit - before_v;
         copy_to_k = copied * p.pitch_k + unit;
@@ -256,7 +257,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
         // The rows of neighbouring lanes differ by four, so that eight lanes write to different banks.
         const int in_warp = place.lane / lanes, thread = threadIdx.x;
         part = place.lane % lanes;
-        row = thread / 32 * (32 / lanes) + (in_warp & 1) * 4 + in_warp / 2;
+        row = thread / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
         const auto offset = [&](const uint8_t * base, int64_t stride) {
             return int((reinterpret_cast<uintptr_t>(base) + (place.begin + row) * stride) & 15);
         };
@@ -278,19 +279,20 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const uint32_t to = memory.address + memory.encoded_at(buffer);
         if (at >= place.length) {
         } else if (place.begin + at + hopper_rows < a.n_kv) { // the bytes behind these rows may be read
-            constexpr int apart = hopper_rows / copies;
             const uint8_t *from_k = copy_k + at * a.k_row, *from_v = copy_v + at * a.v_row;
 #pragma unroll
             for (int i = 0; i < copies; ++i) {
-                if (copies_k) copy_async(to + copy_to_k + apart * i * p.pitch_k, from_k + apart * i * a.k_row, 16);
-                if (copies_v) copy_async(to + copy_to_v + apart * i * p.pitch_v, from_v + apart * i * a.v_row, 16);
+                constexpr int step = copied_at_once;
+                if (step * i < copied_k) copy_async(to + copy_to_k + step * i, from_k + step * i, 16);
+                if (step * i < copied_v) copy_async(to + copy_to_v + step * i, from_v + step * i, 16);
             }
         } else {
+            const int first = threadIdx.x / 32 * warp_rows;
 #pragma unroll 1
             for (int side = 0; side < 2; ++side)
-                load_rows(to + (side ? memory.encoded_k : 0),
+                load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          hopper_rows, place.begin + at, a.n_kv, threadIdx.x, expanding_threads);
+                          warp_rows, place.begin + at + first, a.n_kv, place.lane, 32);
         }
         copy_commit();
     }
@@ -304,13 +306,17 @@ template <KV TK, KV TV, int D> struct HopperRows {
         read_levels<TV, D>(row_v, part, lanes, look_up_v, y);
         const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
         // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
-        // the score NaN instead, which the mask replaces.
-        const bool finite = fabsf(scale_v) <= 65504.0f;
+        // the score NaN instead, which the mask replaces. An infinite scale of K gives infinite scores, but must give NaN.
+        const bool finite = fabsf(scale_k) <= 65504.0f && fabsf(scale_v) <= 65504.0f;
         if (part == 0) {
-            const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
-            reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[row] = make_float2(factor, -magic * factor);
+            reinterpret_cast<float *>(memory.base + Memory::factors_at(to))[row] =
+                finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
         }
         const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
+        if constexpr (LK::biased) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) x[j] ^= four_biases;
+        }
         uint8_t * buffer = memory.base + to * Memory::expanded;
         uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
         *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
@@ -340,7 +346,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
         while (at < place.length) {
             const int later = steps.next(after);
             copy_wait<1>();
-            sync_some<1, expanding_threads>(); // the rows are there, and those of the preceding step have been read
+            __syncwarp(); // the rows are there, and those of the preceding step have been read
             load(later, from == 0 ? encoded_buffers - 1 : from - 1);
             wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(from, turn.buffer);
@@ -377,7 +383,6 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     const HopperPlace & place;
     const Memory & memory;
     uint32_t query[D / 32][4];
-    int start[2];
     float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
     float output[D / 2] = {};
     union {
@@ -390,9 +395,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         : wide(wide), place(place), memory(memory) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const QueryFactor factor = wide.arrays.factors[prepared_column() + 8 * c];
-            to_log2[c] = factor.to_log2;
-            start[c] = factor.start;
+            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c].to_log2;
             reference[c] = nothing_seen;
             sum[c] = 0;
         }
@@ -423,12 +426,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     __device__ __forceinline__ void start_products(int buffer) {
         const uint32_t keys = memory.address + Memory::keys_at(buffer);
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], key_descriptor(keys + 32 * i));
-    }
-    __device__ __forceinline__ void clear_products() {
-#pragma unroll
-        for (int i = 0; i < 4 * eights; ++i) products[i] = start[i / 2 % 2];
-        keep_registers(products);
+        for (int i = 0; i < D / 32; ++i) {
+            if (i == 0) multiply_keys<true>(products, query[i], key_descriptor(keys));
+            else multiply_keys<false>(products, query[i], key_descriptor(keys + 32 * i));
+        }
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
@@ -440,13 +441,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Turns products into scores, without the factors of the queries.
     __device__ __forceinline__ void scale_products(int buffer) {
-        const float2 * factors = reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
+        const float * factors = reinterpret_cast<const float *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
-            const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
+            const float2 two = *reinterpret_cast<const float2 *>(factors + 8 * n);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
+            for (int i = 0; i < 4; ++i) score[4 * n + i] = float(products[4 * n + i]) * (i % 2 ? two.y : two.x);
         }
     }
 
@@ -493,8 +493,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Turns scores of Eights times eight rows into weights, as the operand A of the output, and adds the weights of each
-    // column to `added`.
+    // Turns scores of Eights times eight rows into weights, and returns the sums of the weights.
     template <int Eights> __device__ __forceinline__ void weigh(float (&added)[2]) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -502,17 +501,17 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             const float offset = -reference[c];
 #pragma unroll
             for (int n = 0; n < Eights; ++n) {
-                const float a = exp2f(__fmaf_rn(score[4 * n + 2 * c], to_log2[c], offset)),
-                            b = exp2f(__fmaf_rn(score[4 * n + 2 * c + 1], to_log2[c], offset));
+                float &a = score[4 * n + 2 * c], &b = score[4 * n + 2 * c + 1];
+                a = exp2f(__fmaf_rn(a, to_log2[c], offset));
+                b = exp2f(__fmaf_rn(b, to_log2[c], offset));
                 added[c] += a + b;
-                const half2 pair = __floats2half2_rn(a, b);
-                weight[n / 2][n % 2 * 2 + c] = *reinterpret_cast<const uint32_t *>(&pair);
             }
         }
     }
 
-    // Chooses a higher reference for columns with scores that exceed theirs by far.
-    template <int Eights> __device__ __forceinline__ void raise_references() {
+    // Chooses a higher reference for columns with scores that exceed theirs by far. `correction` is the factor of the
+    // earlier sums.
+    template <int Eights> __device__ __forceinline__ void raise_references(float (&correction)[2]) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             float largest = -INFINITY;
@@ -523,31 +522,50 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
             const float before = reference[c];
             if (largest > before + lowered_by) reference[c] = largest - lowered_by;
-            const float correction = exp2f(before - reference[c]);
-            sum[c] *= correction;
+            correction[c] = exp2f(before - reference[c]);
+        }
+    }
+    __device__ __forceinline__ void correct(const float (&correction)[2]) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            sum[c] *= correction[c];
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                output[4 * n + 2 * c] *= correction;
-                output[4 * n + 2 * c + 1] *= correction;
+                output[4 * n + 2 * c] *= correction[c];
+                output[4 * n + 2 * c + 1] *= correction[c];
             }
         }
     }
 
-    // Turns scores into weights. These are first computed with the old references, and again in the rare case that a sum
-    // shows that a weight may be too large for binary16.
-    template <int Eights> __device__ __forceinline__ void weigh_scores() {
-        float added[2];
-        weigh<Eights>(added);
-        if (__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight))) {
-            raise_references<Eights>();
-            weigh<Eights>(added);
+    // Rounds weights to the operand A of the output.
+    template <int Eights> __device__ __forceinline__ void round_weights() {
+#pragma unroll
+        for (int i = 0; i < 2 * Eights; ++i) {
+            const half2 pair = __floats2half2_rn(score[2 * i], score[2 * i + 1]);
+            weight[i / 4][i % 4] = *reinterpret_cast<const uint32_t *>(&pair);
         }
-        sum[0] += added[0];
-        sum[1] += added[1];
     }
 
-    // Turns the products of the step from row `at` of the thread block's on into weights.
-    __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
+    // Computes the products of the warp's columns and the rows of a buffer once more.
+    __device__ __forceinline__ void repeat_products(int buffer) {
+        const int lane = read_thread() % 32, quad = lane / 4, in_quad = lane % 4;
+#pragma unroll
+        for (int n = 0; n < eights; ++n) {
+            const uint8_t * row = memory.base + Memory::keys_at(buffer) + (8 * n + quad) * 128 + 4 * in_quad;
+            int c[4] = {};
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i) {
+                const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(row + ((2 * i ^ quad) << 4)),
+                                       *reinterpret_cast<const uint32_t *>(row + ((2 * i + 1 ^ quad) << 4))};
+                mma_int8<false, false>(c, query[i], b, c);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i];
+        }
+    }
+
+    // Turns the products of the step from row `at` of the thread block's on into scores.
+    __device__ __forceinline__ void compute_scores(int buffer, int at, bool mixed) {
         scale_products(buffer);
         if (wide.call.a.soft_cap != 0) cap<eights>();
         if (mixed) {
@@ -555,7 +573,30 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
             apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
         }
-        weigh_scores<eights>();
+    }
+
+    // Turns the products of a step into weights. The output of the preceding step may still be computed, with the weights
+    // of that step. In the rare case that a sum shows that a weight may be too large for binary16, weights are computed
+    // again, with higher references.
+    __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
+        compute_scores(buffer, at, mixed);
+        float added[2];
+        weigh<eights>(added);
+        if (__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight))) {
+            products_wait<0>();
+            keep_registers(output);
+            repeat_products(buffer);
+            compute_scores(buffer, at, mixed);
+            float correction[2];
+            raise_references<eights>(correction);
+            correct(correction);
+            weigh<eights>(added);
+        }
+        products_wait<0>();
+        keep_registers(output);
+        sum[0] += added[0];
+        sum[1] += added[1];
+        round_weights<eights>();
         keep_registers(weight[0]);
         keep_registers(weight[1]);
         keep_registers(weight[2]);
@@ -610,7 +651,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         for (int i = 0; i < 4 * exact_eights; ++i) score[i] = s[i / 4][i % 4];
         if (wide.call.a.soft_cap != 0) cap<exact_eights>();
         if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
-        weigh_scores<exact_eights>();
+        float added[2], correction[2];
+        raise_references<exact_eights>(correction);
+        correct(correction);
+        weigh<exact_eights>(added);
+        sum[0] += added[0];
+        sum[1] += added[1];
+        round_weights<exact_eights>();
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             const uint4 v = values[value_element(n) * (tile_rows / 8)];
@@ -645,31 +692,26 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                 info = wait(turn);
                 continue;
             }
-            clear_products();
-            products_fence();
-            start_products(turn.buffer);
-            products_commit();
-            products_wait<0>();
-            keep_registers(products);
-            int buffer;
-            // While the tensor cores add a step to the output, and begin the next one, other warpgroups compute weights.
+#pragma unroll
+            for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
+            int buffer = turn.buffer; // whose output is added next; at first zeros
+            // While the tensor cores add a step to the output, the warps compute the weights of the next one.
 #pragma unroll 1
             while (true) {
+                keep_registers(output);
+                products_fence();
+                start_products(turn.buffer);
+                products_commit();
+                start_output(buffer);
+                products_commit();
+                products_wait<1>();
+                keep_registers(products);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
+                if (buffer != turn.buffer) release(buffer);
                 buffer = turn.buffer;
                 turn.go_on();
                 info = wait(turn);
                 if (!sees(info, place.group)) break;
-                clear_products();
-                keep_registers(output);
-                products_fence();
-                start_output(buffer);
-                start_products(turn.buffer);
-                products_commit();
-                products_wait<0>();
-                keep_registers(output);
-                keep_registers(products);
-                release(buffer);
             }
             keep_registers(output);
             products_fence();
