@@ -28,7 +28,7 @@ constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 
 // The division of a thread block's shared memory.
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
-    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float));
+    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
     static constexpr int barriers = 2 * hopper_buffers * 8, infos = hopper_buffers * int(sizeof(int));
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
@@ -306,17 +306,13 @@ template <KV TK, KV TV, int D> struct HopperRows {
         read_levels<TV, D>(row_v, part, lanes, look_up_v, y);
         const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
         // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
-        // the score NaN instead, which the mask replaces. An infinite scale of K gives infinite scores, but must give NaN.
-        const bool finite = fabsf(scale_k) <= 65504.0f && fabsf(scale_v) <= 65504.0f;
+        // the score NaN instead, which the mask replaces.
+        const bool finite = fabsf(scale_v) <= 65504.0f;
         if (part == 0) {
-            reinterpret_cast<float *>(memory.base + Memory::factors_at(to))[row] =
-                finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
+            const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
+            reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[row] = make_float2(factor, -magic * factor);
         }
         const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
-        if constexpr (LK::biased) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) x[j] ^= four_biases;
-        }
         uint8_t * buffer = memory.base + to * Memory::expanded;
         uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
         *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
@@ -383,6 +379,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     const HopperPlace & place;
     const Memory & memory;
     uint32_t query[D / 32][4];
+    int start[2];
     float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
     float output[D / 2] = {};
     union {
@@ -395,7 +392,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         : wide(wide), place(place), memory(memory) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c].to_log2;
+            const QueryFactor factor = wide.arrays.factors[prepared_column() + 8 * c];
+            to_log2[c] = factor.to_log2;
+            start[c] = factor.start;
             reference[c] = nothing_seen;
             sum[c] = 0;
         }
@@ -426,10 +425,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     __device__ __forceinline__ void start_products(int buffer) {
         const uint32_t keys = memory.address + Memory::keys_at(buffer);
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-            if (i == 0) multiply_keys<true>(products, query[i], key_descriptor(keys));
-            else multiply_keys<false>(products, query[i], key_descriptor(keys + 32 * i));
-        }
+        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], key_descriptor(keys + 32 * i));
+    }
+    __device__ __forceinline__ void clear_products() {
+#pragma unroll
+        for (int i = 0; i < 4 * eights; ++i) products[i] = start[i / 2 % 2];
+        keep_registers(products);
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
@@ -441,12 +442,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Turns products into scores, without the factors of the queries.
     __device__ __forceinline__ void scale_products(int buffer) {
-        const float * factors = reinterpret_cast<const float *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
+        const float2 * factors = reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
-            const float2 two = *reinterpret_cast<const float2 *>(factors + 8 * n);
+            const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) score[4 * n + i] = float(products[4 * n + i]) * (i % 2 ? two.y : two.x);
+            for (int i = 0; i < 4; ++i)
+                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
         }
     }
 
@@ -552,12 +554,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
             const uint8_t * row = memory.base + Memory::keys_at(buffer) + (8 * n + quad) * 128 + 4 * in_quad;
-            int c[4] = {};
+            int c[4] = {start[0], start[0], start[1], start[1]};
 #pragma unroll
             for (int i = 0; i < D / 32; ++i) {
                 const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(row + ((2 * i ^ quad) << 4)),
                                        *reinterpret_cast<const uint32_t *>(row + ((2 * i + 1 ^ quad) << 4))};
-                mma_int8<false, false>(c, query[i], b, c);
+                mma_int8<false, LK::biased>(c, query[i], b, c);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i];
@@ -698,6 +700,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             // While the tensor cores add a step to the output, the warps compute the weights of the next one.
 #pragma unroll 1
             while (true) {
+                clear_products();
                 keep_registers(output);
                 products_fence();
                 start_products(turn.buffer);

@@ -75,17 +75,18 @@ template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&
 #endif
 }
 
-// d += a product of 64 x 32 int8 values of A, and 64 rows of B. If First, d is zero before.
-template <bool First> __device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+// d += a product of 64 x 32 bytes of A, signed, and 64 rows of B, whose bytes are unsigned if UnsignedB.
+template <bool UnsignedB>
+__device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
 #if TURBOQUANT_WGMMA
-#define TURBOQUANT_PRODUCT(mode, add)                                                                                    \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "                                                     \
+#define TURBOQUANT_PRODUCT(B)                                                                                            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." B " "                                                  \
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
-                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, " add ";"                                                \
-                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                                 \
+                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1;"                                                      \
+                 : TURBOQUANT_16("+r", d, 0), TURBOQUANT_16("+r", d, 16)                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-    if constexpr (First) TURBOQUANT_PRODUCT("=r", "0");
-    else TURBOQUANT_PRODUCT("+r", "1");
+    if constexpr (UnsignedB) TURBOQUANT_PRODUCT("u8");
+    else TURBOQUANT_PRODUCT("s8");
 #undef TURBOQUANT_PRODUCT
 #endif
 }
