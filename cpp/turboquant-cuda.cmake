@@ -26,7 +26,9 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/attention128.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention256.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide.cu
-        ${TURBOQUANT_CUDA_FOLDER}/wide128.cu)
+        ${TURBOQUANT_CUDA_FOLDER}/wide64.cu
+        ${TURBOQUANT_CUDA_FOLDER}/wide128.cu
+        ${TURBOQUANT_CUDA_FOLDER}/wide256.cu)
     target_include_directories(${target} PRIVATE ${TURBOQUANT_CUDA_FOLDER} ${TURBOQUANT_CUDA_FOLDER}/../include)
     # The bytes and floats must be the CPU's: no contraction and no fast math, whatever the target asks for.
     set_source_files_properties(

@@ -100,7 +100,7 @@ cudaError_t window_to_mask(const Rows & exact, const WindowCells & cells, const 
 cudaError_t store_window(const WindowRows & k, const WindowRows & v, const int64_t * index, const Rows & k_slots,
                          const Rows & v_slots, cudaStream_t stream);
 
-// ---- attention of a few query tokens over a long cache
+// ---- attention over a cache
 
 // X(name): the types of rows of K and V: the families of turboquant_formats.h, in blocks of min(head, 128) values, and
 // two of ggml's types.
@@ -151,7 +151,7 @@ struct Attention {
     KV type_k, type_v;   // at least one of the two is a turbo type; two turbo types are of one family
     int head;            // values in a head of K and of V: one of TURBOQUANT_KV_HEADS
     int heads, kv_heads; // query heads and KV heads; heads is a multiple of kv_heads (GQA)
-    int tokens, streams; // of the queries; heads / kv_heads * tokens is at most 32, streams at most 65535
+    int tokens, streams; // of the queries; streams is at most 65535
     int kv_streams;      // divides streams; consecutive streams share a KV stream
     int64_t n_kv;        // KV rows of a KV stream: 1 ... 2^30
     const float * q;     // [streams][heads][tokens][head]
@@ -165,7 +165,7 @@ struct Attention {
     int mask_heads, mask_streams;    // head h and stream s have the mask of h % mask_heads and s % mask_streams
     const float * sinks;             // [heads] scores that count in the softmax without a row of V, or nullptr
     float scale, max_bias, soft_cap; // max_bias > 0: ALiBi, else slope = 1; soft_cap 0 = none
-    float sparse_v; // V of a tile of 32 rows is left out of the sum (but counts in the softmax) if its weights,
+    float sparse_v; // V of a tile of 32 rows may be left out of the sum (but counts in the softmax) if its weights,
                     // relative to the largest so far, are at most this for all queries that are computed together
     float * dst;    // [streams][tokens][heads][head] without gaps
     bool windowed;  // whether `exact` is read
@@ -173,18 +173,19 @@ struct Attention {
 };
 
 // The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
-// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows.
+// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows. There are two kernels: one for
+// up to 32 columns, and a `wide` one.
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes
     size_t states_at;       // offset of the softmax states in the workspace, behind the partial results
     int group;              // query heads of a KV head
     int columns;            // of a KV head: group * tokens
-    int column_tile;        // columns of a thread block: 4 or 8
-    int column_tiles;       // of a KV head: at most 4
+    int column_tile;        // columns of a thread block: 4 or 8; 16 to 256 if `wide`
+    int column_tiles;       // of a KV head
     int block_heads;        // KV heads of a thread block
     int head_groups;        // kv_heads / block_heads
-    int row_tiles;          // warps of a KV head in a thread block, which take tiles of rows in turn
+    int row_tiles;          // warps of a KV head, or of a column if `wide`, in a thread block: they take tiles in turn
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     int chunks;             // runs of KV rows
@@ -192,12 +193,12 @@ struct AttentionPlan {
     int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
-    // The kernel for many columns. Thread blocks have one KV head.
+    // The wide kernel, whose thread blocks have one KV head.
     bool wide;
     bool hopper;             // the kernel for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     int step_rows;           // KV rows that a thread block expands at a time
-    size_t queries_at, factors_at, seen_at, exact_at; // offsets in the workspace
+    size_t queries_at, factors_at, upper_starts_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The

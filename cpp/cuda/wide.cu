@@ -15,8 +15,8 @@ namespace {
 
 constexpr int prepare_warps = 8; // of a thread block
 
-// A warp rotates a query as K is, and rounds it to int8. With an exact window it also stores the query as binary16, in the
-// same unit.
+// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the query
+// as binary16, in the same unit.
 template <KV TK, int D>
 __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
@@ -32,15 +32,17 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     float y[D / 32], plain[D / 32];
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) y[j] = plain[j] = exists ? row[lane + 32 * j] : 0.0f;
-    constexpr int B = L::block / 32;
+    constexpr int B = L::block / 32, blocks = D / L::block;
+    if constexpr (L::turbo) {
 #pragma unroll
-    for (int b = 0; b < D / L::block; ++b) {
-        float part[B];
+        for (int b = 0; b < blocks; ++b) {
+            float part[B];
 #pragma unroll
-        for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
-        transform_warp<L::block, false>(part);
+            for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
+            transform_warp<L::block, false>(part);
 #pragma unroll
-        for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+            for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+        }
     }
     uint32_t largest = 0;
 #pragma unroll
@@ -48,25 +50,35 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     const float top = __uint_as_float(warp_max(largest)); // if it is NaN, the scores are NaN
     const bool zero = top < 1e-30f;
     const float inverse = zero ? 0.0f : 127.0f / top;
-    int sum = 0;
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-        const int x = __float2int_rn(y[j] * inverse);
-        sum += x;
-        bytes[operand_position<TK, D>(lane + 32 * j)] = uint8_t(x);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0)
-        wide.arrays.factors[item] = {zero ? 1.0f : top * (a.scale * log2e / 127.0f), magic_bits - (L::biased ? 128 * sum : 0)};
-    if (a.windowed) {
+    const float to_log2 = zero ? 1.0f : top * (a.scale * log2e / 127.0f);
+    if (a.windowed || !L::turbo) {
         half * to = reinterpret_cast<half *>(wide.arrays.exact_queries) + item * D;
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) to[lane + 32 * j] = __float2half_rn(plain[j] * inverse);
     }
-    __syncwarp();
-    uint32_t * to = reinterpret_cast<uint32_t *>(wide.arrays.queries + item * D);
+    if constexpr (L::turbo) {
+        int sums[blocks] = {};
 #pragma unroll
-    for (int i = lane; i < D / 4; i += 32) to[i] = reinterpret_cast<const uint32_t *>(bytes)[i];
+        for (int j = 0; j < D / 32; ++j) {
+            const int x = __float2int_rn(y[j] * inverse);
+            sums[j / B] += x;
+            bytes[operand_position<TK, D>(lane + 32 * j)] = uint8_t(x);
+        }
+#pragma unroll
+        for (int b = 0; b < blocks; ++b) {
+            const int start = magic_bits - (L::biased ? 128 * warp_sum(sums[b]) : 0);
+            if (lane == 0) {
+                if (b == 0) wide.arrays.factors[item] = {to_log2, start};
+                else wide.arrays.upper_starts[item] = start;
+            }
+        }
+        __syncwarp();
+        uint32_t * to = reinterpret_cast<uint32_t *>(wide.arrays.queries + item * D);
+#pragma unroll
+        for (int i = lane; i < D / 4; i += 32) to[i] = reinterpret_cast<const uint32_t *>(bytes)[i];
+    } else if (lane == 0) {
+        wide.arrays.factors[item] = {to_log2, 0};
+    }
 }
 
 // A warp computes word number `item` of `all`, in the order [stream of the mask][head of the mask][token][words].
@@ -209,7 +221,7 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     switch (a.type_k) {
 #define TURBOQUANT_CASE(name)                                                                                             \
     case KV::name:                                                                                                        \
-        if constexpr (Kind<KV::name>::turbo && Kind<KV::name>::covered)                                                   \
+        if constexpr (Kind<KV::name>::covered)                                                   \
             return launch(prepare_kernel<KV::name, D>, blocks, dim3(32 * prepare_warps), 0, stream, wide, items, exact_at); \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
@@ -242,42 +254,66 @@ int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
 int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
 int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows - 1) / tile_rows); }
 
-// Bytes of the exact rows of K or of V, and of all arrays that an exact window needs. `columns` is the number of all
-// prepared columns.
+// Bytes of the exact rows of K or of V, and of all arrays of an exact window but the queries.
 size_t exact_side_bytes(const Attention & a) {
     return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) * sizeof(half);
 }
-size_t exact_bytes(const Attention & a, size_t columns) {
+size_t exact_bytes(const Attention & a) {
     const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
-    return columns * size_t(a.head) * sizeof(half) + 2 * exact_side_bytes(a) +
-           mask_rows * size_t(words_of(exact_rows(a))) * sizeof(SeenTiles);
+    return 2 * exact_side_bytes(a) + mask_rows * size_t(words_of(exact_rows(a))) * sizeof(SeenTiles);
 }
 
-// Sets what depends on the type of V, which is known only at run time.
-void describe_values(KV type, WideCall & wide) {
-    switch (type) {
-#define TURBOQUANT_CASE(name)                            \
-    case KV::name:                                       \
-        wide.value_unit = value_unit<KV::name>;          \
-        wide.rotated_values = Kind<KV::name>::turbo;     \
-        return;
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
+// What plans and launches need of types that are known only at run time.
+struct WideTypes {
+    bool turbo_k, turbo_v;
+    float value_unit;
+};
+WideTypes types_of(KV type_k, KV type_v) {
+    WideTypes types = {};
+#define TURBOQUANT_CASE(name)                                    \
+    if (type_k == KV::name) types.turbo_k = Kind<KV::name>::turbo; \
+    if (type_v == KV::name) {                                    \
+        types.turbo_v = Kind<KV::name>::turbo;                   \
+        types.value_unit = value_unit<KV::name>;                 \
     }
+    TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    return types;
+}
+
+// The functions that are compiled for a head size.
+struct WideHead {
+    int size;
+    WideKernel (*kernel)(KV type_k, KV type_v, int operands);
+    cudaError_t (*prepare)(const WideCall & wide, cudaStream_t stream);
+};
+const WideHead heads[] = {
+#define TURBOQUANT_HEAD(D) {D, wide_kernel_##D, launch_prepare<D>},
+    TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
+#undef TURBOQUANT_HEAD
+};
+const WideHead * head_of(int size) {
+    for (const WideHead & head : heads)
+        if (head.size == size) return &head;
+    return nullptr;
 }
 
 } // namespace
 
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
-    if (a.head != 128 || !wide_kernel_128(a.type_k, a.type_v, 1)) return false;
+    const WideHead * head = head_of(a.head);
+    const WideTypes types = types_of(a.type_k, a.type_v);
+    if (!head || !head->kernel(a.type_k, a.type_v, 1)) return false;
     p.wide = true;
     p.pitch_k = pitch_k;
     p.pitch_v = pitch_v;
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
-    p.operands = p.columns <= 2 * wide_columns ? 1 : 2;
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    const int most = most_operands(types.turbo_k, types.turbo_v, a.head);
+    p.operands = p.columns <= 4 * wide_columns ? 1 : most; // two use the rows better, one has more blocks at a time
+    int resident = resident_blocks(p.operands, most);
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
@@ -289,12 +325,17 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     constexpr int most_words = 128; // of SeenTiles, in shared memory
     const auto bytes = [&](int rows) {
         if (p.hopper) return HopperMemory<128>::bytes(rows * (pitch_k + pitch_v), most_words);
-        const int expanded = rows * (3 * a.head + int(sizeof(float2))), encoded = rows * (pitch_k + pitch_v);
+        const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
+        const int expanded = rows * (wide_key_bytes(types.turbo_k, a.head) + 2 * a.head + key_blocks * int(sizeof(float2)));
+        const int encoded = rows * (pitch_k + pitch_v);
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
         return wide_alignment + 2 * (expanded + encoded) + seen;
     };
-    p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows;
+    constexpr int reserved = 1024; // bytes that CUDA takes for each thread block
+    if (p.hopper) resident = 1;
+    p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows / resident;
     if (!p.hopper && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
+    if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
     p.row_tiles = p.hopper ? 1 : std::min(wide_warps / column_warps, p.step_rows / tile_rows);
     // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
     const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
@@ -306,9 +347,10 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
     const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
     int64_t chosen = least, cost = INT64_MAX;
-    for (int64_t chunks = least; chunks <= std::max(least, std::min<int64_t>(steps, 2 * device.multiprocessors)); ++chunks) {
-        const int64_t overhead = 4 * 4 * tile_rows / p.step_rows; // of a thread block, in steps
-        const int64_t waves = (blocks * chunks + device.multiprocessors - 1) / device.multiprocessors;
+    const int64_t at_once = int64_t(device.multiprocessors) * resident;
+    for (int64_t chunks = least; chunks <= std::max(least, std::min<int64_t>(steps, 2 * at_once)); ++chunks) {
+        const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
+        const int64_t waves = (blocks * chunks + at_once - 1) / at_once;
         const int64_t here = waves * ((all_steps + chunks - 1) / chunks + overhead);
         if (here < cost) {
             cost = here;
@@ -326,10 +368,12 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.states_at = parts * size_t(a.head) * sizeof(float);
     p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
     p.factors_at = p.queries_at + columns * size_t(a.head);
-    p.seen_at = after(p.factors_at + columns * sizeof(QueryFactor));
+    p.upper_starts_at = p.factors_at + columns * sizeof(QueryFactor);
+    p.seen_at = after(p.upper_starts_at + (a.head > 128 ? columns * sizeof(int) : 0));
     const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
     p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
-    p.workspace_bytes = p.exact_at + (a.windowed ? exact_bytes(a, columns) : 0);
+    p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
+    p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
     return true;
 }
 
@@ -339,26 +383,28 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     char * bytes = static_cast<char *>(workspace);
     WideCall wide = {};
     wide.call = call;
-    describe_values(a.type_v, wide);
+    const WideTypes types = types_of(a.type_k, a.type_v);
+    wide.value_unit = types.value_unit;
+    wide.rotated_values = types.turbo_v;
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
     wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
+    wide.arrays.upper_starts = reinterpret_cast<int *>(bytes + p.upper_starts_at);
     wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
     wide.arrays.words = words_of(a.n_kv);
+    wide.arrays.exact_queries = reinterpret_cast<uint16_t *>(bytes + p.exact_at);
     if (a.windowed) {
-        const size_t columns = size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tile) * size_t(p.column_tiles);
-        char * at = bytes + p.exact_at;
-        const auto take = [&](size_t size) { return reinterpret_cast<uint16_t *>(std::exchange(at, at + size)); };
-        wide.arrays.exact_queries = take(columns * size_t(a.head) * sizeof(half));
-        wide.arrays.exact_k = take(exact_side_bytes(a));
-        wide.arrays.exact_v = take(exact_side_bytes(a));
-        wide.arrays.exact_seen = reinterpret_cast<SeenTiles *>(at);
+        const size_t side = exact_side_bytes(a);
+        wide.arrays.exact_k = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at);
+        wide.arrays.exact_v = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at + side);
+        wide.arrays.exact_seen = reinterpret_cast<SeenTiles *>(bytes + p.exact_rows_at + 2 * side);
         wide.arrays.exact_words = words_of(exact_rows(a));
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
+    const WideHead & head = *head_of(a.head);
     const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
-                                       : wide_kernel_128(a.type_k, a.type_v, p.operands);
+                                       : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
-    if (error == cudaSuccess) error = launch_prepare<128>(wide, stream);
+    if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
     return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * wide_warps), size_t(p.shared_bytes), stream, wide);

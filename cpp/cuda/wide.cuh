@@ -4,7 +4,8 @@
 // A thread block takes a tile of the query columns of a KV head (query heads times tokens) and a run of KV rows. It
 // copies encoded rows to shared memory with cp.async (load.cuh) and expands each row once: K to int8 levels, V to
 // binary16 values. All columns of the block use the expanded rows as operands of the tensor cores. Scores are products of
-// int8 matrices, output is the product of binary16 weights and V.
+// int8 matrices, output is the product of binary16 weights and V. K in q8_0 or binary16, whose own error is small, is
+// expanded to binary16 instead, and so are its queries.
 //
 // The rows of an exact window are prepared as binary16 values. The warps read them from global memory, in the order of
 // the operands, and add them to their columns before the rows of the cache.
@@ -22,7 +23,7 @@ namespace cuda {
 
 constexpr int wide_warps = 8;            // of a thread block
 constexpr int wide_columns = 16;         // of an operand
-constexpr int wide_alignment = 256;      // of the expanded rows, so that bits of an address are the unit
+constexpr int wide_alignment = 512;      // of the expanded rows, so that bits of an address are the unit
 constexpr int seen_rows = 32 * tile_rows; // rows of a word of SeenTiles
 
 // How int32 products of a column become scores: they start from `start`, which removes the bias of the levels and makes
@@ -42,10 +43,13 @@ struct __align__(8) SeenTiles {
 struct WideArrays {
     int8_t * queries;      // [stream][KV head][column of all column tiles][head], in the order of operand_position
     QueryFactor * factors; // [stream][KV head][column of all column tiles]
+    int * upper_starts;    // as QueryFactor::start, for the second block of K in heads of two blocks
     SeenTiles * seen;      // [stream of the mask][head of the mask][token][words], or nullptr without a mask
     int words;             // of a row of the mask
+    // With an exact window, or if K is expanded to binary16: [stream][KV head][column of all column tiles][head], in
+    // binary16 and not rotated.
+    uint16_t * exact_queries;
     // With an exact window. Its rows fill whole tiles; those behind the last one are zero.
-    uint16_t * exact_queries; // binary16 [stream][KV head][column of all column tiles][head], not rotated
     uint16_t * exact_k;       // binary16 [KV stream][KV head][row][head], not rotated
     uint16_t * exact_v;       // binary16 [KV stream][KV head][tile][head][row in the order of value_position]
     SeenTiles * exact_seen;   // as `seen`, of the window's mask
@@ -93,8 +97,10 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t addre
 }
 
 // Expanded rows are units of 16 bytes. The unit with number u of row r is in place u ^ unit_swizzle(r), so that the same
-// unit of eight rows, and four units of two rows, lie in different banks.
-__device__ __forceinline__ int unit_swizzle(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
+// unit of eight rows, and four units of two rows, lie in different banks. Rows of 64 bytes have four units.
+template <int Bytes> __device__ __forceinline__ int unit_swizzle(int row) {
+    return (Bytes >= 128 ? (row & 1) << 2 : 0) | (row >> 1 & 3);
+}
 
 // The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the four
 // elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a quarter
@@ -132,7 +138,34 @@ __device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t sele
     const half2 product = __hmul2(__hsub2(*reinterpret_cast<const half2 *>(&bits), nine), scale);
     return *reinterpret_cast<const uint32_t *>(&product);
 }
-constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341; // with bytes of the second operand above them
+constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341, low_bytes = 0x4140, high_bytes = 0x4342; // byte 4: see there
+
+// Expands 32 values of q8_0 or of binary16 to four units of binary16. Returns whether all are finite; those of a block of
+// q8_0 are zero otherwise.
+template <KV T> __device__ __forceinline__ bool expand_values(const uint8_t * block, uint4 (&x)[4]) {
+    uint32_t words[16];
+    bool finite = true;
+    if constexpr (T == KV::f16) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            words[i] = reinterpret_cast<const uint32_t *>(block)[i];
+            finite = finite && (words[i] & 0x7c00) != 0x7c00 && (words[i] & 0x7c000000) != 0x7c000000;
+        }
+    } else {
+        const float unit = 128 * load_half(block); // of level / 128
+        finite = fabsf(unit) <= 65504.0f;
+        const half2 scale = __floats2half2_rn(finite ? unit : 0.0f, finite ? unit : 0.0f);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const uint32_t levels = load_u32(block + 2 + 4 * i) ^ four_biases;
+            words[2 * i] = scaled_halves(levels, low_bytes, scale);
+            words[2 * i + 1] = scaled_halves(levels, high_bytes, scale);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    return finite;
+}
 
 // The sums of the output are in this unit, because expanded rows have level / 128 instead of level * step.
 template <KV T> constexpr float value_unit = Kind<T>::turbo ? 128 * Kind<T>::step : 1;
@@ -162,6 +195,9 @@ struct MaskRows {
         return (int64_t(of_stream % streams) * heads + of_head % heads) * tokens + of_token;
     }
 };
+
+// Bytes of an expanded row of K.
+constexpr int wide_key_bytes(bool turbo, int head) { return turbo ? head : 2 * head; }
 
 // ---- the share of a warp
 
@@ -195,19 +231,20 @@ struct WidePlace {
 
 // The division of a thread block's shared memory. There are two buffers of expanded rows and two of encoded rows.
 template <KV TK, KV TV, int D> struct WideMemory {
-    static constexpr int key_bytes = D, value_bytes = 2 * D;
+    static constexpr int key_bytes = wide_key_bytes(Kind<TK>::turbo, D), value_bytes = 2 * D;
+    static constexpr int key_blocks = Layout<TK, D>::turbo ? D / Layout<TK, D>::block : 1; // that have factors
     int rows; // of a step
     int expanded, encoded_k, encoded; // bytes of a buffer of expanded rows, of encoded rows of K, of encoded rows
     uint8_t * base;                   // aligned to a row of V
 
     __device__ __forceinline__ WideMemory(const AttentionPlan & p, uint8_t * shared)
-        : rows(p.step_rows), expanded(p.step_rows * (key_bytes + value_bytes + int(sizeof(float2)))),
+        : rows(p.step_rows), expanded(p.step_rows * (key_bytes + value_bytes + key_blocks * int(sizeof(float2)))),
           encoded_k(p.step_rows * p.pitch_k), encoded(p.step_rows * (p.pitch_k + p.pitch_v)) {
         base = shared + (-int(__cvta_generic_to_shared(shared)) & (wide_alignment - 1));
     }
     __device__ __forceinline__ uint8_t * keys(int buffer) const { return base + buffer * expanded; }
     __device__ __forceinline__ uint8_t * values(int buffer) const { return keys(buffer) + rows * key_bytes; }
-    // The factors from products to scores without the factor of the query, and -magic times these.
+    // The factors from products to scores without the factor of the query, and -magic times these: [block][row].
     __device__ __forceinline__ float2 * key_factors(int buffer) const {
         return reinterpret_cast<float2 *>(values(buffer) + rows * value_bytes);
     }
@@ -256,7 +293,7 @@ template <KV TK, KV TV, int D> struct WideRows {
 
     // Expands the rows from `at` on. The warps share the rows.
     __device__ __forceinline__ void expand(int at, int from, int to) const {
-        const int part = place.lane % lanes, in_block = part % (LK::block / 32);
+        const int part = place.lane % lanes; // of a row: 32 values
         const uint32_t first = uint32_t(place.begin + at);
         const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + first * uint32_t(call.a.k_row),
                        v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + first * uint32_t(call.a.v_row);
@@ -269,38 +306,68 @@ template <KV TK, KV TV, int D> struct WideRows {
         for (int r = place.warp * rows_at_once + place.lane / lanes; r < memory.rows; r += wide_warps * rows_at_once) {
             const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
             const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
-            const uint8_t *block_k = row_k + part / (LK::block / 32) * LK::block_bytes,
-                          *block_v = row_v + part / (LV::block / 32) * LV::block_bytes;
-            const int swizzle = unit_swizzle(r);
-            uint32_t x[8], y[8];
-            read_levels<TK, D>(block_k, 2 * in_block, 1, look_up_k, x);
-            read_levels<TV, D>(block_v, 2 * in_block, 1, look_up_v, y);
-            const float scale_k = LK::load_block_scale(block_k), scale_v = LV::load_block_scale(block_v);
+            uint4 *to_k = reinterpret_cast<uint4 *>(keys + r * Memory::key_bytes),
+                  *to_v = reinterpret_cast<uint4 *>(values + r * Memory::value_bytes);
+            const int swizzle_k = unit_swizzle<Memory::key_bytes>(r), swizzle_v = unit_swizzle<Memory::value_bytes>(r);
+            float scale_k = 1;
+            bool finite_k = true; // of a turbo type, scale_k says so
+            if constexpr (LK::turbo) {
+                constexpr int parts = LK::block / 32;
+                const uint8_t * block = row_k + part / parts * LK::block_bytes;
+                uint32_t x[8];
+                read_levels<TK, D>(block, 2 * (part % parts), 1, look_up_k, x);
+                scale_k = LK::load_block_scale(block) * LK::step;
+                const int unit = part / parts * (LK::block / 16) + part % parts;
+                to_k[unit ^ swizzle_k] = make_uint4(x[0], x[1], x[2], x[3]);
+                to_k[(unit + parts) ^ swizzle_k] = make_uint4(x[4], x[5], x[6], x[7]);
+            } else {
+                uint4 x[4];
+                finite_k = expand_values<TK>(row_k + part * LK::block_bytes, x);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to_k[(4 * part + i) ^ swizzle_k] = x[i];
+            }
+            bool finite;
+            if constexpr (LV::turbo) {
+                constexpr int parts = LV::block / 32;
+                const uint8_t * block = row_v + part / parts * LV::block_bytes;
+                uint32_t y[8];
+                read_levels<TV, D>(block, 2 * (part % parts), 1, look_up_v, y);
+                const float scale_v = LV::load_block_scale(block);
+                finite = fabsf(scale_v) <= 65504.0f;
+                const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
+                if constexpr (!LV::biased) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) y[i] ^= four_biases;
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const uint32_t bytes = h ? odd_bytes : even_bytes;
+                        const int unit = part / parts * (LV::block / 8) + part % parts + parts * (i + 2 * h);
+                        to_v[unit ^ swizzle_v] = make_uint4(
+                            scaled_halves(y[4 * i], bytes, scale), scaled_halves(y[4 * i + 1], bytes, scale),
+                            scaled_halves(y[4 * i + 2], bytes, scale), scaled_halves(y[4 * i + 3], bytes, scale));
+                    }
+            } else {
+                uint4 x[4];
+                finite = expand_values<TV>(row_v + part * LV::block_bytes, x);
+                const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to_v[(4 * part + i) ^ swizzle_v] = finite ? x[i] : zero;
+            }
             // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
             // makes the score NaN instead, which the mask replaces.
-            const bool finite = fabsf(scale_v) <= 65504.0f;
-            if (part == 0) {
-                const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
-                factors[r] = make_float2(factor, -magic * factor);
+            finite = finite && finite_k;
+            if constexpr (!LK::turbo || !LV::turbo || LV::block < D) {
+                const uint32_t of_row = ((1u << lanes) - 1) << (place.lane - part);
+                finite = (__ballot_sync(all_lanes, finite) & of_row) == of_row;
             }
-            const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
-            uint4 * to_k = reinterpret_cast<uint4 *>(keys + r * Memory::key_bytes);
-            uint4 * to_v = reinterpret_cast<uint4 *>(values + r * Memory::value_bytes);
-            to_k[part ^ swizzle] = make_uint4(x[0], x[1], x[2], x[3]);
-            to_k[(part + 4) ^ swizzle] = make_uint4(x[4], x[5], x[6], x[7]);
-            if constexpr (!LV::biased) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) y[i] ^= four_biases;
+            constexpr int apart = lanes / Memory::key_blocks; // lanes that have a block of K
+            if (part % apart == 0) {
+                const float factor = finite ? scale_k : __uint_as_float(0x7fc00000);
+                factors[part / apart * memory.rows + r] = make_float2(factor, LK::turbo ? -magic * factor : 0.0f);
             }
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const uint32_t bytes = h ? odd_bytes : even_bytes;
-                    to_v[(part + 4 * i + 8 * h) ^ swizzle] = make_uint4(
-                        scaled_halves(y[4 * i], bytes, scale), scaled_halves(y[4 * i + 1], bytes, scale),
-                        scaled_halves(y[4 * i + 2], bytes, scale), scaled_halves(y[4 * i + 3], bytes, scale));
-                }
         }
     }
 };
@@ -314,14 +381,19 @@ constexpr float lowered_by = 8, headroom = 15;
 // The columns of a warp: M operands of 16. Arrays with 2 M elements have an element for each of the lane's columns.
 template <KV TK, KV TV, int D, int M> struct WideColumns {
     using LK = Layout<TK, D>;
+    using Memory = WideMemory<TK, TV, D>;
+    static constexpr int products = Memory::key_bytes / 32; // that give a score: each takes 32 bytes of a row of K
     const WideCall & wide;
     const WidePlace & place;
-    uint32_t query[M][D / 32][4];
+    uint32_t query[M][products][4];
     QueryFactor factor[2 * M];
+    int upper_start[2 * M]; // of the second block of K, if there is one
     float reference[2 * M], sum[2 * M]; // sum: over the lane's rows
+    float least_weight;                 // of V that counts, as a score relative to the reference
     float output[M][D / 8][4] = {};
 
-    __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place) : wide(wide), place(place) {
+    __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place)
+        : wide(wide), place(place), least_weight(lowered_by + log2f(wide.call.a.sparse_v)) {
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
             factor[c] = wide.arrays.factors[prepared_column() + 8 * c];
@@ -338,42 +410,64 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     }
 
     __device__ __forceinline__ void load_queries() {
-        const uint32_t * words =
-            reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4) + place.in_quad;
+        constexpr int row = Memory::key_bytes / 4; // words
+        const void * queries = LK::turbo ? static_cast<const void *>(wide.arrays.queries) : wide.arrays.exact_queries;
+        const uint32_t * words = static_cast<const uint32_t *>(queries) + prepared_column() * row + place.in_quad;
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
 #pragma unroll
-            for (int i = 0; i < D / 32; ++i) {
-                query[c / 2][i][c % 2] = words[8 * c * (D / 4) + 8 * i];
-                query[c / 2][i][c % 2 + 2] = words[8 * c * (D / 4) + 8 * i + 4];
+            for (int i = 0; i < products; ++i) {
+                query[c / 2][i][c % 2] = words[8 * c * row + 8 * i];
+                query[c / 2][i][c % 2 + 2] = words[8 * c * row + 8 * i + 4];
             }
+            if constexpr (Memory::key_blocks > 1) upper_start[c] = wide.arrays.upper_starts[prepared_column() + 8 * c];
         }
     }
 
     __device__ __forceinline__ int column(int c) const { return place.first_column + 8 * c + place.quad; }
 
     // Computes the scores of the tile, without the factors of the queries.
-    __device__ __forceinline__ void compute_scores(uint32_t keys, const float2 * key_factors,
+    __device__ __forceinline__ void compute_scores(uint32_t keys, const float2 * key_factors, int step_rows,
                                                    float (&s)[M][tile_rows / 8][4]) const {
+        constexpr int of_block = products / Memory::key_blocks;
         const int in_eight = place.lane % 8;
-        const uint32_t at = keys + in_eight * D + ((place.lane / 8 ^ unit_swizzle(in_eight)) << 4);
+        const uint32_t at = keys + in_eight * Memory::key_bytes +
+                            ((place.lane / 8 ^ unit_swizzle<Memory::key_bytes>(in_eight)) << 4);
 #pragma unroll
         for (int n = 0; n < tile_rows / 8; ++n) {
-            uint32_t k[D / 64][4];
+            uint32_t k[products / 2][4];
 #pragma unroll
-            for (int i = 0; i < D / 64; ++i) load_matrices(k[i], (at ^ 64 * i) + 8 * n * D);
-            const float4 two = *reinterpret_cast<const float4 *>(key_factors + 8 * n + 2 * place.in_quad);
+            for (int i = 0; i < products / 2; ++i) load_matrices(k[i], (at ^ 64 * i) + 8 * n * Memory::key_bytes);
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                int c[4] = {factor[2 * m].start, factor[2 * m].start, factor[2 * m + 1].start, factor[2 * m + 1].start};
+            for (int block = 0; block < Memory::key_blocks; ++block) {
+                const float4 two =
+                    *reinterpret_cast<const float4 *>(key_factors + block * step_rows + 8 * n + 2 * place.in_quad);
 #pragma unroll
-                for (int i = 0; i < D / 32; ++i) {
-                    const uint32_t b[2] = {k[i / 2][i % 2 * 2], k[i / 2][i % 2 * 2 + 1]};
-                    mma_int8<false, LK::biased>(c, query[m][i], b, c);
+                for (int m = 0; m < M; ++m) {
+                    float x[4] = {};
+                    if constexpr (LK::turbo) {
+                        const int start0 = block ? upper_start[2 * m] : factor[2 * m].start,
+                                  start1 = block ? upper_start[2 * m + 1] : factor[2 * m + 1].start;
+                        int c[4] = {start0, start0, start1, start1};
+#pragma unroll
+                        for (int i = block * of_block; i < (block + 1) * of_block; ++i) {
+                            const uint32_t b[2] = {k[i / 2][i % 2 * 2], k[i / 2][i % 2 * 2 + 1]};
+                            mma_int8<false, LK::biased>(c, query[m][i], b, c);
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) x[i] = __int_as_float(c[i]);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < products; ++i)
+                            mma_f16(x, query[m][i][0], query[m][i][1], query[m][i][2], query[m][i][3],
+                                    k[i / 2][i % 2 * 2], k[i / 2][i % 2 * 2 + 1]);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float score = __fmaf_rn(x[i], i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
+                        s[m][n][i] = block ? s[m][n][i] + score : score;
+                    }
                 }
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    s[m][n][i] = __fmaf_rn(__int_as_float(c[i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
             }
         }
     }
@@ -443,8 +537,10 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         }
     }
 
-    // Chooses a higher reference for columns with scores that exceed theirs by more than `headroom`.
-    __device__ __forceinline__ void raise_references(const float (&s)[M][tile_rows / 8][4]) {
+    // Chooses a higher reference for columns with scores that exceed theirs by more than `headroom`. Returns whether V of
+    // the tile counts: sparse V leaves it out if all weights are at most the threshold, relative to the score by which the
+    // reference was chosen, which is at most the largest so far.
+    __device__ __forceinline__ bool raise_references(const float (&s)[M][tile_rows / 8][4]) {
         float top[2 * M];
         bool exceeds = false;
 #pragma unroll
@@ -456,7 +552,14 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             top[c] *= factor[c].to_log2;
             exceeds = exceeds || top[c] > reference[c] + headroom;
         }
-        if (!__any_sync(all_lanes, exceeds)) return;
+        const auto counts = [&] {
+            bool some = false;
+#pragma unroll
+            for (int c = 0; c < 2 * M; ++c)
+                some = some || (column(c) < wide.call.plan.columns && top[c] > reference[c] + least_weight);
+            return __any_sync(all_lanes, some);
+        };
+        if (!__any_sync(all_lanes, exceeds)) return counts();
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
             float largest = fmaxf(top[c], __shfl_xor_sync(all_lanes, top[c], 1));
@@ -471,6 +574,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 output[c / 2][n][c % 2 * 2 + 1] *= correction;
             }
         }
+        return counts();
     }
 
     // Turns scores into weights, as the operand A of the output.
@@ -491,7 +595,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 
     // Adds weights times V to the output.
     __device__ __forceinline__ void add_values(uint32_t values, const uint32_t (&w)[M][tile_rows / 16][4]) {
-        const uint32_t at = (values + place.lane * 2 * D) | unit_swizzle(place.lane % 8) << 4;
+        const uint32_t at = (values + place.lane * 2 * D) | unit_swizzle<2 * D>(place.lane % 8) << 4;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             uint32_t v[4];
@@ -505,18 +609,17 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     }
 
     // Computes tile `tile` of the cache. `in_step` is its first row in the buffer.
-    template <typename Memory>
     __device__ __forceinline__ void add_tile(const Memory & memory, int buffer, int in_step, int tile, bool mixed) {
         const uint32_t keys = uint32_t(__cvta_generic_to_shared(memory.keys(buffer) + in_step * Memory::key_bytes)),
                        values = uint32_t(__cvta_generic_to_shared(memory.values(buffer) + in_step * Memory::value_bytes));
         float s[M][tile_rows / 8][4];
-        compute_scores(keys, memory.key_factors(buffer) + in_step, s);
+        compute_scores(keys, memory.key_factors(buffer) + in_step, memory.rows, s);
         if (wide.call.a.soft_cap != 0) cap(s);
         if (mixed) apply_mask(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile, s);
-        raise_references(s);
+        const bool counts = raise_references(s);
         uint32_t w[M][tile_rows / 16][4];
         weigh(s, w);
-        add_values(values, w);
+        if (counts) add_values(values, w);
     }
 
     // Adds the row group's tiles of the rows of an exact window, but those that no column sees.
@@ -567,9 +670,10 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         }
         if (wide.call.a.soft_cap != 0) cap(s);
         if (mixed) apply_mask(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile, s);
-        raise_references(s);
+        const bool counts = raise_references(s);
         uint32_t w[M][tile_rows / 16][4];
         weigh(s, w);
+        if (!counts) return;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             const uint4 v = values[n * tile_rows];
@@ -655,6 +759,16 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 
 // ---- the kernel
 
+// Operands that a warp has at most: the registers do not suffice for two with queries in binary16 or in heads of 256.
+constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo_k && turbo_v && head <= 128 ? 2 : 1; }
+
+// Thread blocks of a multiprocessor. A warp with one operand, where two would have been possible, leaves registers for a
+// second block, which works while the first one waits.
+constexpr int resident_blocks(int operands, int most) { return operands < most ? 2 : 1; }
+template <KV TK, KV TV, int D> constexpr int resident_blocks(int operands) {
+    return resident_blocks(operands, most_operands(Kind<TK>::turbo, Kind<TV>::turbo, D));
+}
+
 // Collects which tiles the thread block's columns see.
 template <typename Memory>
 __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePlace & place, const Memory & memory,
@@ -700,7 +814,7 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
 }
 
 template <KV TK, KV TV, int D, int M>
-__global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_constant__ WideCall wide) {
+__global__ void __launch_bounds__(32 * wide_warps, resident_blocks<TK, TV, D>(M)) wide_kernel(const __grid_constant__ WideCall wide) {
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
     const AttentionCall & call = wide.call;
@@ -759,17 +873,22 @@ __global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_c
 
 using WideKernel = void (*)(WideCall);
 
-// The kernel for a pair of types and a number of operands of a warp, or nullptr if there is none.
-WideKernel wide_kernel_128(KV type_k, KV type_v, int operands);
+// The kernel for a pair of types and a number of operands of a warp, or nullptr if there is none. The function of each
+// head size is in a file of its own, so the instances can be compiled in parallel.
+#define TURBOQUANT_DECLARE(D) WideKernel wide_kernel_##D(KV type_k, KV type_v, int operands);
+TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
+#undef TURBOQUANT_DECLARE
 
 namespace {
 
 template <int D, KV TK> WideKernel wide_kernel_for(KV type_v, int operands) {
     switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                       \
-    case KV::name:                                                                                  \
-        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)         \
-            return operands == 1 ? wide_kernel<TK, KV::name, D, 1> : wide_kernel<TK, KV::name, D, 2>; \
+#define TURBOQUANT_CASE(name)                                                                  \
+    case KV::name:                                                                             \
+        if constexpr (covers_pair<TK, KV::name>) {                                             \
+            constexpr int most = most_operands(Kind<TK>::turbo, Kind<KV::name>::turbo, D);     \
+            return operands < most ? wide_kernel<TK, KV::name, D, 1> : wide_kernel<TK, KV::name, D, most>; \
+        }                                                                                      \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE

@@ -434,6 +434,18 @@ inline void columns(List & list) {
                 c.mask = mask;
                 list.add("columns", c, Extent::usual);
             }
+    std::vector<Pair> pairs = turbo_pairs();
+    for (const int head : {64, 128, 256})
+        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ}) pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
+    for (const Pair & p : pairs) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.tokens = 9;
+        c.heads = 8;
+        c.kv_heads = 2;
+        c.rows = 200;
+        c.mask = Mask::causal;
+        list.add("columns", c, p.head_k == 128 ? Extent::usual : Extent::whole);
+    }
     for (const AttentionCase & base : bases()) {
         AttentionCase c = base;
         c.tokens = 24;
@@ -463,6 +475,12 @@ inline void columns(List & list) {
         c.soft_cap = 10;
         list.add("columns", c, Extent::usual);
         c.soft_cap = 0;
+        c.sparse_v = 1e-6f;
+        list.add("columns", c, Extent::usual);
+        c.spread = 100;
+        list.add("columns", c, Extent::usual);
+        c.spread = 1;
+        c.sparse_v = 0;
         c.first = c.last = 150; // no other row is seen
         list.add("columns", c, Extent::usual);
         c.first = 0;
