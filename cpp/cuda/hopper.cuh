@@ -29,21 +29,22 @@ constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int barriers = 2 * hopper_buffers * 8, infos = hopper_buffers * int(sizeof(int));
+    static constexpr int barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers + infos +
+        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers +
                words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
     uint32_t address; // of base
+    int * infos;      // of the steps in the buffers
     int encoded_k, encoded;
 
-    __device__ __forceinline__ HopperMemory(const AttentionPlan & p, uint8_t * shared)
-        : encoded_k(hopper_rows * p.pitch_k), encoded(hopper_rows * (p.pitch_k + p.pitch_v)) {
+    __device__ __forceinline__ HopperMemory(const AttentionPlan & p, uint8_t * shared, int * infos)
+        : infos(infos), encoded_k(hopper_rows * p.pitch_k), encoded(hopper_rows * (p.pitch_k + p.pitch_v)) {
         base = shared + (-int(__cvta_generic_to_shared(shared)) & (matrix_alignment - 1));
         address = uint32_t(__cvta_generic_to_shared(base));
     }
@@ -56,12 +57,9 @@ template <int D> struct HopperMemory {
     __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
-    __device__ __forceinline__ int & info(int buffer) const {
-        return reinterpret_cast<int *>(base + barriers_at() + barriers)[buffer];
-    }
     // Tiles that the columns of each warpgroup see, then those that any column sees.
     __device__ __forceinline__ SeenTiles * group_seen() const {
-        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers + infos);
+        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
     }
     __device__ __forceinline__ uint32_t * seen(int words) const {
         return reinterpret_cast<uint32_t *>(group_seen() + hopper_groups * words);
@@ -346,7 +344,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
             load(later, from == 0 ? encoded_buffers - 1 : from - 1);
             wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(from, turn.buffer);
-            if (threadIdx.x == 0) memory.info(turn.buffer) = steps.info(at);
+            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(at);
             publish(turn);
             from = from + 1 == encoded_buffers ? 0 : from + 1;
             at = after;
@@ -354,7 +352,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
         }
         copy_wait<0>();
         wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
-        if (threadIdx.x == 0) memory.info(turn.buffer) = no_step;
+        if (threadIdx.x == 0) memory.infos[turn.buffer] = no_step;
         publish(turn);
     }
 
@@ -679,7 +677,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     // Waits for the step in a buffer, and returns its info.
     __device__ __forceinline__ int wait(const Turn & turn) const {
         wait_barrier(memory.full(turn.buffer), turn.parity);
-        return memory.info(turn.buffer);
+        return memory.infos[turn.buffer];
     }
 
     // Adds all steps that a column of the thread block sees.
@@ -754,10 +752,11 @@ template <KV TK, KV TV, int D>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
+    __shared__ int infos[hopper_buffers]; // see hopper_kernel_of
     let_next_start();
     const AttentionCall & call = wide.call;
     const HopperPlace place(call);
-    const HopperMemory<D> memory(call.plan, shared);
+    const HopperMemory<D> memory(call.plan, shared, infos);
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive

@@ -1,4 +1,4 @@
-// The instances of the kernel for Hopper GPUs, for heads of 128 values. This file is compiled for sm_90a alone.
+// The instances of the kernel for Hopper GPUs, for heads of 128 values. This file is compiled for sm_90a, too.
 #include "hopper.cuh"
 
 namespace turboquant {

@@ -230,22 +230,20 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     return cudaErrorNotSupported;
 }
 
-// The kernel for Hopper GPUs, or nullptr if the current device has no code for it.
+// The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for other
+// GPUs, which shows in its shared memory.
 WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
-#ifdef TURBOQUANT_HOPPER
     const WideKernel kernel = hopper_kernel_128(type_k, type_v);
     if (!kernel) return nullptr;
     static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
     if (found != known.end()) return found->second ? kernel : nullptr;
     cudaFuncAttributes attributes;
-    const bool exists = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel)) == cudaSuccess;
-    if (!exists) cudaGetLastError(); // so that the caller does not find this error
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
+    if (error != cudaSuccess) cudaGetLastError(); // so that the caller does not find this error
+    const bool exists = error == cudaSuccess && attributes.sharedSizeBytes > 0;
     known.emplace(std::make_pair(kernel, device), exists);
     return exists ? kernel : nullptr;
-#else
-    return nullptr;
-#endif
 }
 
 constexpr int least_hopper_columns = 128; // with fewer columns, the kernel of wide.cuh has more thread blocks
