@@ -5,6 +5,7 @@
 #include "wide.cuh"
 
 #include <algorithm>
+#include <cmath>
 
 namespace turboquant {
 namespace cuda {
@@ -364,6 +365,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     const WideTypes types = types_of(a.type_k, a.type_v);
     wide.value_unit = types.value_unit;
     wide.rotated_values = types.turbo_v;
+    wide.least_weight = lowered_by + std::log2(a.sparse_v);
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
     wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
     wide.arrays.upper_starts = reinterpret_cast<int *>(bytes + p.upper_starts_at);
