@@ -6,6 +6,7 @@
 #include "wide.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <utility>
 
@@ -332,7 +333,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     constexpr int reserved = 1024; // bytes that CUDA takes for each thread block
     if (p.hopper) resident = 1;
     p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows / resident;
-    if (!p.hopper && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
+    while (!p.hopper && p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
     if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
     p.row_tiles = p.hopper ? 1 : std::min(wide_warps / column_warps, p.step_rows / tile_rows);
     // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
@@ -344,11 +345,11 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
     const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
     const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
-    int64_t chosen = least, cost = INT64_MAX;
-    const int64_t at_once = int64_t(device.multiprocessors) * resident;
-    for (int64_t chunks = least; chunks <= std::max(least, std::min<int64_t>(steps, 2 * at_once)); ++chunks) {
-        const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
-        const int64_t waves = (blocks * chunks + at_once - 1) / at_once;
+    const int64_t at_once = int64_t(device.multiprocessors) * resident, most_chunks = std::max(least, std::min(steps, 2 * at_once));
+    const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
+    int64_t chosen = least, cost = INT64_MAX, waves = (least * blocks + at_once - 1) / at_once;
+    for (int more = 0; more < 8 && chosen < most_chunks; ++more, ++waves) {
+        const int64_t chunks = std::min(std::max(at_once * waves / blocks, least), most_chunks);
         const int64_t here = waves * ((all_steps + chunks - 1) / chunks + overhead);
         if (here < cost) {
             cost = here;
@@ -384,6 +385,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     const WideTypes types = types_of(a.type_k, a.type_v);
     wide.value_unit = types.value_unit;
     wide.rotated_values = types.turbo_v;
+    wide.least_weight = lowered_by + std::log2(a.sparse_v);
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
     wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
     wide.arrays.upper_starts = reinterpret_cast<int *>(bytes + p.upper_starts_at);

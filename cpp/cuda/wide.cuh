@@ -61,6 +61,7 @@ struct WideCall {
     WideArrays arrays;
     float value_unit;   // that of the sums of the output
     bool rotated_values; // whether V has a type whose values are rotated
+    float least_weight; // of a tile whose V counts, as a score relative to the reference of WideColumns
 };
 
 namespace {
@@ -201,30 +202,34 @@ constexpr int wide_key_bytes(bool turbo, int head) { return turbo ? head : 2 * h
 
 // ---- the share of a warp
 
+// What the loop over the rows needs seldom is computed when it is needed, because a warp has few registers left.
 struct WidePlace {
+    const AttentionCall & call;
     int lane, quad, in_quad, warp;
-    int first_column;      // of the warp
-    int row_group;         // the warp takes tiles row_group, row_group + row_tiles, ... of a step
-    int kv_head, stream, kv_stream;
-    int64_t begin;         // the first KV row of the thread block, a multiple of the rows of a step
-    int length;            // the number of its KV rows
+    int first_column; // of the warp
+    int row_group;    // the warp takes tiles row_group, row_group + row_tiles, ... of a step
+    int length;       // the number of the thread block's KV rows
 
-    __device__ __forceinline__ WidePlace(const AttentionCall & call, int warp_columns) {
-        const Attention & a = call.a;
+    __device__ __forceinline__ WidePlace(const AttentionCall & call, int warp_columns) : call(call) {
         const AttentionPlan & p = call.plan;
         lane = threadIdx.x % 32;
         quad = lane / 4;
         in_quad = lane % 4;
         warp = threadIdx.x / 32;
-        const int column_warps = p.column_tile / warp_columns, column_tile = blockIdx.y / a.kv_heads;
+        const int column_warps = p.column_tile / warp_columns;
         row_group = keep(warp / column_warps);
-        first_column = column_tile * p.column_tile + (warp - row_group * column_warps) * warp_columns;
-        kv_head = blockIdx.y - column_tile * a.kv_heads;
-        stream = blockIdx.z;
-        kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
-        begin = int64_t(blockIdx.x) * p.chunk_rows;
-        length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+        first_column = column_tile() * p.column_tile + (warp - row_group * column_warps) * warp_columns;
+        length = int(begin() + p.chunk_rows < call.a.n_kv ? p.chunk_rows : call.a.n_kv - begin());
     }
+    __device__ __forceinline__ int column_tile() const { return blockIdx.y / call.a.kv_heads; }
+    __device__ __forceinline__ int kv_head() const { return blockIdx.y - column_tile() * call.a.kv_heads; }
+    __device__ __forceinline__ int stream() const { return blockIdx.z; }
+    __device__ __forceinline__ int kv_stream() const {
+        const Attention & a = call.a;
+        return a.streams == a.kv_streams ? stream() : stream() / (a.streams / a.kv_streams);
+    }
+    // The first KV row of the thread block, a multiple of the rows of a step.
+    __device__ __forceinline__ int64_t begin() const { return int64_t(blockIdx.x) * call.plan.chunk_rows; }
 };
 
 // ---- shared memory
@@ -272,8 +277,8 @@ template <KV TK, KV TV, int D> struct WideRows {
     __device__ __forceinline__ WideRows(const AttentionCall & call, const WidePlace & place, const Memory & memory)
         : call(call), place(place), memory(memory) {
         const Attention & a = call.a;
-        k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
-        v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
+        k = static_cast<const uint8_t *>(a.k) + place.kv_stream() * a.k_stream + place.kv_head() * a.k_head;
+        v = static_cast<const uint8_t *>(a.v) + place.kv_stream() * a.v_stream + place.kv_head() * a.v_head;
     }
 
     // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
@@ -286,7 +291,7 @@ template <KV TK, KV TV, int D> struct WideRows {
             for (int side = 0; side < 2; ++side)
                 load_rows(to + (side ? memory.encoded_k : 0),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          memory.rows, place.begin + at, a.n_kv);
+                          memory.rows, place.begin() + at, a.n_kv);
         }
         copy_commit();
     }
@@ -294,7 +299,7 @@ template <KV TK, KV TV, int D> struct WideRows {
     // Expands the rows from `at` on. The warps share the rows.
     __device__ __forceinline__ void expand(int at, int from, int to) const {
         const int part = place.lane % lanes; // of a row: 32 values
-        const uint32_t first = uint32_t(place.begin + at);
+        const uint32_t first = uint32_t(place.begin() + at);
         const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + first * uint32_t(call.a.k_row),
                        v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + first * uint32_t(call.a.v_row);
         const uint8_t *encoded_k = memory.encoded_rows(from), *encoded_v = encoded_k + memory.encoded_k;
@@ -389,11 +394,9 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     QueryFactor factor[2 * M];
     int upper_start[2 * M]; // of the second block of K, if there is one
     float reference[2 * M], sum[2 * M]; // sum: over the lane's rows
-    float least_weight;                 // of V that counts, as a score relative to the reference
     float output[M][D / 8][4] = {};
 
-    __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place)
-        : wide(wide), place(place), least_weight(lowered_by + log2f(wide.call.a.sparse_v)) {
+    __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place) : wide(wide), place(place) {
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
             factor[c] = wide.arrays.factors[prepared_column() + 8 * c];
@@ -405,7 +408,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     // The number of the lane's first column among those of all streams and KV heads.
     __device__ __forceinline__ int64_t prepared_column() const {
         const AttentionPlan & p = wide.call.plan;
-        return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile * p.column_tiles +
+        return (int64_t(place.stream()) * wide.call.a.kv_heads + place.kv_head()) * p.column_tile * p.column_tiles +
                place.first_column + place.quad;
     }
 
@@ -494,9 +497,9 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
             if (column(c) >= p.columns) continue;
-            const int token = column(c) / p.group, head = place.kv_head * p.group + column(c) - token * p.group;
+            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
             SeenTiles one = {~0u, ~0u};
-            if (mask.base) one = seen[mask.number(token, head, place.stream, wide.call.a.tokens) * words + tile / 32];
+            if (mask.base) one = seen[mask.number(token, head, place.stream(), wide.call.a.tokens) * words + tile / 32];
             some |= (one.some >> tile % 32 & 1) << c;
             mixed |= (one.mixed >> tile % 32 & 1) << c;
         }
@@ -509,9 +512,9 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 continue;
             }
             if (!(mixed >> c & 1)) continue;
-            const int token = column(c) / p.group, head = place.kv_head * p.group + column(c) - token * p.group;
+            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
             const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
-            const uint8_t * values = mask.row(token, head, place.stream) + 2 * first;
+            const uint8_t * values = mask.row(token, head, place.stream()) + 2 * first;
             uint32_t pairs[tile_rows / 8];
             if (mask.base && int64_t(tile + 1) * tile_rows <= mask.rows && (reinterpret_cast<uintptr_t>(values) & 3) == 0) {
 #pragma unroll
@@ -556,7 +559,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             bool some = false;
 #pragma unroll
             for (int c = 0; c < 2 * M; ++c)
-                some = some || (column(c) < wide.call.plan.columns && top[c] > reference[c] + least_weight);
+                some = some || (column(c) < wide.call.plan.columns && top[c] > reference[c] + wide.least_weight);
             return __any_sync(all_lanes, some);
         };
         if (!__any_sync(all_lanes, exceeds)) return counts();
@@ -628,7 +631,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         const Attention & a = wide.call.a;
         const int first = place.first_column / wide.call.plan.group,
                   last = (place.first_column + wide_columns * M - 1) / wide.call.plan.group;
-        const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
+        const SeenTiles * from = x.exact_seen + int64_t(place.stream() % a.exact.mask_streams) * a.exact.mask_heads *
                                                     a.tokens * x.exact_words;
         const AttentionPlan & p = wide.call.plan;
 #pragma unroll 1
@@ -648,7 +651,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     // The inner index of the products has an order in which a lane's four registers of a row are adjacent elements.
     __device__ __forceinline__ void add_exact_tile(int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
-        const int64_t at = (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * x.exact_tiles + tile;
+        const int64_t at = (int64_t(place.kv_stream()) * wide.call.a.kv_heads + place.kv_head()) * x.exact_tiles + tile;
         const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad,
                     *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * (D / 8) + place.in_quad,
                     *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + place.quad) * (tile_rows / 8) + place.in_quad;
@@ -745,7 +748,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (column(c) >= call.plan.columns) continue;
-            const int64_t at = query_row(call, place.stream, place.kv_head, column(c)) * call.plan.parts + blockIdx.x;
+            const int64_t at = query_row(call, place.stream(), place.kv_head(), column(c)) * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + 2 * place.in_quad;
@@ -775,14 +778,14 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
                                              int warp_columns, int words) {
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
-    const int64_t first_word = place.begin / seen_rows;
+    const int64_t first_word = place.begin() / seen_rows;
     const int column_warps = call.plan.column_tile / warp_columns;
     SeenTiles * warp_seen = memory.warp_seen(words);
     if (place.row_group == 0) {
         const int first = place.first_column / call.plan.group,
                   end = min((place.first_column + warp_columns - 1) / call.plan.group + 1, a.tokens);
         const SeenTiles * from = wide.arrays.seen +
-                                 int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
+                                 int64_t(place.stream() % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
         for (int w = place.lane; w < words; w += 32) {
             SeenTiles seen = {0, 0};
             if (!a.mask) {
@@ -824,7 +827,7 @@ __global__ void __launch_bounds__(32 * wide_warps, resident_blocks<TK, TV, D>(M)
     const WideMemory<TK, TV, D> memory(plan, shared);
     const WideRows<TK, TV, D> rows(call, place, memory);
     wait_for_previous();
-    const int first_tile = int(place.begin / tile_rows % 32);
+    const int first_tile = int(place.begin() / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_seen(wide, place, memory, warp_columns, words);
     const uint32_t * seen = memory.seen();
@@ -858,7 +861,7 @@ __global__ void __launch_bounds__(32 * wide_warps, resident_blocks<TK, TV, D>(M)
             const int in_words = first_tile + at / tile_rows + t;
             const SeenTiles one = warp_seen[in_words / 32];
             if (!(one.some >> in_words % 32 & 1)) continue;
-            columns.add_tile(memory, buffer, t * tile_rows, int(place.begin / tile_rows) + at / tile_rows + t,
+            columns.add_tile(memory, buffer, t * tile_rows, int(place.begin() / tile_rows) + at / tile_rows + t,
                              one.mixed >> in_words % 32 & 1);
         }
         if (!early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);

@@ -477,8 +477,8 @@ inline void columns(List & list) {
         c.soft_cap = 0;
         c.sparse_v = 1e-6f;
         list.add("columns", c, Extent::usual);
-        c.spread = 100;
-        list.add("columns", c, Extent::usual);
+        c.spread = 100; // so that V is left out
+        if (c.type_k < TQ_TYPE_COUNT) list.add("columns", c, Extent::usual);
         c.spread = 1;
         c.sparse_v = 0;
         c.first = c.last = 150; // no other row is seen
