@@ -22,6 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 import turboquant
+from bench_common import Problem, numbers, pairs, shown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -51,26 +52,6 @@ examples
   python3 tools/bench_attention.py --skip-model --spread 8        scores as peaked as in late layers, for sparse V
   TURBOQUANT_KERNELS=avx2 python3 tools/bench_attention.py        other kernels
 """
-
-
-class Problem(Exception):
-    """An error that the user can correct."""
-
-
-def numbers(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted whole numbers with commas between them") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted numbers above 0")
-    return values
-
-
-def pairs(text: str) -> list[str]:
-    """The pairs K:V; f16 is first, because all pairs are compared with it."""
-    names = [name if ":" in name else f"{name}:{name}" for name in text.split(",") if name]
-    return list(dict.fromkeys(["f16:f16", *names]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -243,11 +224,6 @@ def model_table(rows: list[dict[str, Any]], prefill: int) -> Table:
                       f"{row['decode'] / f16['decode']:.2f}x", f"{row['prefill']:.1f}",
                       f"{row['prefill'] / f16['prefill']:.2f}x", end_section=last)
     return table
-
-
-def shown(pair: str) -> str:
-    type_k, type_v = pair.split(":")
-    return type_k if type_k == type_v else f"{type_k}/{type_v}"
 
 
 def draw(rows: list[dict[str, Any]], limits: dict[int, dict[str, float]], file: Path) -> None:

@@ -173,7 +173,7 @@ template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream
 struct Head {
     int size;
     RowType (*row_type)(KV type);
-    AttentionKernel (*kernel)(KV type_k, KV type_v, bool windowed);
+    AttentionKernel (*kernel)(const KernelChoice & choice);
     cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
 };
 const Head heads[] = {
@@ -220,7 +220,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     const Head * head = head_of(a.head);
     if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
         a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
-        device->version < 80 || !head || !head->kernel(a.type_k, a.type_v, a.windowed))
+        device->version < 80 || !head || !head->kernel({a.type_k, a.type_v, a.windowed, true}))
         return false;
     if (a.windowed && !covers_exact(a)) return false;
     const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
@@ -254,16 +254,19 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         const uint64_t group_v = p.head_groups > 1 ? uint64_t(heads * a.v_head) : 0;
         p.pitch_k = pitch_for(a.k, a.k_row, int64_t(a.k_stream | group_k), heads * k.bytes);
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
+        p.gapless = a.k_row == p.pitch_k && heads * k.bytes == p.pitch_k && a.v_row == p.pitch_v &&
+                    heads * v.bytes == p.pitch_v;
         // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
         // of shared memory that CUDA takes for each of them.
-        const int resident = a.head <= 128 ? 2 : 1, reserved = 1024;
-        const int share = device->shared_per_multiprocessor / resident - reserved;
+        const int resident = resident_blocks(a.head, p.column_tile / 4), reserved = 1024;
+        const int share = device->shared_per_multiprocessor / resident - reserved - barrier_bytes;
+        const int most = device->shared_per_block - barrier_bytes;
         const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
         p.row_tiles = most_warps / heads;
-        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > device->shared_per_block) --p.row_tiles;
+        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > most) --p.row_tiles;
         const int stage = p.row_tiles * row_tile;
-        if (2 * stage > device->shared_per_block) continue;
-        p.stages = 3 * stage <= share && 3 * stage <= device->shared_per_block ? 3 : 2;
+        if (2 * stage > most) continue;
+        p.stages = 3 * stage <= share && 3 * stage <= most ? 3 : 2;
         p.shared_bytes = p.stages * stage;
         const int64_t beside = int64_t(p.head_groups) * p.column_tiles * a.streams;
         if (beside / a.streams > 65535) return false;
@@ -284,6 +287,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
             const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
             p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
         }
+        p.shared_bytes += barrier_bytes;
         const size_t parts = size_t(query_rows(a)) * size_t(p.parts);
         p.states_at = parts * size_t(a.head) * sizeof(float);
         p.workspace_bytes = p.states_at + parts * sizeof(SoftmaxState);
@@ -310,7 +314,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     if (plan.wide) {
         launched = launch_wide(call, workspace, stream);
     } else {
-        const AttentionKernel kernel = head.kernel(a.type_k, a.type_v, a.windowed);
+        const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, plan.column_tile == 4});
         launched = allow_shared(reinterpret_cast<const void *>(kernel), plan.device, plan.shared_bytes);
         if (launched != cudaSuccess) return launched;
         const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));

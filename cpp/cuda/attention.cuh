@@ -2,7 +2,7 @@
 // launches calls, and merges partial results. The instances of the template are compiled in files of their own.
 //
 // A thread block takes a run of KV rows of several KV heads, whose rows are adjacent, and up to eight query columns of
-// each (query heads of the KV head, times tokens). It copies encoded rows to shared memory with cp.async (load.cuh).
+// each (query heads of the KV head, times tokens). It copies encoded rows to shared memory (load.cuh).
 // Each warp takes one KV head and tiles of 32 rows. Scores and output are products of int8 matrices on the tensor cores
 // (mma.cuh), or of binary16 matrices for K or V in f16. Byte permutes turn encoded rows into int8 operands
 // (operands.cuh). A thread block rotates its queries once (query.cuh), and the output is rotated back once, after all
@@ -18,55 +18,39 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// Adds the lanes' sums after the last tile, so that they are sums over all rows of the warp.
-template <int D>
-__device__ __forceinline__ void add_lanes(SoftmaxState & state, float (&sums)[D / 16][4], bool paired) {
-    state.sum += __shfl_xor_sync(all_lanes, state.sum, 1);
-    state.sum += __shfl_xor_sync(all_lanes, state.sum, 2);
-    if (!paired) return;
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] += __shfl_xor_sync(all_lanes, sums[i][j], 2); // the low bytes
-}
-
 // Stores a warp's partial results of its query rows for merge_kernel.
-template <KV TV, int D>
-__device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place, const SoftmaxState & state,
-                                           const float (&sums)[D / 16][4], bool has_state, bool has_output) {
+template <KV TV, int D, int C>
+__device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place,
+                                           const LaneColumns<C> & columns, const SoftmaxState (&state)[C],
+                                           const Sums<D, C> & sums) {
     const AttentionPlan & p = call.plan;
     const int part = blockIdx.x * p.row_tiles + place.row_tile;
-    const auto at = [&](int column) { return query_row(call, place.stream, place.kv_head(), column) * p.parts + part; };
-    if (has_state) call.states[at(place.first_column + place.quad)] = state;
-    if (!has_output) return;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-        const int column = place.first_column + 2 * place.in_quad + j;
-        if (column < p.columns) store_output<TV, D>(call.partial + at(column) * D, sums, j, place.quad);
+    for (int h = 0; h < C; ++h) {
+        if (!columns.valid[h]) continue;
+        const int64_t at = query_row(call, place.stream, place.kv_head(), columns.number[h]) * p.parts + part;
+        if (place.quad == 0) call.states[at] = state[h];
+        store_output<TV, D, C>(call.partial + at * D, sums, h, place.quad);
     }
 }
 
 // Finishes the query rows of a thread block that has computed all KV rows. The warps exchange their partial results in
 // shared memory, and each warp merges and finishes some of the query rows.
-template <KV TV, int D>
+template <KV TV, int D, int C>
 __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Place & place, uint8_t * shared,
-                                            const SoftmaxState & state, const float (&sums)[D / 16][4], bool has_state,
-                                            bool has_output) {
+                                            const SoftmaxState (&state)[C], const Sums<D, C> & sums) {
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
     const int lane = place.lane, warps = blockDim.x / 32;
     // results is [warp][column][D], states is [warp][column]
     float * results = reinterpret_cast<float *>(shared);
     SoftmaxState * states = reinterpret_cast<SoftmaxState *>(results + warps * p.column_tile * D);
-    const bool some = __any_sync(all_lanes, saw_rows(state));
     __syncthreads();
-    if (has_state) states[place.warp * p.column_tile + place.quad] = state;
-    if (has_output && some) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int row = place.warp * p.column_tile + 2 * place.in_quad + j;
-            store_output<TV, D>(results + row * D, sums, j, place.quad);
-        }
+    for (int h = 0; h < C; ++h) {
+        const int row = place.warp * p.column_tile + C * place.in_quad + h;
+        if (place.quad == 0) states[row] = state[h];
+        if (saw_rows(state[h])) store_output<TV, D, C>(results + row * D, sums, h, place.quad);
     }
     __syncthreads();
     for (int task = place.warp; task < p.block_heads * p.column_tile; task += warps) {
@@ -98,19 +82,17 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     }
 }
 
-template <KV TK, KV TV, int D, bool Windowed>
-__global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
+// C: columns of a lane. Thread blocks have four or eight columns.
+template <KV TK, KV TV, int D, bool Windowed, int C>
+__global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     attention_kernel(const __grid_constant__ AttentionCall call) {
-    extern __shared__ __align__(16) uint8_t shared[];
+    extern __shared__ __align__(16) uint8_t all_shared[];
     let_next_start();
-    const AttentionPlan & plan = call.plan;
+    uint8_t * shared = all_shared + barrier_bytes;
     const Place place(call);
-    const int quad = place.quad, in_quad = place.in_quad, kv_head = place.kv_head();
-    const int column = place.first_column + (place.paired ? quad % 4 : quad); // of the lane's scores
-    const bool valid = column < plan.columns;
-    const int token = valid ? column / plan.group : 0;
-    const int head = kv_head * plan.group + (valid ? column % plan.group : 0);
-    Mask mask(call, place, token, head);
+    const AttentionPlan & plan = call.plan;
+    const LaneColumns<C> columns(call, place);
+    Mask<C> mask(call, place, columns);
     const Stages<TK, TV, D> stages(call, place, shared);
 
     stages.prefetch_rows();
@@ -120,12 +102,14 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
     wait_for_previous();
     float values[4][D / 32];
     load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
-    SoftmaxState state = {nothing_seen, 0};
-    float sums[D / 16][4] = {};
+    SoftmaxState state[C];
+#pragma unroll
+    for (int h = 0; h < C; ++h) state[h] = {nothing_seen, 0};
+    Sums<D, C> sums = {};
     uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
     uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
     if constexpr (Windowed) {
-        ExactAttention<TV, D> exact(call, place, valid, token, head);
+        ExactAttention<TV, D, C> exact(call, place, columns);
         stages.start();
         // A KV head's only warp shares the head's scratch memory with no other warp.
         const bool alone = plan.row_tiles == 1;
@@ -136,63 +120,79 @@ __global__ void __launch_bounds__(32 * most_warps, D <= 128 ? 2 : 1)
         stages.start();
     }
     mask.load(place.begin + place.row_tile * tile_rows);
-    uint32_t query[D / 32][4];
-    const float to_score =
-        prepare_queries<TK, D>(call, place, scratch, values, query);
-    const KeyBias<TK, D> bias(query);
-    const bool capped = call.a.soft_cap != 0;
-    const float to_log2 = capped ? log2e : to_score * log2e;
+    prepare_queries<TK, D>(call, place, scratch, values);
+    const Query<TK, D, C> query(place, scratch);
+    if (stages.bulk()) before_bulk_copies();
+    const uint32_t zero = unknown_zero();
+    const typename Layout<TK, D>::LookUpLevels look_up_keys(zero);
+    const typename Layout<TV, D>::LookUpLevels look_up_values(zero);
 
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
-    for (int row = 0, stage = 0; row < place.length; row += stages.rows, stage = stages.after(stage)) {
-        stages.advance(row, stage, ahead);
+    int stage = -1, parity = 1;
+    for (int row = 0; row < place.length; row += stages.rows) {
+        stage = stages.after(stage);
+        parity ^= stage == 0;
+        stages.advance(row, stage, parity, ahead);
         const int first = row + place.row_tile * tile_rows; // row of the warp's tile
         if (first >= place.length) continue;
-        if (mask.hides_all()) {
-            if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows);
-            continue;
-        }
+        const bool visible = mask.is_zero(), hidden = !visible && mask.hides_all();
         const uint8_t * memory = shared + stage * stages.bytes;
-        float score[8];
-        scores<TK, D>(query, bias, memory, stages, plan.pitch_k, in_quad, score);
-        if (capped) cap_scores(call.a.soft_cap, to_score, score);
-        mask.apply(to_log2, score);
+        float score[lane_rows][C];
+        if (!hidden) {
+            scores<TK, D, C>(query, look_up_keys, memory + stages.k_row, plan.pitch_k, place.in_quad, score);
+            scale_scores<C>(call.a.soft_cap, query.factor, score);
+            if (!visible) mask.apply(call, columns, score);
+        }
         if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step
-        const float largest = largest_score(score);
-        float(&weight)[8] = score;
-        const float correction = add_scores(state, largest, weight);
-        correct_output<D>(sums, correction, in_quad);
+        if (hidden) continue;
+        float largest[C], correction[C];
+        float(&weight)[lane_rows][C] = score;
+        largest_scores(score, largest);
+        add_scores(state, largest, weight, correction);
+        correct_output<D, C>(sums, correction);
         // Sparse V leaves out V of a tile whose weights are all at most the threshold. A NaN keeps the tile.
-        if (!__any_sync(all_lanes, valid && !(exp2f(largest - state.largest) <= call.a.sparse_v))) continue;
-        const uint8_t *row0 = memory + stages.v_row0, *row1 = memory + stages.v_row1;
-        if (place.paired) output<TV, D, true>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
-        else output<TV, D, false>(sums, weight, row0, row1, plan.pitch_v, quad, in_quad);
+        bool needed = false;
+#pragma unroll
+        for (int h = 0; h < C; ++h)
+            needed = needed || (columns.valid[h] && !(exp2f(largest[h] - state[h].largest) <= call.a.sparse_v));
+        if (!__any_sync(all_lanes, needed)) continue;
+        output<TV, D, C>(sums, look_up_values, weight, visible, memory + stages.v_row, memory + stages.v_row0,
+                         memory + stages.v_row1, plan.pitch_v, place.quad);
     }
-    add_lanes<D>(state, sums, place.paired);
-
-    const bool has_state = in_quad == 0 && (!place.paired || quad < 4), has_output = !place.paired || in_quad < 2;
-    if (plan.merged) store_part<TV, D>(call, place, state, sums, has_state && valid, has_output);
-    else finish_rows<TV, D>(call, place, shared, state, sums, has_state, has_output);
+#pragma unroll
+    for (int h = 0; h < C; ++h) state[h].sum = over_quads(state[h].sum, [](float a, float b) { return a + b; });
+    if (plan.merged) store_part<TV, D, C>(call, place, columns, state, sums);
+    else finish_rows<TV, D, C>(call, place, shared, state, sums);
 }
 
 } // namespace
 
 using AttentionKernel = void (*)(AttentionCall);
 
-// The kernel for a pair of types, or nullptr if there is none. The function of each head size is in a file of its own,
+struct KernelChoice {
+    KV type_k, type_v;
+    bool windowed, four; // four: whether a thread block has four columns, not eight
+};
+
+// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its own,
 // so the instances can be compiled in parallel.
-#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(KV type_k, KV type_v, bool windowed);
+#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
 
 namespace {
 
-template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
-    switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                     \
-    case KV::name:                                                                                \
-        if constexpr (covers_pair<TK, KV::name>)                                                  \
-            return windowed ? attention_kernel<TK, KV::name, D, true> : attention_kernel<TK, KV::name, D, false>; \
+template <KV TK, KV TV, int D> AttentionKernel kernel_for_types(bool windowed, bool four) {
+    if (windowed) return four ? attention_kernel<TK, TV, D, true, 1> : attention_kernel<TK, TV, D, true, 2>;
+    return four ? attention_kernel<TK, TV, D, false, 1> : attention_kernel<TK, TV, D, false, 2>;
+}
+
+template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choice) {
+    switch (choice.type_v) {
+#define TURBOQUANT_CASE(name)                                                                  \
+    case KV::name:                                                                             \
+        if constexpr (covers_pair<TK, KV::name>)                                               \
+            return kernel_for_types<TK, KV::name, D>(choice.windowed, choice.four);            \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -200,10 +200,10 @@ template <int D, KV TK> AttentionKernel kernel_for(KV type_v, bool windowed) {
     return nullptr;
 }
 
-template <int D> AttentionKernel kernel_for(KV type_k, KV type_v, bool windowed) {
-    switch (type_k) {
+template <int D> AttentionKernel kernel_for(const KernelChoice & choice) {
+    switch (choice.type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return kernel_for<D, KV::name>(type_v, windowed);
+    case KV::name: return kernel_for_key<KV::name, D>(choice);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

@@ -4,9 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_128(KV type_k, KV type_v, bool windowed) {
-    return kernel_for<128>(type_k, type_v, windowed);
-}
+AttentionKernel attention_kernel_128(const KernelChoice & choice) { return kernel_for<128>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

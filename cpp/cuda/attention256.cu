@@ -4,9 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_256(KV type_k, KV type_v, bool windowed) {
-    return kernel_for<256>(type_k, type_v, windowed);
-}
+AttentionKernel attention_kernel_256(const KernelChoice & choice) { return kernel_for<256>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

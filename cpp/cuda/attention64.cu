@@ -4,9 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_64(KV type_k, KV type_v, bool windowed) {
-    return kernel_for<64>(type_k, type_v, windowed);
-}
+AttentionKernel attention_kernel_64(const KernelChoice & choice) { return kernel_for<64>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

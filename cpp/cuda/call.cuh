@@ -9,8 +9,12 @@ namespace turboquant {
 namespace cuda {
 
 constexpr int tile_rows = 32;   // KV rows that a warp computes at a time
+constexpr int lane_rows = 4;    // of these, the number whose scores a lane has: rows quad + 8 j
 constexpr int most_columns = 8; // maximum query columns of a thread block
 constexpr int most_warps = 8;   // of a thread block
+// Thread blocks of a multiprocessor at a time, in the launch bounds of the kernel for C columns of a lane.
+constexpr int resident_blocks(int head, int C) { return head > 128 ? 1 : 2; }
+constexpr int barrier_bytes = 32; // of the barriers of the stages of the pipeline, in shared memory
 
 struct AttentionCall {
     Attention a;
@@ -25,8 +29,9 @@ struct AttentionCall {
 
 namespace {
 
-// The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes: a
-// lane has the scores of column `quad`, and the output of columns 2 * in_quad and 2 * in_quad + 1.
+// The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes. A lane
+// has the scores and the output of one query column, in_quad, if there are four, and of columns 2 * in_quad and
+// 2 * in_quad + 1 if there are eight. Its scores are those of rows quad, quad + 8, quad + 16 and quad + 24 of a tile.
 struct Place {
     int lane, quad, in_quad, warp; // in_quad: the number of the lane in its quad
     int row_tile;          // the warp's tile among those of its KV head in a stage
@@ -34,7 +39,7 @@ struct Place {
     int head_in_block;     // the warp's KV head, counted from first_head
     int stream, kv_stream; // of the queries; of K and V
     int first_column;      // of the thread block
-    bool paired;           // whether there are four columns: columns 4-7 repeat them, and take the weights' low bytes
+    bool four;             // whether there are four columns and not eight
     int64_t begin;         // the first KV row of the thread block
     int length;            // the number of its KV rows
 
@@ -52,11 +57,29 @@ struct Place {
         first_head = (blockIdx.y - column_tile * p.head_groups) * p.block_heads;
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
-        paired = p.column_tile == 4;
+        four = p.column_tile == 4;
         begin = int64_t(blockIdx.x) * p.chunk_rows;
         length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
     }
     __device__ __forceinline__ int kv_head() const { return first_head + head_in_block; }
+};
+
+// The query columns of a lane.
+template <int C> struct LaneColumns {
+    int number[C]; // among those of the KV head
+    bool valid[C]; // whether the column exists
+    int token[C], head[C];
+
+    __device__ __forceinline__ LaneColumns(const AttentionCall & call, const Place & place) {
+        const AttentionPlan & p = call.plan;
+#pragma unroll
+        for (int h = 0; h < C; ++h) {
+            number[h] = place.first_column + C * place.in_quad + h;
+            valid[h] = number[h] < p.columns;
+            token[h] = valid[h] ? number[h] / p.group : 0;
+            head[h] = place.kv_head() * p.group + (valid[h] ? number[h] % p.group : 0);
+        }
+    }
 };
 
 // The factor of the mask of a query head: its ALiBi slope, or 1 without ALiBi.

@@ -410,11 +410,14 @@ __global__ void __launch_bounds__(decode_threads)
             int level[8];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint32_t levels =
-                    LookUp<typename F::family>()(packed.nibbles >> (16 * half), packed.signs >> (16 * half), 0);
-                constexpr uint32_t bias = biased_levels<typename F::family> ? four_biases : 0; // modulo 256, an exclusive or
+                using Levels = LookUp<typename F::family>;
+                uint32_t part[Levels::parts];
+                Levels(0)(packed.nibbles >> (16 * half), packed.signs >> (16 * half), 0, part);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) level[4 * half + i] = int8_t((levels ^ bias) >> (8 * i));
+                for (int i = 0; i < 4; ++i) {
+                    level[4 * half + i] = int8_t(part[0] >> (8 * i));
+                    if constexpr (Levels::parts == 2) level[4 * half + i] -= int8_t(part[1] >> (8 * i));
+                }
             }
             float x[2][4]; // [half of the block][element]
             if (Rotated) {

@@ -49,6 +49,9 @@ __device__ __forceinline__ int warp_sum(int x) {
 // x again in every step.
 __device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, threadIdx.x % 32); }
 
+// A zero that the compiler does not know.
+__device__ __forceinline__ uint32_t unknown_zero() { return keep(threadIdx.x % 32) ^ threadIdx.x % 32; }
+
 // The sign bits of 32 elements.
 constexpr uint32_t sign_word(const uint8_t * signs, int word) {
     return uint32_t(signs[4 * word]) | uint32_t(signs[4 * word + 1]) << 8 | uint32_t(signs[4 * word + 2]) << 16 |
@@ -87,12 +90,20 @@ __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b
     return r;
 }
 
+// Transposes an 8 x 8 matrix of 16-bit elements. Lane 4 r + i has elements 2 i and 2 i + 1 of row r.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+    uint32_t r = 0;
+#if __CUDA_ARCH__ >= 750
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+#endif
+    return r;
+}
+
 constexpr uint32_t interleave_low = 0x5140,  // a0 b0 a1 b1
     interleave_high = 0x7362,                // a2 b2 a3 b3
     low_halves = 0x5410,                     // a0 a1 b0 b1
     high_halves = 0x7632,                    // a2 a3 b2 b3
-    lowest_bytes = 0x0040,                   // a0 b0 in the low half
-    second_bytes = 0x0051;                   // a1 b1 in the low half
+    high_and_low_bytes = 0x4051;             // a1 b1 a0 b0
 
 // Transposes four words of four bytes: word i becomes byte i of each word.
 __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
@@ -107,7 +118,15 @@ __device__ __forceinline__ void transpose_bytes(uint32_t (&w)[4]) {
 __device__ __forceinline__ uint32_t load_u8(const uint8_t * p) { return *p; }
 // Blocks begin at even addresses.
 __device__ __forceinline__ uint32_t load_u16(const uint8_t * p) { return *reinterpret_cast<const uint16_t *>(p); }
-__device__ __forceinline__ uint32_t load_u32(const uint8_t * p) { return load_u16(p) + (load_u16(p + 2) << 16); }
+__device__ __forceinline__ uint32_t load_u32(const uint8_t * p) {
+#ifdef __CUDA_ARCH__ // a multiplication; compilers take a permute instead, and attention has too many of these
+    uint32_t x;
+    asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(x) : "r"(load_u16(p + 2)), "r"(load_u16(p)));
+    return x;
+#else
+    return load_u16(p) + (load_u16(p + 2) << 16);
+#endif
+}
 __device__ __forceinline__ float load_half(const uint8_t * p) {
     return __half2float(__ushort_as_half(uint16_t(load_u16(p))));
 }

@@ -12,7 +12,7 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_exact_rows = 1; // of a warp, if more thread blocks can take them
+constexpr int most_exact_rows = 2; // of a warp, if more thread blocks can take them
 
 // The exact rows of a KV head: first the slots, then the batch's own rows.
 struct ExactHead {
@@ -85,19 +85,17 @@ __device__ __forceinline__ const half * exact_mask(const Attention & a, int stre
                                           head % x.mask_heads * x.mask_head + stream % x.mask_streams * x.mask_stream);
 }
 
-// Sums each of four values over the warp, and leaves the sum of number quad % 4 in the lanes of a quad.
-__device__ __forceinline__ float sum_for_quads(float (&x)[4], int lane) {
+// Sums each of four values over the warp, and leaves the sum of number lane % 4 in a lane.
+__device__ __forceinline__ float sum_for_lanes(float (&x)[4], int lane) {
 #pragma unroll
     for (int n = 2; n > 0; n /= 2)
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const bool upper = lane & 4 * n;
-            const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], 4 * n);
+            const bool upper = lane & n;
+            const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], n);
             x[i] = (upper ? x[i + n] : x[i]) + other;
         }
-    x[0] += __shfl_xor_sync(all_lanes, x[0], 16);
-    x[0] += __shfl_xor_sync(all_lanes, x[0], 2);
-    return x[0] + __shfl_xor_sync(all_lanes, x[0], 1);
+    return over_quads(x[0], [](float a, float b) { return a + b; });
 }
 
 // Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may write
@@ -113,43 +111,49 @@ __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const
 
 // Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on. The
 // constructor loads the first of them, so that this overlaps with other work.
-template <KV TV, int D> class ExactAttention {
+template <KV TV, int D, int C> class ExactAttention {
     static constexpr int P = D / 32;
     const AttentionCall & call;
     const Place & place;
     const ExactHead rows;
-    const half * mask; // of the lane's column, or nullptr
-    float slope, bias;
+    const half * mask[C]; // of the lane's columns, or nullptr
+    float slope[C], bias[C];
     int row;
     ExactRow<P> bytes;
 
     __device__ __forceinline__ void load() {
         if (row >= rows.rows) return;
-        bias = mask ? __half2float(mask[row]) : -INFINITY;
+#pragma unroll
+        for (int h = 0; h < C; ++h) bias[h] = mask[h] ? __half2float(mask[h][row]) : -INFINITY;
         bytes = ExactRow<P>(call.a.exact, rows, row, place.lane);
     }
 
 public:
-    // token and head: of the lane's column, if it is valid.
-    __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place, bool valid, int token,
-                                              int head)
+    __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place,
+                                              const LaneColumns<C> & columns)
         : call(call), place(place), rows(call.a, place.kv_stream, place.kv_head()),
-          mask(valid ? exact_mask(call.a, place.stream, token, head) : nullptr),
-          slope(log2e * alibi_slope(call, head)), bias(-INFINITY),
           row(blockIdx.x * call.plan.row_tiles + place.row_tile) {
+#pragma unroll
+        for (int h = 0; h < C; ++h) {
+            mask[h] = columns.valid[h] ? exact_mask(call.a, place.stream, columns.token[h], columns.head[h]) : nullptr;
+            slope[h] = log2e * alibi_slope(call, columns.head[h]);
+            bias[h] = -INFINITY;
+        }
         load();
     }
 
     // Sets what the warp has of its columns in the lanes' order of the kernel. `values` are the columns that load_queries
     // has loaded for the warp's row tile. `scratch` takes D floats of the warp.
-    __device__ __forceinline__ void attend(const float (&values)[4][P], float * scratch, SoftmaxState & state,
-                                           float (&sums)[D / 16][4]) {
+    __device__ __forceinline__ void attend(const float (&values)[4][P], float * scratch, SoftmaxState (&state)[C],
+                                           Sums<D, C> & sums) {
         const Attention & a = call.a;
         const int lane = place.lane, in_quad = place.in_quad;
         for (; row < rows.rows; row += call.plan.parts, load()) {
-            const uint32_t seen = __ballot_sync(all_lanes, bias != -INFINITY);
-            if (seen == 0) continue;
-            float score = 0;
+            bool seen = false;
+#pragma unroll
+            for (int h = 0; h < C; ++h) seen = seen || bias[h] != -INFINITY;
+            if (!__any_sync(all_lanes, seen)) continue;
+            float score[C] = {};
 #pragma unroll 1
             for (int c0 = 0; c0 < call.plan.column_tile; c0 += 4) { // four columns take fewer registers than eight
                 float q[4][P], dots[4] = {};
@@ -164,17 +168,28 @@ public:
 #pragma unroll
                     for (int c = 0; c < 4; ++c) dots[c] += q[c][j] * k;
                 }
-                const float sum = sum_for_quads(dots, lane);
-                if (place.paired || place.quad / 4 == c0 / 4) score = sum * a.scale;
+                const float sum = sum_for_lanes(dots, lane);
+#pragma unroll
+                for (int h = 0; h < C; ++h) {
+                    const int column = C * in_quad + h;
+                    const float own = C == 1 ? sum : __shfl_sync(all_lanes, sum, column % 4);
+                    if (column / 4 == c0 / 4) score[h] = own * a.scale;
+                }
             }
-            if (a.soft_cap != 0) score = a.soft_cap * tanhf(score / a.soft_cap);
-            score = score * log2e + slope * bias;
-            if (bias == -INFINITY) score = -INFINITY; // whatever bytes the row has
-            const float before = state.largest;
-            state.largest = fmaxf(before, score);
-            const float correction = exp2f(before - state.largest), weight = exp2f(score - state.largest);
-            state.sum = state.sum * correction + (in_quad == 0 ? weight : 0.0f); // add_lanes adds the quad's
-            correct_output<D>(sums, correction, in_quad);
+            float correction[C], weight[C];
+#pragma unroll
+            for (int h = 0; h < C; ++h) {
+                float s = score[h];
+                if (a.soft_cap != 0) s = a.soft_cap * tanhf(s / a.soft_cap);
+                s = s * log2e + slope[h] * bias[h];
+                if (bias[h] == -INFINITY) s = -INFINITY; // whatever bytes the row has
+                const float before = state[h].largest;
+                state[h].largest = fmaxf(before, s);
+                correction[h] = exp2f(before - state[h].largest);
+                weight[h] = exp2f(s - state[h].largest);
+                state[h].sum = state[h].sum * correction[h] + (place.quad == 0 ? weight[h] : 0.0f); // of one of the lanes
+            }
+            correct_output<D, C>(sums, correction);
 
             constexpr int B = rotated_block<D>;
 #pragma unroll
@@ -188,14 +203,9 @@ public:
                 for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
             }
             __syncwarp();
-            const bool low = place.paired && in_quad >= 2; // the column has its values from another lane
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int from = 8 * in_quad + 4 * j; // a lane with the weight of the column
-                const float w = __shfl_sync(all_lanes, weight, from);
-                // A NaN in a row that is hidden from the column must not reach it.
-                if (seen >> from & 1 && !low) add_output<TV, D>(sums, scratch, w, j, place.quad);
-            }
+            for (int h = 0; h < C; ++h) // a NaN in a row that is hidden from the column must not reach it
+                if (bias[h] != -INFINITY) add_output<TV, D, C>(sums, scratch, weight[h], h, place.quad);
             __syncwarp();
         }
     }

@@ -106,7 +106,7 @@ struct HopperPlace {
 // Buffers are used in turn.
 struct Turn {
     int buffer = 0;
-    uint32_t parity = 0; // of the phase in which the buffer becomes full
+    int parity = 0; // of the phase in which the buffer becomes full. The phase before the first one has parity 1
     __device__ __forceinline__ void go_on() {
         if (++buffer == hopper_buffers) {
             buffer = 0;
@@ -209,6 +209,9 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
+// Whether expanded K are levels + 128. Levels that are differences are cheaper so.
+template <KV TK, int D> constexpr bool unsigned_keys = Layout<TK, D>::parts == 2;
+
 // Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
 // other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
 template <KV TK, KV TV, int D> struct HopperRows {
@@ -231,12 +234,15 @@ template <KV TK, KV TV, int D> struct HopperRows {
     int encoded_k, encoded_v;       // the offsets of the row that the thread expands
     int part, row;                  // the quarter of this row
     int unit0, unit1;               // offsets of the units that it writes
-    typename LK::LookUpLevels look_up_k;
-    typename LV::LookUpLevels look_up_v;
-    uint32_t even = even_bytes, odd = odd_bytes;
+    const typename LK::LookUpLevels look_up_k;
+    const typename LV::LookUpLevels look_up_v;
+    const uint32_t even, odd;       // even_bytes and odd_bytes, in registers
 
-    __device__ __forceinline__ HopperRows(const AttentionCall & call, const HopperPlace & place, const Memory & memory)
-        : call(call), place(place), memory(memory) {
+    // `zero` is 0, but the compiler does not know.
+    __device__ __forceinline__ HopperRows(const AttentionCall & call, const HopperPlace & place, const Memory & memory,
+                                          uint32_t zero)
+        : call(call), place(place), memory(memory), look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero),
+          odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
@@ -263,11 +269,6 @@ template <KV TK, KV TV, int D> struct HopperRows {
         encoded_v = memory.encoded_k + row * p.pitch_v + offset(v, a.v_row);
         unit0 = row * 128 + ((part ^ row % 8) << 4);
         unit1 = unit0 ^ 64;
-        look_up_k.keep_in_registers();
-        look_up_v.keep_in_registers();
-        const int zero = keep(place.lane) ^ place.lane;
-        even ^= zero;
-        odd ^= zero;
     }
 
     // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
@@ -300,8 +301,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const uint8_t * encoded = memory.base + memory.encoded_at(from);
         const uint8_t *row_k = encoded + encoded_k, *row_v = encoded + encoded_v;
         uint32_t x[8], y[8];
-        read_levels<TK, D>(row_k, part, lanes, look_up_k, x);
-        read_levels<TV, D>(row_v, part, lanes, look_up_v, y);
+        read_levels<TK, D, unsigned_keys<TK, D>>(row_k, part, lanes, look_up_k, x);
+        read_levels<TV, D, true>(row_v, part, lanes, look_up_v, y);
         const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
         // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
         // the score NaN instead, which the mask replaces.
@@ -315,10 +316,6 @@ template <KV TK, KV TV, int D> struct HopperRows {
         uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
         *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<uint4 *>(at1) = make_uint4(x[4], x[5], x[6], x[7]);
-        if constexpr (!LV::biased) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) y[j] ^= four_biases;
-        }
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -342,7 +339,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
             copy_wait<1>();
             __syncwarp(); // the rows are there, and those of the preceding step have been read
             load(later, from == 0 ? encoded_buffers - 1 : from - 1);
-            wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
+            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(from, turn.buffer);
             if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(at);
             publish(turn);
@@ -351,7 +348,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
             after = later;
         }
         copy_wait<0>();
-        wait_barrier(memory.empty(turn.buffer), turn.parity ^ 1);
+        wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
         if (threadIdx.x == 0) memory.infos[turn.buffer] = no_step;
         publish(turn);
     }
@@ -377,7 +374,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     const HopperPlace & place;
     const Memory & memory;
     uint32_t query[D / 32][4];
-    int start[2];
+    int start[2]; // of the products: magic_bits, less what the bias of unsigned K adds
     float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
     float output[D / 2] = {};
     union {
@@ -390,9 +387,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         : wide(wide), place(place), memory(memory) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            const QueryFactor factor = wide.arrays.factors[prepared_column() + 8 * c];
-            to_log2[c] = factor.to_log2;
-            start[c] = factor.start;
+            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c];
             reference[c] = nothing_seen;
             sum[c] = 0;
         }
@@ -414,6 +409,15 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                 query[i][c] = words[8 * c * (D / 4) + query_word(8 * i + place.in_quad)];
                 query[i][c + 2] = words[8 * c * (D / 4) + query_word(8 * i + 4 + place.in_quad)];
             }
+            int sum = 0;
+            if constexpr (unsigned_keys<TK, D>) {
+#pragma unroll
+                for (int i = 0; i < D / 32; ++i)
+                    sum = __dp4a(int(query[i][c]), 0x01010101, __dp4a(int(query[i][c + 2]), 0x01010101, sum));
+                sum += __shfl_xor_sync(all_lanes, sum, 1);
+                sum += __shfl_xor_sync(all_lanes, sum, 2);
+            }
+            start[c] = magic_bits - 128 * sum;
         }
     }
 
@@ -423,7 +427,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     __device__ __forceinline__ void start_products(int buffer) {
         const uint32_t keys = memory.address + Memory::keys_at(buffer);
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) multiply_keys<LK::biased>(products, query[i], key_descriptor(keys + 32 * i));
+        for (int i = 0; i < D / 32; ++i) multiply_keys<unsigned_keys<TK, D>>(products, query[i], key_descriptor(keys + 32 * i));
     }
     __device__ __forceinline__ void clear_products() {
 #pragma unroll
@@ -552,12 +556,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
             const uint8_t * row = memory.base + Memory::keys_at(buffer) + (8 * n + quad) * 128 + 4 * in_quad;
-            int c[4] = {start[0], start[0], start[1], start[1]};
+            int c[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
 #pragma unroll
             for (int i = 0; i < D / 32; ++i) {
-                const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(row + ((2 * i ^ quad) << 4)),
-                                       *reinterpret_cast<const uint32_t *>(row + ((2 * i + 1 ^ quad) << 4))};
-                mma_int8<false, LK::biased>(c, query[i], b, c);
+                constexpr uint32_t bias = unsigned_keys<TK, D> ? four_biases : 0;
+                const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(row + ((2 * i ^ quad) << 4)) ^ bias,
+                                       *reinterpret_cast<const uint32_t *>(row + ((2 * i + 1 ^ quad) << 4)) ^ bias};
+                mma_int8(c, query[i], b);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i];
@@ -676,7 +681,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Waits for the step in a buffer, and returns its info.
     __device__ __forceinline__ int wait(const Turn & turn) const {
-        wait_barrier(memory.full(turn.buffer), turn.parity);
+        wait_for_phase(memory.full(turn.buffer), turn.parity);
         return memory.infos[turn.buffer];
     }
 
@@ -760,8 +765,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
-            init_barrier(memory.full(i), expanding_threads / 32);
-            init_barrier(memory.empty(i), hopper_groups * warpgroup / 32);
+            start_barrier(memory.full(i), expanding_threads / 32);
+            start_barrier(memory.empty(i), hopper_groups * warpgroup / 32);
         }
     }
     wait_for_previous();
@@ -771,7 +776,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     if (place.group < 0) {
         leave_registers<expanding_registers>();
         const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length};
-        HopperRows<TK, TV, D>(call, place, memory).expand_all(steps);
+        HopperRows<TK, TV, D>(call, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
     } else {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);

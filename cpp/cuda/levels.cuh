@@ -19,62 +19,67 @@ constexpr uint32_t pack4(const int8_t * c) {
     return uint32_t(uint8_t(c[0])) | uint32_t(uint8_t(c[1])) << 8 | uint32_t(uint8_t(c[2])) << 16 |
            uint32_t(uint8_t(c[3])) << 24;
 }
-// The magnitudes of four negative levels in a word.
-constexpr uint32_t pack4_magnitudes(const int8_t * c) {
-    return uint32_t(-c[0]) | uint32_t(-c[1]) << 8 | uint32_t(-c[2]) << 16 | uint32_t(-c[3]) << 24;
-}
 
-// A codebook as words of four levels, and those of its negative half as magnitudes.
+// A codebook as words of four levels. If it has 16 levels or more, the magnitudes of its negative half: those of the first
+// eight levels in this order, and those of the other levels backwards.
 template <typename Family> struct Table {
-    static constexpr uint32_t word(int i) { return 4 * i < Family::levels ? pack4(Family::centroids + 4 * i) : 0; }
-    static constexpr uint32_t magnitude(int i) {
-        return 8 * i < Family::levels ? pack4_magnitudes(Family::centroids + 4 * i) : 0;
+    static constexpr const int8_t * centroids = Family::centroids;
+    static constexpr uint32_t word(int i) { return 4 * i < Family::levels ? pack4(centroids + 4 * i) : 0; }
+    static constexpr uint32_t magnitude(int i) { return uint32_t(-centroids[i < Family::levels / 2 ? i : 0]); }
+    static constexpr uint32_t magnitudes(int first, int step) {
+        return magnitude(first) | magnitude(first + step) << 8 | magnitude(first + 2 * step) << 16 |
+               magnitude(first + 3 * step) << 24;
     }
     static constexpr uint32_t c0 = word(0), c1 = word(1), c2 = word(2), c3 = word(3);
-    static constexpr uint32_t low0 = magnitude(0), low1 = magnitude(1), low2 = magnitude(2), low3 = magnitude(3);
+    static constexpr uint32_t low0 = magnitudes(0, 1), low1 = magnitudes(4, 1), high0 = magnitudes(15, -1),
+                              high1 = magnitudes(11, -1);
+    static constexpr bool symmetric() {
+        for (int i = 0; i < Family::levels; ++i)
+            if (centroids[i] != -centroids[Family::levels - 1 - i]) return false;
+        return true;
+    }
 };
 
-// Whether 128 is added to the levels that are looked up, which are then unsigned bytes. Levels that need two permutes or
-// more are differences of bytes that are not negative: with the 128, the difference of two words borrows nothing.
-template <typename Family> constexpr bool biased_levels = Family::levels >= 16;
-constexpr uint32_t four_biases = 0x80808080;
+// Levels that need two permutes are the difference of two operands, whose products with the other matrix are subtracted.
+template <typename Family> constexpr int level_parts = Family::levels >= 16 ? 2 : 1;
 // Whether an index has a fifth bit, which is the sign of its level and has a selector of its own, that of Unit.
 template <typename Family> constexpr bool signed_units = Family::levels == 32;
 
-// Looks up the levels of the four indices in the low 16 bits of `nibbles`, plus 128 if biased_levels. If the upper bit
-// of a nibble is set, prmt repeats the sign of the selected byte.
-//   16 levels: one of the two bytes of an index is the magnitude, the other is zero.
-//   32 levels: the nibble selects 128 + a magnitude, from one of two tables; the byte from the other is 255. The level is
-//     positive if a bit of the nibble in `signs` is set, the lowest bit for field 0 and the third for field 1 (Unit).
-//     Otherwise 127 is subtracted from the complement of the magnitude.
-template <typename Family> struct LookUp {
+// Looks up the levels of the four indices in the low 16 bits of `nibbles`. If the upper bit of a nibble is set, prmt
+// repeats the sign of the selected byte, which is 0 for magnitudes. So of a permute with the nibbles and one with their
+// complements, one gives a magnitude and the other gives 0.
+//   16 levels: the magnitude of a negative level, and that of a positive one.
+//   32 levels: the nibble is that of a magnitude. The level is positive if a bit of the nibble in `signs` is set, the lowest
+//     bit for field 0 and the third for field 1 (Unit). Otherwise -1 is subtracted from the complement of the magnitude.
+template <typename Family> class LookUp {
     using T = Table<Family>;
-    // first operands of prmt, which are registers
-    uint32_t low0 = T::low0 | bias, low2 = T::low2 | bias, c2 = T::c2, sign0 = 0x007f007f, sign1 = 0x7f7f7f7f;
+    static_assert(T::symmetric(), "both halves have the same magnitudes");
+    uint32_t low0, high0, sign, ones; // in registers; the second operands of prmt may be constants
 
-    // Without this, kernels that need many registers load the constants again for each lookup.
-    __device__ __forceinline__ void keep_in_registers() {
-        const int lane = threadIdx.x % 32, zero = keep(lane) ^ lane;
-        low0 ^= zero;
-        low2 ^= zero;
-        c2 ^= zero;
-        sign0 ^= zero;
-        sign1 ^= zero;
-    }
-    __device__ __forceinline__ uint32_t operator()(uint32_t nibbles, uint32_t signs, int field) const {
+    // The multiplication does not need the units that permute and combine bits, which are the busiest.
+    __device__ __forceinline__ uint32_t complement(uint32_t x) const { return x * ones + ones; }
+
+public:
+    static constexpr int parts = level_parts<Family>;
+
+    // If the compiler does not know that `zero` is 0, it does not load the constants again for each lookup.
+    __device__ __forceinline__ explicit LookUp(uint32_t zero)
+        : low0(T::low0 ^ zero), high0(T::high0 ^ zero), sign(0x00ff00ff ^ zero), ones(~zero) {}
+
+    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, int field, uint32_t (&part)[parts]) const {
         if constexpr (Family::levels == 32) {
-            const uint32_t low = prmt(low0, T::low1 | bias, nibbles), high = prmt(low2, T::low3 | bias, nibbles ^ 0x8888);
-            const uint32_t negative = field ? prmt(sign1, 0, signs) : prmt(sign0, sign0, signs);
-            return ((low & high) ^ negative) - negative;
+            const uint32_t magnitude =
+                prmt(low0, T::low1, nibbles) | prmt(high0, T::high1, complement(nibbles));
+            const uint32_t negative = field ? prmt(ones, 0, signs) : prmt(sign, sign, signs);
+            part[0] = magnitude ^ negative;
+            part[1] = negative;
         } else if constexpr (Family::levels == 16) {
-            return prmt(c2, T::c3, nibbles ^ 0x8888) - prmt(low0, T::low1, nibbles) + four_biases;
+            part[0] = prmt(low0, T::low1, complement(nibbles));
+            part[1] = prmt(low0, T::low1, nibbles);
         } else {
-            return prmt(T::c0, T::c1, nibbles);
+            part[0] = prmt(T::c0, T::c1, nibbles);
         }
     }
-
-private:
-    static constexpr uint32_t bias = Family::levels == 32 ? four_biases : 0;
 };
 
 // ---- units

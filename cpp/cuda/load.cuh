@@ -17,7 +17,8 @@ namespace {
 template <typename Family_> struct TurboKind {
     using Family = Family_;
     static constexpr bool covered = has_kernels<Family>, turbo = true, floats = false;
-    static constexpr bool nibbles = packs_nibbles<Family>, biased = biased_levels<Family>, signs = signed_units<Family>;
+    static constexpr bool nibbles = packs_nibbles<Family>, signs = signed_units<Family>;
+    static constexpr int parts = level_parts<Family>;
     static constexpr float step = Family::step;
     template <int D> static constexpr int block = rotated_block<D>;
     template <int D> static constexpr int block_bytes = TURBOQUANT_BLOCK_BYTES(Family::bits, block<D>);
@@ -27,12 +28,15 @@ template <typename Family_> struct TurboKind {
 template <int Block, int Bytes, bool Floats> struct PlainKind {
     using Family = void;
     static constexpr bool covered = true, turbo = false, floats = Floats;
-    static constexpr bool nibbles = false, biased = false, signs = false;
+    static constexpr bool nibbles = false, signs = false;
+    static constexpr int parts = 1;
     static constexpr float step = 1.0f;
     template <int D> static constexpr int block = Block;
     template <int D> static constexpr int block_bytes = Bytes;
     template <int D> using BlockFormat = void;
-    struct LookUpLevels {};
+    struct LookUpLevels {
+        __device__ explicit LookUpLevels(uint32_t) {}
+    };
 };
 
 template <KV T> struct Kind;
@@ -62,7 +66,8 @@ template <KV T, int D> struct Layout {
     using LookUpLevels = typename Kind<T>::LookUpLevels;
     static constexpr float step = Kind<T>::step; // a value is its level * step * the stored scale of the block
     static constexpr bool turbo = Kind<T>::turbo, floats = Kind<T>::floats;
-    static constexpr bool nibbles = Kind<T>::nibbles, biased = Kind<T>::biased, signs = Kind<T>::signs; // see levels.cuh
+    static constexpr bool nibbles = Kind<T>::nibbles, signs = Kind<T>::signs; // see levels.cuh
+    static constexpr int parts = Kind<T>::parts;                               // of a level, as an operand
     static constexpr int block = Kind<T>::template block<D>;
     static constexpr int block_bytes = Kind<T>::template block_bytes<D>;
     static constexpr int bytes = D / block * block_bytes;
@@ -93,6 +98,10 @@ template <int N> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
+__device__ __forceinline__ void store_shared(uint32_t shared, uint32_t x) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(uint16_t(x)) : "memory");
+}
+
 // As copy_async, for any even number `valid`, negative ones and those above 16 included. `any` is a readable address
 // for the case that nothing is valid.
 __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global, const uint8_t * any, int valid) {
@@ -104,7 +113,54 @@ __device__ __forceinline__ void copy_end(uint32_t shared, const uint8_t * global
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = 2 * i < valid ? uint16_t(load_u16(global + 2 * i)) : uint16_t(0);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared + 2 * i), "h"(x[i]) : "memory");
+    for (int i = 0; i < 8; ++i) store_shared(shared + 2 * i, x[i]);
+}
+
+// ---- bulk copies, of Hopper and newer GPUs
+
+#if __CUDA_ARCH__ >= 900
+#define TURBOQUANT_BULK_COPIES
+#endif
+#ifdef TURBOQUANT_BULK_COPIES
+#define TURBOQUANT_BULK(...) asm volatile(__VA_ARGS__)
+constexpr bool bulk_copies = true;
+#else
+#define TURBOQUANT_BULK(...)
+constexpr bool bulk_copies = false;
+#endif
+
+// A barrier in shared memory completes a phase when it has its arrivals and all bytes that were announced for the phase.
+// Phases have the parities 0, 1, 0, ...
+__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+    TURBOQUANT_BULK("mbarrier.init.shared::cta.b64 [%0], %1;\n"
+                    "fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    TURBOQUANT_BULK("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
+    TURBOQUANT_BULK("{\n"
+                    ".reg .pred done;\n"
+                    "again:\n"
+                    "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                    "@!done bra again;\n"
+                    "}" ::"r"(barrier), "r"(parity) : "memory");
+}
+// Announces bytes for the barrier's phase, and copies them from global to shared memory. Addresses and sizes are multiples
+// of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, int bytes, uint32_t barrier) {
+    TURBOQUANT_BULK("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                    "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+// Orders a thread's accesses to shared memory before later bulk copies to the same memory.
+__device__ __forceinline__ void before_bulk_copies() { TURBOQUANT_BULK("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A warp waits until all other warps of the thread block have called tell_waiting_warp with the same number, 1, 2, ...
+__device__ __forceinline__ void wait_for_warps(int number) {
+    TURBOQUANT_BULK("barrier.cta.sync %0, %1;" ::"r"(number), "r"(blockDim.x) : "memory");
+}
+__device__ __forceinline__ void tell_waiting_warp(int number) {
+    TURBOQUANT_BULK("barrier.cta.arrive %0, %1;" ::"r"(number), "r"(blockDim.x) : "memory");
 }
 
 // The rows of K or V of a thread block's heads.
@@ -166,6 +222,14 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, in
     }
 }
 
+// Copies rows without gaps, which are one run of bytes. A whole warp calls this.
+__device__ __forceinline__ void load_run(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
+                                         int lane, uint32_t barrier) {
+    const int valid = first + rows <= n_kv ? rows : int(n_kv - first);
+    if (lane == 0) copy_bulk(shared, side.base + first * side.stride, valid * side.pitch, barrier);
+    for (int at = valid * side.pitch + 2 * lane; at < rows * side.pitch; at += 64) store_shared(shared + at, 0);
+}
+
 // The address of row r of a tile, modulo 16; `low` is that of row 0. Strides are even, so it depends only on r mod 8.
 __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
     return int((low + uint32_t(r) * stride) & 15);
@@ -174,7 +238,8 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 // ---- the pipeline
 
 // The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
-// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
+// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V. Before the
+// stages are their barriers.
 template <KV TK, KV TV, int D> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
@@ -183,11 +248,12 @@ template <KV TK, KV TV, int D> struct Stages {
     const uint8_t *k, *v; // row 0 of the thread block's heads
     int rows;             // of a stage
     int bytes;            // of a stage
-    uint32_t shared_address;
-    // The offsets in a stage of a lane's rows of its warp's tile. The operands of K are in row `quad`. The scales of K,
-    // and V, are in rows 2 * in_quad and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
-    int k_operand, k_scale0, k_scale1, v_row0, v_row1;
+    uint32_t barriers, shared_address; // of the first stage
+    // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad and
+    // 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
+    int k_row, v_row, v_row0, v_row1;
 
+    // shared: where the stages begin.
     __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
         : call(call), place(place) {
         const Attention & a = call.a;
@@ -197,6 +263,7 @@ template <KV TK, KV TV, int D> struct Stages {
         rows = p.row_tiles * tile_rows;
         bytes = rows * (p.pitch_k + p.pitch_v);
         shared_address = uint32_t(__cvta_generic_to_shared(shared));
+        barriers = shared_address - barrier_bytes;
         // A step advances by a multiple of 32 rows, so the addresses of later tiles are the same modulo 16.
         const uint32_t row = uint32_t(place.begin + place.row_tile * tile_rows);
         const uint32_t k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
@@ -206,9 +273,8 @@ template <KV TK, KV TV, int D> struct Stages {
         const int v_at =
             rows * p.pitch_k + place.row_tile * tile_rows * p.pitch_v + place.head_in_block * LV::bytes;
         const int quad = place.quad, even = 2 * place.in_quad, odd = even + 1;
-        k_operand = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
-        k_scale0 = keep(k_at + even * p.pitch_k + row_offset(k_low, k_stride, even));
-        k_scale1 = keep(k_at + odd * p.pitch_k + row_offset(k_low, k_stride, odd));
+        k_row = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
+        v_row = keep(v_at + quad * p.pitch_v + row_offset(v_low, v_stride, quad));
         v_row0 = keep(v_at + even * p.pitch_v + row_offset(v_low, v_stride, even));
         v_row1 = keep(v_at + odd * p.pitch_v + row_offset(v_low, v_stride, odd));
     }
@@ -220,35 +286,69 @@ template <KV TK, KV TV, int D> struct Stages {
         prefetch(v + (place.begin + threadIdx.x) * call.a.v_row);
     }
 
-    // Starts to load the thread block's rows from `at` on into a stage. A group of copies without rows is committed as
-    // well, because copy_wait counts groups.
+    __device__ __forceinline__ Side keys() const {
+        return {k, call.a.k_row, call.plan.block_heads * LK::bytes, call.plan.pitch_k};
+    }
+    __device__ __forceinline__ Side values() const {
+        return {v, call.a.v_row, call.plan.block_heads * LV::bytes, call.plan.pitch_v};
+    }
+    __device__ __forceinline__ bool bulk() const { return bulk_copies && call.plan.gapless; }
+    // The warp that loads a stage by bulk copies.
+    __device__ __forceinline__ bool loads(int stage) const {
+        return place.warp == min(stage, int(blockDim.x / 32) - 1);
+    }
+    __device__ __forceinline__ uint32_t barrier(int stage) const { return barriers + 8 * stage; }
+
+    // Starts to load the thread block's rows from `at` on into a stage. One warp calls this for bulk copies, else all.
     __device__ __forceinline__ void load(int at, int stage) const {
-        const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
-        if (at < place.length) {
+        const uint32_t to_k = shared_address + stage * bytes, to_v = to_k + rows * call.plan.pitch_k;
+        const int64_t first = place.begin + at, n_kv = call.a.n_kv;
+        if (bulk()) {
+            load_run(to_k, keys(), rows, first, n_kv, place.lane, barrier(stage));
+            load_run(to_v, values(), rows, first, n_kv, place.lane, barrier(stage));
+            __syncwarp();
+            if (place.lane == 0) arrive(barrier(stage));
+        } else {
+            if (at < place.length) {
 #pragma unroll 1
-            for (int side = 0; side < 2; ++side)
-                load_rows(shared_address + stage * bytes + (side ? rows * p.pitch_k : 0),
-                          side ? Side{v, a.v_row, p.block_heads * LV::bytes, p.pitch_v}
-                               : Side{k, a.k_row, p.block_heads * LK::bytes, p.pitch_k},
-                          rows, place.begin + at, a.n_kv);
+                for (int side = 0; side < 2; ++side)
+                    load_rows(side ? to_v : to_k, side ? values() : keys(), rows, first, n_kv);
+            }
+            copy_commit(); // of a group without rows as well, because copy_wait counts groups
         }
-        copy_commit();
     }
     // Starts to load all stages but the last.
     __device__ __forceinline__ void start() const {
+        if (bulk()) {
+            if (threadIdx.x == 0)
+                for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
+            __syncthreads();
+        }
 #pragma unroll 1
-        for (int stage = 0; stage < call.plan.stages - 1; ++stage) load(stage * rows, stage);
+        for (int stage = 0, at = 0; stage < call.plan.stages - 1; ++stage, at += rows)
+            if (!bulk() || (loads(stage) && at < place.length)) load(at, stage);
     }
-    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the
-    // preceding stage, which all warps have read. The caller computes `ahead` in advance; computed here, it makes some
-    // instances spill registers.
-    __device__ __forceinline__ void advance(int at, int stage, int ahead) const {
-        const int stages = call.plan.stages;
-        if (stages == 3) copy_wait<1>();
-        else copy_wait<0>();
-        __syncthreads();
-        load(at + ahead, stage ? stage - 1 : stages - 1);
+    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the preceding
+    // stage as soon as all warps have read it. With bulk copies, only the warp that loads waits for the other warps.
+    // `parity` changes when the stages are used again.
+    __device__ __forceinline__ void advance(int at, int stage, int parity, int ahead) const {
+        const int stages = call.plan.stages, preceding = stage ? stage - 1 : stages - 1;
+        if (bulk()) {
+            if (at + ahead < place.length) {
+                if (loads(preceding)) {
+                    wait_for_warps(preceding + 1);
+                    load(at + ahead, preceding);
+                } else {
+                    tell_waiting_warp(preceding + 1);
+                }
+            }
+            wait_for_phase(barrier(stage), parity);
+        } else {
+            if (stages == 3) copy_wait<1>();
+            else copy_wait<0>();
+            __syncthreads();
+            load(at + ahead, preceding);
+        }
     }
     __device__ __forceinline__ int after(int stage) const { return stage + 1 == call.plan.stages ? 0 : stage + 1; }
 };

@@ -10,76 +10,96 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// The mask of a lane's column. The lane has rows 2 * in_quad and 2 * in_quad + 1 of a tile, and those 8, 16 and 24 rows
-// further on.
-struct Mask {
-    const char * row; // the mask row of the query, or nullptr without a mask
+// The masks of a lane's C columns.
+template <int C> struct Mask {
+    const char * row;    // the mask row of the first column's query, or nullptr without a mask
+    int64_t to_next = 0; // bytes from there to that of the second column
     int64_t n_kv;
-    bool pairs; // whether the row is aligned to words of two values
-    int in_quad;
-    float slope; // of ALiBi, or 1; times log2e, because weights are computed as powers of two
-    uint32_t words[4] = {0, 0, 0, 0}; // of the loaded tile: two binary16 values each
+    int quad;
+    uint32_t values[lane_rows] = {}; // of the loaded tile: binary16 of the columns, the first one in the low half
 
-    // token and head are those of the lane's column.
-    __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, int token, int head)
-        : n_kv(call.a.n_kv), in_quad(place.in_quad), slope(log2e * alibi_slope(call, head)) {
-        const Attention & a = call.a;
-        row = a.mask ? static_cast<const char *>(a.mask) + token * a.mask_token + head % a.mask_heads * a.mask_head +
-                           place.stream % a.mask_streams * a.mask_stream
-                     : nullptr;
-        pairs = (reinterpret_cast<uintptr_t>(row) & 3) == 0;
+    __device__ __forceinline__ Mask(const AttentionCall & call, const Place & place, const LaneColumns<C> & columns)
+        : row(row_of(call, place, columns, 0)), n_kv(call.a.n_kv), quad(place.quad) {
+        if constexpr (C == 2) to_next = row_of(call, place, columns, 1) - row;
     }
 
     // Loads the mask of the tile from row `first` on. Rows from n_kv on are hidden.
     __device__ __forceinline__ void load(int64_t first) {
-        if (first + tile_rows <= n_kv && pairs) {
-            if (row) {
-                const uint32_t * from = reinterpret_cast<const uint32_t *>(row + 2 * (first + 2 * in_quad));
+        if (first + tile_rows <= n_kv) {
+            if (!row) return;
+            const char * from = row + 2 * (first + quad);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) words[i] = from[4 * i];
-            }
+            for (int j = 0; j < lane_rows; ++j) values[j] = load_values(from + 16 * j);
             return;
         }
 #pragma unroll 1
-        for (int64_t r = first + 2 * in_quad; r < first + tile_rows; r += 8) {
-            uint32_t word = 0;
-#pragma unroll 1
-            for (int i = 1; i >= 0; --i) {
-                const uint16_t minus_infinity = 0xfc00;
-                word = word << 16 | (r + i >= n_kv ? minus_infinity
-                                     : row         ? *reinterpret_cast<const uint16_t *>(row + 2 * (r + i))
-                                                   : 0);
-            }
-            words[0] = words[1];
-            words[1] = words[2];
-            words[2] = words[3];
-            words[3] = word;
+        for (int64_t r = first + quad; r < first + tile_rows; r += 8) {
+#pragma unroll
+            for (int j = 1; j < lane_rows; ++j) values[j - 1] = values[j];
+            values[lane_rows - 1] = r >= n_kv ? hidden : row ? load_values(row + 2 * r) : 0;
         }
+    }
+
+    // Whether every column of the warp sees all rows of the loaded tile, without biases.
+    __device__ __forceinline__ bool is_zero() const {
+        uint32_t all = 0;
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) all |= values[j];
+        return !__any_sync(all_lanes, all != 0);
     }
 
     // Whether no column of the warp sees any row of the loaded tile.
     __device__ __forceinline__ bool hides_all() const {
-        constexpr uint32_t hidden = 0xfc00fc00; // two minus infinities
-        const bool sees = words[0] != hidden || words[1] != hidden || words[2] != hidden || words[3] != hidden;
+        bool sees = false;
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) sees = sees || values[j] != hidden;
         return !__any_sync(all_lanes, sees);
     }
 
-    // Multiplies the scores by `factor` and adds the biases. The score of a hidden row is minus infinity, even if the
-    // bytes of the row give a NaN.
-    __device__ __forceinline__ void apply(float factor, float (&s)[8]) const {
+    // Adds the biases to the scores. The score of a hidden row is minus infinity, even if the bytes of the row give a NaN.
+    __device__ __forceinline__ void apply(const AttentionCall & call, const LaneColumns<C> & columns,
+                                          float (&s)[lane_rows][C]) const {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float bias = __half2float(__ushort_as_half(uint16_t(words[i / 2] >> (16 * (i % 2)))));
-            s[i] = s[i] * factor + slope * bias;
-            if (bias == -INFINITY) s[i] = -INFINITY;
+        for (int h = 0; h < C; ++h) {
+            const float slope = log2e * alibi_slope(call, columns.head[h]); // weights are powers of two
+#pragma unroll
+            for (int j = 0; j < lane_rows; ++j) {
+                const float bias = __half2float(__ushort_as_half(uint16_t(values[j] >> (16 * h))));
+                s[j][h] = bias == -INFINITY ? -INFINITY : s[j][h] + slope * bias;
+            }
         }
+    }
+
+private:
+    static constexpr uint32_t hidden = C == 1 ? 0xfc00 : 0xfc00fc00; // minus infinity
+
+    static __device__ __forceinline__ const char * row_of(const AttentionCall & call, const Place & place,
+                                                          const LaneColumns<C> & columns, int h) {
+        const Attention & a = call.a;
+        return a.mask ? static_cast<const char *>(a.mask) + columns.token[h] * a.mask_token +
+                            columns.head[h] % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
+                      : nullptr;
+    }
+    __device__ __forceinline__ uint32_t load_values(const char * from) const {
+        const uint32_t first = *reinterpret_cast<const uint16_t *>(from);
+        if constexpr (C == 1) return first;
+        else return first | uint32_t(*reinterpret_cast<const uint16_t *>(from + to_next)) << 16;
     }
 };
 
-// Applies the soft cap to the scores, which are s * factor.
-__device__ __forceinline__ void cap_scores(float cap, float factor, float (&s)[8]) {
+// Makes scores of the products of queries and K. Scores are multiplied by log2e. `factor` is that of the products.
+template <int C>
+__device__ __forceinline__ void scale_scores(float soft_cap, const float (&factor)[C], float (&s)[lane_rows][C]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) s[i] = cap * tanhf(s[i] * factor / cap);
+    for (int j = 0; j < lane_rows; ++j)
+#pragma unroll
+        for (int h = 0; h < C; ++h) s[j][h] *= factor[h];
+    if (soft_cap == 0) return;
+    const float cap = soft_cap * log2e;
+#pragma unroll
+    for (int j = 0; j < lane_rows; ++j)
+#pragma unroll
+        for (int h = 0; h < C; ++h) s[j][h] = cap * tanhf(s[j][h] / cap);
 }
 
 } // namespace

@@ -4,10 +4,10 @@
 // order in which values are packed: the eight indices of a unit become eight nibbles, and these are the selectors of
 // the byte permutes that look up levels.
 //
-//   scores: A = queries (rows 0-7 high bytes, rows 8-15 low bytes); B = K; inner index = elements
-//     A unit of a KV row is the operand of a lane: nibbles 0-3 give its first register, nibbles 4-7 its second.
+//   scores: A = K; B = queries (Query); inner index = elements
+//     A unit of a KV row gives two registers of a lane: nibbles 0-3 give the first, nibbles 4-7 the second.
 //
-//   output: A = V transposed; B = weights times V's scales; inner index = KV rows
+//   output: A = V transposed; B = weights times V's scales (Weights); inner index = KV rows
 //     The nibbles of a unit in four KV rows a, b, c, d are transposed first, so that each half word of a register
 //     selects one element of the four rows. a0 is nibble 0 of row a; bytes are in brackets, lowest first:
 //
@@ -15,6 +15,9 @@
 //       n[1] = [b0b1][b2b3][b4b5][b6b7]           odd ones:                [a1b1][a3b3][a5b5][a7b7]
 //       interleave_low of (even a b, even c d)  = [a0b0][c0d0] [a2b2][c2d2]    selectors of elements 0 and 2
 //       interleave_high                         = [a4b4][c4d4] [a6b6][c6d6]    of 4 and 6; then the odd ones likewise
+//
+// The tensor cores give a lane the products of rows quad and quad + 8 of A with columns 2 * in_quad and 2 * in_quad + 1 of
+// B, in this order.
 #ifndef TURBOQUANT_CUDA_OPERANDS_H
 #define TURBOQUANT_CUDA_OPERANDS_H
 
@@ -24,33 +27,40 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// The levels of an operand in R registers: int8, or uint8 with 128 added if Layout::biased.
-template <int R> struct Levels {
-    uint32_t x[R];
+// An operand in R registers, as int8: the difference of P parts.
+template <int P, int R> struct Levels {
+    uint32_t x[P][R];
 };
 
 // ---- K
 
 // The levels of a lane's eight elements, of the 32 elements of a block that product `step` takes.
-template <KV TK, int D>
-__device__ __forceinline__ Levels<2> key_levels(const uint8_t * block, int step, int in_quad) {
+template <KV TK, int D, typename LookUp>
+__device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t * block, int step, int in_quad) {
     using L = Layout<TK, D>;
-    Levels<2> k;
+    Levels<L::parts, 2> k;
     if constexpr (L::turbo) {
-        const LookUp<typename L::Family> look_up;
+        uint32_t nibbles[2], signs = 0;
         if constexpr (L::nibbles) { // half of a unit is what one load reads
             const uint8_t * unit = block + 2 + 4 * (in_quad + 4 * step);
-            k.x[0] = look_up(load_u16(unit), 0, 0);
-            k.x[1] = look_up(load_u16(unit + 2), 0, 0);
+            nibbles[0] = load_u16(unit);
+            nibbles[1] = load_u16(unit + 2);
         } else {
-            const int field = step & 1;
-            const Unit unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(field);
+            const Unit unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(step & 1);
+            nibbles[0] = unit.nibbles;
+            nibbles[1] = unit.nibbles >> 16;
+            signs = unit.signs;
+        }
 #pragma unroll
-            for (int i = 0; i < 2; ++i) k.x[i] = look_up(unit.nibbles >> (16 * i), unit.signs >> (16 * i), field);
+        for (int i = 0; i < 2; ++i) {
+            uint32_t part[L::parts];
+            look_up(nibbles[i], signs >> (16 * i), step & 1, part);
+#pragma unroll
+            for (int p = 0; p < L::parts; ++p) k.x[p][i] = part[p];
         }
     } else { // one product takes a block of 32
-        k.x[0] = load_u32(block + 2 + 4 * in_quad);
-        k.x[1] = load_u32(block + 18 + 4 * in_quad);
+        k.x[0][0] = load_u32(block + 2 + 4 * in_quad);
+        k.x[0][1] = load_u32(block + 18 + 4 * in_quad);
     }
     return k;
 }
@@ -96,17 +106,20 @@ template <KV TV, int D> struct ValueBlock {
     }
 
     // The operand A of product m of unit j. Registers 0 and 2 have one element of the unit, registers 1 and 3 another.
-    template <typename LookUp> __device__ __forceinline__ Levels<4> levels(const LookUp & look_up, int j, int m) const {
-        Levels<4> v;
+    template <typename LookUp> __device__ __forceinline__ auto levels(const LookUp & look_up, int j, int m) const {
+        Levels<L::parts, 4> v;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if constexpr (L::turbo) { // nibbles 2m and 2m + 1
                 const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2);
                 const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
                 const uint32_t signs = L::signs ? (i < 2 ? first_signs : second_signs)[at] >> shift : 0;
-                v.x[i] = look_up(selector, signs, Units::count == 2 ? j : 0);
+                uint32_t part[L::parts];
+                look_up(selector, signs, Units::count == 2 ? j : 0, part);
+#pragma unroll
+                for (int p = 0; p < L::parts; ++p) v.x[p][i] = part[p];
             } else { // elements 2m and 2m + 1
-                v.x[i] = (i < 2 ? first : second)[j][2 * m + i % 2];
+                v.x[0][i] = (i < 2 ? first : second)[j][2 * m + i % 2];
             }
         }
         return v;
@@ -144,28 +157,31 @@ private:
     }
 };
 
-// The lane's elements of column 2 * in_quad + j in `o`, which has them in the order of the products: calls
-// run(at, x...) for two or four of them that are adjacent in a row, from element `at` on.
+// A lane's sums over V times weights, in the order of the products: of rows quad and quad + 8 of each, and C columns.
+template <int D, int C> using Sums = float[D / 16][2][C];
+
+// The elements of the lane's column h in `o`: calls run(at, x...) for two or four of them that are adjacent in a row, from
+// element `at` on.
 template <KV TV, int D, typename Sums, typename Run>
-__device__ __forceinline__ void for_output(Sums & o, int j, int quad, const Run & run) {
+__device__ __forceinline__ void for_output(Sums & o, int h, int quad, const Run & run) {
     using L = Layout<TV, D>;
     if constexpr (L::floats) {
 #pragma unroll
-        for (int m = 0; m < D / 16; ++m) run(2 * (quad + 8 * m), o[m][j], o[m][2 + j]);
+        for (int m = 0; m < D / 16; ++m) run(2 * (quad + 8 * m), o[m][0][h], o[m][1][h]);
     } else if constexpr (L::turbo) {
         using Units = ValueUnits<TV, D>;
 #pragma unroll
         for (int m = 0; m < D / 16; m += 4) {
             const int b = m / (4 * Units::count), unit = Units::unit(quad, m / 4 % Units::count);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) // nibbles 2i + h of the unit
-                run(b * L::block + unit_element<typename L::BlockFormat>(unit, h), o[m][2 * h + j], o[m + 1][2 * h + j],
-                    o[m + 2][2 * h + j], o[m + 3][2 * h + j]);
+            for (int i = 0; i < 2; ++i) // nibbles i, i + 2, i + 4 and i + 6 of the unit
+                run(b * L::block + unit_element<typename L::BlockFormat>(unit, i), o[m][i][h], o[m + 1][i][h],
+                    o[m + 2][i][h], o[m + 3][i][h]);
         }
     } else {
 #pragma unroll
         for (int m = 0; m < D / 16; m += 2)
-            run(16 * m + 4 * quad, o[m][j], o[m][2 + j], o[m + 1][j], o[m + 1][2 + j]);
+            run(16 * m + 4 * quad, o[m][0][h], o[m][1][h], o[m + 1][0][h], o[m + 1][1][h]);
     }
 }
 
@@ -188,24 +204,22 @@ __device__ __forceinline__ void add_run(const float * v, float w, float & a, flo
     d += w * four.w;
 }
 
-// Stores the lane's elements of column 2 * in_quad + j to out[D].
-template <KV TV, int D>
-__device__ __forceinline__ void store_output(float * out, const float (&o)[D / 16][4], int j, int quad) {
-    for_output<TV, D>(o, j, quad, [&](int at, auto &... x) { store_run(out + at, x...); });
+// Stores the elements of the lane's column h to out[D].
+template <KV TV, int D, int C>
+__device__ __forceinline__ void store_output(float * out, const Sums<D, C> & o, int h, int quad) {
+    for_output<TV, D>(o, h, quad, [&](int at, auto &... x) { store_run(out + at, x...); });
 }
 
-// Adds w times a row of V, in the domain of its type, to the sums of column 2 * in_quad + j.
-template <KV TV, int D>
-__device__ __forceinline__ void add_output(float (&o)[D / 16][4], const float * v, float w, int j, int quad) {
-    for_output<TV, D>(o, j, quad, [&](int at, auto &... x) { add_run(v + at, w, x...); });
+// Adds w times a row of V, in the domain of its type, to the sums of the lane's column h.
+template <KV TV, int D, int C>
+__device__ __forceinline__ void add_output(Sums<D, C> & o, const float * v, float w, int h, int quad) {
+    for_output<TV, D>(o, h, quad, [&](int at, auto &... x) { add_run(v + at, w, x...); });
 }
 
 // ---- weights
 
 // The sum of `magic` and a float of magnitude below 2^22 has the nearest integer in its low bits, in two's complement.
-// Likewise, an int32 that starts as magic_bits, and to which integers are added, has the bits of the float magic + sum.
 constexpr float magic = 12582912.0f; // 1.5 * 2^23
-constexpr int magic_bits = 0x4b400000;
 
 // The greater of a and |b|, or NaN if one of the two is NaN; a is not negative. fmaxf would ignore NaNs, but attention
 // does not run on the older devices that use it.
@@ -219,38 +233,61 @@ __device__ __forceinline__ float greater_magnitude(float a, float b) {
 #endif
 }
 
-// Weights times V's scales, which may be negative, as 16-bit integers with a common scale: the operands have their high
-// and low bytes. If there are four columns, columns 4-7 take the low bytes and `low` is not used. If a scale of V is
-// NaN, the common scale is NaN.
-struct Weights {
-    uint32_t high[2], low[2];
-    float scale; // of the lane's column
-};
-
-template <bool Paired> __device__ __forceinline__ Weights quantize_weights(const float (&w)[8], int quad) {
-    float top = fabsf(w[0]);
+// The operand B of the output from what lanes have of the rows of their scores. x[r] has the 16-bit values of column
+// 2 * in_quad, in its low half, and of column 2 * in_quad + 1. Each has two int8 rows of a tile, or one in binary16.
+__device__ __forceinline__ void to_operand(const uint32_t (&x)[2], uint32_t (&b)[2]) {
 #pragma unroll
-    for (int i = 1; i < 8; ++i) top = greater_magnitude(top, w[i]);
-    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 1));
-    top = greater_magnitude(top, __shfl_xor_sync(all_lanes, top, 2));
-    Weights out;
-    const float inverse = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f; // 127 * 256
-    out.scale = top * (1.0f / 32512.0f);
-    const bool low = Paired && quad >= 4;
-    if (!low) out.scale *= 256.0f;
-    const uint32_t round = low ? 0 : 128, select = low ? lowest_bytes : second_bytes;
-    uint32_t x[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = __float_as_uint(w[i] * inverse + magic);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        out.high[h] = prmt(prmt(x[4 * h] + round, x[4 * h + 1] + round, select),
-                           prmt(x[4 * h + 2] + round, x[4 * h + 3] + round, select), low_halves);
-        out.low[h] = prmt(prmt(x[4 * h], x[4 * h + 1], lowest_bytes),
-                          prmt(x[4 * h + 2], x[4 * h + 3], lowest_bytes), low_halves);
-    }
-    return out;
+    for (int r = 0; r < 2; ++r) b[r] = transpose_matrix(x[r]);
 }
+
+// Weights times V's scales, which may be negative, as 16-bit integers with a common scale. If there are four columns, two
+// columns of the operand have the high and the low bytes of one; else high and low bytes are two operands. If a scale of
+// V is NaN, the common scale is NaN.
+template <int C> struct Weights {
+    float w[lane_rows][C], inverse[C];
+    float scale[C]; // of the integers
+
+    __device__ __forceinline__ explicit Weights(const float (&weights)[lane_rows][C]) {
+#pragma unroll
+        for (int h = 0; h < C; ++h) {
+            float top = 0;
+#pragma unroll
+            for (int j = 0; j < lane_rows; ++j) {
+                w[j][h] = weights[j][h];
+                top = greater_magnitude(top, w[j][h]);
+            }
+            top = over_quads(top, greater_magnitude);
+            inverse[h] = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f; // 127 * 256
+            scale[h] = top * (1.0f / 32512.0f);
+        }
+    }
+
+    // The operands for the integers times `sign`.
+    __device__ __forceinline__ void operands(float sign, uint32_t (&b)[C][2]) const {
+        uint32_t x[C][2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            uint32_t bytes[C]; // of two rows, high ones first; the low ones are 128 too large
+#pragma unroll
+            for (int h = 0; h < C; ++h)
+                bytes[h] = prmt(rounded(2 * r, h, sign), rounded(2 * r + 1, h, sign), high_and_low_bytes);
+            if constexpr (C == 1) {
+                x[0][r] = bytes[0] ^ 0x80800000;
+            } else {
+                x[0][r] = prmt(bytes[0], bytes[1], low_halves);
+                x[1][r] = prmt(bytes[0], bytes[1], high_halves) ^ 0x80808080;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < C; ++i) to_operand(x[i], b[i]);
+    }
+
+private:
+    // The integer plus 128, so that its second byte is the rounded high byte.
+    __device__ __forceinline__ uint32_t rounded(int j, int h, float sign) const {
+        return __float_as_uint(w[j][h] * (sign * inverse[h]) + (magic + 128));
+    }
+};
 
 } // namespace
 } // namespace cuda

@@ -60,12 +60,12 @@ __device__ __forceinline__ void load_queries(const AttentionCall & call, const P
 // The bytes of scratch memory of a KV head: 16 bits for each element of the columns, and a factor for each column.
 template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float));
 
-// Prepares the columns of a KV head as operands of int8 matrices, or of binary16 matrices if K is f16. The warps of the
-// head share the work. y has the columns that load_queries loads for c0 = row_tile, and `bytes` is the head's scratch
-// memory. Returns the factor of the lane's column, by which products become scores.
+// Rotates the columns of a KV head as K is rotated, and writes them to `bytes`, the head's scratch memory: as integers of
+// 16 bits, or in binary16 if K is f16. The warps of the head share the work. y has the columns that load_queries loads for
+// c0 = row_tile.
 template <KV TK, int D>
-__device__ __forceinline__ float prepare_queries(const AttentionCall & call, const Place & place, uint8_t * bytes,
-                                                 float (&y)[4][D / 32], uint32_t (&operand)[D / 32][4]) {
+__device__ __forceinline__ void prepare_queries(const AttentionCall & call, const Place & place, uint8_t * bytes,
+                                                float (&y)[4][D / 32]) {
     using L = Layout<TK, D>;
     constexpr int P = D / 32;
     const Attention & a = call.a;
@@ -91,9 +91,15 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
                 }
             }
             if constexpr (L::floats) {
+                half * halves = reinterpret_cast<half *>(bytes);
 #pragma unroll
-                for (int j = 0; j < P; ++j)
-                    reinterpret_cast<half *>(bytes)[c * D + lane + 32 * j] = __float2half_rn(y[i][j] * a.scale);
+                for (int j = 0; j < P; ++j) {
+                    const int e = lane + 32 * j;
+                    const float x = y[i][j] * a.scale;
+                    const half rounded = __float2half_rn(x);
+                    halves[(place.four ? 2 * c : c) * D + e] = rounded;
+                    if (place.four) halves[(2 * c + 1) * D + e] = __float2half_rn(x - __half2float(rounded));
+                }
             } else {
                 uint32_t largest = 0;
 #pragma unroll
@@ -112,27 +118,40 @@ __device__ __forceinline__ float prepare_queries(const AttentionCall & call, con
         }
     }
     __syncthreads();
-    const int c = place.paired ? place.quad % 4 : place.quad;
-    if constexpr (L::floats) {
-        const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + c * D / 2;
-#pragma unroll
-        for (int s = 0; s < D / 16; ++s) { // two registers for each product: rows 8-15 of A are zero
-            operand[s / 2][s % 2 * 2] = words[8 * s + place.in_quad];
-            operand[s / 2][s % 2 * 2 + 1] = words[8 * s + 4 + place.in_quad];
-        }
-        return 1;
-    } else {
-#pragma unroll
-        for (int s = 0; s < D / 32; ++s) { // registers 0 and 2 have high bytes, 0 and 1 the first half
-            const uint4 four = *reinterpret_cast<const uint4 *>(bytes + c * 2 * D + (s * 4 + place.in_quad) * 16);
-            operand[s][0] = four.x;
-            operand[s][1] = four.y;
-            operand[s][2] = four.z;
-            operand[s][3] = four.w;
-        }
-        return factors[c];
-    }
 }
+
+// The queries of a lane's C columns, as operand B of the scores: rows are elements. If there are four columns, two columns
+// of the operand have the high and the low bytes of one, or what binary16 leaves of it. Else the high and the low bytes
+// are two operands, and binary16 is only rounded.
+template <KV TK, int D, int C> struct Query {
+    using L = Layout<TK, D>;
+    static constexpr int steps = L::floats ? D / 16 : D / 32, parts = L::floats ? 1 : C;
+    uint32_t x[steps][parts][2];
+    float factor[C]; // by which products become scores, times log2e
+
+    __device__ __forceinline__ Query(const Place & place, const uint8_t * bytes) {
+        if constexpr (L::floats) {
+            const uint32_t * words = reinterpret_cast<const uint32_t *>(bytes) + place.quad * D / 2;
+#pragma unroll
+            for (int s = 0; s < steps; ++s)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) x[s][0][i] = words[8 * s + 4 * i + place.in_quad];
+        } else {
+            const uint8_t * column = bytes + (C == 1 ? place.quad / 2 * 2 * D + place.quad % 2 * 4 : place.quad * 2 * D);
+#pragma unroll
+            for (int s = 0; s < steps; ++s)
+#pragma unroll
+                for (int p = 0; p < parts; ++p)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        x[s][p][i] =
+                            *reinterpret_cast<const uint32_t *>(column + (s * 4 + place.in_quad) * 16 + 8 * i + 4 * p);
+        }
+        const float * factors = reinterpret_cast<const float *>(bytes + 16 * D);
+#pragma unroll
+        for (int h = 0; h < C; ++h) factor[h] = log2e * (L::floats ? 1.0f : factors[C * place.in_quad + h]);
+    }
+};
 
 } // namespace
 } // namespace cuda

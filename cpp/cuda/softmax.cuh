@@ -21,28 +21,43 @@ namespace {
 
 constexpr float log2e = 1.44269504f;
 
-// The largest score of a column in a tile. Each lane of a quad has the scores of eight rows.
-__device__ __forceinline__ float largest_score(const float (&s)[8]) {
-    float top = -INFINITY;
+// Combines a value of each lane over the lanes that have the same columns, those with the same place in their quads.
+template <typename Combine> __device__ __forceinline__ float over_quads(float x, const Combine & combine) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) top = fmaxf(top, s[i]);
-    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
-    return fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
+    for (int h = 4; h < 32; h *= 2) x = combine(x, __shfl_xor_sync(all_lanes, x, h));
+    return x;
 }
 
-// Replaces the lane's scores of a tile by weights. `top` is the largest score of the column in the tile. `state` has
-// the largest score of the column, and the sum over the lane's rows. Returns the factor of all earlier sums.
-__device__ __forceinline__ float add_scores(SoftmaxState & state, float top, float (&s)[8]) {
-    const float before = state.largest;
-    state.largest = fmaxf(state.largest, top);
-    const float correction = exp2f(before - state.largest);
-    state.sum *= correction;
+// The largest score of each of a lane's columns in a tile.
+template <int R, int C>
+__device__ __forceinline__ void largest_scores(const float (&s)[R][C], float (&top)[C]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        s[i] = exp2f(s[i] - state.largest);
-        state.sum += s[i];
+    for (int h = 0; h < C; ++h) {
+        top[h] = s[0][h];
+#pragma unroll
+        for (int j = 1; j < R; ++j) top[h] = fmaxf(top[h], s[j][h]);
+        top[h] = over_quads(top[h], [](float a, float b) { return fmaxf(a, b); });
     }
-    return correction;
+}
+
+// Replaces the lane's scores of a tile by weights. `top` is the largest score of each column in the tile. A state has
+// the largest score of its column, and the sum over the lane's rows. `correction` is set to the factor of all earlier
+// sums.
+template <int R, int C>
+__device__ __forceinline__ void add_scores(SoftmaxState (&state)[C], const float (&top)[C], float (&s)[R][C],
+                                           float (&correction)[C]) {
+#pragma unroll
+    for (int h = 0; h < C; ++h) {
+        const float before = state[h].largest;
+        state[h].largest = fmaxf(before, top[h]);
+        correction[h] = exp2f(before - state[h].largest);
+        state[h].sum *= correction[h];
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+            s[j][h] = exp2f(s[j][h] - state[h].largest);
+            state[h].sum += s[j][h];
+        }
+    }
 }
 
 // An attention sink counts as a row with a score and without values.

@@ -188,6 +188,7 @@ struct AttentionPlan {
     int row_tiles;          // warps of a KV head, or of a column if `wide`, in a thread block: they take tiles in turn
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
+    bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
     int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
@@ -198,7 +199,7 @@ struct AttentionPlan {
     bool hopper;             // the kernel for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     int step_rows;           // KV rows that a thread block expands at a time
-    size_t queries_at, factors_at, upper_starts_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
+    size_t queries_at, factors_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
@@ -206,8 +207,7 @@ struct AttentionPlan {
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// Computes attention with the plan of the same call for the current device. The result is cudaErrorNotSupported if the
-// number of the device is 64 or greater. `stores`: nullptr, or two stores, of K and of V, that encode_rows takes. They are
+// Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and of V, that encode_rows takes. They are
 // made after all reads of K and V, beside the kernel that merges parts.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);

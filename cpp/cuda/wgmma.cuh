@@ -1,5 +1,5 @@
-// Instructions of Hopper GPUs: matrix products of warpgroups, barriers in shared memory, and the division of registers.
-// They exist only in code for sm_90a; elsewhere the functions are empty.
+// Instructions of Hopper GPUs: matrix products of warpgroups, and the division of registers among warpgroups. They exist
+// only in code for sm_90a; elsewhere the functions are empty.
 //
 // A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp, in registers that are laid
 // out as those of mma.sync. Operand B is in shared memory, where a descriptor says how. Results are laid out as those of
@@ -106,37 +106,12 @@ __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (
 #undef TURBOQUANT_16
 #undef TURBOQUANT_4
 
-// ---- barriers
+// ---- other instructions
 
 // Makes the thread's writes to shared memory visible to products.
 __device__ __forceinline__ void publish_writes() {
 #if TURBOQUANT_WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// A barrier in shared memory that `count` arrivals complete, after which it begins the next phase.
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
-#if TURBOQUANT_WGMMA
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-#endif
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-#if TURBOQUANT_WGMMA
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-#endif
-}
-// Waits until the phase with this parity is complete. The phase before the first one counts as complete, with parity 1.
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-#if TURBOQUANT_WGMMA
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
 #endif
 }
 

@@ -33,10 +33,10 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     float y[D / 32], plain[D / 32];
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) y[j] = plain[j] = exists ? row[lane + 32 * j] : 0.0f;
-    constexpr int B = L::block / 32, blocks = D / L::block;
     if constexpr (L::turbo) {
+        constexpr int B = L::block / 32;
 #pragma unroll
-        for (int b = 0; b < blocks; ++b) {
+        for (int b = 0; b < D / L::block; ++b) {
             float part[B];
 #pragma unroll
             for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
@@ -51,34 +51,20 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
     const float top = __uint_as_float(warp_max(largest)); // if it is NaN, the scores are NaN
     const bool zero = top < 1e-30f;
     const float inverse = zero ? 0.0f : 127.0f / top;
-    const float to_log2 = zero ? 1.0f : top * (a.scale * log2e / 127.0f);
+    if (lane == 0) wide.arrays.factors[item] = zero ? 1.0f : top * (a.scale * log2e / 127.0f);
     if (a.windowed || !L::turbo) {
         half * to = reinterpret_cast<half *>(wide.arrays.exact_queries) + item * D;
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) to[lane + 32 * j] = __float2half_rn(plain[j] * inverse);
     }
     if constexpr (L::turbo) {
-        int sums[blocks] = {};
 #pragma unroll
-        for (int j = 0; j < D / 32; ++j) {
-            const int x = __float2int_rn(y[j] * inverse);
-            sums[j / B] += x;
-            bytes[operand_position<TK, D>(lane + 32 * j)] = uint8_t(x);
-        }
-#pragma unroll
-        for (int b = 0; b < blocks; ++b) {
-            const int start = magic_bits - (L::biased ? 128 * warp_sum(sums[b]) : 0);
-            if (lane == 0) {
-                if (b == 0) wide.arrays.factors[item] = {to_log2, start};
-                else wide.arrays.upper_starts[item] = start;
-            }
-        }
+        for (int j = 0; j < D / 32; ++j)
+            bytes[operand_position<TK, D>(lane + 32 * j)] = uint8_t(__float2int_rn(y[j] * inverse));
         __syncwarp();
         uint32_t * to = reinterpret_cast<uint32_t *>(wide.arrays.queries + item * D);
 #pragma unroll
         for (int i = lane; i < D / 4; i += 32) to[i] = reinterpret_cast<const uint32_t *>(bytes)[i];
-    } else if (lane == 0) {
-        wide.arrays.factors[item] = {to_log2, 0};
     }
 }
 
@@ -312,7 +298,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
     const int most = most_operands(types.turbo_k, types.turbo_v, a.head);
     p.operands = p.columns <= 4 * wide_columns ? 1 : most; // two use the rows better, one has more blocks at a time
-    int resident = resident_blocks(p.operands, most);
+    int resident = wide_resident_blocks(p.operands, most);
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
@@ -367,8 +353,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.states_at = parts * size_t(a.head) * sizeof(float);
     p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
     p.factors_at = p.queries_at + columns * size_t(a.head);
-    p.upper_starts_at = p.factors_at + columns * sizeof(QueryFactor);
-    p.seen_at = after(p.upper_starts_at + (a.head > 128 ? columns * sizeof(int) : 0));
+    p.seen_at = after(p.factors_at + columns * sizeof(float));
     const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
     p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
     p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
@@ -387,8 +372,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     wide.rotated_values = types.turbo_v;
     wide.least_weight = lowered_by + std::log2(a.sparse_v);
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
-    wide.arrays.factors = reinterpret_cast<QueryFactor *>(bytes + p.factors_at);
-    wide.arrays.upper_starts = reinterpret_cast<int *>(bytes + p.upper_starts_at);
+    wide.arrays.factors = reinterpret_cast<float *>(bytes + p.factors_at);
     wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
     wide.arrays.words = words_of(a.n_kv);
     wide.arrays.exact_queries = reinterpret_cast<uint16_t *>(bytes + p.exact_at);

@@ -26,13 +26,6 @@ constexpr int wide_columns = 16;         // of an operand
 constexpr int wide_alignment = 512;      // of the expanded rows, so that bits of an address are the unit
 constexpr int seen_rows = 32 * tile_rows; // rows of a word of SeenTiles
 
-// How int32 products of a column become scores: they start from `start`, which removes the bias of the levels and makes
-// the product the bits of a float (magic_bits), and are multiplied by `to_log2`.
-struct __align__(8) QueryFactor {
-    float to_log2;
-    int start;
-};
-
 // What a row of a mask says about 32 tiles of tile_rows rows: a bit for each tile.
 struct __align__(8) SeenTiles {
     uint32_t some;  // the query sees a row of the tile
@@ -42,8 +35,7 @@ struct __align__(8) SeenTiles {
 // The arrays that prepare_wide fills.
 struct WideArrays {
     int8_t * queries;      // [stream][KV head][column of all column tiles][head], in the order of operand_position
-    QueryFactor * factors; // [stream][KV head][column of all column tiles]
-    int * upper_starts;    // as QueryFactor::start, for the second block of K in heads of two blocks
+    float * factors;       // [stream][KV head][column of all column tiles]: from products to scores, times log2e
     SeenTiles * seen;      // [stream of the mask][head of the mask][token][words], or nullptr without a mask
     int words;             // of a row of the mask
     // With an exact window, or if K is expanded to binary16: [stream][KV head][column of all column tiles][head], in
@@ -103,20 +95,38 @@ template <int Bytes> __device__ __forceinline__ int unit_swizzle(int row) {
     return (Bytes >= 128 ? (row & 1) << 2 : 0) | (row >> 1 & 3);
 }
 
+constexpr int magic_bits = 0x4b400000; // an int32 that starts as these, and to which an integer is added, is the float magic + it
+constexpr uint32_t four_biases = 0x80808080; // signed bytes plus 128, or unsigned bytes less 128, are the exclusive or
+
+// The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes. Of two
+// parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over.
+template <typename LookUp, bool Signs, bool Biased>
+__device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_t nibbles, uint32_t signs, int field) {
+    uint32_t part[LookUp::parts];
+    look_up(nibbles, signs, field, part);
+    if constexpr (LookUp::parts == 1) return Biased ? part[0] ^ four_biases : part[0];
+    const uint32_t biased = Signs ? (part[0] ^ four_biases) + (part[LookUp::parts - 1] & 0x01010101) // the part is 0 or -1
+                                  : part[0] - part[LookUp::parts - 1] + four_biases; // magnitudes, of which one is 0
+    return Biased ? biased : biased ^ four_biases;
+}
+
 // The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the four
 // elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a quarter
 // of a block further on.
-template <KV T, int D, typename LookUp>
+template <KV T, int D, bool Biased, typename LookUp>
 __device__ __forceinline__ void read_levels(const uint8_t * block, int first, int apart, const LookUp & look_up,
                                             uint32_t (&x)[8]) {
     using L = Layout<T, D>;
     constexpr int N = L::block;
+    const auto levels = [&](uint32_t nibbles, uint32_t signs, int field) {
+        return whole_levels<LookUp, L::signs, Biased>(look_up, nibbles, signs, field);
+    };
     if constexpr (L::nibbles) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint8_t * unit = block + 2 + 4 * (first + i % 2 * apart + N / 16 * (i / 2));
-            x[2 * i] = look_up(load_u16(unit), 0, 0);
-            x[2 * i + 1] = look_up(load_u16(unit + 2), 0, 0);
+            x[2 * i] = levels(load_u16(unit), 0, 0);
+            x[2 * i + 1] = levels(load_u16(unit + 2), 0, 0);
         }
     } else {
 #pragma unroll
@@ -125,8 +135,8 @@ __device__ __forceinline__ void read_levels(const uint8_t * block, int first, in
 #pragma unroll
             for (int field = 0; field < 2; ++field) {
                 const Unit unit = crumbs.unit(field);
-                x[2 * (i + 2 * field)] = look_up(unit.nibbles, unit.signs, field);
-                x[2 * (i + 2 * field) + 1] = look_up(unit.nibbles >> 16, unit.signs >> 16, field);
+                x[2 * (i + 2 * field)] = levels(unit.nibbles, unit.signs, field);
+                x[2 * (i + 2 * field) + 1] = levels(unit.nibbles >> 16, unit.signs >> 16, field);
             }
         }
     }
@@ -139,7 +149,8 @@ __device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t sele
     const half2 product = __hmul2(__hsub2(*reinterpret_cast<const half2 *>(&bits), nine), scale);
     return *reinterpret_cast<const uint32_t *>(&product);
 }
-constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341, low_bytes = 0x4140, high_bytes = 0x4342; // byte 4: see there
+// Byte 4 of the operands of scaled_halves is 0x48.
+constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341, low_bytes = 0x4140, high_bytes = 0x4342;
 
 // Expands 32 values of q8_0 or of binary16 to four units of binary16. Returns whether all are finite; those of a block of
 // q8_0 are zero otherwise.
@@ -305,8 +316,8 @@ template <KV TK, KV TV, int D> struct WideRows {
         const uint8_t *encoded_k = memory.encoded_rows(from), *encoded_v = encoded_k + memory.encoded_k;
         uint8_t *keys = memory.keys(to), *values = memory.values(to);
         float2 * factors = memory.key_factors(to);
-        const typename LK::LookUpLevels look_up_k;
-        const typename LV::LookUpLevels look_up_v;
+        const typename LK::LookUpLevels look_up_k(0);
+        const typename LV::LookUpLevels look_up_v(0);
 #pragma unroll 1
         for (int r = place.warp * rows_at_once + place.lane / lanes; r < memory.rows; r += wide_warps * rows_at_once) {
             const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
@@ -320,7 +331,7 @@ template <KV TK, KV TV, int D> struct WideRows {
                 constexpr int parts = LK::block / 32;
                 const uint8_t * block = row_k + part / parts * LK::block_bytes;
                 uint32_t x[8];
-                read_levels<TK, D>(block, 2 * (part % parts), 1, look_up_k, x);
+                read_levels<TK, D, false>(block, 2 * (part % parts), 1, look_up_k, x);
                 scale_k = LK::load_block_scale(block) * LK::step;
                 const int unit = part / parts * (LK::block / 16) + part % parts;
                 to_k[unit ^ swizzle_k] = make_uint4(x[0], x[1], x[2], x[3]);
@@ -336,14 +347,10 @@ template <KV TK, KV TV, int D> struct WideRows {
                 constexpr int parts = LV::block / 32;
                 const uint8_t * block = row_v + part / parts * LV::block_bytes;
                 uint32_t y[8];
-                read_levels<TV, D>(block, 2 * (part % parts), 1, look_up_v, y);
+                read_levels<TV, D, true>(block, 2 * (part % parts), 1, look_up_v, y);
                 const float scale_v = LV::load_block_scale(block);
                 finite = fabsf(scale_v) <= 65504.0f;
                 const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
-                if constexpr (!LV::biased) {
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) y[i] ^= four_biases;
-                }
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -391,15 +398,14 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     const WideCall & wide;
     const WidePlace & place;
     uint32_t query[M][products][4];
-    QueryFactor factor[2 * M];
-    int upper_start[2 * M]; // of the second block of K, if there is one
+    float to_log2[2 * M];               // the factors of the queries
     float reference[2 * M], sum[2 * M]; // sum: over the lane's rows
     float output[M][D / 8][4] = {};
 
     __device__ __forceinline__ WideColumns(const WideCall & wide, const WidePlace & place) : wide(wide), place(place) {
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
-            factor[c] = wide.arrays.factors[prepared_column() + 8 * c];
+            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c];
             reference[c] = nothing_seen;
             sum[c] = 0;
         }
@@ -423,7 +429,6 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 query[c / 2][i][c % 2] = words[8 * c * row + 8 * i];
                 query[c / 2][i][c % 2 + 2] = words[8 * c * row + 8 * i + 4];
             }
-            if constexpr (Memory::key_blocks > 1) upper_start[c] = wide.arrays.upper_starts[prepared_column() + 8 * c];
         }
     }
 
@@ -449,13 +454,11 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 for (int m = 0; m < M; ++m) {
                     float x[4] = {};
                     if constexpr (LK::turbo) {
-                        const int start0 = block ? upper_start[2 * m] : factor[2 * m].start,
-                                  start1 = block ? upper_start[2 * m + 1] : factor[2 * m + 1].start;
-                        int c[4] = {start0, start0, start1, start1};
+                        int c[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
 #pragma unroll
                         for (int i = block * of_block; i < (block + 1) * of_block; ++i) {
                             const uint32_t b[2] = {k[i / 2][i % 2 * 2], k[i / 2][i % 2 * 2 + 1]};
-                            mma_int8<false, LK::biased>(c, query[m][i], b, c);
+                            mma_int8(c, query[m][i], b);
                         }
 #pragma unroll
                         for (int i = 0; i < 4; ++i) x[i] = __int_as_float(c[i]);
@@ -481,10 +484,10 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float to_log2 = factor[2 * m + i / 2].to_log2;
+                const float factor = to_log2[2 * m + i / 2];
 #pragma unroll
                 for (int n = 0; n < tile_rows / 8; ++n)
-                    s[m][n][i] = limit * tanhf(s[m][n][i] * to_log2 / limit) / to_log2;
+                    s[m][n][i] = limit * tanhf(s[m][n][i] * factor / limit) / factor;
             }
     }
 
@@ -528,7 +531,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                     pairs[n] = at(0) | at(1) << 16;
                 }
             }
-            const float slope = log2e * alibi_slope(wide.call, head) / factor[c].to_log2;
+            const float slope = log2e * alibi_slope(wide.call, head) / to_log2[c];
 #pragma unroll
             for (int n = 0; n < tile_rows / 8; ++n)
 #pragma unroll
@@ -552,7 +555,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 #pragma unroll
             for (int n = 0; n < tile_rows / 8; ++n)
                 top[c] = fmaxf(top[c], fmaxf(s[c / 2][n][c % 2 * 2], s[c / 2][n][c % 2 * 2 + 1]));
-            top[c] *= factor[c].to_log2;
+            top[c] *= to_log2[c];
             exceeds = exceeds || top[c] > reference[c] + headroom;
         }
         const auto counts = [&] {
@@ -587,8 +590,8 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             const float offset = -reference[c];
 #pragma unroll
             for (int n = 0; n < tile_rows / 8; ++n) {
-                const float a = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2], factor[c].to_log2, offset)),
-                            b = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2 + 1], factor[c].to_log2, offset));
+                const float a = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2], to_log2[c], offset)),
+                            b = exp2f(__fmaf_rn(s[c / 2][n][c % 2 * 2 + 1], to_log2[c], offset));
                 sum[c] += a + b;
                 const half2 pair = __floats2half2_rn(a, b);
                 w[c / 2][n / 2][n % 2 * 2 + c % 2] = *reinterpret_cast<const uint32_t *>(&pair);
@@ -767,9 +770,9 @@ constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo
 
 // Thread blocks of a multiprocessor. A warp with one operand, where two would have been possible, leaves registers for a
 // second block, which works while the first one waits.
-constexpr int resident_blocks(int operands, int most) { return operands < most ? 2 : 1; }
-template <KV TK, KV TV, int D> constexpr int resident_blocks(int operands) {
-    return resident_blocks(operands, most_operands(Kind<TK>::turbo, Kind<TV>::turbo, D));
+constexpr int wide_resident_blocks(int operands, int most) { return operands < most ? 2 : 1; }
+template <KV TK, KV TV, int D> constexpr int wide_resident_blocks(int operands) {
+    return wide_resident_blocks(operands, most_operands(Kind<TK>::turbo, Kind<TV>::turbo, D));
 }
 
 // Collects which tiles the thread block's columns see.
@@ -817,7 +820,7 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
 }
 
 template <KV TK, KV TV, int D, int M>
-__global__ void __launch_bounds__(32 * wide_warps, resident_blocks<TK, TV, D>(M)) wide_kernel(const __grid_constant__ WideCall wide) {
+__global__ void __launch_bounds__(32 * wide_warps, wide_resident_blocks<TK, TV, D>(M)) wide_kernel(const __grid_constant__ WideCall wide) {
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
     const AttentionCall & call = wide.call;

@@ -9,6 +9,7 @@
 // over exact rows are kept apart from those over blocks, because V of blocks may be in the rotated domain.
 
 #include "cpu/turbo-cpu.h"
+#include "ggml/turbo-count.h"
 #include "ggml/turbo-ops.h"
 #include "ggml/turbo-options.h"
 
@@ -362,7 +363,13 @@ bool turbo_cpu_compute_forward(const struct ggml_compute_params * params, struct
     Plan plan;
     if (params->use_ref || !plan_attention(op, params->nth, plan) || params->wsize < plan.total) {
         GGML_ASSERT(!(op->op == GGML_OP_FLASH_ATTN_EXT && op->src[TURBO_SRC_SLOTS_K]) && "ggml does not know the window");
+        if (turbo_counts() && params->ith == 0 && turbo_op_kind(op) == turbo_op::attention) {
+            turbo_count("attention by ggml's kernels", op->src[0]->ne[1], op->src[0]->ne[3]);
+        }
         return false;
+    }
+    if (params->ith == 0) {
+        turbo_count("attention by the tile engine", plan.a.tokens, plan.a.streams);
     }
     char *        base    = (char *) align((size_t) params->wdata);
     char *        scratch = base + params->ith * plan.scratch;

@@ -6,6 +6,7 @@
 
 #include "cuda/turbo-cuda.h"
 
+#include "ggml/turbo-count.h"
 #include "ggml/turbo-options.h"
 
 #include "common.cuh"
@@ -156,6 +157,8 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
 
 void compute_blocks(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
                     const tq::Store * stores = nullptr) {
+    turbo_count(plan.wide ? "attention by the kernel for many columns" : "attention by the decode kernel", call.tokens,
+                call.streams);
     ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
     CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores));
 }
@@ -333,6 +336,7 @@ void take_exact_rows(const ggml_tensor * op, const ggml_tensor * cache, bool key
 // Computes attention with ggml's kernels, on K and V in f16.
 void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
+    turbo_count("attention by ggml's kernels over f16", q->ne[1], q->ne[3]);
     cudaStream_t                stream = ctx.stream();
     ggml_cuda_pool_alloc<half>  k_half(ctx.pool()), v_half(ctx.pool()), masks(ctx.pool());
     ggml_cuda_pool_alloc<float> q_rotated(ctx.pool());

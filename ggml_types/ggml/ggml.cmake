@@ -7,6 +7,7 @@ function(turboquant_attach)
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-traits.cpp"
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-ops.cpp"
         "${TURBOQUANT_GLUE_DIR}/ggml/turbo-options.cpp"
+        "${TURBOQUANT_GLUE_DIR}/ggml/turbo-count.cpp"
         $<TARGET_OBJECTS:turboquant_objects>)
     # PUBLIC, because the backends, libllama, common and the tests include the glue's headers. The headers are not
     # installed, because no installed header of llama.cpp includes them.

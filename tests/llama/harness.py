@@ -241,7 +241,7 @@ def compile_probe(bin_dir: Path, source: Path, target: Path) -> Path:
     return target
 
 
-def run_beside_glue(build: Build, source: str, folder: Path) -> None:
+def run_beside_glue(build: Build, source: str, folder: Path, *args: object) -> None:
     """Compile a test of the glue's headers against a build and run it; its output lists the failures."""
     program = folder / Path(source).stem
     glue = build.source.parent / "native"
@@ -252,7 +252,7 @@ def run_beside_glue(build: Build, source: str, folder: Path) -> None:
     command += [f"-Wl,-rpath,{build.bin}", f"-Wl,-rpath-link,{build.bin}", "-o", str(program)]
     compiled = subprocess.run(command, check=False, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
-    done = subprocess.run([program], check=False, capture_output=True, text=True)
+    done = subprocess.run([program, *map(str, args)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,4 +1,4 @@
-"""tools/bench_attention.py runs against the build and prints its tables. No speed is asserted."""
+"""tools/bench_attention.py and bench_cuda.py run against the build and print their tables. No speed is asserted."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_attention.py"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def bench(build, tmp_path: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOL, "--bin", build.bin, *args]
+def bench(
+    build, tmp_path: Path, *args: object, tool: str = "bench_attention.py"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, TOOLS / tool, "--bin", build.bin, *args]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=tmp_path)
 
 
@@ -40,3 +42,32 @@ def test_refused(build, tmp_path) -> None:
     assert done.returncode == 2 and "wanted numbers above 0" in done.stderr
     done = bench(build, tmp_path, "--plot", "nowhere/a.png")
     assert done.returncode == 2 and "no folder" in done.stderr
+
+
+def test_model_in_parts(build, tmp_path) -> None:
+    """The CPU stands in for a GPU."""
+    given = ("--skip-kernels", "--types", "turbo4", "--model-shape", "2,256,4,2,64,256,300", "--models", tmp_path,
+             "--depths", 64, "--prefill", 16, "--batches", "2,8", "--batch-depths", 32, "--slots", 2,
+             "--slot-depth", 32, "--heads", "64,128", "--head-depths", 32, "--decode", 4, "--repeat", 1, "--count", "--json", "cuda.json")
+    if not (build.bin / "llama-batched-bench").is_file():
+        given = (*given, "--parts", "prefill,batches")
+    done = bench(build, tmp_path, *given, tool="bench_cuda.py")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "cuda.json").read_text())["rows"]
+    assert all(figure["tokens_s"] > 0 for row in rows for figure in row["figures"])
+    paths = {(row["part"], row["head"], row["unified"]): row["paths"] for row in rows if row["window"] == "0"}
+    # 2 layers; the numbers of tokens and streams; 8 steps of a run that counts
+    expected = {
+        ("decode", 64, False): (1, 1, 2 * 8),
+        ("prefill", 64, False): (16, 1, 2),
+        ("batches", 64, False): (8, 1, 2),
+        ("slots", 64, False): (1, 2, 2 * 8),
+        ("slots", 64, True): (2, 1, 2 * 8),
+        ("heads", 64, False): (1, 1, 2 * 8),
+        ("heads", 128, False): (1, 1, 2 * 8),
+    }
+    assert len(rows) == len(paths) * 4  # f16, q8_0, turbo4 with two windows
+    for place, found in paths.items():
+        tokens, streams, calls = expected[place]
+        assert found[f"attention by the tile engine, tokens {tokens}, streams {streams}"] == calls, place
+    assert "| turbo4, window 0 |" in done.stdout

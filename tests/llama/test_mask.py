@@ -1,4 +1,4 @@
-"""The mask of a decode step, which a hook fills without examining each cell if the contents are certain."""
+"""The mask of attention, which a hook fills without examining each cell if the contents are certain."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 from harness import Build, run_beside_glue
 
 
-def test_decode_mask_is_the_rule_asked_cell_by_cell(build: Build, tmp_path: Path) -> None:
-    run_beside_glue(build, "decode_mask.cpp", tmp_path)
+def test_masks_equal_those_of_llama_cpp(build: Build, tiny, tmp_path: Path) -> None:
+    run_beside_glue(build, "mask.cpp", tmp_path, tiny("head128"))
