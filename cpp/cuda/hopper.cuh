@@ -21,7 +21,7 @@ constexpr int expanding_threads = expanding_groups * warpgroup;
 constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
 constexpr int hopper_columns = hopper_groups * group_columns;
 constexpr int hopper_rows = 64;                  // of a step
-constexpr int hopper_buffers = 4;                // of expanded rows
+constexpr int hopper_buffers = 6;                // of expanded rows
 constexpr int encoded_buffers = 3;
 constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 512 threads have 128 on average
 
@@ -29,13 +29,13 @@ constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int barriers = 2 * hopper_buffers * 8;
+    static constexpr int queries = group_columns * D, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + encoded_buffers * encoded + barriers +
-               words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
+        return matrix_alignment + hopper_buffers * (expanded + factors) + hopper_groups * queries +
+               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
@@ -50,10 +50,9 @@ template <int D> struct HopperMemory {
     }
     static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
-    static __device__ __forceinline__ int factors_at(int buffer) { return hopper_buffers * expanded + buffer * factors; }
-    __device__ __forceinline__ int encoded_at(int buffer) const {
-        return hopper_buffers * (expanded + factors) + buffer * encoded;
-    }
+    static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
+    static __device__ __forceinline__ int factors_at(int buffer) { return queries_at(hopper_groups) + buffer * factors; }
+    __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
     __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
@@ -101,6 +100,8 @@ struct HopperPlace {
         begin = int64_t(blockIdx.x) * p.chunk_rows;
         length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
     }
+    // A lane has rows `quad` and quad + 8 of the 16 columns of its warp, in the operands and in the results.
+    __device__ __forceinline__ int column(int c) const { return first_column + 16 * warp + 8 * c + quad; }
 };
 
 // Buffers are used in turn.
@@ -118,8 +119,8 @@ struct Turn {
 // ---- steps
 
 // What a warpgroup with columns must know about the step in a buffer: its first row, counted from the thread block's, a
-// multiple of hopper_rows; a bit for each of the warpgroups that see rows of the step; and a bit for each of those for which
-// rows are hidden or have a bias.
+// multiple of hopper_rows; a bit for each of the warpgroups that see rows of the step; and a bit for each of those for
+// which rows are hidden or have a bias.
 static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
@@ -165,8 +166,8 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     if (place.group >= 0) {
         const int first = place.first_column / call.plan.group,
                   end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
-        const SeenTiles * from = wide.arrays.seen +
-                                 int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
+        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // of the mask, before these
+        const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
         for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
             SeenTiles seen = {0, 0};
             if (!a.mask) {
@@ -199,11 +200,13 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 // ---- rows
 //
 // The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank. This
-// changes the order of the values in expanded rows: value i of the eight of a unit of V is element value_element + i, for i =
-// 0 ... 3, and 16 elements further on, for i = 4 ... 7. The queries are in the same order as the levels of K.
+// changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
+// value_element on, and four are those 16 elements further on. The queries are in the same order as the levels of K.
 
 // The first element of a unit of eight values of V.
-__device__ __forceinline__ constexpr int value_element(int unit) { return unit / 8 * 64 + unit / 4 % 2 * 32 + unit % 4 * 4; }
+__device__ __forceinline__ constexpr int value_element(int unit) {
+    return unit / 8 * 64 + unit / 4 % 2 * 32 + unit % 4 * 4;
+}
 // The word of a prepared query whose elements are those of word `word` of a row of K.
 __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
@@ -220,10 +223,11 @@ template <KV TK, KV TV, int D> struct HopperRows {
     using Memory = HopperMemory<D>;
     static constexpr int lanes = D / 32; // that expand a row
     static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
-    static constexpr int warp_rows = 32 / lanes;
+    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / expanding_threads; // of warp_rows rows
+    static constexpr int apart = hopper_rows / turns; // rows between those of a thread
+    static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
-    static_assert(hopper_rows * lanes == expanding_threads, "a lane has a quarter of a row");
-    static_assert(LK::bytes <= copies * copied_at_once - 15 && LV::bytes <= copies * copied_at_once - 15, "all of a row is copied");
+    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once, "it is all copied");
     const AttentionCall & call;
     const HopperPlace & place;
     const Memory & memory;
@@ -231,8 +235,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
     const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
     int copy_to_k, copy_to_v;       // and their offsets in a buffer
     int copied_k, copied_v;         // bytes of the row from there on
-    int encoded_k, encoded_v;       // the offsets of the row that the thread expands
-    int part, row;                  // the quarter of this row
+    int encoded_k, encoded_v;       // the offsets of the first row of which the thread expands a part
+    int part, row;                  // a quarter of this row
     int unit0, unit1;               // offsets of the units that it writes
     const typename LK::LookUpLevels look_up_k;
     const typename LV::LookUpLevels look_up_v;
@@ -250,7 +254,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const int copied = threadIdx.x / 32 * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
         copy_k = k + (place.begin + copied) * a.k_row;
         copy_v = v + (place.begin + copied) * a.v_row;
-        const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15), before_v = int(reinterpret_cast<uintptr_t>(copy_v) & 15);
+        const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15),
+                  before_v = int(reinterpret_cast<uintptr_t>(copy_v) & 15);
         copied_k = before_k + LK::bytes - unit;
         copied_v = before_v + LV::bytes - unit;
         copy_k += unit - before_k;
@@ -278,28 +283,34 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const uint32_t to = memory.address + memory.encoded_at(buffer);
         if (at >= place.length) {
         } else if (place.begin + at + hopper_rows < a.n_kv) { // the bytes behind these rows may be read
-            const uint8_t *from_k = copy_k + at * a.k_row, *from_v = copy_v + at * a.v_row;
 #pragma unroll
-            for (int i = 0; i < copies; ++i) {
-                constexpr int step = copied_at_once;
-                if (step * i < copied_k) copy_async(to + copy_to_k + step * i, from_k + step * i, 16);
-                if (step * i < copied_v) copy_async(to + copy_to_v + step * i, from_v + step * i, 16);
+            for (int t = 0; t < turns; ++t) {
+                const int r = t * apart;
+                const uint8_t *from_k = copy_k + (at + r) * a.k_row, *from_v = copy_v + (at + r) * a.v_row;
+                const uint32_t to_k = to + copy_to_k + r * p.pitch_k, to_v = to + copy_to_v + r * p.pitch_v;
+#pragma unroll
+                for (int i = 0; i < copies * copied_at_once; i += copied_at_once) {
+                    if (i < copied_k) copy_async(to_k + i, from_k + i, 16);
+                    if (i < copied_v) copy_async(to_v + i, from_v + i, 16);
+                }
             }
         } else {
-            const int first = threadIdx.x / 32 * warp_rows;
 #pragma unroll 1
-            for (int side = 0; side < 2; ++side)
+            for (int i = 0; i < 2 * turns; ++i) {
+                const int side = i % 2, first = threadIdx.x / 32 * warp_rows + i / 2 * apart;
                 load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
                           warp_rows, place.begin + at + first, a.n_kv, place.lane, 32);
+            }
         }
         copy_commit();
     }
 
-    // Expands a quarter of a row.
-    __device__ __forceinline__ void expand(int from, int to) const {
+    // Expands a quarter of the row that is `further` than the thread's first one.
+    __device__ __forceinline__ void expand(int from, int to, int further) const {
+        const AttentionPlan & p = call.plan;
         const uint8_t * encoded = memory.base + memory.encoded_at(from);
-        const uint8_t *row_k = encoded + encoded_k, *row_v = encoded + encoded_v;
+        const uint8_t *row_k = encoded + encoded_k + further * p.pitch_k, *row_v = encoded + encoded_v + further * p.pitch_v;
         uint32_t x[8], y[8];
         read_levels<TK, D, unsigned_keys<TK, D>>(row_k, part, lanes, look_up_k, x);
         read_levels<TV, D, true>(row_v, part, lanes, look_up_v, y);
@@ -309,10 +320,11 @@ template <KV TK, KV TV, int D> struct HopperRows {
         const bool finite = fabsf(scale_v) <= 65504.0f;
         if (part == 0) {
             const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
-            reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to))[row] = make_float2(factor, -magic * factor);
+            float2 * factors = reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to)) + further;
+            factors[row] = make_float2(factor, -magic * factor);
         }
         const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
-        uint8_t * buffer = memory.base + to * Memory::expanded;
+        uint8_t * buffer = memory.base + to * Memory::expanded + further * 128;
         uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
         *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<uint4 *>(at1) = make_uint4(x[4], x[5], x[6], x[7]);
@@ -340,7 +352,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
             __syncwarp(); // the rows are there, and those of the preceding step have been read
             load(later, from == 0 ? encoded_buffers - 1 : from - 1);
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-            expand(from, turn.buffer);
+#pragma unroll
+            for (int t = 0; t < turns; ++t) expand(from, turn.buffer, t * apart);
             if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(at);
             publish(turn);
             from = from + 1 == encoded_buffers ? 0 : from + 1;
@@ -364,7 +377,7 @@ private:
 
 // ---- the columns of a warpgroup
 
-// A lane has rows `quad` and quad + 8 of the 16 columns of its warp: arrays with two elements have one for each of them.
+// Arrays with two elements have one for each of the lane's columns.
 template <KV TK, KV TV, int D> struct HopperColumns {
     using LK = Layout<TK, D>;
     using Memory = HopperMemory<D>;
@@ -373,8 +386,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     const WideCall & wide;
     const HopperPlace & place;
     const Memory & memory;
-    uint32_t query[D / 32][4];
-    int start[2]; // of the products: magic_bits, less what the bias of unsigned K adds
+    int offset[2]; // of products, which it makes the bits of floats: magic_bits, less what the bias of unsigned K adds
     float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
     float output[D / 2] = {};
     union {
@@ -397,42 +409,44 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     __device__ __forceinline__ int64_t prepared_column() const {
         const AttentionPlan & p = wide.call.plan;
         return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile * p.column_tiles +
-               place.first_column + 16 * place.warp + place.quad;
+               place.column(0);
     }
 
+    // Stores the queries of the warpgroup as operands of the scores.
     __device__ __forceinline__ void load_queries() {
-        const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+        const int64_t first = prepared_column() - 16 * place.warp - place.quad; // of the warpgroup
+        const uint2 * pairs = reinterpret_cast<const uint2 *>(wide.arrays.queries) + first * (D / 8);
+        uint8_t * to = memory.base + Memory::queries_at(place.group);
+        for (int i = 32 * place.warp + place.lane; i < group_columns * D / 16; i += warpgroup) {
+            const int row = i / (D / 16), unit = i % (D / 16);
+            const uint2 low = pairs[row * (D / 8) + query_word(4 * unit) / 2],
+                        high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
+            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
+        }
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int i = 0; i < D / 32; ++i) {
-                query[i][c] = words[8 * c * (D / 4) + query_word(8 * i + place.in_quad)];
-                query[i][c + 2] = words[8 * c * (D / 4) + query_word(8 * i + 4 + place.in_quad)];
-            }
             int sum = 0;
             if constexpr (unsigned_keys<TK, D>) {
-#pragma unroll
-                for (int i = 0; i < D / 32; ++i)
-                    sum = __dp4a(int(query[i][c]), 0x01010101, __dp4a(int(query[i][c + 2]), 0x01010101, sum));
+                const uint32_t * words =
+                    reinterpret_cast<const uint32_t *>(wide.arrays.queries) + (prepared_column() + 8 * c) * (D / 4);
+                for (int i = place.in_quad; i < D / 4; i += 4) sum = __dp4a(int(words[i]), 0x01010101, sum);
                 sum += __shfl_xor_sync(all_lanes, sum, 1);
                 sum += __shfl_xor_sync(all_lanes, sum, 2);
             }
-            start[c] = magic_bits - 128 * sum;
+            offset[c] = magic_bits - 128 * sum;
         }
+        publish_writes();
+        sync_group(1 + place.group);
     }
-
-    __device__ __forceinline__ int column(int c, const HopperPlace & place) const { return place.first_column + 16 * place.warp + 8 * c + place.quad; }
 
     // Starts the products of the queries and the rows of a buffer.
     __device__ __forceinline__ void start_products(int buffer) {
-        const uint32_t keys = memory.address + Memory::keys_at(buffer);
+        const uint32_t queries = memory.address + Memory::queries_at(place.group),
+                       keys = memory.address + Memory::keys_at(buffer);
+        multiply_keys<unsigned_keys<TK, D>, true>(products, key_descriptor(queries), key_descriptor(keys));
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) multiply_keys<unsigned_keys<TK, D>>(products, query[i], key_descriptor(keys + 32 * i));
-    }
-    __device__ __forceinline__ void clear_products() {
-#pragma unroll
-        for (int i = 0; i < 4 * eights; ++i) products[i] = start[i / 2 % 2];
-        keep_registers(products);
+        for (int i = 32; i < D; i += 32)
+            multiply_keys<unsigned_keys<TK, D>, false>(products, key_descriptor(queries + i), key_descriptor(keys + i));
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
@@ -444,13 +458,15 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Turns products into scores, without the factors of the queries.
     __device__ __forceinline__ void scale_products(int buffer) {
-        const float2 * factors = reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
+        const float2 * factors =
+            reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
             const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x, i % 2 ? two.w : two.y);
+                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i] + offset[i / 2]), i % 2 ? two.z : two.x,
+                                             i % 2 ? two.w : two.y);
         }
     }
 
@@ -471,8 +487,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         const AttentionPlan & p = wide.call.plan;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            if (column(c, place) >= p.columns) continue;
-            const int token = column(c, place) / p.group, head = place.kv_head * p.group + column(c, place) - token * p.group;
+            if (place.column(c) >= p.columns) continue;
+            const int column = place.column(c), token = column / p.group;
+            const int head = place.kv_head * p.group + column - token * p.group;
             SeenTiles one = {~0u, ~0u};
             if (mask.base) one = seen[mask.number(token, head, place.stream, wide.call.a.tokens) * words + tile / 32];
             if (!(one.some >> tile % 32 & 1)) {
@@ -520,7 +537,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         for (int c = 0; c < 2; ++c) {
             float largest = -INFINITY;
 #pragma unroll
-            for (int n = 0; n < Eights; ++n) largest = fmaxf(largest, fmaxf(score[4 * n + 2 * c], score[4 * n + 2 * c + 1]));
+            for (int i = 0; i < 4 * Eights; ++i)
+                if (i / 2 % 2 == c) largest = fmaxf(largest, score[i]);
             largest *= to_log2[c];
             largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
@@ -552,20 +570,25 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Computes the products of the warp's columns and the rows of a buffer once more.
     __device__ __forceinline__ void repeat_products(int buffer) {
-        const int lane = read_thread() % 32, quad = lane / 4, in_quad = lane % 4;
+        const HopperPlace place(wide.call);
+        const auto word = [&](const uint8_t * row, int unit) { // of a row with number `quad` modulo 8
+            return *reinterpret_cast<const uint32_t *>(row + ((unit ^ place.quad) << 4) + 4 * place.in_quad);
+        };
+        const uint8_t *queries = memory.base + Memory::queries_at(place.group) + (16 * place.warp + place.quad) * D,
+                      *keys = memory.base + Memory::keys_at(buffer) + place.quad * D;
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
-            const uint8_t * row = memory.base + Memory::keys_at(buffer) + (8 * n + quad) * 128 + 4 * in_quad;
-            int c[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
+            int c[4] = {};
 #pragma unroll
-            for (int i = 0; i < D / 32; ++i) {
+            for (int i = 0; i < D / 16; i += 2) {
                 constexpr uint32_t bias = unsigned_keys<TK, D> ? four_biases : 0;
-                const uint32_t b[2] = {*reinterpret_cast<const uint32_t *>(row + ((2 * i ^ quad) << 4)) ^ bias,
-                                       *reinterpret_cast<const uint32_t *>(row + ((2 * i + 1 ^ quad) << 4)) ^ bias};
-                mma_int8(c, query[i], b);
+                const uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
+                                       word(queries + 8 * D, i + 1)};
+                const uint32_t b[2] = {word(keys + 8 * n * D, i) ^ bias, word(keys + 8 * n * D, i + 1) ^ bias};
+                mma_int8(c, a, b);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i];
+            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i] + magic_bits - offset[i / 2]; // as of unsigned K
         }
     }
 
@@ -638,9 +661,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         constexpr int exact_eights = tile_rows / 8;
         const int64_t at = (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * x.exact_tiles + tile;
         const int element = place.quad / 4 * 16 + place.quad % 4; // in the order of the output
-        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad,
-                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * (D / 8) + place.in_quad,
-                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + element) * (tile_rows / 8) + place.in_quad;
+        constexpr int units = D / 8, row_units = tile_rows / 8; // of 16 bytes
+        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * units + place.in_quad,
+                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * units + place.in_quad,
+                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + element) * row_units + place.in_quad;
         float s[exact_eights][4] = {};
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) {
@@ -703,7 +727,6 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             // While the tensor cores add a step to the output, the warps compute the weights of the next one.
 #pragma unroll 1
             while (true) {
-                clear_products();
                 keep_registers(output);
                 products_fence();
                 start_products(turn.buffer);
@@ -738,8 +761,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         for (int c = 0; c < 2; ++c) {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
-            if (column(c, place) >= call.plan.columns) continue;
-            const int64_t at = query_row(call, place.stream, place.kv_head, column(c, place)) * call.plan.parts + blockIdx.x;
+            if (place.column(c) >= call.plan.columns) continue;
+            const int64_t row = query_row(call, place.stream, place.kv_head, place.column(c));
+            const int64_t at = row * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;

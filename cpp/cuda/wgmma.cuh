@@ -1,9 +1,10 @@
 // Instructions of Hopper GPUs: matrix products of warpgroups, and the division of registers among warpgroups. They exist
 // only in code for sm_90a; elsewhere the functions are empty.
 //
-// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp, in registers that are laid
-// out as those of mma.sync. Operand B is in shared memory, where a descriptor says how. Results are laid out as those of
-// mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows `quad` and quad + 8.
+// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp. It is in registers, laid out
+// as those of mma.sync, or in shared memory, where a descriptor says how. Operand B is in shared memory. Results are laid
+// out as those of mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows `quad` and
+// quad + 8.
 #ifndef TURBOQUANT_CUDA_WGMMA_H
 #define TURBOQUANT_CUDA_WGMMA_H
 
@@ -30,8 +31,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int lead
     return uint64_t(address >> 4 | uint32_t(leading >> 4) << 16) | uint64_t(uint32_t(stride >> 4) | 1u << 30) << 32;
 }
 
-// Operand B of scores from `address` on: rows of 128 int8 values of K. A product takes 32 of these, 32 bytes further on
-// each time.
+// An operand of scores from `address` on: rows of 128 int8 values of queries or of K. A product takes 32 of these, 32 bytes
+// further on each time.
 __device__ __forceinline__ uint64_t key_descriptor(uint32_t address) { return matrix_descriptor(address, 16, 1024); }
 
 // Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further on. A
@@ -75,18 +76,21 @@ template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&
 #endif
 }
 
-// d += a product of 64 x 32 bytes of A, signed, and 64 rows of B, whose bytes are unsigned if UnsignedB.
-template <bool UnsignedB>
-__device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+// Adds to d a product of 64 x 32 bytes of A, signed, and 64 rows of B, whose bytes are unsigned if UnsignedB. If First, d is
+// zero before.
+template <bool UnsignedB, bool First>
+__device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t b) {
 #if TURBOQUANT_WGMMA
-#define TURBOQUANT_PRODUCT(B)                                                                                            \
+#define TURBOQUANT_PRODUCT(B, mode, add)                                                                                 \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." B " "                                                  \
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
-                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1;"                                                      \
-                 : TURBOQUANT_16("+r", d, 0), TURBOQUANT_16("+r", d, 16)                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-    if constexpr (UnsignedB) TURBOQUANT_PRODUCT("u8");
-    else TURBOQUANT_PRODUCT("s8");
+                 "%27,%28,%29,%30,%31}, %32, %33, " add ";"                                                              \
+                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                                 \
+                 : "l"(a), "l"(b))
+    if constexpr (UnsignedB && First) TURBOQUANT_PRODUCT("u8", "=r", "0");
+    else if constexpr (UnsignedB) TURBOQUANT_PRODUCT("u8", "+r", "1");
+    else if constexpr (First) TURBOQUANT_PRODUCT("s8", "=r", "0");
+    else TURBOQUANT_PRODUCT("s8", "+r", "1");
 #undef TURBOQUANT_PRODUCT
 #endif
 }
@@ -115,6 +119,11 @@ __device__ __forceinline__ void publish_writes() {
 #endif
 }
 
+
+// A barrier for the threads of a warpgroup. Barrier 0 is that of __syncthreads.
+__device__ __forceinline__ void sync_group(int barrier) {
+    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
 
 // Changes the number of registers of the warpgroup's threads.
 template <int N> __device__ __forceinline__ void take_registers() {
