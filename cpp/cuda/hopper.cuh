@@ -14,8 +14,8 @@ namespace turboquant {
 namespace cuda {
 
 constexpr int warpgroup = 128;                   // threads
-constexpr int expanding_groups = 2;              // warpgroups of a thread block that expand rows: the first ones
-constexpr int hopper_groups = 2;                 // warpgroups with columns
+constexpr int expanding_groups = 1;              // warpgroups of a thread block that expand rows: the first ones
+constexpr int hopper_groups = 3;                 // warpgroups with columns
 constexpr int group_columns = 64;                // of a warpgroup
 constexpr int expanding_threads = expanding_groups * warpgroup;
 constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
@@ -23,7 +23,7 @@ constexpr int hopper_columns = hopper_groups * group_columns;
 constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
 constexpr int encoded_buffers = 3;
-constexpr int expanding_registers = 72, column_registers = 184; // of a thread; 512 threads have 128 on average
+constexpr int expanding_registers = 80, column_registers = 144; // of a thread; 512 threads have 128 on average
 
 // The division of a thread block's shared memory.
 template <int D> struct HopperMemory {
@@ -40,7 +40,7 @@ template <int D> struct HopperMemory {
 
     uint8_t * base;
     uint32_t address; // of base
-    int * infos;      // of the steps in the buffers
+    int * infos;      // of the steps that follow those in the buffers, and of the first step
     int encoded_k, encoded;
 
     __device__ __forceinline__ HopperMemory(const AttentionPlan & p, uint8_t * shared, int * infos)
@@ -93,7 +93,7 @@ struct HopperPlace {
         warp = thread / 32 % 4;
         group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
         const int column_tile = blockIdx.y / a.kv_heads;
-        first_column = column_tile * hopper_columns + group * group_columns;
+        first_column = column_tile * p.column_tile + (p.row_tiles > 1 ? 0 : group * group_columns);
         kv_head = blockIdx.y - column_tile * a.kv_heads;
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
@@ -118,9 +118,9 @@ struct Turn {
 
 // ---- steps
 
-// What a warpgroup with columns must know about the step in a buffer: its first row, counted from the thread block's, a
-// multiple of hopper_rows; a bit for each of the warpgroups that see rows of the step; and a bit for each of those for
-// which rows are hidden or have a bias.
+// What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
+// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows are
+// hidden or have a bias.
 static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
@@ -132,6 +132,7 @@ struct Steps {
     const uint32_t * seen;        // by any column
     const SeenTiles * group_seen; // by the columns of each warpgroup
     int words, first_tile, length;
+    bool in_turn; // All warpgroups have the same columns, and they add the steps in turn
     static constexpr uint32_t tiles = (1u << (hopper_rows / tile_rows)) - 1; // of a step
 
     // The step after `at` that a column sees.
@@ -141,9 +142,11 @@ struct Steps {
         return at;
     }
     __device__ __forceinline__ int info(int at) const {
+        if (at >= length) return no_step;
         int info = at;
 #pragma unroll
         for (int g = 0; g < hopper_groups; ++g) {
+            if (in_turn && uint32_t(at) / hopper_rows % hopper_groups != g) continue;
             const SeenTiles word = group_seen[g * words + tile(at) / 32];
             const uint32_t some = word.some >> tile(at) % 32 & tiles;
             info |= int(some != 0) << g;
@@ -306,37 +309,46 @@ template <KV TK, KV TV, int D> struct HopperRows {
         copy_commit();
     }
 
-    // Expands a quarter of the row that is `further` than the thread's first one.
-    __device__ __forceinline__ void expand(int from, int to, int further) const {
+    // Expands the thread's quarters of rows. The reads of all of them precede the writes, so no read waits for another.
+    __device__ __forceinline__ void expand(int from, int to) const {
         const AttentionPlan & p = call.plan;
-        const uint8_t * encoded = memory.base + memory.encoded_at(from);
-        const uint8_t *row_k = encoded + encoded_k + further * p.pitch_k, *row_v = encoded + encoded_v + further * p.pitch_v;
-        uint32_t x[8], y[8];
-        read_levels<TK, D, unsigned_keys<TK, D>>(row_k, part, lanes, look_up_k, x);
-        read_levels<TV, D, true>(row_v, part, lanes, look_up_v, y);
-        const float scale_k = LK::load_block_scale(row_k), scale_v = LV::load_block_scale(row_v);
-        // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value makes
-        // the score NaN instead, which the mask replaces.
-        const bool finite = fabsf(scale_v) <= 65504.0f;
-        if (part == 0) {
-            const float factor = finite ? scale_k * LK::step : __uint_as_float(0x7fc00000);
-            float2 * factors = reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to)) + further;
-            factors[row] = make_float2(factor, -magic * factor);
+        const uint8_t *row_k = memory.base + memory.encoded_at(from) + encoded_k,
+                      *row_v = memory.base + memory.encoded_at(from) + encoded_v;
+        uint32_t x[turns][8], y[turns][8];
+        float scale_k[turns], scale_v[turns];
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            read_levels<TK, D, unsigned_keys<TK, D>>(row_k + t * apart * p.pitch_k, part, lanes, look_up_k, x[t]);
+            read_levels<TV, D, true>(row_v + t * apart * p.pitch_v, part, lanes, look_up_v, y[t]);
+            scale_k[t] = LK::load_block_scale(row_k + t * apart * p.pitch_k);
+            scale_v[t] = LV::load_block_scale(row_v + t * apart * p.pitch_v);
         }
-        const half2 scale = __floats2half2_rn(finite ? scale_v : 0.0f, finite ? scale_v : 0.0f);
-        uint8_t * buffer = memory.base + to * Memory::expanded + further * 128;
-        uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
-        *reinterpret_cast<uint4 *>(at0) = make_uint4(x[0], x[1], x[2], x[3]);
-        *reinterpret_cast<uint4 *>(at1) = make_uint4(x[4], x[5], x[6], x[7]);
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const uint32_t bytes = h ? odd : even;
-                *reinterpret_cast<uint4 *>((j ? at1 : at0) + Memory::key_bytes + h * Memory::half_bytes) =
-                    make_uint4(scaled_halves(y[4 * j], bytes, scale), scaled_halves(y[4 * j + 1], bytes, scale),
-                               scaled_halves(y[4 * j + 2], bytes, scale), scaled_halves(y[4 * j + 3], bytes, scale));
+        for (int t = 0; t < turns; ++t) {
+            // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
+            // makes the score NaN instead, which the mask replaces.
+            const bool finite = fabsf(scale_v[t]) <= 65504.0f;
+            if (part == 0) {
+                const float factor = finite ? scale_k[t] * LK::step : __uint_as_float(0x7fc00000);
+                float2 * factors = reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to)) + t * apart;
+                factors[row] = make_float2(factor, -magic * factor);
             }
+            const half2 scale = __floats2half2_rn(finite ? scale_v[t] : 0.0f, finite ? scale_v[t] : 0.0f);
+            uint8_t * buffer = memory.base + to * Memory::expanded + t * apart * 128;
+            uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
+            *reinterpret_cast<uint4 *>(at0) = make_uint4(x[t][0], x[t][1], x[t][2], x[t][3]);
+            *reinterpret_cast<uint4 *>(at1) = make_uint4(x[t][4], x[t][5], x[t][6], x[t][7]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t bytes = h ? odd : even;
+                    const uint32_t * levels = y[t] + 4 * j;
+                    *reinterpret_cast<uint4 *>((j ? at1 : at0) + Memory::key_bytes + h * Memory::half_bytes) =
+                        make_uint4(scaled_halves(levels[0], bytes, scale), scaled_halves(levels[1], bytes, scale),
+                                   scaled_halves(levels[2], bytes, scale), scaled_halves(levels[3], bytes, scale));
+                }
+        }
     }
 
     // Expands all steps that a column sees.
@@ -352,26 +364,17 @@ template <KV TK, KV TV, int D> struct HopperRows {
             __syncwarp(); // the rows are there, and those of the preceding step have been read
             load(later, from == 0 ? encoded_buffers - 1 : from - 1);
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-#pragma unroll
-            for (int t = 0; t < turns; ++t) expand(from, turn.buffer, t * apart);
-            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(at);
-            publish(turn);
+            expand(from, turn.buffer);
+            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
+            publish_writes();
+            __syncwarp();
+            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            turn.go_on();
             from = from + 1 == encoded_buffers ? 0 : from + 1;
             at = after;
             after = later;
         }
         copy_wait<0>();
-        wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-        if (threadIdx.x == 0) memory.infos[turn.buffer] = no_step;
-        publish(turn);
-    }
-
-private:
-    __device__ __forceinline__ void publish(Turn & turn) const {
-        publish_writes();
-        __syncwarp();
-        if (place.lane == 0) arrive(memory.full(turn.buffer));
-        turn.go_on();
     }
 };
 
@@ -441,19 +444,20 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Starts the products of the queries and the rows of a buffer.
     __device__ __forceinline__ void start_products(int buffer) {
-        const uint32_t queries = memory.address + Memory::queries_at(place.group),
-                       keys = memory.address + Memory::keys_at(buffer);
-        multiply_keys<unsigned_keys<TK, D>, true>(products, key_descriptor(queries), key_descriptor(keys));
+        const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
+                       keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16);
+        multiply_keys<unsigned_keys<TK, D>, true>(products, matrix_descriptor(queries), matrix_descriptor(keys));
 #pragma unroll
-        for (int i = 32; i < D; i += 32)
-            multiply_keys<unsigned_keys<TK, D>, false>(products, key_descriptor(queries + i), key_descriptor(keys + i));
+        for (int i = 2; i < D / 16; i += 2) // 32 bytes
+            multiply_keys<unsigned_keys<TK, D>, false>(products, matrix_descriptor(queries + i), matrix_descriptor(keys + i));
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
-        const uint32_t values = memory.address + Memory::values_at(buffer);
+        const uint32_t values = value_matrix(memory.address + Memory::values_at(0), Memory::half_bytes) +
+                                buffer * (Memory::expanded / 16);
 #pragma unroll
-        for (int i = 0; i < hopper_rows / 16; ++i)
-            multiply_values(output, weight[i], value_descriptor(values + i * 16 * 128, Memory::half_bytes));
+        for (int i = 0; i < hopper_rows / 16; ++i) // 16 rows of 128 bytes
+            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
     }
 
     // Turns products into scores, without the factors of the queries.
@@ -592,36 +596,34 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Turns the products of the step from row `at` of the thread block's on into scores.
-    __device__ __forceinline__ void compute_scores(int buffer, int at, bool mixed) {
-        scale_products(buffer);
-        if (wide.call.a.soft_cap != 0) cap<eights>();
-        if (mixed) {
-            const int tile = int((int64_t(blockIdx.x) * wide.call.plan.chunk_rows + at) / tile_rows);
-            apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
-            apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
-        }
-    }
-
-    // Turns the products of a step into weights. The output of the preceding step may still be computed, with the weights
-    // of that step. In the rare case that a sum shows that a weight may be too large for binary16, weights are computed
-    // again, with higher references.
+    // Turns the products of a step into weights, while the output of the preceding step may still be computed, with the
+    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of their
+    // own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
     __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
-        compute_scores(buffer, at, mixed);
         float added[2];
-        weigh<eights>(added);
-        if (__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight))) {
-            products_wait<0>();
-            keep_registers(output);
-            repeat_products(buffer);
-            compute_scores(buffer, at, mixed);
+        const bool plain = !mixed && wide.call.a.soft_cap == 0;
+        bool done = false;
+        if (plain) {
+            scale_products(buffer);
+            weigh<eights>(added);
+            done = !__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight));
+        }
+        products_wait<0>();
+        keep_registers(output);
+        if (!done) {
+            if (plain) repeat_products(buffer);
+            scale_products(buffer);
+            if (wide.call.a.soft_cap != 0) cap<eights>();
+            if (mixed) {
+                const int tile = int((int64_t(blockIdx.x) * wide.call.plan.chunk_rows + at) / tile_rows);
+                apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
+                apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
+            }
             float correction[2];
             raise_references<eights>(correction);
             correct(correction);
             weigh<eights>(added);
         }
-        products_wait<0>();
-        keep_registers(output);
         sum[0] += added[0];
         sum[1] += added[1];
         round_weights<eights>();
@@ -642,7 +644,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
                                                     a.tokens * x.exact_words;
 #pragma unroll 1
-        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += p.chunks) {
+        for (int tile = part(); tile < x.exact_tiles; tile += p.parts) {
             SeenTiles seen = {0, 0};
             for (int head = 0; head < a.exact.mask_heads; ++head)
                 for (int token = first + place.lane; token <= last; token += 32) {
@@ -703,22 +705,22 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
-    // Waits for the step in a buffer, and returns its info.
-    __device__ __forceinline__ int wait(const Turn & turn) const {
-        wait_for_phase(memory.full(turn.buffer), turn.parity);
-        return memory.infos[turn.buffer];
+    // The number of the warpgroup's results among those of its columns.
+    __device__ __forceinline__ int part() const {
+        const AttentionPlan & p = wide.call.plan;
+        return p.row_tiles > 1 ? blockIdx.x * p.row_tiles + place.group : blockIdx.x;
     }
 
-    // Adds all steps that a column of the thread block sees.
-    __device__ __forceinline__ void add_all() {
+    // Adds all steps that a column of the thread block sees. `info` is that of the first one.
+    __device__ __forceinline__ void add_all(int info) {
         Turn turn;
-        int info = wait(turn);
 #pragma unroll 1
         while (info != no_step) {
             if (!sees(info, place.group)) {
+                wait_for_phase(memory.full(turn.buffer), turn.parity);
+                info = memory.infos[turn.buffer];
                 release(turn.buffer);
                 turn.go_on();
-                info = wait(turn);
                 continue;
             }
 #pragma unroll
@@ -726,22 +728,23 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             int buffer = turn.buffer; // whose output is added next; at first zeros
             // While the tensor cores add a step to the output, the warps compute the weights of the next one.
 #pragma unroll 1
-            while (true) {
+            do {
+                wait_for_phase(memory.full(turn.buffer), turn.parity);
                 keep_registers(output);
                 products_fence();
                 start_products(turn.buffer);
                 products_commit();
                 start_output(buffer);
                 products_commit();
+                const int next = memory.infos[turn.buffer];
                 products_wait<1>();
                 keep_registers(products);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
                 if (buffer != turn.buffer) release(buffer);
                 buffer = turn.buffer;
                 turn.go_on();
-                info = wait(turn);
-                if (!sees(info, place.group)) break;
-            }
+                info = next;
+            } while (sees(info, place.group));
             keep_registers(output);
             products_fence();
             start_output(buffer);
@@ -763,7 +766,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (place.column(c) >= call.plan.columns) continue;
             const int64_t row = query_row(call, place.stream, place.kv_head, place.column(c));
-            const int64_t at = row * call.plan.parts + blockIdx.x;
+            const int64_t at = row * call.plan.parts + part();
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
@@ -781,7 +784,7 @@ template <KV TK, KV TV, int D>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
-    __shared__ int infos[hopper_buffers]; // see hopper_kernel_of
+    __shared__ int infos[hopper_buffers + 1]; // see hopper_kernel_of
     let_next_start();
     const AttentionCall & call = wide.call;
     const HopperPlace place(call);
@@ -797,16 +800,18 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
+    const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length, call.plan.row_tiles > 1};
+    if (threadIdx.x == 0) infos[hopper_buffers] = steps.info(steps.next(-hopper_rows));
+    __syncthreads();
     if (place.group < 0) {
         leave_registers<expanding_registers>();
-        const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length};
         HopperRows<TK, TV, D>(call, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
     } else {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);
         if (call.a.windowed) columns.add_exact_rows();
         columns.load_queries();
-        columns.add_all();
+        columns.add_all(infos[hopper_buffers]);
         columns.store();
     }
 #endif

@@ -26,20 +26,22 @@ namespace {
 // with number u of row r is in place u ^ r % 8.
 constexpr int matrix_alignment = 1024;
 
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int leading, int stride) {
-    // Addresses of shared memory have less than 18 bits.
-    return uint64_t(address >> 4 | uint32_t(leading >> 4) << 16) | uint64_t(uint32_t(stride >> 4) | 1u << 30) << 32;
+// A matrix is a word with its address in units of 16 bytes, so that an offset may be added, and a distance.
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address, int apart) { // addresses have less than 18 bits
+    return address >> 4 | uint32_t(apart >> 4) << 16;
+}
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
+    constexpr uint32_t group_bytes = 1024; // of eight rows
+    return uint64_t(group_bytes >> 4 | 1u << 30) << 32 | matrix;
 }
 
 // An operand of scores from `address` on: rows of 128 int8 values of queries or of K. A product takes 32 of these, 32 bytes
 // further on each time.
-__device__ __forceinline__ uint64_t key_descriptor(uint32_t address) { return matrix_descriptor(address, 16, 1024); }
+__device__ __forceinline__ uint32_t key_matrix(uint32_t address) { return matrix_at(address, 16); }
 
 // Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further on. A
 // product takes 16 rows.
-__device__ __forceinline__ uint64_t value_descriptor(uint32_t address, int apart) {
-    return matrix_descriptor(address, apart, 1024);
-}
+__device__ __forceinline__ uint32_t value_matrix(uint32_t address, int apart) { return matrix_at(address, apart); }
 
 // ---- products
 

@@ -233,7 +233,7 @@ WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
     return exists ? kernel : nullptr;
 }
 
-constexpr int least_hopper_columns = 128; // with fewer columns, the kernel of wide.cuh has more thread blocks
+constexpr int least_hopper_columns = 17; // with fewer columns, the kernel of wide.cuh has more thread blocks
 
 int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
 int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
@@ -302,7 +302,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
-    p.column_tile = p.hopper ? hopper_columns : column_warps * warp_columns;
+    if (p.hopper) p.column_tile = p.columns <= group_columns ? group_columns : hopper_columns;
+    else p.column_tile = column_warps * warp_columns;
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
     if (beside > 65535) return false;
@@ -321,7 +322,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows / resident;
     while (!p.hopper && p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
     if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
-    p.row_tiles = p.hopper ? 1 : std::min(wide_warps / column_warps, p.step_rows / tile_rows);
+    if (p.hopper) p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
+    else p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
     // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
     const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
     p.shared_bytes = std::max(bytes(p.step_rows), wide_alignment + p.row_tiles / 2 * column_warps * exchange);
@@ -344,7 +346,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     }
     p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
     p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-    p.parts = p.chunks;
+    p.parts = p.hopper ? p.chunks * p.row_tiles : p.chunks;
     p.merged = true;
 
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
