@@ -19,7 +19,6 @@ constexpr int hopper_groups = 3;                 // warpgroups with columns
 constexpr int group_columns = 64;                // of a warpgroup
 constexpr int expanding_threads = expanding_groups * warpgroup;
 constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
-constexpr int hopper_columns = hopper_groups * group_columns;
 constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
 constexpr int encoded_buffers = 3;
@@ -78,6 +77,7 @@ __device__ __forceinline__ int read_thread() {
 struct HopperPlace {
     int lane, quad, in_quad, warp; // of its warpgroup
     int group;                     // the number of the warpgroup among those with columns; negative: it expands rows
+    int groups;                    // how many have columns; the others do nothing
     int first_column;              // of the warpgroup
     int kv_head, stream, kv_stream;
     int64_t begin; // the first KV row of the thread block, a multiple of the rows of a step
@@ -92,6 +92,7 @@ struct HopperPlace {
         in_quad = lane % 4;
         warp = thread / 32 % 4;
         group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
+        groups = p.column_tile / group_columns * p.row_tiles;
         const int column_tile = blockIdx.y / a.kv_heads;
         first_column = column_tile * p.column_tile + (p.row_tiles > 1 ? 0 : group * group_columns);
         kv_head = blockIdx.y - column_tile * a.kv_heads;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     const Attention & a = call.a;
     const int64_t first_word = place.begin / seen_rows;
     if (place.group >= 0) {
-        const int first = place.first_column / call.plan.group,
+        const int first = place.group >= place.groups ? a.tokens : place.first_column / call.plan.group,
                   end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
         const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // of the mask, before these
         const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
@@ -793,7 +794,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
             start_barrier(memory.full(i), expanding_threads / 32);
-            start_barrier(memory.empty(i), hopper_groups * warpgroup / 32);
+            start_barrier(memory.empty(i), place.groups * warpgroup / 32);
         }
     }
     wait_for_previous();
@@ -806,7 +807,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     if (place.group < 0) {
         leave_registers<expanding_registers>();
         HopperRows<TK, TV, D>(call, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
-    } else {
+    } else if (place.group < place.groups) {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);
         if (call.a.windowed) columns.add_exact_rows();

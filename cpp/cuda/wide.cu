@@ -302,8 +302,12 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
-    if (p.hopper) p.column_tile = p.columns <= group_columns ? group_columns : hopper_columns;
-    else p.column_tile = column_warps * warp_columns;
+    if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
+        const int groups = (p.columns + group_columns - 1) / group_columns, tiles = (groups + hopper_groups - 1) / hopper_groups;
+        p.column_tile = (groups + tiles - 1) / tiles * group_columns;
+    } else {
+        p.column_tile = column_warps * warp_columns;
+    }
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
     if (beside > 65535) return false;
