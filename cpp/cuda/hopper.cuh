@@ -216,6 +216,25 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
+// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and one of
+// exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
+struct ExactPlace {
+    static __device__ __forceinline__ int at(int row, int position) { // the position in the order of an operand
+        const int unit = position % 64 / 8;
+        return position / 64 * (tile_rows * 64) + row * 64 + ((unit ^ row % 8) << 3) + position % 8;
+    }
+    // The order of K is that in which a lane's four registers of a column's products are adjacent elements of a query.
+    static __device__ __forceinline__ int key(int row, int element) {
+        const int word = element / 2 % 16;
+        return at(row, element / 32 * 32 + 2 * (word / 2 % 2 * 8 + word % 2 * 4 + word / 4) + element % 2);
+    }
+    // The order of V is that of value_element.
+    static __device__ __forceinline__ int value(int row, int element) {
+        const int unit = element / 64 * 8 + element / 32 % 2 * 4 + element / 4 % 4;
+        return at(row, 8 * unit + element / 16 % 2 * 4 + element % 4);
+    }
+};
+
 // Whether expanded K are levels + 128. Levels that are differences are cheaper so.
 template <KV TK, int D> constexpr bool unsigned_keys = Layout<TK, D>::parts == 2;
 
@@ -232,6 +251,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
     static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once, "it is all copied");
+    const WideCall & wide;
     const AttentionCall & call;
     const HopperPlace & place;
     const Memory & memory;
@@ -247,9 +267,9 @@ template <KV TK, KV TV, int D> struct HopperRows {
     const uint32_t even, odd;       // even_bytes and odd_bytes, in registers
 
     // `zero` is 0, but the compiler does not know.
-    __device__ __forceinline__ HopperRows(const AttentionCall & call, const HopperPlace & place, const Memory & memory,
+    __device__ __forceinline__ HopperRows(const WideCall & wide, const HopperPlace & place, const Memory & memory,
                                           uint32_t zero)
-        : call(call), place(place), memory(memory), look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero),
+        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero),
           odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
@@ -352,12 +372,32 @@ template <KV TK, KV TV, int D> struct HopperRows {
         }
     }
 
+    // Copies the thread block's tiles of the rows of an exact window, which precede the steps.
+    __device__ __forceinline__ void copy_exact(Turn & turn) const {
+        const WideArrays & x = wide.arrays;
+        const int64_t tiles = (int64_t(place.kv_stream) * call.a.kv_heads + place.kv_head) * x.exact_tiles;
+        constexpr int size = tile_rows * D;
+#pragma unroll 1
+        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += call.plan.chunks) {
+            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
+            if (threadIdx.x == 0) {
+                const uint32_t to = memory.address, full = memory.full(turn.buffer);
+                copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
+                copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+            }
+            __syncwarp();
+            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            turn.go_on();
+        }
+    }
+
     // Expands all steps that a column sees.
     __device__ __forceinline__ void expand_all(const Steps & steps) const {
         int at = steps.next(-hopper_rows), after = steps.next(at), from = 0;
         load(at, 0);
         load(after, 1);
         Turn turn;
+        if (call.a.windowed) copy_exact(turn);
 #pragma unroll 1
         while (at < place.length) {
             const int later = steps.next(after);
@@ -634,71 +674,81 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         keep_registers(weight[3]);
     }
 
-    // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warp sees. Warps read
-    // them from global memory, in the order of the operands.
-    __device__ __forceinline__ void add_exact_rows() {
+    // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warpgroup sees.
+    __device__ __forceinline__ void add_exact_rows(Turn & turn) {
         const WideArrays & x = wide.arrays;
         const Attention & a = wide.call.a;
         const AttentionPlan & p = wide.call.plan;
-        const int first = (place.first_column + 16 * place.warp) / p.group,
-                  last = min((place.first_column + 16 * place.warp + 15) / p.group, a.tokens - 1);
+        const int first = place.first_column / p.group,
+                  last = min((place.first_column + group_columns - 1) / p.group, a.tokens - 1);
         const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
                                                     a.tokens * x.exact_words;
+        int word = -1, taken = 0; // by this warpgroup, if the warpgroups take tiles in turn
+        SeenTiles seen = {0, 0};
 #pragma unroll 1
-        for (int tile = part(); tile < x.exact_tiles; tile += p.parts) {
-            SeenTiles seen = {0, 0};
-            for (int head = 0; head < a.exact.mask_heads; ++head)
-                for (int token = first + place.lane; token <= last; token += 32) {
-                    const SeenTiles one = from[(int64_t(head) * a.tokens + token) * x.exact_words + tile / 32];
-                    seen.some |= one.some;
-                    seen.mixed |= one.mixed;
-                }
-            const bool some = __any_sync(all_lanes, seen.some >> tile % 32 & 1);
-            if (some) add_exact_tile(tile, __any_sync(all_lanes, seen.mixed >> tile % 32 & 1));
+        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += p.chunks) {
+            if (tile / 32 != word) {
+                word = tile / 32;
+                seen = {0, 0};
+                for (int head = 0; head < a.exact.mask_heads; ++head)
+                    for (int token = first + place.lane; token <= last; token += 32) {
+                        const SeenTiles one = from[(int64_t(head) * a.tokens + token) * x.exact_words + word];
+                        seen.some |= one.some;
+                        seen.mixed |= one.mixed;
+                    }
+            }
+            const bool some = __any_sync(all_lanes, seen.some >> tile % 32 & 1),
+                       mixed = __any_sync(all_lanes, seen.mixed >> tile % 32 & 1);
+            if (some && (p.row_tiles == 1 || taken == place.group)) add_exact_tile(turn, tile, mixed);
+            else wait_for_phase(memory.full(turn.buffer), turn.parity);
+            taken = taken + 1 == hopper_groups ? 0 : taken + 1;
+            release(turn.buffer);
+            turn.go_on();
         }
     }
 
-    // The inner index of the products has an order in which a lane's four registers of a row are adjacent elements.
-    __device__ __forceinline__ void add_exact_tile(int tile, bool mixed) {
+    __device__ __forceinline__ void add_exact_tile(const Turn & turn, int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
-        constexpr int exact_eights = tile_rows / 8;
-        const int64_t at = (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * x.exact_tiles + tile;
-        const int element = place.quad / 4 * 16 + place.quad % 4; // in the order of the output
-        constexpr int units = D / 8, row_units = tile_rows / 8; // of 16 bytes
-        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * units + place.in_quad,
-                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * units + place.in_quad,
-                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + element) * row_units + place.in_quad;
-        float s[exact_eights][4] = {};
+        uint32_t query[D / 16][4];
+        const uint4 * queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
+        for (int i = 0; i < D / 32; ++i) { // ExactPlace says which elements these are
             const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
+            const uint32_t both[8] = {q0.x, q1.x, q0.y, q1.y, q0.z, q1.z, q0.w, q1.w};
 #pragma unroll
-            for (int n = 0; n < exact_eights; ++n) {
-                const uint4 k = keys[n * D + 4 * i];
-                mma_f16(s[n], q0.x, q1.x, q0.y, q1.y, k.x, k.y);
-                mma_f16(s[n], q0.z, q1.z, q0.w, q1.w, k.z, k.w);
-            }
+            for (int j = 0; j < 8; ++j) query[2 * i + j / 4][j % 4] = both[j];
         }
+        constexpr int eights = tile_rows / 8, half_tile = tile_rows * 128; // half_tile: bytes of 64 values of each row
+        const uint32_t keys = key_matrix(memory.address + Memory::keys_at(0)) + turn.buffer * (Memory::expanded / 16),
+                       values = value_matrix(memory.address + Memory::values_at(0), half_tile) +
+                                turn.buffer * (Memory::expanded / 16);
+        wait_for_phase(memory.full(turn.buffer), turn.parity);
+        products_fence();
+        multiply_exact<true>(score, query[0], matrix_descriptor(keys));
 #pragma unroll
-        for (int i = 0; i < 4 * exact_eights; ++i) score[i] = s[i / 4][i % 4];
-        if (wide.call.a.soft_cap != 0) cap<exact_eights>();
+        for (int i = 1; i < D / 16; ++i)
+            multiply_exact<false>(score, query[i], matrix_descriptor(keys + i / 4 * (half_tile / 16) + i % 4 * 2));
+        products_commit();
+        products_wait<0>();
+        keep_registers(score);
+        if (wide.call.a.soft_cap != 0) cap<eights>();
         if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
         float added[2], correction[2];
-        raise_references<exact_eights>(correction);
-        correct(correction);
-        weigh<exact_eights>(added);
+        raise_references<eights>(correction);
+        if (__any_sync(all_lanes, correction[0] != 1.0f || correction[1] != 1.0f)) correct(correction);
+        weigh<eights>(added);
         sum[0] += added[0];
         sum[1] += added[1];
-        round_weights<exact_eights>();
+        round_weights<eights>();
+        keep_registers(output);
+        keep_registers(weight[0]);
+        keep_registers(weight[1]);
+        products_fence();
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            const uint4 v = values[value_element(n) * (tile_rows / 8)];
-            float o[4] = {output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]};
-            mma_f16(o, weight[0][0], weight[0][1], weight[0][2], weight[0][3], v.x, v.y);
-            mma_f16(o, weight[1][0], weight[1][1], weight[1][2], weight[1][3], v.z, v.w);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) output[4 * n + i] = o[i];
-        }
+        for (int i = 0; i < tile_rows / 16; ++i) multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+        products_commit();
+        products_wait<0>();
+        keep_registers(output);
     }
 
     __device__ __forceinline__ void release(int buffer) const {
@@ -713,8 +763,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     }
 
     // Adds all steps that a column of the thread block sees. `info` is that of the first one.
-    __device__ __forceinline__ void add_all(int info) {
-        Turn turn;
+    __device__ __forceinline__ void add_all(int info, Turn & turn) {
 #pragma unroll 1
         while (info != no_step) {
             if (!sees(info, place.group)) {
@@ -806,13 +855,14 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     __syncthreads();
     if (place.group < 0) {
         leave_registers<expanding_registers>();
-        HopperRows<TK, TV, D>(call, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
+        HopperRows<TK, TV, D>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
     } else if (place.group < place.groups) {
         take_registers<column_registers>();
         HopperColumns<TK, TV, D> columns(wide, place, memory);
-        if (call.a.windowed) columns.add_exact_rows();
+        Turn turn;
+        if (call.a.windowed) columns.add_exact_rows(turn);
         columns.load_queries();
-        columns.add_all(infos[hopper_buffers]);
+        columns.add_all(infos[hopper_buffers], turn);
         columns.store();
     }
 #endif

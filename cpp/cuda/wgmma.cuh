@@ -35,8 +35,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
     return uint64_t(group_bytes >> 4 | 1u << 30) << 32 | matrix;
 }
 
-// An operand of scores from `address` on: rows of 128 int8 values of queries or of K. A product takes 32 of these, 32 bytes
-// further on each time.
+// An operand of scores from `address` on: rows of 128 int8 values of queries or of K, or of 64 binary16 values. A product
+// takes 32 bytes of these, 32 bytes further on each time.
 __device__ __forceinline__ uint32_t key_matrix(uint32_t address) { return matrix_at(address, 16); }
 
 // Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further on. A
@@ -107,6 +107,20 @@ __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (
                  : TURBOQUANT_16("+f", d, 0), TURBOQUANT_16("+f", d, 16), TURBOQUANT_16("+f", d, 32),
                    TURBOQUANT_16("+f", d, 48)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+// Adds to d[0] ... d[15] a product of 64 x 16 binary16 values of A, and 32 rows of 16 binary16 values of B. If First, d is
+// zero before.
+template <bool First> __device__ __forceinline__ void multiply_exact(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+#define TURBOQUANT_PRODUCT(mode, add)                                                                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "                                                   \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, " add ", 1, 1, 0;"     \
+                 : TURBOQUANT_16(mode, d, 0)                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+    if constexpr (First) TURBOQUANT_PRODUCT("=f", "0");
+    else TURBOQUANT_PRODUCT("+f", "1");
+#undef TURBOQUANT_PRODUCT
 #endif
 }
 #undef TURBOQUANT_16

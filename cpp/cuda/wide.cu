@@ -117,6 +117,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t kv = item / wide.arrays.exact_tiles;
     const int tile = int(item - kv * wide.arrays.exact_tiles);
+    const bool hopper = wide.call.plan.hopper;
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
     ExactRow<P> bytes[each];
 #pragma unroll
@@ -124,10 +125,11 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
         const int row = tile * tile_rows + warp * each + i;
         if (row < rows.rows) bytes[i] = ExactRow<P>(a.exact, rows, row, lane);
     }
-    half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + (item * tile_rows + warp * each) * D;
+    half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-        const bool exists = tile * tile_rows + warp * each + i < rows.rows;
+        const int row = warp * each + i;
+        const bool exists = tile * tile_rows + row < rows.rows;
         bool finite = true;
 #pragma unroll
         for (int b = 0; b < D / N; ++b) {
@@ -143,7 +145,8 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
                 const float x = v[j] * (1 / wide.value_unit);
                 const bool fits = fabsf(x) < 65504.0f;
                 finite = finite && fits;
-                values[(b * N + lane + 32 * j) * tile_rows + value_position(warp * each + i)] =
+                const int element = b * N + lane + 32 * j;
+                values[hopper ? ExactPlace::value(row, element) : element * tile_rows + value_position(row)] =
                     __float2half_rn(fits ? x : 0.0f);
             }
         }
@@ -153,7 +156,8 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
 #pragma unroll
         for (int j = 0; j < P; ++j) {
             const float k = exists ? bytes[i].value(bytes[i].k[j], bytes[i].scale_k[j]) : 0.0f;
-            keys[i * D + lane + 32 * j] = __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
+            keys[hopper ? ExactPlace::key(row, lane + 32 * j) : row * D + lane + 32 * j] =
+                __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
         }
     }
     __syncthreads();

@@ -41,7 +41,8 @@ struct WideArrays {
     // With an exact window, or if K is expanded to binary16: [stream][KV head][column of all column tiles][head], in
     // binary16 and not rotated.
     uint16_t * exact_queries;
-    // With an exact window. Its rows fill whole tiles; those behind the last one are zero.
+    // With an exact window. Its rows fill whole tiles; those behind the last one are zero. In a tile, the kernel for Hopper
+    // GPUs has the order of ExactPlace instead.
     uint16_t * exact_k;       // binary16 [KV stream][KV head][row][head], not rotated
     uint16_t * exact_v;       // binary16 [KV stream][KV head][tile][head][row in the order of value_position]
     SeenTiles * exact_seen;   // as `seen`, of the window's mask
