@@ -28,12 +28,12 @@ constexpr int expanding_registers = 80, column_registers = 144; // of a thread; 
 template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int queries = group_columns * D, barriers = 2 * hopper_buffers * 8;
+    static constexpr int queries = group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + hopper_groups * queries +
+        return matrix_alignment + hopper_buffers * (expanded + factors) + hopper_groups * queries + constants +
                encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
     }
 
@@ -50,7 +50,8 @@ template <int D> struct HopperMemory {
     static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
     static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
-    static __device__ __forceinline__ int factors_at(int buffer) { return queries_at(hopper_groups) + buffer * factors; }
+    static __device__ __forceinline__ int constants_at() { return queries_at(hopper_groups); }
+    static __device__ __forceinline__ int factors_at(int buffer) { return constants_at() + constants + buffer * factors; }
     __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
     __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
@@ -235,8 +236,26 @@ struct ExactPlace {
     }
 };
 
-// Whether expanded K are levels + 128. Levels that are differences are cheaper so.
-template <KV TK, int D> constexpr bool unsigned_keys = Layout<TK, D>::parts == 2;
+// ---- scores
+//
+// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those of
+// a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that are all
+// the same gives the constant, so it takes no instructions for each product.
+constexpr uint32_t constant_byte = 254;
+constexpr int product_start = constant_byte * constant_byte * 32; // the largest magnitude of 128 products of two levels
+static_assert(product_start == 127 * 127 * 128 && 2 * product_start < 1 << 23, "products are the bits of floats");
+constexpr float to_factor = 1.2676506002282294e30f, score_unit = 1.7763568394002505e-15f; // 2^100 and 2^-49, of 2^149
+
+// a * b + c, where a may be a float below the normal ones.
+__device__ __forceinline__ float fma_denormal(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    float out;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(a), "f"(b), "f"(c));
+    return out;
+#else
+    return std::fma(a, b, c);
+#endif
+}
 
 // Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
 // other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
@@ -339,7 +358,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
         float scale_k[turns], scale_v[turns];
 #pragma unroll
         for (int t = 0; t < turns; ++t) {
-            read_levels<TK, D, unsigned_keys<TK, D>>(row_k + t * apart * p.pitch_k, part, lanes, look_up_k, x[t]);
+            read_levels<TK, D, false>(row_k + t * apart * p.pitch_k, part, lanes, look_up_k, x[t]);
             read_levels<TV, D, true>(row_v + t * apart * p.pitch_v, part, lanes, look_up_v, y[t]);
             scale_k[t] = LK::load_block_scale(row_k + t * apart * p.pitch_k);
             scale_v[t] = LV::load_block_scale(row_v + t * apart * p.pitch_v);
@@ -352,7 +371,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
             if (part == 0) {
                 const float factor = finite ? scale_k[t] * LK::step : __uint_as_float(0x7fc00000);
                 float2 * factors = reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to)) + t * apart;
-                factors[row] = make_float2(factor, -magic * factor);
+                factors[row] = make_float2(factor * to_factor, factor * (-product_start * score_unit));
             }
             const half2 scale = __floats2half2_rn(finite ? scale_v[t] : 0.0f, finite ? scale_v[t] : 0.0f);
             uint8_t * buffer = memory.base + to * Memory::expanded + t * apart * 128;
@@ -430,8 +449,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     const WideCall & wide;
     const HopperPlace & place;
     const Memory & memory;
-    int offset[2]; // of products, which it makes the bits of floats: magic_bits, less what the bias of unsigned K adds
-    float to_log2[2], reference[2], sum[2]; // sum: over the lane's rows
+    float to_log2[2], reference[2], sum[2]; // to_log2: of scores in score_unit; sum: over the lane's rows
     float output[D / 2] = {};
     union {
         int products[4 * eights];
@@ -443,7 +461,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         : wide(wide), place(place), memory(memory) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c];
+            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c] * (1 / score_unit);
             reference[c] = nothing_seen;
             sum[c] = 0;
         }
@@ -467,18 +485,6 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                         high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
             *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
         }
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            int sum = 0;
-            if constexpr (unsigned_keys<TK, D>) {
-                const uint32_t * words =
-                    reinterpret_cast<const uint32_t *>(wide.arrays.queries) + (prepared_column() + 8 * c) * (D / 4);
-                for (int i = place.in_quad; i < D / 4; i += 4) sum = __dp4a(int(words[i]), 0x01010101, sum);
-                sum += __shfl_xor_sync(all_lanes, sum, 1);
-                sum += __shfl_xor_sync(all_lanes, sum, 2);
-            }
-            offset[c] = magic_bits - 128 * sum;
-        }
         publish_writes();
         sync_group(1 + place.group);
     }
@@ -486,11 +492,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     // Starts the products of the queries and the rows of a buffer.
     __device__ __forceinline__ void start_products(int buffer) {
         const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
-                       keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16);
-        multiply_keys<unsigned_keys<TK, D>, true>(products, matrix_descriptor(queries), matrix_descriptor(keys));
+                       keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
+                       constants = key_matrix(memory.address + Memory::constants_at());
+        start_keys(products, matrix_descriptor(constants), matrix_descriptor(constants));
 #pragma unroll
-        for (int i = 2; i < D / 16; i += 2) // 32 bytes
-            multiply_keys<unsigned_keys<TK, D>, false>(products, matrix_descriptor(queries + i), matrix_descriptor(keys + i));
+        for (int i = 0; i < D / 16; i += 2) // 32 bytes
+            multiply_keys(products, matrix_descriptor(queries + i), matrix_descriptor(keys + i));
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
@@ -510,8 +517,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                score[4 * n + i] = __fmaf_rn(__int_as_float(products[4 * n + i] + offset[i / 2]), i % 2 ? two.z : two.x,
-                                             i % 2 ? two.w : two.y);
+                score[4 * n + i] = fma_denormal(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x,
+                                                i % 2 ? two.w : two.y);
         }
     }
 
@@ -626,14 +633,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             int c[4] = {};
 #pragma unroll
             for (int i = 0; i < D / 16; i += 2) {
-                constexpr uint32_t bias = unsigned_keys<TK, D> ? four_biases : 0;
                 const uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
                                        word(queries + 8 * D, i + 1)};
-                const uint32_t b[2] = {word(keys + 8 * n * D, i) ^ bias, word(keys + 8 * n * D, i + 1) ^ bias};
+                const uint32_t b[2] = {word(keys + 8 * n * D, i), word(keys + 8 * n * D, i + 1)};
                 mma_int8(c, a, b);
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i] + magic_bits - offset[i / 2]; // as of unsigned K
+            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i] + product_start;
         }
     }
 
@@ -731,6 +737,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         products_commit();
         products_wait<0>();
         keep_registers(score);
+#pragma unroll
+        for (int i = 0; i < 4 * eights; ++i) score[i] *= score_unit;
         if (wide.call.a.soft_cap != 0) cap<eights>();
         if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
         float added[2], correction[2];
@@ -846,6 +854,9 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
             start_barrier(memory.empty(i), place.groups * warpgroup / 32);
         }
     }
+    uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + HopperMemory<D>::constants_at());
+    for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads) constants[i] = constant_byte * 0x01010101;
+    publish_writes();
     wait_for_previous();
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;

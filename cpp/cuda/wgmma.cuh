@@ -78,24 +78,25 @@ template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&
 #endif
 }
 
-// Adds to d a product of 64 x 32 bytes of A, signed, and 64 rows of B, whose bytes are unsigned if UnsignedB. If First, d is
-// zero before.
-template <bool UnsignedB, bool First>
-__device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t b) {
-#if TURBOQUANT_WGMMA
-#define TURBOQUANT_PRODUCT(B, mode, add)                                                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8." B " "                                                  \
+#define TURBOQUANT_PRODUCT(types, mode, add)                                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                                 \
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
                  "%27,%28,%29,%30,%31}, %32, %33, " add ";"                                                              \
                  : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                                 \
                  : "l"(a), "l"(b))
-    if constexpr (UnsignedB && First) TURBOQUANT_PRODUCT("u8", "=r", "0");
-    else if constexpr (UnsignedB) TURBOQUANT_PRODUCT("u8", "+r", "1");
-    else if constexpr (First) TURBOQUANT_PRODUCT("s8", "=r", "0");
-    else TURBOQUANT_PRODUCT("s8", "+r", "1");
-#undef TURBOQUANT_PRODUCT
+// d = a product of 64 x 32 bytes of A and 64 rows of B, all unsigned.
+__device__ __forceinline__ void start_keys(int (&d)[32], uint64_t a, uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCT("u8.u8", "=r", "0");
 #endif
 }
+// d += a product of 64 x 32 bytes of A and 64 rows of B, all signed.
+__device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCT("s8.s8", "+r", "1");
+#endif
+}
+#undef TURBOQUANT_PRODUCT
 
 // d += a product of 64 x 16 binary16 values of A, and 16 rows of 128 binary16 values of B.
 __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
