@@ -486,7 +486,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
         }
         publish_writes();
-        sync_group(1 + place.group);
+        sync_groups(1 + place.group, 1);
     }
 
     // Starts the products of the queries and the rows of a buffer.
@@ -764,12 +764,6 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
-    // The number of the warpgroup's results among those of its columns.
-    __device__ __forceinline__ int part() const {
-        const AttentionPlan & p = wide.call.plan;
-        return p.row_tiles > 1 ? blockIdx.x * p.row_tiles + place.group : blockIdx.x;
-    }
-
     // Adds all steps that a column of the thread block sees. `info` is that of the first one.
     __device__ __forceinline__ void add_all(int info, Turn & turn) {
 #pragma unroll 1
@@ -813,6 +807,51 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
+    // What a warpgroup gives to the first one if all have the same columns.
+    struct Results {
+        float4 output[D / 8][warpgroup];
+        float4 states[warpgroup]; // of both columns: reference and sum
+    };
+    static_assert((hopper_groups - 1) * sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
+
+    // Adds the results of the other warpgroups to those of the first one.
+    __device__ __forceinline__ void merge_groups() {
+        constexpr int barrier = 1 + hopper_groups;
+        const int thread = 32 * place.warp + place.lane;
+        sync_groups(barrier, hopper_groups); // all have used the rows
+        if (place.group > 0) {
+            Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                to.output[n][thread] = make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
+            to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
+        }
+        sync_groups(barrier, hopper_groups);
+        if (place.group > 0) return;
+#pragma unroll 1
+        for (int g = 1; g < hopper_groups; ++g) {
+            const Results & from = reinterpret_cast<const Results *>(memory.base)[g - 1];
+            const float4 states = from.states[thread];
+            float own[2], other[2]; // factors
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float before = reference[c], others = c ? states.z : states.x;
+                reference[c] = fmaxf(before, others);
+                own[c] = exp2f(before - reference[c]);
+                other[c] = exp2f(others - reference[c]);
+                sum[c] = sum[c] * own[c] + (c ? states.w : states.y) * other[c];
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float4 four = from.output[n][thread];
+                output[4 * n] = output[4 * n] * own[0] + four.x * other[0];
+                output[4 * n + 1] = output[4 * n + 1] * own[0] + four.y * other[0];
+                output[4 * n + 2] = output[4 * n + 2] * own[1] + four.z * other[1];
+                output[4 * n + 3] = output[4 * n + 3] * own[1] + four.w * other[1];
+            }
+        }
+    }
+
     // Stores the results for merge_kernel, which reads no values of columns that have seen no row.
     __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
@@ -824,7 +863,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (place.column(c) >= call.plan.columns) continue;
             const int64_t row = query_row(call, place.stream, place.kv_head, place.column(c));
-            const int64_t at = row * call.plan.parts + part();
+            const int64_t at = row * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
@@ -874,7 +913,8 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         if (call.a.windowed) columns.add_exact_rows(turn);
         columns.load_queries();
         columns.add_all(infos[hopper_buffers], turn);
-        columns.store();
+        if (call.plan.row_tiles > 1) columns.merge_groups();
+        if (call.plan.row_tiles == 1 || place.group == 0) columns.store();
     }
 #endif
 }

@@ -136,10 +136,9 @@ __device__ __forceinline__ void publish_writes() {
 #endif
 }
 
-
-// A barrier for the threads of a warpgroup. Barrier 0 is that of __syncthreads.
-__device__ __forceinline__ void sync_group(int barrier) {
-    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+// A barrier for the threads of so many warpgroups. Barrier 0 is that of __syncthreads.
+__device__ __forceinline__ void sync_groups(int barrier, int groups) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
 }
 
 // Changes the number of registers of the warpgroup's threads.

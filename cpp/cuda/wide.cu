@@ -354,7 +354,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     }
     p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
     p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-    p.parts = p.hopper ? p.chunks * p.row_tiles : p.chunks;
+    p.parts = p.chunks;
     p.merged = true;
 
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
