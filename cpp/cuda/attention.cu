@@ -195,8 +195,12 @@ cudaError_t allow_shared(const void * kernel, int device, int bytes) {
     static thread_local std::map<std::pair<const void *, int>, int> allowed;
     int & known = allowed[{kernel, device}];
     if (known >= bytes) return cudaSuccess;
-    const int most = all_devices()[size_t(device)].shared_per_block;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    // The kernel's own shared memory counts, too.
+    const int most = all_devices()[size_t(device)].shared_per_block - int(attributes.sharedSizeBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error == cudaSuccess) known = most;
     return error;
 }
