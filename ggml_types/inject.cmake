@@ -12,6 +12,6 @@ include("${TURBOQUANT_GLUE_DIR}/check.cmake")
 include("${TURBOQUANT_CORE_DIR}/turboquant.cmake")
 
 # The folders' files use TURBOQUANT_GLUE_DIR, TURBOQUANT_CORE_DIR and PROJECT_SOURCE_DIR, which is llama.cpp's folder ggml.
-foreach (folder ggml cpu cuda programs llama)
+foreach (folder ggml cpu cuda metal programs llama)
     include("${TURBOQUANT_GLUE_DIR}/${folder}/${folder}.cmake")
 endforeach()

@@ -59,12 +59,15 @@ class Mutation:
     tests: str
 
     @property
-    def core(self) -> bool:
-        return not self.tests.endswith(".py")
+    def suite(self) -> str:
+        """The suite of tools/test.py with the tests."""
+        kind = self.tests.split(".")[0]
+        return "python" if self.tests.endswith(".py") else "cpp" if kind == "core" else kind
 
 
 ATTENTION = "cpp/src/attention.cpp"
 TILE = "cpp/src/attention_tile.h"
+METAL = "cpp/metal/attention.metal"
 MUTATIONS = (
     Mutation("the mask of later tiles is read from row 0", "masks of caches of more than 64 rows",
              ATTENTION, "kernel.bias(mask.from(tile),", "kernel.bias(mask.from(0),", "core.attention"),
@@ -114,6 +117,23 @@ MUTATIONS = (
              "cpp/src/generic/trellis.h", "(float_to_half(float(d)) + 16) >> 5", "float_to_half(float(d)) >> 5", "core.vectors"),
     Mutation("a path's bits that reach into the byte before are taken from the wrong byte", "levels on CPUs with GFNI",
              "cpp/src/x86_trellis.h", "(k > b) == before", "(k >= b) == before", "core.kernels"),
+    Mutation("a Metal encoder takes the scale of the own lane's step", "bytes in a cache on an Apple GPU",
+             "cpp/metal/codec.metal", "double_of_uint(ulong(b)))), ushort(step));",
+             "double_of_uint(ulong(b)))), lane);", "metal.codec"),
+    Mutation("Metal threads do not wait for each other's products", "attention on an Apple GPU, now and then",
+             METAL, "        threadgroup_barrier(mem_flags::mem_threadgroup);\n\n        // Weights,", "\n        // Weights,",
+             "metal.attention"),
+    Mutation("a run of rows on Metal includes the first row of the next one", "caches that are divided into runs",
+             METAL, "row + r < last)", "row + r <= last)", "metal.attention"),
+    Mutation("matrices of keys on Metal have the rows of a tile without its padding", "attention on an Apple GPU",
+             METAL, "tile + r * pitch + e, pitch, 0, true", "tile + r * pitch + e, D, 0, true", "metal.attention"),
+    Mutation("the two nibbles of a byte are swapped on Metal", "attention over turbo4 on an Apple GPU",
+             "cpp/metal/levels.h", "out.numbers[0] = word & 0x0f0f0f0fu;\n        out.numbers[1] = word >> 4 & 0x0f0f0f0fu;",
+             "out.numbers[1] = word & 0x0f0f0f0fu;\n        out.numbers[0] = word >> 4 & 0x0f0f0f0fu;", "metal.attention"),
+    Mutation("a sink is left out of the sum on Metal", "models with attention sinks on an Apple GPU",
+             METAL, "float sum = a.has_sinks ? exp2(sink - top) : 0.0f;", "float sum = 0.0f;", "metal.attention"),
+    Mutation("the merge on Metal does not wait for the parts", "attention on an Apple GPU, now and then",
+             "cpp/metal/attention.cpp", "    encoder.barrier();\n", "", "metal.attention"),
     Mutation("convert accepts predictions that are not finite", "the check that a conversion did no harm",
              "python/turboquant/convert/check.py", "(found.kld if math.isfinite(found.kld) else math.inf)", "found.kld",
              "tests/python/test_convert.py"),
@@ -139,19 +159,16 @@ def main() -> int:
         return 0 if chosen else 2
     with tempfile.TemporaryDirectory(prefix="mutate-") as name, Reporter().track("mutations", len(chosen)) as track:
         copy = Copy(Path(name))
-        for core in {one.core for one in chosen}:
-            tests = {one.tests for one in chosen if one.core == core}
-            for one in tests:
-                if not copy.passes(one):
-                    raise SystemExit(f"{one} fails without a mutation, too; its output: {copy.said[-3000:]}")
+        for one in sorted({one.tests for one in chosen}):
+            if not copy.passes(one):
+                raise SystemExit(f"{one} fails without a mutation, too; its output: {copy.said[-3000:]}")
         survivors = 0
         print(INTRODUCTION.format(kernels=best_kernels()), flush=True)
         for done, one in enumerate(chosen):
             track.update(done, label=one.what)
             caught = copy.caught(one)
             survivors += not caught
-            suite = "cpp" if one.core else "python"
-            print(f"| {one.what} | {one.breaks} | {suite} | {caught or '**survives**'} |", flush=True)
+            print(f"| {one.what} | {one.breaks} | {one.suite} | {caught or '**survives**'} |", flush=True)
     return 1 if survivors else 0
 
 
@@ -192,19 +209,22 @@ class Copy:
     def passes(self, tests: str) -> bool:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
-        if not (self.build / "build.ninja").exists():
+        metal = tests.startswith("metal.")
+        build = self.build / ("metal" if metal else "core")
+        if not (build / "build.ninja").exists():
             options = (
                 "-DTURBOQUANT_BUILD_TESTS=ON",
                 "-DTURBOQUANT_BUILD_PYTHON=OFF",
                 "-DCMAKE_BUILD_TYPE=Release",
-                "-DTURBOQUANT_TEST_EXTENT=usual",
+                f"-DTURBOQUANT_TEST_EXTENT={'brief' if metal else 'usual'}",
             )
-            if not self._run(["cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", *options]):
+            top = self.tree / "tests" / "metal" if metal else self.tree
+            if not self._run(["cmake", "-S", top, "-B", build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
         program = f"test_{tests.split('.')[1]}"
-        if not self._run(["cmake", "--build", self.build, "--target", program]):
+        if not self._run(["cmake", "--build", build, "--target", program]):
             return False
-        ctest = ["ctest", "--test-dir", self.build, "-R", tests, "--no-tests=error"]
+        ctest = ["ctest", "--test-dir", build, "-R", tests, "--no-tests=error"]
         return self._run([*ctest, "--output-on-failure", "--stop-on-failure"])
 
     def _run(self, command: list[object]) -> bool:
@@ -219,10 +239,13 @@ class Copy:
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
         ends = "Failed|SEGFAULT|Subprocess aborted|Timeout"
-        ctest = re.findall(rf"^\s*\d+ - (core\.\S+) \((?:{ends})", self.said, re.MULTILINE)
+        ctest = re.findall(rf"^\s*\d+ - ((?:core|metal)\.\S+) \((?:{ends})", self.said, re.MULTILINE)
         case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
         pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
+        emulator = re.findall(r"^emulator: .*?lane \d+: (.+)$", self.said, re.MULTILINE)
         test = (ctest + pytest or ["a crash or a timeout"])[0]
+        if ctest and emulator:
+            return f"`{test}`: the emulator stops at a {emulator[0]}"
         return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")
 
 

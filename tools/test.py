@@ -329,6 +329,17 @@ def cuda(context: Context) -> Count:
     return run_ctest(context, folder)
 
 
+def metal(context: Context) -> Count:
+    """Metal kernels, compiled for an emulator. (Models on an emulated device are in the suite `llama`.)"""
+    if not sys.platform.startswith("linux"):
+        raise Skip("the emulator needs Linux")
+    folder = context.cache / "tests" / f"metal-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    run(context, ["cmake", "-S", ROOT / "tests" / "metal", "-B", folder, "-G", "Ninja"], log=folder / "configure.log")
+    run(context, ["ninja", "-C", folder], log=folder / "build.log")
+    return run_ctest(context, folder)
+
+
 def run_pytest(context: Context, folder: str) -> Count:
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
@@ -393,6 +404,7 @@ SUITES = (
     Suite("neon", neon, ("install",)),
     Suite("fuzz", fuzz, ("install",)),
     Suite("cuda", cuda, ("install",)),
+    Suite("metal", metal, ("install",)),
     Suite("python", python_tests, ("install",)),
     Suite("builds", builds, ("install",)),
     Suite("llama", llama, ("install", "builds")),

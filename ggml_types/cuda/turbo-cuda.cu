@@ -59,23 +59,14 @@ bool aligned_rows(const ggml_tensor * t) {
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-// The kernels encode rows of float32, and decode rows to float32 or float16.
-
-bool can_encode(const ggml_tensor * src, const ggml_tensor * dst) {
-    return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
-}
+// The kernels also need aligned rows where they decode.
 
 bool can_copy(const ggml_tensor * src, const ggml_tensor * dst) {
-    if (!ggml_are_same_shape(src, dst)) {
-        return false;
-    }
-    return turbo_is_type(dst->type) ? can_encode(src, dst) :
-                                      (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) &&
-                                          turbo_whole_rows(src) && turbo_whole_rows(dst) && aligned_rows(dst);
+    return turbo_copies_rows(src, dst) && (turbo_is_type(dst->type) || aligned_rows(dst));
 }
 
-bool can_set_rows(const ggml_tensor * op) {
-    return can_encode(op->src[0], op) && (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
+bool can_get_rows(const ggml_tensor * op) {
+    return turbo_gets_rows(op) && aligned_rows(op);
 }
 
 tq::Store store_of(const ggml_tensor * src, const ggml_tensor * dst, const tq::Index & index) {
@@ -91,11 +82,6 @@ bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * at_a = static_cast<const char *>(a->data);
     const char * at_b = static_cast<const char *>(b->data);
     return at_a < at_b + ggml_nbytes(b) && at_b < at_a + ggml_nbytes(a);
-}
-
-bool can_get_rows(const ggml_tensor * op) {
-    return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 && turbo_whole_rows(op->src[0]) &&
-           turbo_whole_rows(op) && aligned_rows(op) && op->src[1]->ne[3] == 1;
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
@@ -392,7 +378,7 @@ bool are_stores(const ggml_cgraph * graph, int at, int & next) {
         overlap(first, second)) {
         return false;
     }
-    GGML_ASSERT(can_set_rows(first) && can_set_rows(second));
+    GGML_ASSERT(turbo_sets_rows(first) && turbo_sets_rows(second));
     return true;
 }
 
@@ -484,7 +470,7 @@ bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
         case turbo_op::bytes: return ggml_is_contiguous(op->src[0]) && ggml_is_contiguous(op);
         case turbo_op::encode:
         case turbo_op::decode: return can_copy(op->src[0], op);
-        case turbo_op::store: return can_set_rows(op);
+        case turbo_op::store: return turbo_sets_rows(op);
         case turbo_op::load: return can_get_rows(op);
         case turbo_op::attention: {
             turbo_attention a;
@@ -507,7 +493,7 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (!turbo_is_type(dst->type)) {
         return false;
     }
-    GGML_ASSERT(can_set_rows(dst));
+    GGML_ASSERT(turbo_sets_rows(dst));
     CUDA_CHECK(tq::encode_rows(store_of(dst), ctx.stream()));
     return true;
 }

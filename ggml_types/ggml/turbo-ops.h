@@ -31,6 +31,31 @@ inline bool turbo_whole_rows(const ggml_tensor * t) {
     return t->nb[0] == ggml_type_size(t->type);
 }
 
+// The copies that the kernels of GPUs cover: rows of float32 are encoded, and rows are decoded to float32 or float16.
+
+inline bool turbo_encodes_rows(const ggml_tensor * src, const ggml_tensor * dst) {
+    return src->type == GGML_TYPE_F32 && turbo_whole_rows(src) && turbo_whole_rows(dst);
+}
+
+inline bool turbo_copies_rows(const ggml_tensor * src, const ggml_tensor * dst) {
+    if (!ggml_are_same_shape(src, dst)) {
+        return false;
+    }
+    return turbo_is_type(dst->type) ? turbo_encodes_rows(src, dst) :
+                                      (dst->type == GGML_TYPE_F32 || dst->type == GGML_TYPE_F16) &&
+                                          turbo_whole_rows(src) && turbo_whole_rows(dst);
+}
+
+inline bool turbo_sets_rows(const ggml_tensor * op) {
+    return turbo_encodes_rows(op->src[0], op) &&
+           (op->src[1]->type == GGML_TYPE_I64 || op->src[1]->type == GGML_TYPE_I32);
+}
+
+inline bool turbo_gets_rows(const ggml_tensor * op) {
+    return op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_I32 && turbo_whole_rows(op->src[0]) &&
+           turbo_whole_rows(op) && op->src[1]->ne[3] == 1;
+}
+
 // ---- attention -----------------------------------------------------------------------------------------------------
 
 // The rows of an operand. A row begins at data + row * row_bytes + head * head_bytes + stream * stream_bytes.

@@ -172,7 +172,10 @@ def build(
     ] = None,
     backend: Annotated[
         str,
-        typer.Option(metavar="NAME", help="cpu, or cuda for CPU and NVIDIA GPUs, which needs the CUDA toolkit's nvcc."),
+        typer.Option(
+            metavar="NAME",
+            help="cpu; cuda, also for NVIDIA GPUs, which needs the CUDA toolkit's nvcc; or metal, also for Apple GPUs.",
+        ),
     ] = "cpu",
     arch: Annotated[
         str | None,

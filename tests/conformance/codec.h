@@ -6,6 +6,7 @@
 #include "extent.h"
 #include "inputs.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,46 @@ inline std::vector<RotationCase> rotation_cases() {
         for (const int64_t blocks : sizes) add(input, blocks, 1, Extent::usual);
     add(inputs().front(), 3, 7, Extent::brief);
     return list;
+}
+
+// Rows of a case: their values, `stride` apart, if the case has values; and their blocks, `pitch` bytes apart. These are
+// the CPU's of the values, with `padding` between them, or any bytes.
+struct CodecRows {
+    int64_t n, stride; // values of a row; with the padding
+    size_t pitch;
+    std::vector<float> values;
+    std::vector<uint8_t> blocks;
+};
+
+inline CodecRows codec_rows(tq_type type, const CodecCase & c, uint8_t padding) {
+    const tq_type_info & info = *tq_type_get(type);
+    CodecRows rows;
+    rows.n = c.blocks * info.block;
+    rows.stride = rows.n + c.pad_values;
+    rows.pitch = tq_row_bytes(type, rows.n) + size_t(c.pad_bytes);
+    Random random(seed_of(c.name) + uint64_t(type));
+    if (!c.input) {
+        rows.blocks.resize(rows.pitch * size_t(c.rows));
+        for (int64_t r = 0; r < c.rows; ++r) {
+            uint8_t * row = rows.blocks.data() + size_t(r) * rows.pitch;
+            fill_blocks(random, row, c.blocks, info.block_bytes);
+            for (int64_t b = 0; b < c.blocks && c.scale >= 0; ++b) {
+                row[b * info.block_bytes] = uint8_t(c.scale);
+                row[b * info.block_bytes + 1] = uint8_t(c.scale >> 8);
+            }
+        }
+        return rows;
+    }
+    std::vector<float> dense(size_t(rows.n * c.rows));
+    c.input->fill(random, dense.data(), rows.n * c.rows, info.block);
+    rows.values.resize(size_t(rows.stride * c.rows));
+    rows.blocks.assign(rows.pitch * size_t(c.rows), padding);
+    for (int64_t r = 0; r < c.rows; ++r) {
+        float * x = rows.values.data() + r * rows.stride;
+        std::copy_n(dense.begin() + r * rows.n, rows.n, x);
+        tq_encode_row(type, x, rows.blocks.data() + size_t(r) * rows.pitch, rows.n);
+    }
+    return rows;
 }
 
 #endif

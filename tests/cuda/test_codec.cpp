@@ -51,41 +51,19 @@ void decodes(tq_type type, const std::vector<uint8_t> & encoded, size_t pitch, i
 bool covers(const CodecCase & c) { return c.pad_bytes % 2 == 0; }
 
 void encodes(tq_type type, const CodecCase & c) {
-    const int block = tq_type_get(type)->block;
-    const int64_t n = c.blocks * block, stride = n + c.pad_values;
-    const size_t bytes = tq_row_bytes(type, n), pitch = bytes + size_t(c.pad_bytes);
-    Random random(seed_of(c.name) + uint64_t(type));
-    std::vector<float> values(size_t(n * c.rows)), x(size_t(stride * c.rows));
-    c.input->fill(random, values.data(), n * c.rows, block);
-    std::vector<uint8_t> want(pitch * size_t(c.rows), poison);
-    for (int64_t r = 0; r < c.rows; ++r) {
-        std::copy_n(values.begin() + r * n, n, x.begin() + r * stride);
-        tq_encode_row(type, x.data() + r * stride, want.data() + size_t(r) * pitch, n);
-    }
-    DeviceArray<float> src(x);
-    DeviceArray<uint8_t> dst(want.size());
-    const Rows from = dense(src.get(), stride * 4), to = dense(dst.get(), int64_t(pitch));
-    must(encode_rows({type, from, to, {n, c.rows, 1, 1}, no_index}, nullptr), "encode_rows");
+    const CodecRows rows = codec_rows(type, c, poison);
+    DeviceArray<float> src(rows.values);
+    DeviceArray<uint8_t> dst(rows.blocks.size());
+    const Rows from = dense(src.get(), rows.stride * 4), to = dense(dst.get(), int64_t(rows.pitch));
+    must(encode_rows({type, from, to, {rows.n, c.rows, 1, 1}, no_index}, nullptr), "encode_rows");
     const std::vector<uint8_t> got = dst.host();
-    CHECK_EQ(first_difference(got.data(), want.data(), want.size()), int64_t(-1));
-    decodes(type, want, pitch, n, c.rows);
+    CHECK_EQ(first_difference(got.data(), rows.blocks.data(), got.size()), int64_t(-1));
+    decodes(type, rows.blocks, rows.pitch, rows.n, c.rows);
 }
 
 void decodes_any(tq_type type, const CodecCase & c) {
-    const tq_type_info & info = *tq_type_get(type);
-    const int64_t n = c.blocks * info.block;
-    const size_t pitch = tq_row_bytes(type, n) + size_t(c.pad_bytes);
-    Random random(seed_of(c.name) + uint64_t(type));
-    std::vector<uint8_t> encoded(pitch * size_t(c.rows));
-    for (int64_t r = 0; r < c.rows; ++r) {
-        uint8_t * row = encoded.data() + size_t(r) * pitch;
-        fill_blocks(random, row, c.blocks, info.block_bytes);
-        for (int64_t b = 0; b < c.blocks && c.scale >= 0; ++b) {
-            row[b * info.block_bytes] = uint8_t(c.scale);
-            row[b * info.block_bytes + 1] = uint8_t(c.scale >> 8);
-        }
-    }
-    decodes(type, encoded, pitch, n, c.rows);
+    const CodecRows rows = codec_rows(type, c, poison);
+    decodes(type, rows.blocks, rows.pitch, rows.n, c.rows);
 }
 
 void conforms(const CodecCase & c) {

@@ -191,18 +191,23 @@ def test_random_operations(build, tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.gguf", SHAPE)
     model = Model(path, SHAPE)
     deadline = time.monotonic() + SECONDS
-    seed = SEED
+    seed, ties = SEED, 0
     while time.monotonic() < deadline or seed < SEED + 3:
         soak = Soak(build, path, model, tmp_path, seed)
         try:
             for step in range(STEPS):
                 soak.step()
+                if soak.twin.oracles[0].has_tie:
+                    ties += 1
+                    break
                 assert soak.twin.worst <= LIMIT, f"KLD {soak.twin.worst:.1e}"
         except (AssertionError, ProbeError) as problem:
             fail(seed, step, problem, soak.history)
         finally:
             soak.close()
         seed += 1
+    print(f"{ties} of {seed - SEED} sequences ended early, at a tie of the encoder")
+    assert ties <= 1 + (seed - SEED) / 20
 
 
 #: Mean KLD of a batch to f16 with K and V in turbo4 (measured: up to 0.15). A stale slot makes 0.3 to 2.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
 import signal
@@ -408,8 +409,20 @@ def test_cuda_backend_asks_cmake_for_it(native, tree, build, monkeypatch, tmp_pa
         build(tree, backend="cuda", arch="sm_90")
     with pytest.raises(builds.BuildError, match="needs the backend cuda"):
         build(tree, arch="native")
-    with pytest.raises(builds.BuildError, match="no backend 'vulkan'; it is one of cpu, cuda"):
+    with pytest.raises(builds.BuildError, match="no backend 'vulkan'; it is one of cpu, cuda, metal"):
         build(tree, backend="vulkan")
+
+
+def test_metal_backend_is_for_macos_and_asks_cmake_for_it(native, tree, build, monkeypatch):
+    if platform.system() != "Darwin":
+        with pytest.raises(builds.BuildError, match="needs macOS, and this is"):
+            build(tree, backend="metal")
+    monkeypatch.setattr(builds.platform, "system", lambda: "Darwin")
+    for backend, expected in (("metal", "ON"), ("cpu", "OFF")):
+        bin = build(tree, targets=["llama-bench"], backend=backend)
+        assert f"GGML_METAL:UNINITIALIZED={expected}" in (bin.parent / "CMakeCache.txt").read_text()
+    bin = build(tree, targets=["llama-bench"], backend="metal", cmake_args=["GGML_METAL_EMBED_LIBRARY=OFF"])
+    assert "GGML_METAL_EMBED_LIBRARY:UNINITIALIZED=OFF" in (bin.parent / "CMakeCache.txt").read_text()
 
 
 def fake_program(path: Path, output: str) -> None:

@@ -54,7 +54,7 @@ DEFAULT_TARGETS = (
     "turboquant-capture",
     "turboquant-measure",
 )
-BACKENDS = ("cpu", "cuda")  # "cuda" includes the CPU
+BACKENDS = ("cpu", "cuda", "metal")  # the others include the CPU
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -142,6 +142,10 @@ def build(
         program, identity = cuda_compiler()
         compilers = [*compilers, identity]
         options = ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={program.as_posix()}", *_arch_options(arch), *options]
+    if backend == "metal" and platform.system() != "Darwin":
+        raise BuildError(f"the backend metal needs macOS, and this is {platform.system()}")
+    if platform.system() == "Darwin":  # where llama.cpp builds Metal unless it is told not to
+        options = [f"-DGGML_METAL={'ON' if backend == 'metal' else 'OFF'}", *options]
 
     tools: Tools | None = None
     if source is not None:
