@@ -232,7 +232,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
     if (p.columns > (a.n_kv > short_cache ? few_columns : most_decode_columns) &&
-        plan_wide(a, {device->multiprocessors, device->shared_per_block, device->shared_per_multiprocessor},
+        plan_wide(a, {device->multiprocessors, device->shared_per_block},
                   pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
                   pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))
         return true;

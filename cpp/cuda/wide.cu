@@ -115,15 +115,17 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
     const int64_t kv = item / wide.arrays.exact_tiles;
     const int tile = int(item - kv * wide.arrays.exact_tiles);
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    ExactRow<P> bytes[each];
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int row = tile * tile_rows + warp * each + i;
-        if (row < rows.rows) bytes[i] = ExactRow<P>(a.exact, rows, row, lane);
-    }
     half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + (item * tile_rows + warp * each) * D;
-#pragma unroll
+    ExactRow<P> next;
+    const auto load = [&](int i) {
+        const int row = tile * tile_rows + warp * each + i;
+        if (i < each && row < rows.rows) next = ExactRow<P>(a.exact, rows, row, lane);
+    };
+    load(0);
+#pragma unroll 1
     for (int i = 0; i < each; ++i) {
+        const ExactRow<P> bytes = next;
+        load(i + 1);
         const bool exists = tile * tile_rows + warp * each + i < rows.rows;
         bool finite = true;
 #pragma unroll
@@ -132,7 +134,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) {
                 const int e = b * N / 32 + j;
-                v[j] = exists ? bytes[i].value(bytes[i].v[e], bytes[i].scale_v[e]) : 0.0f;
+                v[j] = exists ? bytes.value(bytes.v[e], bytes.scale_v[e]) : 0.0f;
             }
             if (wide.rotated_values) transform_warp<N, false>(v);
 #pragma unroll
@@ -149,7 +151,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
         finite = __all_sync(all_lanes, finite);
 #pragma unroll
         for (int j = 0; j < P; ++j) {
-            const float k = exists ? bytes[i].value(bytes[i].k[j], bytes[i].scale_k[j]) : 0.0f;
+            const float k = exists ? bytes.value(bytes.k[j], bytes.scale_k[j]) : 0.0f;
             keys[i * D + lane + 32 * j] = __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
         }
     }
@@ -278,9 +280,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    const int most = most_operands(types.turbo_k, types.turbo_v, a.head);
-    p.operands = p.columns <= 4 * wide_columns ? 1 : most; // two use the rows better, one has more blocks at a time
-    int resident = wide_resident_blocks(p.operands, most);
+    p.operands = p.columns <= 2 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
     const int warp_columns = p.operands * wide_columns;
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
@@ -297,10 +297,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
         return wide_alignment + 2 * (expanded + encoded) + seen;
     };
-    constexpr int reserved = 1024; // bytes that CUDA takes for each thread block
-    p.step_rows = 4 * tile_rows / resident;
+    p.step_rows = 4 * tile_rows;
     while (p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
-    if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
     p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
     // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
     const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
@@ -311,7 +309,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
     const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
     const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
-    const int64_t at_once = int64_t(device.multiprocessors) * resident, most_chunks = std::max(least, std::min(steps, 2 * at_once));
+    const int64_t at_once = device.multiprocessors, most_chunks = std::max(least, std::min(steps, 2 * at_once));
     const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
     int64_t chosen = least, cost = INT64_MAX, waves = (least * blocks + at_once - 1) / at_once;
     for (int more = 0; more < 8 && chosen < most_chunks; ++more, ++waves) {

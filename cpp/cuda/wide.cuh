@@ -8,7 +8,7 @@
 // expanded to binary16 instead, and so are its queries.
 //
 // The rows of an exact window are prepared as binary16 values. The warps read them from global memory, in the order of
-// the operands, and add them to their columns before the rows of the cache.
+// the operands, and add them to their columns after the rows of the cache.
 //
 // Operand A has the columns, 16 in a tile, of which a warp has one or two. Operand B has the rows. A lane has rows
 // 2 * in_quad and 2 * in_quad + 1 of eight for the columns `quad` and quad + 8 of a tile, and values 2 * in_quad and
@@ -211,6 +211,14 @@ constexpr int wide_key_bytes(bool turbo, int head) { return turbo ? head : 2 * h
 
 // ---- the share of a warp
 
+// x, as a value that is known only here. What depends on it is not computed before a loop, where it would occupy registers.
+__device__ __forceinline__ int here(int x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+    return x;
+}
+
 // What the loop over the rows needs seldom is computed when it is needed, because a warp has few registers left.
 struct WidePlace {
     const AttentionCall & call;
@@ -231,8 +239,8 @@ struct WidePlace {
         length = int(begin() + p.chunk_rows < call.a.n_kv ? p.chunk_rows : call.a.n_kv - begin());
     }
     __device__ __forceinline__ int column_tile() const { return blockIdx.y / call.a.kv_heads; }
-    __device__ __forceinline__ int kv_head() const { return blockIdx.y - column_tile() * call.a.kv_heads; }
-    __device__ __forceinline__ int stream() const { return blockIdx.z; }
+    __device__ __forceinline__ int kv_head() const { return here(blockIdx.y) % call.a.kv_heads; }
+    __device__ __forceinline__ int stream() const { return here(blockIdx.z); }
     __device__ __forceinline__ int kv_stream() const {
         const Attention & a = call.a;
         return a.streams == a.kv_streams ? stream() : stream() / (a.streams / a.kv_streams);
@@ -496,13 +504,15 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile,
                                                float (&s)[M][tile_rows / 8][4]) const {
         const AttentionPlan & p = wide.call.plan;
+        const int first_column = here(place.first_column + place.quad), kv_head = place.kv_head(), stream = place.stream();
         uint32_t some = 0, mixed = 0; // a bit for each of the lane's columns
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
-            if (column(c) >= p.columns) continue;
-            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
+            const int column = first_column + 8 * c;
+            if (column >= p.columns) continue;
+            const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
             SeenTiles one = {~0u, ~0u};
-            if (mask.base) one = seen[mask.number(token, head, place.stream(), wide.call.a.tokens) * words + tile / 32];
+            if (mask.base) one = seen[mask.number(token, head, stream, wide.call.a.tokens) * words + tile / 32];
             some |= (one.some >> tile % 32 & 1) << c;
             mixed |= (one.mixed >> tile % 32 & 1) << c;
         }
@@ -515,9 +525,10 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 continue;
             }
             if (!(mixed >> c & 1)) continue;
-            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
+            const int column = first_column + 8 * c;
+            const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
             const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
-            const uint8_t * values = mask.row(token, head, place.stream()) + 2 * first;
+            const uint8_t * values = mask.row(token, head, stream) + 2 * first;
             uint32_t pairs[tile_rows / 8];
             if (mask.base && int64_t(tile + 1) * tile_rows <= mask.rows && (reinterpret_cast<uintptr_t>(values) & 3) == 0) {
 #pragma unroll
@@ -768,13 +779,6 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 // Operands that a warp has at most: the registers do not suffice for two with queries in binary16 or in heads of 256.
 constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo_k && turbo_v && head <= 128 ? 2 : 1; }
 
-// Thread blocks of a multiprocessor. A warp with one operand, where two would have been possible, leaves registers for a
-// second block, which works while the first one waits.
-constexpr int wide_resident_blocks(int operands, int most) { return operands < most ? 2 : 1; }
-template <KV TK, KV TV, int D> constexpr int wide_resident_blocks(int operands) {
-    return wide_resident_blocks(operands, most_operands(Kind<TK>::turbo, Kind<TV>::turbo, D));
-}
-
 // Collects which tiles the thread block's columns see.
 template <typename Memory>
 __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePlace & place, const Memory & memory,
@@ -820,7 +824,7 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
 }
 
 template <KV TK, KV TV, int D, int M>
-__global__ void __launch_bounds__(32 * wide_warps, wide_resident_blocks<TK, TV, D>(M)) wide_kernel(const __grid_constant__ WideCall wide) {
+__global__ void __launch_bounds__(32 * wide_warps, 1) wide_kernel(const __grid_constant__ WideCall wide) {
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
     const AttentionCall & call = wide.call;
@@ -847,7 +851,6 @@ __global__ void __launch_bounds__(32 * wide_warps, wide_resident_blocks<TK, TV, 
     int at = next(-step), after = next(at);
     rows.load(at, 0);
     rows.load(after, 1);
-    if (call.a.windowed && place.row_group < plan.row_tiles) columns.add_exact_rows();
     columns.load_queries();
     copy_wait<1>();
     __syncthreads();
@@ -871,6 +874,8 @@ __global__ void __launch_bounds__(32 * wide_warps, wide_resident_blocks<TK, TV, 
         at = after;
         after = later;
     }
+    // Before the loop, these rows would cost the loop registers.
+    if (call.a.windowed && place.row_group < plan.row_tiles) columns.add_exact_rows();
     columns.merge_groups(memory.base);
     if (place.row_group == 0) columns.store();
 }
