@@ -13,9 +13,10 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query heads, 8
-// KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and 52.7 at 32768;
-// 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel counts more.
+// Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and
+// 52.7 at 32768; 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel
+// counts more.
 constexpr int most_decode_columns = 32, few_columns = 16, short_cache = 2048;
 
 struct Device {

@@ -13,8 +13,8 @@ namespace {
 
 constexpr int prepare_warps = 8; // of a thread block
 
-// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the query
-// as binary16, in the same unit.
+// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the
+// query as binary16, in the same unit.
 template <KV TK, int D>
 __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
@@ -146,8 +146,8 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
                     __float2half_rn(fits ? x : 0.0f);
             }
         }
-        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in WideRows::expand,
-        // such a row has a score that is NaN instead.
+        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
+        // WideRows::expand, such a row has a score that is NaN instead.
         finite = __all_sync(all_lanes, finite);
 #pragma unroll
         for (int j = 0; j < P; ++j) {
@@ -203,12 +203,12 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
         items.exact_tiles = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles;
     }
     const int64_t exact_at = items.blocks_of_warps();
-    const dim3 blocks(unsigned(exact_at + items.exact_tiles));
+    const dim3 blocks(unsigned(exact_at + items.exact_tiles)), threads(32 * prepare_warps);
     switch (a.type_k) {
-#define TURBOQUANT_CASE(name)                                                                                             \
-    case KV::name:                                                                                                        \
-        if constexpr (Kind<KV::name>::covered)                                                   \
-            return launch(prepare_kernel<KV::name, D>, blocks, dim3(32 * prepare_warps), 0, stream, wide, items, exact_at); \
+#define TURBOQUANT_CASE(name)                                                                                    \
+    case KV::name:                                                                                               \
+        if constexpr (Kind<KV::name>::covered)                                                                   \
+            return launch(prepare_kernel<KV::name, D>, blocks, threads, 0, stream, wide, items, exact_at);       \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -226,7 +226,8 @@ int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows 
 
 // Bytes of the exact rows of K or of V, and of all arrays of an exact window but the queries.
 size_t exact_side_bytes(const Attention & a) {
-    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) * sizeof(half);
+    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) *
+           sizeof(half);
 }
 size_t exact_bytes(const Attention & a) {
     const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
@@ -280,48 +281,59 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.operands = p.columns <= 2 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
-    const int warp_columns = p.operands * wide_columns;
+    p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
+    p.separate = separate_groups(types.turbo_k, a.head, p.operands);
+    const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
     int column_warps = 1;
-    while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
+    while (column_warps < warps && column_warps * warp_columns < p.columns) column_warps *= 2;
     p.column_tile = column_warps * warp_columns;
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
     if (beside > 65535) return false;
 
     constexpr int most_words = 128; // of SeenTiles, in shared memory
-    const auto bytes = [&](int rows) {
-        const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
-        const int expanded = rows * (wide_key_bytes(types.turbo_k, a.head) + 2 * a.head + key_blocks * int(sizeof(float2)));
-        const int encoded = rows * (pitch_k + pitch_v);
+    const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
+    const auto set_rows = [&](int buffer_rows, int row_tiles) { // returns whether the memory suffices
+        p.buffer_rows = buffer_rows;
+        p.row_tiles = row_tiles;
+        const int expanded = expanded_bytes(buffer_rows, types.turbo_k, a.head, key_blocks);
+        const int encoded = encoded_bytes(buffer_rows, pitch_k, pitch_v);
+        const int rows = p.separate ? row_tiles * (expanded + 2 * encoded) : 2 * (expanded + encoded);
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
-        return wide_alignment + 2 * (expanded + encoded) + seen;
+        // At the end the memory of the rows takes what half of the row tiles have, WideColumns::Exchange.
+        const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
+        p.shared_bytes = wide_alignment + std::max(rows + seen, row_tiles / 2 * column_warps * exchange);
+        return p.shared_bytes <= device.shared_per_block;
     };
-    p.step_rows = 4 * tile_rows;
-    while (p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
-    p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
-    // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
-    const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
-    p.shared_bytes = std::max(bytes(p.step_rows), wide_alignment + p.row_tiles / 2 * column_warps * exchange);
-    if (p.shared_bytes > device.shared_per_block) return false;
+    const auto choose_rows = [&] {
+        for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
+            for (int rows = 4 * tile_rows; rows >= tile_rows; rows /= 2)
+                if (set_rows(rows, p.separate ? row_tiles : std::min(row_tiles, rows / tile_rows))) return true;
+        return false;
+    };
+    if (!choose_rows()) return false;
 
-    // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some rows.
-    const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
-    const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
-    const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
-    const int64_t at_once = device.multiprocessors, most_chunks = std::max(least, std::min(steps, 2 * at_once));
-    const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
-    int64_t chosen = least, cost = INT64_MAX, waves = (least * blocks + at_once - 1) / at_once;
+    // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some
+    // rows.
+    const int step = p.separate ? p.row_tiles * p.buffer_rows : p.buffer_rows; // rows that are expanded at a time
+    const int unit = std::max(p.buffer_rows, std::min(step, 4 * tile_rows));   // of chunk_rows
+    const auto divided = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+    const int64_t units = divided(a.n_kv, unit), blocks = beside * a.streams;
+    const int64_t exact = a.windowed ? exact_tiles_of(a) * tile_rows : 0;
+    const int64_t least = divided(units * unit, (most_words - 1) * seen_rows);
+    const int64_t at_once = device.multiprocessors, most_chunks = std::max(least, std::min(units, 2 * at_once));
+    const int64_t overhead = 16 * tile_rows / step; // of a thread block, in steps
+    int64_t chosen = least, cost = INT64_MAX, waves = divided(least * blocks, at_once);
     for (int more = 0; more < 8 && chosen < most_chunks; ++more, ++waves) {
         const int64_t chunks = std::min(std::max(at_once * waves / blocks, least), most_chunks);
-        const int64_t here = waves * ((all_steps + chunks - 1) / chunks + overhead);
+        const int64_t here = waves * (divided(divided(units, chunks) * unit + exact / chunks, step) + overhead);
         if (here < cost) {
             cost = here;
             chosen = chunks;
         }
     }
-    p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
-    p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+    p.chunk_rows = divided(units, chosen) * unit;
+    p.chunks = int(divided(a.n_kv, p.chunk_rows));
     p.parts = p.chunks;
     p.merged = true;
 
@@ -368,7 +380,8 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
-    return launch(kernel, grid, dim3(32 * wide_warps), size_t(p.shared_bytes), stream, wide);
+    const int warps = p.separate ? p.row_tiles * (p.column_tile / (p.operands * wide_columns)) : wide_warps(false);
+    return launch(kernel, grid, dim3(32 * warps), size_t(p.shared_bytes), stream, wide);
 }
 
 } // namespace cuda

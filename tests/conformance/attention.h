@@ -436,7 +436,8 @@ inline void columns(List & list) {
             }
     std::vector<Pair> pairs = turbo_pairs();
     for (const int head : {64, 128, 256})
-        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ}) pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
+        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
+            pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
     for (const Pair & p : pairs) {
         AttentionCase c = with_types(p.k, p.v, p.head_k);
         c.tokens = 9;

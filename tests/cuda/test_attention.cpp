@@ -11,9 +11,9 @@ using namespace turboquant::cuda;
 
 namespace {
 
-// Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. With many
-// columns weights and V have 11 bits, and so have queries, or 8 if K is turbo. Most such queries are already rounded to what
-// the kernel makes of them, so that the bound is the smaller one. Sums are float32.
+// Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. With
+// many columns weights and V have 11 bits, and so have queries, or 8 if K is turbo. Most such queries are already
+// rounded to what the kernel makes of them, so that the bound is the smaller one. Sums are float32.
 constexpr double integers = 2e-4, halves = 2e-3, bytes = 2e-2;
 
 // The cases that turboquant_cuda.h lists as supported.
@@ -264,8 +264,8 @@ void conforms(const AttentionCase & c, int slots) {
 
 } // namespace
 
-// The arguments are an extent of the list, of which brief is for compute-sanitizer, and the first letters of the names of
-// the cases to run.
+// The arguments are an extent of the list, of which brief is for compute-sanitizer, and the first letters of the names
+// of the cases to run.
 int main(int argc, char ** argv) {
     need_device(80);
     const Extent extent = extent_from(argc > 1 ? argv[1] : "whole");
