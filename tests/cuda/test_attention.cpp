@@ -65,8 +65,9 @@ struct Window {
         x.batch_k_stream = x.batch_v_stream = x.batch_k_row * host.batch;
         x.mask = exact.get();
         x.mask_token = (host.slots + host.batch) * 2;
-        x.mask_stream = x.mask_token * c.tokens;
-        x.mask_heads = 1;
+        x.mask_head = x.mask_token * c.tokens;
+        x.mask_stream = x.mask_head * c.mask_heads;
+        x.mask_heads = c.mask_heads;
         x.mask_streams = c.streams;
         x.store_rows = store_rows.get();
         return x;
@@ -213,8 +214,9 @@ void conforms(const AttentionCase & c, int slots) {
     a.v_stream = p.v.stream;
     a.mask = p.mask.empty() ? nullptr : mask_data.get();
     a.mask_token = c.rows * 2;
-    a.mask_stream = a.mask_token * c.tokens;
-    a.mask_heads = 1;
+    a.mask_head = a.mask_token * c.tokens;
+    a.mask_stream = a.mask_head * c.mask_heads;
+    a.mask_heads = c.mask_heads;
     a.mask_streams = c.streams;
     a.sinks = p.sinks.empty() ? nullptr : sink_data.get();
     a.scale = p.scale;
