@@ -332,35 +332,64 @@ template <KV TK, KV TV, int D, int M> struct WideRows {
     const AttentionCall & call;
     const WidePlace & place;
     const Memory & memory;
+    // Lanes that copy a row of K or of V, 16 bytes each.
+    static constexpr int copied = LK::bytes > LV::bytes ? LK::bytes : LV::bytes;
+    static constexpr int copy_lanes = copied + 30 <= 128 ? 8 : copied + 30 <= 256 ? 16 : 32;
     const uint8_t *k, *v; // row 0
+    // Half of the warps copy K, the others V. If the addresses of the rows are equal modulo 16, a lane copies the same
+    // part of each of its rows, as long as there are rows behind, whose bytes may be read.
+    const uint8_t * first; // the part of the lane's first row
+    int first_at;          // its place in a buffer, or -1 if the lane has no part
+    int regular;           // rows that are copied so, if addresses are equal modulo 16
 
     __device__ __forceinline__ WideRows(const AttentionCall & call, const WidePlace & place, const Memory & memory)
         : call(call), place(place), memory(memory) {
         const Attention & a = call.a;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream() * a.k_stream + place.kv_head() * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream() * a.v_stream + place.kv_head() * a.v_head;
+        const Side of = side(warp() & 1);
+        const int row = copier() / copy_lanes, unit = copier() % copy_lanes * 16;
+        const int offset = int(reinterpret_cast<uintptr_t>(of.base) & 15);
+        first = of.base - offset + (place.begin() + row) * of.stride + unit;
+        regular = place.length - (place.begin() + place.length == a.n_kv);
+        if (copied + 15 > 16 * copy_lanes || warps() == 1 || of.stride % 16 != 0 || of.stride >= 1 << 24) regular = 0;
+        first_at = unit < offset + of.chunk ? (warp() & 1 ? memory.encoded_k : 0) + row * of.pitch + unit : -1;
     }
 
     // The warps that copy and expand rows together, and the number of the lane's warp among them.
     __device__ __forceinline__ int warps() const { return Memory::separate ? place.group_warps : wide_warps(false); }
     __device__ __forceinline__ int warp() const { return Memory::separate ? place.in_group() : place.warp; }
-
-    // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block. Half of the warps
-    // copy K, the others V.
-    __device__ __forceinline__ void load(int at, int buffer) const {
+    // The number of the thread among those that copy K, or among those that copy V.
+    __device__ __forceinline__ int copier() const { return 32 * (warp() >> 1) + place.lane; }
+    __device__ __forceinline__ Side side(bool of_v) const {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
+        return of_v ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k};
+    }
+
+    // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
+    __device__ __forceinline__ void load(int at, int buffer) const {
+        const Attention & a = call.a;
         if (at < place.length) {
             const uint32_t to = uint32_t(__cvta_generic_to_shared(memory.encoded_rows(buffer)));
-            const int halves = warps() > 1; // one warp copies both
-            const Copiers by = {32 * (warp() >> halves) + place.lane, 32 * (warps() >> halves)};
+            if (at + memory.rows <= regular) copy_own(to, at);
+            else
 #pragma unroll 1
-            for (int side = warp() & halves; side < 2; side += 1 + halves)
-                load_rows(to + (side ? memory.encoded_k : 0),
-                          side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          memory.rows, place.begin() + at, a.n_kv, by);
+                for (int of_v = warps() == 1 ? 0 : warp() & 1; of_v < 2; of_v += warps() == 1 ? 1 : 2)
+                    load_rows(to + (of_v ? memory.encoded_k : 0), side(of_v), memory.rows, place.begin() + at, a.n_kv,
+                              warps() == 1 ? Copiers{place.lane, 32} : Copiers{copier(), 16 * warps()});
         }
         copy_commit();
+    }
+    __device__ __forceinline__ void copy_own(uint32_t to, int at) const {
+        if (first_at < 0) return;
+        const bool of_v = warp() & 1;
+        const uint32_t stride = uint32_t(of_v ? call.a.v_row : call.a.k_row);
+        const int pitch = of_v ? call.plan.pitch_v : call.plan.pitch_k, apart = 16 * warps() / copy_lanes;
+        const uint8_t * from = first + uint64_t(uint32_t(at)) * stride;
+        to += first_at;
+#pragma unroll 4
+        for (int r = 0; r < memory.rows; r += apart, from += apart * stride, to += apart * pitch) copy_async(to, from, 16);
     }
 
     // Expands the rows from `at` on.
