@@ -190,7 +190,7 @@ struct AttentionPlan {
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
-    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
+    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32, or of buffer_rows if `wide`
     int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block

@@ -7,6 +7,11 @@
 // of int8 matrices, output is the product of binary16 weights and V. K in q8_0 or binary16, whose own error is small,
 // is expanded to binary16 instead, and so are its queries.
 //
+// The warps that have the same rows, and different columns, are a row group. A warp with one operand of columns needs
+// few registers, so that a thread block has 16 warps, and row groups are separate: each copies and expands rows of its
+// own, and waits for no other. Otherwise eight warps share two buffers of expanded rows; half of them expand rows
+// while the others multiply.
+//
 // The rows of an exact window are prepared as binary16 values. The warps read them from global memory, in the order of
 // the operands, and add them to their columns after the rows of the cache.
 //
@@ -211,9 +216,7 @@ struct MaskRows {
 // Operands that a warp has at most: the registers do not suffice for two with queries in binary16 or in heads of 256.
 constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo_k && turbo_v && head <= 128 ? 2 : 1; }
 
-// Whether row groups have pipelines of their own: with one operand a warp needs few registers, so that a thread block
-// can have 16 warps. Otherwise eight warps, which are all that a multiprocessor has registers for, share the expanded
-// rows.
+// Whether row groups are separate: whether 128 registers suffice for a warp, as many as a warp of 16 has.
 constexpr bool separate_groups(bool turbo_k, int head, int operands) { return turbo_k && head <= 128 && operands == 1; }
 __host__ __device__ constexpr int wide_warps(bool separate) { return separate ? 16 : 8; } // of a thread block, at most
 
@@ -269,7 +272,7 @@ struct WidePlace {
         const Attention & a = call.a;
         return a.streams == a.kv_streams ? stream() : stream() / (a.streams / a.kv_streams);
     }
-    // The first KV row of the thread block, a multiple of the rows of a step.
+    // The first KV row of the thread block, a multiple of the rows of a buffer.
     __device__ __forceinline__ int64_t begin() const { return int64_t(blockIdx.x) * call.plan.chunk_rows; }
 };
 
@@ -389,7 +392,8 @@ template <KV TK, KV TV, int D, int M> struct WideRows {
         const uint8_t * from = first + uint64_t(uint32_t(at)) * stride;
         to += first_at;
 #pragma unroll 4
-        for (int r = 0; r < memory.rows; r += apart, from += apart * stride, to += apart * pitch) copy_async(to, from, 16);
+        for (int r = 0; r < memory.rows; r += apart, from += apart * stride, to += apart * pitch)
+            copy_async(to, from, 16);
     }
 
     // Expands the rows from `at` on.
