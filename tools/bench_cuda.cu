@@ -1,8 +1,8 @@
 // Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
-// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens,window,requests],
-// where window is the number of q8_0 slots of an exact window; with it, storing K and V is measured, too. A negative
-// window measures attention alone. The tokens are the last rows of the cache; of several requests, whose tokens take turns,
-// each sees an equal run of the rows before.
+// compiles and runs this; arguments: K:V pairs, then depths, comma-separated;
+// [heads,kv_heads,head,tokens,window,requests], where window is the number of q8_0 slots of an exact window; with it,
+// storing K and V is measured, too. A negative window measures attention alone. The tokens are the last rows of the
+// cache; of several requests, whose tokens take turns, each sees an equal run of the rows before.
 //
 // Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
 // the card's L2 cache, as a model's layers are.

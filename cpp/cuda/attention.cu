@@ -13,9 +13,10 @@ namespace turboquant {
 namespace cuda {
 namespace {
 
-// Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query heads, 8
-// KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and 52.7 at 32768;
-// 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel counts more.
+// Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and
+// 52.7 at 32768; 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel
+// counts more.
 constexpr int most_decode_columns = 32, few_columns = 16, short_cache = 2048;
 
 struct Device {
@@ -236,7 +237,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
     if (p.columns > (a.n_kv > short_cache ? few_columns : most_decode_columns) &&
-        plan_wide(a, {device->multiprocessors, device->shared_per_block, device->shared_per_multiprocessor},
+        plan_wide(a, {device->multiprocessors, device->shared_per_block},
                   pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
                   pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))
         return true;

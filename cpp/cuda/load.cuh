@@ -170,28 +170,33 @@ struct Side {
     int chunk, pitch;     // bytes of a row in the cache, and in shared memory
 };
 
+// Threads that copy rows together: the number of the calling thread among them, and how many they are.
+struct Copiers {
+    unsigned thread, threads;
+};
+
 // Starts to copy rows first ... first + rows - 1 to shared memory; rows from n_kv on become zeros. A row keeps its
-// address modulo 16 (row_offset). `threads` threads share the work, of which this one has number `thread`.
+// address modulo 16 (row_offset).
 __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
-                                          int thread = threadIdx.x, int threads = blockDim.x) {
+                                          Copiers by = {threadIdx.x, blockDim.x}) {
     const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
     if (side.stride == side.pitch && side.chunk == side.pitch) { // rows without gaps are one run of bytes
-        const uint8_t * from = side.base + first * side.stride + thread * 16;
-        const int step = threads * 16, all = rows * side.pitch;
+        const uint8_t * from = side.base + first * side.stride + by.thread * 16;
+        const int step = by.threads * 16, all = rows * side.pitch;
         if (first + rows <= n_kv) {
 #pragma unroll 4
-            for (int at = thread * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+            for (int at = by.thread * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
         } else {
             const int end = int(n_kv - first) * side.pitch;
 #pragma unroll 1
-            for (int at = thread * 16; at < all; at += step, from += step)
+            for (int at = by.thread * 16; at < all; at += step, from += step)
                 copy_end(shared + at, from, any, end - at);
         }
         return;
     }
     const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // that copy a row
-    const int apart = threads >> log_lanes, unit = (thread & (lanes - 1)) * 16;
-    int r = thread >> log_lanes;
+    const int apart = by.threads >> log_lanes, unit = (by.thread & (lanes - 1)) * 16;
+    int r = by.thread >> log_lanes;
     const uint8_t * from = side.base + (first + r) * side.stride + unit;
     shared += r * side.pitch + unit;
     const int64_t from_step = apart * side.stride;

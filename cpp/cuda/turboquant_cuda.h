@@ -173,8 +173,8 @@ struct Attention {
 };
 
 // The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
-// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows. There are two kernels: one for
-// up to 32 columns, and a `wide` one.
+// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows. There are two kernels: one
+// for up to 32 columns, and a `wide` one.
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes
@@ -190,7 +190,7 @@ struct AttentionPlan {
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
-    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
+    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32, or of buffer_rows if `wide`
     int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
@@ -198,7 +198,8 @@ struct AttentionPlan {
     bool wide;
     bool hopper;             // the kernel for Hopper GPUs
     int operands;            // of 16 columns, of a warp
-    int step_rows;           // KV rows that a thread block expands at a time
+    bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together
+    int buffer_rows;         // KV rows that are expanded together at a time
     size_t queries_at, factors_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
@@ -207,8 +208,8 @@ struct AttentionPlan {
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and of V, that encode_rows takes. They are
-// made after all reads of K and V, beside the kernel that merges parts.
+// Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and
+// of V, that encode_rows takes. They are made after all reads of K and V, beside the kernel that merges parts.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);
 

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int prepare_warps = 8; // of a thread block
 
-// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the query
-// as binary16, in the same unit.
+// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the
+// query as binary16, in the same unit.
 template <KV TK, int D>
 __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
@@ -119,15 +119,17 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
     const int tile = int(item - kv * wide.arrays.exact_tiles);
     const bool hopper = wide.call.plan.hopper;
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    ExactRow<P> bytes[each];
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int row = tile * tile_rows + warp * each + i;
-        if (row < rows.rows) bytes[i] = ExactRow<P>(a.exact, rows, row, lane);
-    }
     half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
-#pragma unroll
+    ExactRow<P> next;
+    const auto load = [&](int i) {
+        const int row = tile * tile_rows + warp * each + i;
+        if (i < each && row < rows.rows) next = ExactRow<P>(a.exact, rows, row, lane);
+    };
+    load(0);
+#pragma unroll 1
     for (int i = 0; i < each; ++i) {
+        const ExactRow<P> bytes = next;
+        load(i + 1);
         const int row = warp * each + i;
         const bool exists = tile * tile_rows + row < rows.rows;
         bool finite = true;
@@ -137,7 +139,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) {
                 const int e = b * N / 32 + j;
-                v[j] = exists ? bytes[i].value(bytes[i].v[e], bytes[i].scale_v[e]) : 0.0f;
+                v[j] = exists ? bytes.value(bytes.v[e], bytes.scale_v[e]) : 0.0f;
             }
             if (wide.rotated_values) transform_warp<N, false>(v);
 #pragma unroll
@@ -150,12 +152,12 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
                     __float2half_rn(fits ? x : 0.0f);
             }
         }
-        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in WideRows::expand,
-        // such a row has a score that is NaN instead.
+        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
+        // WideRows::expand, such a row has a score that is NaN instead.
         finite = __all_sync(all_lanes, finite);
 #pragma unroll
         for (int j = 0; j < P; ++j) {
-            const float k = exists ? bytes[i].value(bytes[i].k[j], bytes[i].scale_k[j]) : 0.0f;
+            const float k = exists ? bytes.value(bytes.k[j], bytes.scale_k[j]) : 0.0f;
             keys[hopper ? ExactPlace::key(row, lane + 32 * j) : row * D + lane + 32 * j] =
                 __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
         }
@@ -208,12 +210,12 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
         items.exact_tiles = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles;
     }
     const int64_t exact_at = items.blocks_of_warps();
-    const dim3 blocks(unsigned(exact_at + items.exact_tiles));
+    const dim3 blocks(unsigned(exact_at + items.exact_tiles)), threads(32 * prepare_warps);
     switch (a.type_k) {
-#define TURBOQUANT_CASE(name)                                                                                             \
-    case KV::name:                                                                                                        \
-        if constexpr (Kind<KV::name>::covered)                                                   \
-            return launch(prepare_kernel<KV::name, D>, blocks, dim3(32 * prepare_warps), 0, stream, wide, items, exact_at); \
+#define TURBOQUANT_CASE(name)                                                                                    \
+    case KV::name:                                                                                               \
+        if constexpr (Kind<KV::name>::covered)                                                                   \
+            return launch(prepare_kernel<KV::name, D>, blocks, threads, 0, stream, wide, items, exact_at);       \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -237,7 +239,11 @@ WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
     return exists ? kernel : nullptr;
 }
 
-constexpr int least_hopper_columns = 17; // with fewer columns, the kernel of wide.cuh has more thread blocks
+// Columns from which on the kernel for Hopper GPUs is faster than that of wide.cuh. Measured on an H200 (32 query heads,
+// 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with two expanding and two column warpgroups / with
+// the kernel of wide.cuh): 8 tokens, which are 32 columns, take 52/61, 16 tokens 56/79, 32 tokens 68/105, 64 tokens
+// 107/154. Calls of fewer than 17 columns have not been compared.
+constexpr int least_hopper_columns = 17;
 
 int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
 int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
@@ -245,7 +251,8 @@ int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows 
 
 // Bytes of the exact rows of K or of V, and of all arrays of an exact window but the queries.
 size_t exact_side_bytes(const Attention & a) {
-    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) * sizeof(half);
+    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) *
+           sizeof(half);
 }
 size_t exact_bytes(const Attention & a) {
     const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
@@ -300,60 +307,69 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.head_groups = a.kv_heads;
     p.stages = 2;
     p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
-    const int most = most_operands(types.turbo_k, types.turbo_v, a.head);
-    p.operands = p.columns <= 4 * wide_columns ? 1 : most; // two use the rows better, one has more blocks at a time
-    int resident = wide_resident_blocks(p.operands, most);
-    const int warp_columns = p.operands * wide_columns;
+    p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
+    p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
+    const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
+    const auto divided = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
     int column_warps = 1;
-    while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
+    while (column_warps < warps && column_warps * warp_columns < p.columns) column_warps *= 2;
+    p.column_tile = column_warps * warp_columns;
     if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
-        const int groups = (p.columns + group_columns - 1) / group_columns, tiles = (groups + hopper_groups - 1) / hopper_groups;
-        p.column_tile = (groups + tiles - 1) / tiles * group_columns;
-    } else {
-        p.column_tile = column_warps * warp_columns;
+        const int groups = int(divided(p.columns, group_columns)), tiles = int(divided(groups, hopper_groups));
+        p.column_tile = int(divided(groups, tiles)) * group_columns;
     }
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
     if (beside > 65535) return false;
 
     constexpr int most_words = 128; // of SeenTiles, in shared memory
-    const auto bytes = [&](int rows) {
-        if (p.hopper) return HopperMemory<128>::bytes(rows * (pitch_k + pitch_v), most_words);
-        const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
-        const int expanded = rows * (wide_key_bytes(types.turbo_k, a.head) + 2 * a.head + key_blocks * int(sizeof(float2)));
-        const int encoded = rows * (pitch_k + pitch_v);
+    const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
+    const auto set_rows = [&](int buffer_rows, int row_tiles) { // returns whether the memory suffices
+        p.buffer_rows = buffer_rows;
+        p.row_tiles = row_tiles;
+        const int expanded = expanded_bytes(buffer_rows, types.turbo_k, a.head, key_blocks);
+        const int encoded = encoded_bytes(buffer_rows, pitch_k, pitch_v);
+        const int rows = p.separate ? row_tiles * (expanded + 2 * encoded) : 2 * (expanded + encoded);
         const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
-        return wide_alignment + 2 * (expanded + encoded) + seen;
+        // At the end the memory of the rows takes what half of the row tiles have, WideColumns::Exchange.
+        const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
+        p.shared_bytes = wide_alignment + std::max(rows + seen, row_tiles / 2 * column_warps * exchange);
+        return p.shared_bytes <= device.shared_per_block;
     };
-    constexpr int reserved = 1024; // bytes that CUDA takes for each thread block
-    if (p.hopper) resident = 1;
-    p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows / resident;
-    while (!p.hopper && p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
-    if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
-    if (p.hopper) p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
-    else p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
-    // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
-    const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
-    p.shared_bytes = std::max(bytes(p.step_rows), wide_alignment + p.row_tiles / 2 * column_warps * exchange);
-    if (p.shared_bytes > device.shared_per_block) return false;
+    const auto choose_rows = [&] {
+        if (p.hopper) {
+            p.buffer_rows = hopper_rows;
+            p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
+            p.shared_bytes = HopperMemory<128>::bytes(hopper_rows * (pitch_k + pitch_v), most_words);
+            return p.shared_bytes <= device.shared_per_block;
+        }
+        for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
+            for (int rows = 4 * tile_rows; rows >= tile_rows; rows /= 2)
+                if (set_rows(rows, p.separate ? row_tiles : std::min(row_tiles, rows / tile_rows))) return true;
+        return false;
+    };
+    if (!choose_rows()) return false;
 
-    // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some rows.
-    const int64_t steps = (a.n_kv + p.step_rows - 1) / p.step_rows, blocks = beside * a.streams;
-    const int64_t all_steps = steps + (a.windowed ? exact_tiles_of(a) * tile_rows / p.step_rows : 0);
-    const int64_t least = (steps * p.step_rows + (most_words - 1) * seen_rows - 1) / ((most_words - 1) * seen_rows);
-    const int64_t at_once = int64_t(device.multiprocessors) * resident, most_chunks = std::max(least, std::min(steps, 2 * at_once));
-    const int64_t overhead = 16 * tile_rows / p.step_rows; // of a thread block, in steps
-    int64_t chosen = least, cost = INT64_MAX, waves = (least * blocks + at_once - 1) / at_once;
+    // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some
+    // rows.
+    const int step = p.separate ? p.row_tiles * p.buffer_rows : p.buffer_rows; // rows that are expanded at a time
+    const int unit = std::max(p.buffer_rows, std::min(step, 4 * tile_rows));   // of chunk_rows
+    const int64_t units = divided(a.n_kv, unit), blocks = beside * a.streams;
+    const int64_t exact = a.windowed ? exact_tiles_of(a) * tile_rows : 0;
+    const int64_t least = divided(units * unit, (most_words - 1) * seen_rows);
+    const int64_t at_once = device.multiprocessors, most_chunks = std::max(least, std::min(units, 2 * at_once));
+    const int64_t overhead = 16 * tile_rows / step; // of a thread block, in steps
+    int64_t chosen = least, cost = INT64_MAX, waves = divided(least * blocks, at_once);
     for (int more = 0; more < 8 && chosen < most_chunks; ++more, ++waves) {
         const int64_t chunks = std::min(std::max(at_once * waves / blocks, least), most_chunks);
-        const int64_t here = waves * ((all_steps + chunks - 1) / chunks + overhead);
+        const int64_t here = waves * (divided(divided(units, chunks) * unit + exact / chunks, step) + overhead);
         if (here < cost) {
             cost = here;
             chosen = chunks;
         }
     }
-    p.chunk_rows = (steps + chosen - 1) / chosen * p.step_rows;
-    p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+    p.chunk_rows = divided(units, chosen) * unit;
+    p.chunks = int(divided(a.n_kv, p.chunk_rows));
     p.parts = p.chunks;
     p.merged = true;
 
@@ -401,7 +417,9 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
-    return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * wide_warps), size_t(p.shared_bytes), stream, wide);
+    const int column_warps = p.column_tile / (p.operands * wide_columns);
+    const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
+    return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);
 }
 
 } // namespace cuda

@@ -3,12 +3,17 @@
 //
 // A thread block takes a tile of the query columns of a KV head (query heads times tokens) and a run of KV rows. It
 // copies encoded rows to shared memory with cp.async (load.cuh) and expands each row once: K to int8 levels, V to
-// binary16 values. All columns of the block use the expanded rows as operands of the tensor cores. Scores are products of
-// int8 matrices, output is the product of binary16 weights and V. K in q8_0 or binary16, whose own error is small, is
-// expanded to binary16 instead, and so are its queries.
+// binary16 values. All columns of the block use the expanded rows as operands of the tensor cores. Scores are products
+// of int8 matrices, output is the product of binary16 weights and V. K in q8_0 or binary16, whose own error is small,
+// is expanded to binary16 instead, and so are its queries.
+//
+// The warps that have the same rows, and different columns, are a row group. A warp with one operand of columns needs
+// few registers, so that a thread block has 16 warps, and row groups are separate: each copies and expands rows of its
+// own, and waits for no other. Otherwise eight warps share two buffers of expanded rows; half of them expand rows
+// while the others multiply.
 //
 // The rows of an exact window are prepared as binary16 values. The warps read them from global memory, in the order of
-// the operands, and add them to their columns before the rows of the cache.
+// the operands, and add them to their columns after the rows of the cache.
 //
 // Operand A has the columns, 16 in a tile, of which a warp has one or two. Operand B has the rows. A lane has rows
 // 2 * in_quad and 2 * in_quad + 1 of eight for the columns `quad` and quad + 8 of a tile, and values 2 * in_quad and
@@ -21,7 +26,6 @@
 namespace turboquant {
 namespace cuda {
 
-constexpr int wide_warps = 8;            // of a thread block
 constexpr int wide_columns = 16;         // of an operand
 constexpr int wide_alignment = 512;      // of the expanded rows, so that bits of an address are the unit
 constexpr int seen_rows = 32 * tile_rows; // rows of a word of SeenTiles
@@ -90,30 +94,32 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t addre
 #endif
 }
 
-// Expanded rows are units of 16 bytes. The unit with number u of row r is in place u ^ unit_swizzle(r), so that the same
-// unit of eight rows, and four units of two rows, lie in different banks. Rows of 64 bytes have four units.
+// Expanded rows are units of 16 bytes. The unit with number u of row r is in place u ^ unit_swizzle(r), so that the
+// same unit of eight rows, and four units of two rows, lie in different banks. Rows of 64 bytes have four units.
 template <int Bytes> __device__ __forceinline__ int unit_swizzle(int row) {
     return (Bytes >= 128 ? (row & 1) << 2 : 0) | (row >> 1 & 3);
 }
 
-constexpr int magic_bits = 0x4b400000; // an int32 that starts as these, and to which an integer is added, is the float magic + it
+// An int32 that starts as these bits, and to which an integer is added, is the float magic + this integer.
+constexpr int magic_bits = 0x4b400000;
 constexpr uint32_t four_biases = 0x80808080; // signed bytes plus 128, or unsigned bytes less 128, are the exclusive or
 
-// The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes. Of two
-// parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over.
+// The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes. Of
+// two parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over.
 template <typename LookUp, bool Signs, bool Biased>
 __device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_t nibbles, uint32_t signs, int field) {
     uint32_t part[LookUp::parts];
     look_up(nibbles, signs, field, part);
     if constexpr (LookUp::parts == 1) return Biased ? part[0] ^ four_biases : part[0];
-    const uint32_t biased = Signs ? (part[0] ^ four_biases) + (part[LookUp::parts - 1] & 0x01010101) // the part is 0 or -1
-                                  : part[0] - part[LookUp::parts - 1] + four_biases; // magnitudes, of which one is 0
+    constexpr int last = LookUp::parts - 1;
+    const uint32_t biased = Signs ? (part[0] ^ four_biases) + (part[last] & 0x01010101) // the last part is 0 or -1
+                                  : (part[0] | four_biases) - part[last];               // magnitudes, of which one is 0
     return Biased ? biased : biased ^ four_biases;
 }
 
-// The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the four
-// elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a quarter
-// of a block further on.
+// The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the
+// four elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a
+// quarter of a block further on.
 template <KV T, int D, bool Biased, typename LookUp>
 __device__ __forceinline__ void read_levels(const uint8_t * block, int first, int apart, const LookUp & look_up,
                                             uint32_t (&x)[8]) {
@@ -143,7 +149,8 @@ __device__ __forceinline__ void read_levels(const uint8_t * block, int first, in
     }
 }
 
-// Two bytes of a word of levels + 128, as binary16 level / 128 * scale. Byte 0x48 above such a byte gives 8 + byte / 128.
+// Two bytes of a word of levels + 128, as binary16 level / 128 * scale. Byte 0x48 above such a byte gives 8 + byte /
+// 128.
 __device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t selector, half2 scale) {
     const uint32_t bits = prmt(levels, four_biases - 0x38383838u, selector); // 0x48484848
     const half2 nine = __floats2half2_rn(9.0f, 9.0f);
@@ -153,8 +160,8 @@ __device__ __forceinline__ uint32_t scaled_halves(uint32_t levels, uint32_t sele
 // Byte 4 of the operands of scaled_halves is 0x48.
 constexpr uint32_t even_bytes = 0x4240, odd_bytes = 0x4341, low_bytes = 0x4140, high_bytes = 0x4342;
 
-// Expands 32 values of q8_0 or of binary16 to four units of binary16. Returns whether all are finite; those of a block of
-// q8_0 are zero otherwise.
+// Expands 32 values of q8_0 or of binary16 to four units of binary16. Returns whether all are finite; those of a block
+// of q8_0 are zero otherwise.
 template <KV T> __device__ __forceinline__ bool expand_values(const uint8_t * block, uint4 (&x)[4]) {
     uint32_t words[16];
     bool finite = true;
@@ -183,7 +190,8 @@ template <KV T> __device__ __forceinline__ bool expand_values(const uint8_t * bl
 // The sums of the output are in this unit, because expanded rows have level / 128 instead of level * step.
 template <KV T> constexpr float value_unit = Kind<T>::turbo ? 128 * Kind<T>::step : 1;
 
-// The place of row r of a tile among the 32 values of an element of exact V: eight values are those of a lane of a quad.
+// The place of row r of a tile among the 32 values of an element of exact V: eight values are those of a lane of a
+// quad.
 __device__ __forceinline__ int value_position(int r) { return r % 8 / 2 * 8 + r / 8 * 2 + r % 2; }
 
 // A mask: that of the rows of the cache, or that of the rows of an exact window.
@@ -209,17 +217,39 @@ struct MaskRows {
     }
 };
 
+// Operands that a warp has at most: the registers do not suffice for two with queries in binary16 or in heads of 256.
+constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo_k && turbo_v && head <= 128 ? 2 : 1; }
+
+// Whether row groups are separate: whether 128 registers suffice for a warp, as many as a warp of 16 has.
+constexpr bool separate_groups(bool turbo_k, int head, int operands) { return turbo_k && head <= 128 && operands == 1; }
+__host__ __device__ constexpr int wide_warps(bool separate) { return separate ? 16 : 8; } // of a thread block, at most
+
 // Bytes of an expanded row of K.
-constexpr int wide_key_bytes(bool turbo, int head) { return turbo ? head : 2 * head; }
+__host__ __device__ constexpr int wide_key_bytes(bool turbo, int head) { return turbo ? head : 2 * head; }
 
 // ---- the share of a warp
+
+// x, as a value that is known only here. What depends on it is not computed before a loop, where it would occupy
+// registers.
+__device__ __forceinline__ int here(int x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+    return x;
+}
+
+// Waits for `threads` threads at a barrier from 1 to 15.
+__device__ __forceinline__ void sync_named(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // What the loop over the rows needs seldom is computed when it is needed, because a warp has few registers left.
 struct WidePlace {
     const AttentionCall & call;
     int lane, quad, in_quad, warp;
     int first_column; // of the warp
-    int row_group;    // the warp takes tiles row_group, row_group + row_tiles, ... of a step
+    int row_group;    // the warps of a row group have the same rows and different columns
+    int group_warps;  // of a row group
     int length;       // the number of the thread block's KV rows
 
     __device__ __forceinline__ WidePlace(const AttentionCall & call, int warp_columns) : call(call) {
@@ -228,36 +258,59 @@ struct WidePlace {
         quad = lane / 4;
         in_quad = lane % 4;
         warp = threadIdx.x / 32;
-        const int column_warps = p.column_tile / warp_columns;
-        row_group = keep(warp / column_warps);
-        first_column = column_tile() * p.column_tile + (warp - row_group * column_warps) * warp_columns;
+        group_warps = p.column_tile / warp_columns;
+        row_group = keep(warp / group_warps);
+        first_column = column_tile() * p.column_tile + in_group() * warp_columns;
         length = int(begin() + p.chunk_rows < call.a.n_kv ? p.chunk_rows : call.a.n_kv - begin());
     }
+    __device__ __forceinline__ int in_group() const { return warp - row_group * group_warps; }
+    // Waits for the warps of the row group.
+    __device__ __forceinline__ void sync_group() const {
+        if (group_warps == 1) __syncwarp();
+        else sync_named(row_group + 1, 32 * group_warps);
+    }
     __device__ __forceinline__ int column_tile() const { return blockIdx.y / call.a.kv_heads; }
-    __device__ __forceinline__ int kv_head() const { return blockIdx.y - column_tile() * call.a.kv_heads; }
-    __device__ __forceinline__ int stream() const { return blockIdx.z; }
+    __device__ __forceinline__ int kv_head() const { return here(blockIdx.y) % call.a.kv_heads; }
+    __device__ __forceinline__ int stream() const { return here(blockIdx.z); }
     __device__ __forceinline__ int kv_stream() const {
         const Attention & a = call.a;
         return a.streams == a.kv_streams ? stream() : stream() / (a.streams / a.kv_streams);
     }
-    // The first KV row of the thread block, a multiple of the rows of a step.
+    // The first KV row of the thread block, a multiple of the rows of a buffer.
     __device__ __forceinline__ int64_t begin() const { return int64_t(blockIdx.x) * call.plan.chunk_rows; }
 };
 
 // ---- shared memory
 
-// The division of a thread block's shared memory. There are two buffers of expanded rows and two of encoded rows.
-template <KV TK, KV TV, int D> struct WideMemory {
+// Bytes of a buffer of expanded rows.
+__host__ __device__ constexpr int expanded_bytes(int rows, bool turbo_k, int head, int key_blocks) {
+    const int bytes = rows * (wide_key_bytes(turbo_k, head) + 2 * head + key_blocks * int(sizeof(float2)));
+    return (bytes + wide_alignment - 1) / wide_alignment * wide_alignment;
+}
+// Bytes of a buffer of encoded rows.
+__host__ __device__ constexpr int encoded_bytes(int rows, int pitch_k, int pitch_v) {
+    return (rows * (pitch_k + pitch_v) + wide_alignment - 1) / wide_alignment * wide_alignment;
+}
+
+// The division of a thread block's shared memory. There are two buffers of encoded rows. Of expanded rows there is one
+// if row groups are separate, because then some groups expand rows while others compute; otherwise there are two.
+template <KV TK, KV TV, int D, int M> struct WideMemory {
+    static constexpr bool separate = separate_groups(Kind<TK>::turbo, D, M);
     static constexpr int key_bytes = wide_key_bytes(Kind<TK>::turbo, D), value_bytes = 2 * D;
     static constexpr int key_blocks = Layout<TK, D>::turbo ? D / Layout<TK, D>::block : 1; // that have factors
-    int rows; // of a step
+    static constexpr int buffers = separate ? 1 : 2; // of expanded rows
+    int rows; // of a buffer
     int expanded, encoded_k, encoded; // bytes of a buffer of expanded rows, of encoded rows of K, of encoded rows
-    uint8_t * base;                   // aligned to a row of V
+    uint8_t *start, *behind;          // of the memory of all rows; start is aligned to a row of V
+    uint8_t * base;                   // of the memory of the row group, or of all
 
-    __device__ __forceinline__ WideMemory(const AttentionPlan & p, uint8_t * shared)
-        : rows(p.step_rows), expanded(p.step_rows * (key_bytes + value_bytes + key_blocks * int(sizeof(float2)))),
-          encoded_k(p.step_rows * p.pitch_k), encoded(p.step_rows * (p.pitch_k + p.pitch_v)) {
-        base = shared + (-int(__cvta_generic_to_shared(shared)) & (wide_alignment - 1));
+    __device__ __forceinline__ WideMemory(const AttentionPlan & p, uint8_t * shared, int row_group)
+        : rows(p.buffer_rows), expanded(expanded_bytes(p.buffer_rows, Kind<TK>::turbo, D, key_blocks)),
+          encoded_k(p.buffer_rows * p.pitch_k), encoded(encoded_bytes(p.buffer_rows, p.pitch_k, p.pitch_v)) {
+        const int bytes = buffers * expanded + 2 * encoded;
+        start = shared + (-int(__cvta_generic_to_shared(shared)) & (wide_alignment - 1));
+        behind = start + (separate ? p.row_tiles * bytes : bytes);
+        base = start + (separate ? row_group * bytes : 0);
     }
     __device__ __forceinline__ uint8_t * keys(int buffer) const { return base + buffer * expanded; }
     __device__ __forceinline__ uint8_t * values(int buffer) const { return keys(buffer) + rows * key_bytes; }
@@ -265,9 +318,11 @@ template <KV TK, KV TV, int D> struct WideMemory {
     __device__ __forceinline__ float2 * key_factors(int buffer) const {
         return reinterpret_cast<float2 *>(values(buffer) + rows * value_bytes);
     }
-    __device__ __forceinline__ uint8_t * encoded_rows(int buffer) const { return base + 2 * expanded + buffer * encoded; }
+    __device__ __forceinline__ uint8_t * encoded_rows(int buffer) const {
+        return base + buffers * expanded + buffer * encoded;
+    }
     // Tiles that a column of the block sees, then those of the columns of each warp.
-    __device__ __forceinline__ uint32_t * seen() const { return reinterpret_cast<uint32_t *>(base + 2 * (expanded + encoded)); }
+    __device__ __forceinline__ uint32_t * seen() const { return reinterpret_cast<uint32_t *>(behind); }
     __device__ __forceinline__ SeenTiles * warp_seen(int words) const {
         return reinterpret_cast<SeenTiles *>(seen() + (words + 1) / 2 * 2);
     }
@@ -276,39 +331,78 @@ template <KV TK, KV TV, int D> struct WideMemory {
 // ---- rows
 
 // Copies rows of a KV head to shared memory, and expands them.
-template <KV TK, KV TV, int D> struct WideRows {
+template <KV TK, KV TV, int D, int M> struct WideRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
-    using Memory = WideMemory<TK, TV, D>;
+    using Memory = WideMemory<TK, TV, D, M>;
     static constexpr int lanes = D / 32, rows_at_once = 32 / lanes; // lanes of a row
     const AttentionCall & call;
     const WidePlace & place;
     const Memory & memory;
+    // Lanes that copy a row of K or of V, 16 bytes each.
+    static constexpr int copied = LK::bytes > LV::bytes ? LK::bytes : LV::bytes;
+    static constexpr int copy_lanes = copied + 30 <= 128 ? 8 : copied + 30 <= 256 ? 16 : 32;
     const uint8_t *k, *v; // row 0
+    // Half of the warps copy K, the others V. If the addresses of the rows are equal modulo 16, a lane copies the same
+    // part of each of its rows, as long as there are rows behind, whose bytes may be read.
+    const uint8_t * first; // the part of the lane's first row
+    int first_at;          // its place in a buffer, or -1 if the lane has no part
+    int regular;           // rows that are copied so, if addresses are equal modulo 16
 
     __device__ __forceinline__ WideRows(const AttentionCall & call, const WidePlace & place, const Memory & memory)
         : call(call), place(place), memory(memory) {
         const Attention & a = call.a;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream() * a.k_stream + place.kv_head() * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream() * a.v_stream + place.kv_head() * a.v_head;
+        const Side of = side(warp() & 1);
+        const int row = copier() / copy_lanes, unit = copier() % copy_lanes * 16;
+        const int offset = int(reinterpret_cast<uintptr_t>(of.base) & 15);
+        first = of.base - offset + (place.begin() + row) * of.stride + unit;
+        regular = place.length - (place.begin() + place.length == a.n_kv);
+        if (copied + 15 > 16 * copy_lanes || warps() == 1 || of.stride % 16 != 0 || of.stride >= 1 << 24) regular = 0;
+        first_at = unit < offset + of.chunk ? (warp() & 1 ? memory.encoded_k : 0) + row * of.pitch + unit : -1;
+    }
+
+    // The warps that copy and expand rows together, and the number of the lane's warp among them.
+    __device__ __forceinline__ int warps() const { return Memory::separate ? place.group_warps : wide_warps(false); }
+    __device__ __forceinline__ int warp() const { return Memory::separate ? place.in_group() : place.warp; }
+    // The number of the thread among those that copy K, or among those that copy V.
+    __device__ __forceinline__ int copier() const { return 32 * (warp() >> 1) + place.lane; }
+    __device__ __forceinline__ Side side(bool of_v) const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        return of_v ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k};
     }
 
     // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
     __device__ __forceinline__ void load(int at, int buffer) const {
         const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
         if (at < place.length) {
             const uint32_t to = uint32_t(__cvta_generic_to_shared(memory.encoded_rows(buffer)));
+            const int both = warps() == 1; // a single warp copies K and V
+            const unsigned thread = both ? place.lane : copier(), threads = both ? 32 : 16 * warps();
+            if (at + memory.rows <= regular) copy_own(to, at);
+            else
 #pragma unroll 1
-            for (int side = 0; side < 2; ++side)
-                load_rows(to + (side ? memory.encoded_k : 0),
-                          side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          memory.rows, place.begin() + at, a.n_kv);
+                for (int of_v = both ? 0 : warp() & 1; of_v < 2; of_v += 2 - both)
+                    load_rows(to + (of_v ? memory.encoded_k : 0), side(of_v), memory.rows, place.begin() + at, a.n_kv,
+                              {thread, threads});
         }
         copy_commit();
     }
+    __device__ __forceinline__ void copy_own(uint32_t to, int at) const {
+        if (first_at < 0) return;
+        const bool of_v = warp() & 1;
+        const uint32_t stride = uint32_t(of_v ? call.a.v_row : call.a.k_row);
+        const int pitch = of_v ? call.plan.pitch_v : call.plan.pitch_k, apart = 16 * warps() / copy_lanes;
+        const uint8_t * from = first + uint64_t(uint32_t(at)) * stride;
+        to += first_at;
+#pragma unroll 4
+        for (int r = 0; r < memory.rows; r += apart, from += apart * stride, to += apart * pitch)
+            copy_async(to, from, 16);
+    }
 
-    // Expands the rows from `at` on. The warps share the rows.
+    // Expands the rows from `at` on.
     __device__ __forceinline__ void expand(int at, int from, int to) const {
         const int part = place.lane % lanes; // of a row: 32 values
         const uint32_t first = uint32_t(place.begin() + at);
@@ -317,10 +411,12 @@ template <KV TK, KV TV, int D> struct WideRows {
         const uint8_t *encoded_k = memory.encoded_rows(from), *encoded_v = encoded_k + memory.encoded_k;
         uint8_t *keys = memory.keys(to), *values = memory.values(to);
         float2 * factors = memory.key_factors(to);
-        const typename LK::LookUpLevels look_up_k(0);
-        const typename LV::LookUpLevels look_up_v(0);
+        const uint32_t zero = unknown_zero(); // so that constants stay in registers, but only here
+        const typename LK::LookUpLevels look_up_k(zero);
+        const typename LV::LookUpLevels look_up_v(zero);
+        const uint32_t even = even_bytes ^ zero, odd = odd_bytes ^ zero;
 #pragma unroll 1
-        for (int r = place.warp * rows_at_once + place.lane / lanes; r < memory.rows; r += wide_warps * rows_at_once) {
+        for (int r = warp() * rows_at_once + place.lane / lanes; r < memory.rows; r += warps() * rows_at_once) {
             const uint8_t * row_k = encoded_k + r * call.plan.pitch_k + row_offset(k_low, uint32_t(call.a.k_row), r);
             const uint8_t * row_v = encoded_v + r * call.plan.pitch_v + row_offset(v_low, uint32_t(call.a.v_row), r);
             uint4 *to_k = reinterpret_cast<uint4 *>(keys + r * Memory::key_bytes),
@@ -356,7 +452,7 @@ template <KV TK, KV TV, int D> struct WideRows {
                 for (int i = 0; i < 2; ++i)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const uint32_t bytes = h ? odd_bytes : even_bytes;
+                        const uint32_t bytes = h ? odd : even;
                         const int unit = part / parts * (LV::block / 8) + part % parts + parts * (i + 2 * h);
                         to_v[unit ^ swizzle_v] = make_uint4(
                             scaled_halves(y[4 * i], bytes, scale), scaled_halves(y[4 * i + 1], bytes, scale),
@@ -394,7 +490,7 @@ constexpr float lowered_by = 8, headroom = 15;
 // The columns of a warp: M operands of 16. Arrays with 2 M elements have an element for each of the lane's columns.
 template <KV TK, KV TV, int D, int M> struct WideColumns {
     using LK = Layout<TK, D>;
-    using Memory = WideMemory<TK, TV, D>;
+    using Memory = WideMemory<TK, TV, D, M>;
     static constexpr int products = Memory::key_bytes / 32; // that give a score: each takes 32 bytes of a row of K
     const WideCall & wide;
     const WidePlace & place;
@@ -497,13 +593,16 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile,
                                                float (&s)[M][tile_rows / 8][4]) const {
         const AttentionPlan & p = wide.call.plan;
+        const int first_column = here(place.first_column + place.quad);
+        const int kv_head = place.kv_head(), stream = place.stream();
         uint32_t some = 0, mixed = 0; // a bit for each of the lane's columns
 #pragma unroll
         for (int c = 0; c < 2 * M; ++c) {
-            if (column(c) >= p.columns) continue;
-            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
+            const int column = first_column + 8 * c;
+            if (column >= p.columns) continue;
+            const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
             SeenTiles one = {~0u, ~0u};
-            if (mask.base) one = seen[mask.number(token, head, place.stream(), wide.call.a.tokens) * words + tile / 32];
+            if (mask.base) one = seen[mask.number(token, head, stream, wide.call.a.tokens) * words + tile / 32];
             some |= (one.some >> tile % 32 & 1) << c;
             mixed |= (one.mixed >> tile % 32 & 1) << c;
         }
@@ -516,18 +615,21 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                 continue;
             }
             if (!(mixed >> c & 1)) continue;
-            const int token = column(c) / p.group, head = place.kv_head() * p.group + column(c) - token * p.group;
+            const int column = first_column + 8 * c;
+            const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
             const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
-            const uint8_t * values = mask.row(token, head, place.stream()) + 2 * first;
+            const uint8_t * values = mask.row(token, head, stream) + 2 * first;
             uint32_t pairs[tile_rows / 8];
-            if (mask.base && int64_t(tile + 1) * tile_rows <= mask.rows && (reinterpret_cast<uintptr_t>(values) & 3) == 0) {
+            const bool aligned = (reinterpret_cast<uintptr_t>(values) & 3) == 0;
+            if (mask.base && aligned && int64_t(tile + 1) * tile_rows <= mask.rows) {
 #pragma unroll
                 for (int n = 0; n < tile_rows / 8; ++n) pairs[n] = reinterpret_cast<const uint32_t *>(values)[4 * n];
             } else {
 #pragma unroll
                 for (int n = 0; n < tile_rows / 8; ++n) {
                     const auto at = [&](int i) {
-                        return first + 8 * n + i >= mask.rows ? 0xfc00u : mask.base ? load_u16(values + 16 * n + 2 * i) : 0u;
+                        if (first + 8 * n + i >= mask.rows) return 0xfc00u;
+                        return mask.base ? load_u16(values + 16 * n + 2 * i) : 0u;
                     };
                     pairs[n] = at(0) | at(1) << 16;
                 }
@@ -544,9 +646,9 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         }
     }
 
-    // Chooses a higher reference for columns with scores that exceed theirs by more than `headroom`. Returns whether V of
-    // the tile counts: sparse V leaves it out if all weights are at most the threshold, relative to the score by which the
-    // reference was chosen, which is at most the largest so far.
+    // Chooses a higher reference for columns with scores that exceed theirs by more than `headroom`. Returns whether V
+    // of the tile counts: sparse V leaves it out if all weights are at most the threshold, relative to the score by
+    // which the reference was chosen, which is at most the largest so far.
     __device__ __forceinline__ bool raise_references(const float (&s)[M][tile_rows / 8][4]) {
         float top[2 * M];
         bool exceeds = false;
@@ -617,8 +719,9 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 
     // Computes tile `tile` of the cache. `in_step` is its first row in the buffer.
     __device__ __forceinline__ void add_tile(const Memory & memory, int buffer, int in_step, int tile, bool mixed) {
-        const uint32_t keys = uint32_t(__cvta_generic_to_shared(memory.keys(buffer) + in_step * Memory::key_bytes)),
-                       values = uint32_t(__cvta_generic_to_shared(memory.values(buffer) + in_step * Memory::value_bytes));
+        const auto shared = [](const uint8_t * x) { return uint32_t(__cvta_generic_to_shared(x)); };
+        const uint32_t keys = shared(memory.keys(buffer) + in_step * Memory::key_bytes),
+                       values = shared(memory.values(buffer) + in_step * Memory::value_bytes);
         float s[M][tile_rows / 8][4];
         compute_scores(keys, memory.key_factors(buffer) + in_step, memory.rows, s);
         if (wide.call.a.soft_cap != 0) cap(s);
@@ -639,7 +742,8 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
                                                     a.tokens * x.exact_words;
         const AttentionPlan & p = wide.call.plan;
 #pragma unroll 1
-        for (int tile = blockIdx.x * p.row_tiles + place.row_group; tile < x.exact_tiles; tile += p.chunks * p.row_tiles) {
+        for (int tile = blockIdx.x * p.row_tiles + place.row_group; tile < x.exact_tiles;
+             tile += p.chunks * p.row_tiles) {
             SeenTiles seen = {0, 0};
             for (int head = 0; head < a.exact.mask_heads; ++head)
                 for (int token = first + place.lane; token <= min(last, a.tokens - 1); token += 32) {
@@ -656,9 +760,12 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
     __device__ __forceinline__ void add_exact_tile(int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
         const int64_t at = (int64_t(place.kv_stream()) * wide.call.a.kv_heads + place.kv_head()) * x.exact_tiles + tile;
-        const uint4 *queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad,
-                    *keys = reinterpret_cast<const uint4 *>(x.exact_k) + (at * tile_rows + place.quad) * (D / 8) + place.in_quad,
-                    *values = reinterpret_cast<const uint4 *>(x.exact_v) + (at * D + place.quad) * (tile_rows / 8) + place.in_quad;
+        const auto from = [&](const uint16_t * rows, int64_t row, int units) {
+            return reinterpret_cast<const uint4 *>(rows) + row * units + place.in_quad;
+        };
+        const uint4 *queries = from(x.exact_queries, prepared_column(), D / 8),
+                    *keys = from(x.exact_k, at * tile_rows + place.quad, D / 8),
+                    *values = from(x.exact_v, at * D + place.quad, tile_rows / 8);
         float s[M][tile_rows / 8][4] = {};
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) {
@@ -743,7 +850,8 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
         }
     }
 
-    // Stores the results of the thread block's rows for merge_kernel, which reads no values of columns that have seen no row.
+    // Stores the results of the thread block's rows for merge_kernel, which reads no values of columns that have seen
+    // no row.
     __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
         constexpr float to_value = value_unit<TV>;
@@ -752,7 +860,8 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
             sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (column(c) >= call.plan.columns) continue;
-            const int64_t at = query_row(call, place.stream(), place.kv_head(), column(c)) * call.plan.parts + blockIdx.x;
+            const int64_t row = query_row(call, place.stream(), place.kv_head(), column(c));
+            const int64_t at = row * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
             float * to = call.partial + at * D + 2 * place.in_quad;
@@ -766,16 +875,6 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 
 // ---- the kernel
 
-// Operands that a warp has at most: the registers do not suffice for two with queries in binary16 or in heads of 256.
-constexpr int most_operands(bool turbo_k, bool turbo_v, int head) { return turbo_k && turbo_v && head <= 128 ? 2 : 1; }
-
-// Thread blocks of a multiprocessor. A warp with one operand, where two would have been possible, leaves registers for a
-// second block, which works while the first one waits.
-constexpr int wide_resident_blocks(int operands, int most) { return operands < most ? 2 : 1; }
-template <KV TK, KV TV, int D> constexpr int wide_resident_blocks(int operands) {
-    return wide_resident_blocks(operands, most_operands(Kind<TK>::turbo, Kind<TV>::turbo, D));
-}
-
 // Collects which tiles the thread block's columns see.
 template <typename Memory>
 __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePlace & place, const Memory & memory,
@@ -788,8 +887,8 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
     if (place.row_group == 0) {
         const int first = place.first_column / call.plan.group,
                   end = min((place.first_column + warp_columns - 1) / call.plan.group + 1, a.tokens);
-        const SeenTiles * from = wide.arrays.seen +
-                                 int64_t(place.stream() % a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words + first_word;
+        const int64_t row = int64_t(place.stream() % a.mask_streams) * a.mask_heads * a.tokens;
+        const SeenTiles * from = wide.arrays.seen + row * wide.arrays.words + first_word;
         for (int w = place.lane; w < words; w += 32) {
             SeenTiles seen = {0, 0};
             if (!a.mask) {
@@ -821,58 +920,83 @@ __device__ __forceinline__ void collect_seen(const WideCall & wide, const WidePl
 }
 
 template <KV TK, KV TV, int D, int M>
-__global__ void __launch_bounds__(32 * wide_warps, wide_resident_blocks<TK, TV, D>(M)) wide_kernel(const __grid_constant__ WideCall wide) {
+__global__ void __launch_bounds__(32 * wide_warps(separate_groups(Kind<TK>::turbo, D, M)), 1)
+    wide_kernel(const __grid_constant__ WideCall wide) {
+    using Memory = WideMemory<TK, TV, D, M>;
     extern __shared__ __align__(16) uint8_t shared[];
     let_next_start();
     const AttentionCall & call = wide.call;
     const AttentionPlan & plan = call.plan;
     constexpr int warp_columns = wide_columns * M;
     const WidePlace place(call, warp_columns);
-    const WideMemory<TK, TV, D> memory(plan, shared);
-    const WideRows<TK, TV, D> rows(call, place, memory);
+    const Memory memory(plan, shared, place.row_group);
+    const WideRows<TK, TV, D, M> rows(call, place, memory);
     wait_for_previous();
     const int first_tile = int(place.begin() / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_seen(wide, place, memory, warp_columns, words);
     const uint32_t * seen = memory.seen();
-    const SeenTiles * warp_seen = memory.warp_seen(words) + place.warp % (plan.column_tile / warp_columns) * words;
+    const SeenTiles * warp_seen = memory.warp_seen(words) + place.in_group() * words;
 
-    const int step = memory.rows;
-    const uint32_t all_tiles = (1u << (step / tile_rows)) - 1;
+    // A step has the rows of a buffer. Step by step, a row group has rows of its own if row groups are separate.
+    const int apart = Memory::separate ? plan.row_tiles * memory.rows : memory.rows;
+    const uint32_t all_tiles = (1u << (memory.rows / tile_rows)) - 1;
     const auto next = [&](int at) { // the rows after `at` that a column sees
-        do at += step;
-        while (at < place.length && !(seen[(first_tile + at / tile_rows) / 32] >> (first_tile + at / tile_rows) % 32 & all_tiles));
+        for (at += apart; at < place.length; at += apart) {
+            const int tile = first_tile + at / tile_rows;
+            if (seen[tile / 32] >> tile % 32 & all_tiles) break;
+        }
         return at;
     };
     WideColumns<TK, TV, D, M> columns(wide, place);
-    int at = next(-step), after = next(at);
-    rows.load(at, 0);
-    rows.load(after, 1);
-    if (call.a.windowed && place.row_group < plan.row_tiles) columns.add_exact_rows();
-    columns.load_queries();
-    copy_wait<1>();
-    __syncthreads();
-    if (at < place.length) rows.expand(at, 0, 0);
-    const bool early = place.warp < wide_warps / 2; // half of the warps expand rows while the others use the tensor cores
-    for (int buffer = 0; at < place.length; buffer ^= 1) {
-        copy_wait<0>();
-        __syncthreads();
-        const int later = next(after);
-        rows.load(later, buffer);
-        if (early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
+    const int first_of_step = Memory::separate ? 0 : place.row_group;
+    const int tiles_apart = Memory::separate ? 1 : plan.row_tiles;
+    const auto add_tiles = [&](int at, int buffer) {
 #pragma unroll 1
-        for (int t = place.row_group; t < step / tile_rows; t += plan.row_tiles) {
+        for (int t = first_of_step; t < memory.rows / tile_rows; t += tiles_apart) {
             const int in_words = first_tile + at / tile_rows + t;
             const SeenTiles one = warp_seen[in_words / 32];
             if (!(one.some >> in_words % 32 & 1)) continue;
             columns.add_tile(memory, buffer, t * tile_rows, int(place.begin() / tile_rows) + at / tile_rows + t,
                              one.mixed >> in_words % 32 & 1);
         }
-        if (!early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
-        at = after;
-        after = later;
+    };
+    int at = next(Memory::separate ? place.row_group * memory.rows - apart : -apart), after = next(at);
+    rows.load(at, 0);
+    rows.load(after, 1);
+    columns.load_queries();
+    if constexpr (Memory::separate) {
+        for (int buffer = 0; at < place.length; buffer ^= 1) {
+            copy_wait<1>();
+            place.sync_group(); // the rows have been copied, and all warps have used those that were expanded before
+            rows.expand(at, buffer, 0);
+            place.sync_group();
+            const int later = next(after);
+            rows.load(later, buffer);
+            add_tiles(at, 0);
+            at = after;
+            after = later;
+        }
+    } else {
+        copy_wait<1>();
+        __syncthreads();
+        if (at < place.length) rows.expand(at, 0, 0);
+        const bool early = place.warp < wide_warps(false) / 2; // half of the warps expand while the others multiply
+        for (int buffer = 0; at < place.length; buffer ^= 1) {
+            copy_wait<0>();
+            __syncthreads();
+            const int later = next(after);
+            rows.load(later, buffer);
+            if (early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
+            add_tiles(at, buffer);
+            if (!early && after < place.length) rows.expand(after, buffer ^ 1, buffer ^ 1);
+            at = after;
+            after = later;
+        }
     }
-    columns.merge_groups(memory.base);
+    // Before the loop, these rows would cost the loop registers.
+    if (call.a.windowed && place.row_group < plan.row_tiles) columns.add_exact_rows();
+    columns.merge_groups(memory.start);
     if (place.row_group == 0) columns.store();
 }
 

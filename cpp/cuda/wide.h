@@ -8,7 +8,7 @@ namespace turboquant {
 namespace cuda {
 
 struct WideDevice {
-    int multiprocessors, shared_per_block, shared_per_multiprocessor;
+    int multiprocessors, shared_per_block;
 };
 
 // Plans a call, of which the plan already has the device, the group and the columns. False if the kernel does not cover

@@ -4,7 +4,9 @@
 namespace turboquant {
 namespace cuda {
 
-WideKernel wide_kernel_128(KV type_k, KV type_v, int operands) { return wide_kernel_for<128>(type_k, type_v, operands); }
+WideKernel wide_kernel_128(KV type_k, KV type_v, int operands) {
+    return wide_kernel_for<128>(type_k, type_v, operands);
+}
 
 } // namespace cuda
 } // namespace turboquant

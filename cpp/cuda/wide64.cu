@@ -4,7 +4,9 @@
 namespace turboquant {
 namespace cuda {
 
-WideKernel wide_kernel_64(KV type_k, KV type_v, int operands) { return wide_kernel_for<64>(type_k, type_v, operands); }
+WideKernel wide_kernel_64(KV type_k, KV type_v, int operands) {
+    return wide_kernel_for<64>(type_k, type_v, operands);
+}
 
 } // namespace cuda
 } // namespace turboquant

@@ -1,8 +1,8 @@
 // turbo-cuda.cu: the turbo types in ggml's CUDA backend, with the kernels of cpp/cuda. Part of ggml-cuda.
 //
-// There are two paths for attention. Up to some number of query columns, the kernels of cpp/cuda read the blocks directly.
-// For all other calls, mainly prefill, K and V are decoded to f16 in the rotated domain, and ggml's own attention is
-// called with them. The queries are rotated before this call, and the output is rotated back after it.
+// There are two paths for attention. Up to some number of query columns, the kernels of cpp/cuda read the blocks
+// directly. For all other calls, mainly prefill, K and V are decoded to f16 in the rotated domain, and ggml's own
+// attention is called with them. The queries are rotated before this call, and the output is rotated back after it.
 
 #include "cuda/turbo-cuda.h"
 
@@ -266,10 +266,10 @@ bool half_supports(int device, const ggml_tensor * op) {
     return ggml_cuda_flash_attn_ext_supported(device, &halves.op);
 }
 
-// Query columns of a KV head, from which on attention by f16 is as fast as on blocks. Measured on an H200 (32 query heads, 8
-// KV heads of 128, 32768 rows, microseconds of a layer): 512 tokens, which are 2048 columns, take 981 on blocks and about
-// 940 in ggml's kernel alone; 128 tokens take 265 on blocks. This does not concern the kernel for Hopper GPUs, which is
-// faster than f16 there.
+// Query columns of a KV head, from which on attention by f16 is as fast as on blocks. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, 32768 rows, microseconds of a layer): 512 tokens, which are 2048 columns, take 981 on
+// blocks and about 940 in ggml's kernel alone; 128 tokens take 265 on blocks. This does not concern the kernel for
+// Hopper GPUs, which is faster than f16 there.
 constexpr int most_block_columns = 512;
 
 // As plan_blocks. False also for calls that attention by f16 computes as fast.

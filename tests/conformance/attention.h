@@ -42,6 +42,7 @@ struct AttentionCase {
     int pad = 0;                     // bytes between cache rows
     Bytes bytes = Bytes::encoded;
     Mask mask = Mask::causal;
+    int mask_heads = 1; // head h has mask h % mask_heads
     Sinks sinks = Sinks::none;
     float max_bias = 0, soft_cap = 0, sparse_v = 0;
     float spread = 1;                      // standard deviation of the scores if K has standard deviation 1
@@ -94,6 +95,7 @@ inline std::string described(const AttentionCase & c) {
                             ", masks of runs", "", ", seen by the first token"};
     const char * sinks[] = {"", ", sinks", ", sinks of -infinity"};
     s << bytes[int(c.bytes)] << masks[int(c.mask)] << sinks[int(c.sinks)];
+    if (c.mask_heads > 1) s << " of " << c.mask_heads << " heads";
     if (c.max_bias > 0) s << ", ALiBi " << c.max_bias;
     if (c.soft_cap > 0) s << ", soft cap " << c.soft_cap;
     if (c.sparse_v > 0) s << ", sparse V " << c.sparse_v;
@@ -436,7 +438,8 @@ inline void columns(List & list) {
             }
     std::vector<Pair> pairs = turbo_pairs();
     for (const int head : {64, 128, 256})
-        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ}) pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
+        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
+            pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
     for (const Pair & p : pairs) {
         AttentionCase c = with_types(p.k, p.v, p.head_k);
         c.tokens = 9;
@@ -446,6 +449,43 @@ inline void columns(List & list) {
         c.mask = Mask::causal;
         list.add("columns", c, p.head_k == 128 ? Extent::usual : Extent::whole);
     }
+    const Pair wider[] = {{TQ_TURBO4, TQ_TURBO4, 64, 64}, {TQ_TURBO4, TQ_ROW_Q8_0, 128, 128},
+                          {TQ_TURBO3, TQ_ROW_F16, 64, 64}, {TQ_TURBO3, TQ_TURBO2, 256, 256},
+                          {TQ_ROW_Q8_0, TQ_TURBO4, 256, 256}};
+    for (const Pair & p : wider) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.tokens = 20;
+        c.rows = 700;
+        list.add("columns", c, Extent::usual);
+    }
+    for (const AttentionCase & base : bases()) { // so many streams that a GPU's thread block has many rows of a stream
+        AttentionCase c = base;
+        c.heads = 4;
+        c.kv_heads = 1;
+        c.streams = 33;
+        c.tokens = 5;
+        c.rows = 2900;
+        c.mask = Mask::random;
+        list.add("columns", c);
+        c.tokens = 17;
+        c.rows = 1500;
+        c.mask = Mask::runs;
+        list.add("columns", c);
+    }
+    for (const int head : {64, 128, 256})
+        for (const int k : {int(TQ_TURBO4), int(TQ_ROW_Q8_0)})
+            for (const int tokens : {12, 40}) {
+                AttentionCase c = with_types(k, TQ_TURBO3, head);
+                c.tokens = tokens;
+                c.mask = Mask::random;
+                c.mask_heads = 4;
+                c.streams = c.kv_streams = 2;
+                c.sinks = Sinks::normal;
+                c.max_bias = 8;
+                c.soft_cap = 3;
+                c.rows = 200;
+                list.add("columns", c, head == 128 ? Extent::usual : Extent::whole);
+            }
     for (const AttentionCase & base : bases()) {
         AttentionCase c = base;
         c.tokens = 24;
@@ -454,7 +494,9 @@ inline void columns(List & list) {
         c.seen[0] = 1;
         c.seen[1] = 640;
         c.seen[2] = 2050;
+        c.last = 2049;
         list.add("columns", c, Extent::usual);
+        c.last = INT64_MAX;
         c.rows = 300;
         c.mask = Mask::causal;
         c.streams = c.kv_streams = 3;
@@ -488,13 +530,14 @@ inline void columns(List & list) {
         c.bytes = Bytes::odd;
         list.add("columns", c, Extent::usual);
         c.bytes = Bytes::encoded;
-        for (const Bad bad : {Bad::nan, Bad::infinity})
-            for (const bool key : {true, false}) {
-                c.bad = bad;
-                (key ? c.bad_key : c.bad_value) = c.rows - 20; // only the last tokens see it
-                list.add("columns", c, Extent::usual);
-                c.bad_key = c.bad_value = -1;
-            }
+        c.bad_key = c.rows - 20; // only the last tokens see it
+        list.add("columns", c, Extent::usual);
+        c.bad_key = -1;
+        c.bad_value = c.rows - 20;
+        for (const Bad bad : {Bad::nan, Bad::infinity}) {
+            c.bad = bad;
+            list.add("columns", c, Extent::usual);
+        }
     }
 }
 

@@ -11,9 +11,9 @@ using namespace turboquant::cuda;
 
 namespace {
 
-// Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. With many
-// columns weights and V have 11 bits, and so have queries, or 8 if K is turbo. Most such queries are already rounded to what
-// the kernel makes of them, so that the bound is the smaller one. Sums are float32.
+// Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. With
+// many columns weights and V have 11 bits, and so have queries, or 8 if K is turbo. Most such queries are already
+// rounded to what the kernel makes of them, so that the bound is the smaller one. Sums are float32.
 constexpr double integers = 2e-4, halves = 2e-3, bytes = 2e-2;
 
 // The cases that turboquant_cuda.h lists as supported.
@@ -65,8 +65,9 @@ struct Window {
         x.batch_k_stream = x.batch_v_stream = x.batch_k_row * host.batch;
         x.mask = exact.get();
         x.mask_token = (host.slots + host.batch) * 2;
-        x.mask_stream = x.mask_token * c.tokens;
-        x.mask_heads = 1;
+        x.mask_head = x.mask_token * c.tokens;
+        x.mask_stream = x.mask_head * c.mask_heads;
+        x.mask_heads = c.mask_heads;
         x.mask_streams = c.streams;
         x.store_rows = store_rows.get();
         return x;
@@ -213,8 +214,9 @@ void conforms(const AttentionCase & c, int slots) {
     a.v_stream = p.v.stream;
     a.mask = p.mask.empty() ? nullptr : mask_data.get();
     a.mask_token = c.rows * 2;
-    a.mask_stream = a.mask_token * c.tokens;
-    a.mask_heads = 1;
+    a.mask_head = a.mask_token * c.tokens;
+    a.mask_stream = a.mask_head * c.mask_heads;
+    a.mask_heads = c.mask_heads;
     a.mask_streams = c.streams;
     a.sinks = p.sinks.empty() ? nullptr : sink_data.get();
     a.scale = p.scale;
@@ -264,8 +266,8 @@ void conforms(const AttentionCase & c, int slots) {
 
 } // namespace
 
-// The arguments are an extent of the list, of which brief is for compute-sanitizer, and the first letters of the names of
-// the cases to run.
+// The arguments are an extent of the list, of which brief is for compute-sanitizer, and the first letters of the names
+// of the cases to run.
 int main(int argc, char ** argv) {
     need_device(80);
     const Extent extent = extent_from(argc > 1 ? argv[1] : "whole");
