@@ -65,7 +65,6 @@ template <int D> RowType row_type(KV type) {
     return {};
 }
 
-
 // Bytes of a row in shared memory: an odd multiple of 16, so that eight consecutive rows start in different banks. A
 // row keeps its address modulo 16 there, which takes up to 15 more bytes.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
@@ -77,47 +76,25 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
 constexpr int most_merge_warps = 32;
+constexpr int parts_at_once = 4; // that a warp of the merge loads at the same time
 
-// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
-// parts w, w + warps, ... The other thread blocks store the rows of a window's batch in its slots, which no kernel
-// reads any more.
-//
-// The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
-// compiler loads the parts one after the other.
-template <int D>
-__global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
-    constexpr int P = D / 32, V = values_at_once<D>;
-    constexpr int batch = 4; // parts that are loaded at the same time
-    __shared__ __align__(16) float sums[most_merge_warps * D];
-    __shared__ float totals[most_merge_warps];
-    const int64_t row = blockIdx.x;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-
-    // The rows that encode_beside reads are complete when the attention kernel has ended, which waited for them.
-    if (!call.stores_beside) let_next_start();
-    wait_for_previous();
-    if (call.stores_beside) let_next_start();
-    if (row >= query_rows) {
-        const int64_t group = (row - query_rows) * warps + warp;
-        if (group < call.stored_groups) store_exact(call.a, group, lane);
-        return;
-    }
-    const int parts = call.plan.parts;
-    const float * partial = call.partial + row * parts * D;
-    const SoftmaxState * states = call.states + row * parts;
-    const SoftmaxState sink = sink_state(call.a.sinks, int(row % call.a.heads));
-    Merged<P> own(largest_of(sink, states, 1, parts, lane));
+// Adds parts first, first + apart, ... of a query row. `partial` and `states` are those of its first part; a lane has
+// the values that values_at_once describes, V at a time.
+template <int D, int V>
+__device__ __forceinline__ void add_parts(const float * partial, const SoftmaxState * states, int parts, int first,
+                                          int apart, int lane, Merged<D / 32> & own) {
+    constexpr int P = D / 32;
 #pragma unroll 1
-    for (int first = warp; first < parts; first += batch * warps) {
-        SoftmaxState part[batch];
-        float x[batch][P];
+    for (; first < parts; first += parts_at_once * apart) {
+        SoftmaxState part[parts_at_once];
+        float x[parts_at_once][P];
 #pragma unroll
-        for (int b = 0; b < batch; ++b) {
-            const int i = min(first + b * warps, parts - 1);
-            const float * from = partial + int64_t(i) * D + V * lane;
+        for (int b = 0; b < parts_at_once; ++b) {
+            const int i = first + b * apart;
+            part[b] = {nothing_seen, 0};
+            if (i >= parts) continue;
             part[b] = states[i];
-            if (first + b * warps >= parts) part[b] = {nothing_seen, 0};
+            const float * from = partial + int64_t(i) * D + V * lane;
 #pragma unroll
             for (int j = 0; j < P; j += V) {
                 if constexpr (V == 4) {
@@ -126,48 +103,118 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
                     x[b][j + 1] = four.y;
                     x[b][j + 2] = four.z;
                     x[b][j + 3] = four.w;
-                } else {
+                } else if constexpr (V == 2) {
                     const float2 two = *reinterpret_cast<const float2 *>(from + 32 * j);
                     x[b][j] = two.x;
                     x[b][j + 1] = two.y;
+                } else {
+                    x[b][j] = from[32 * j];
                 }
             }
         }
+        float largest = own.largest;
 #pragma unroll
-        for (int b = 0; b < batch; ++b) own.add(part[b], x[b]);
+        for (int b = 0; b < parts_at_once; ++b) largest = fmaxf(largest, part[b].largest);
+        own.change_largest(largest);
+#pragma unroll
+        for (int b = 0; b < parts_at_once; ++b) own.add(part[b], x[b]);
     }
+}
+
+__device__ __forceinline__ SoftmaxState sink_of_row(const AttentionCall & call, int row) {
+    return sink_state(call.a.sinks, call.a.sinks ? row % call.a.heads : 0);
+}
+
+// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
+// parts w, w + warps, ..., and the first warps add what the warps have. The other thread blocks store the rows of a
+// window's batch in its slots, which no kernel reads any more.
+//
+// The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
+// compiler loads the parts one after the other.
+template <int D>
+__global__ void __launch_bounds__(32 * most_merge_warps, 1)
+    merge_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
+    constexpr int P = D / 32, V = values_at_once<D>;
+    __shared__ __align__(16) float sums[most_merge_warps * D];
+    __shared__ SoftmaxState states[most_merge_warps];
+    const int row = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+
+    let_next_start();
+    if (row >= query_rows) {
+        const int64_t group = int64_t(row - query_rows) * warps + warp;
+        wait_for_previous();
+        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        return;
+    }
+    const int parts = call.plan.parts;
+    const float * partial = call.partial + int64_t(row) * parts * D;
+    const SoftmaxState * part_states = call.states + int64_t(row) * parts;
+    wait_for_previous();
+    Merged<P> own(nothing_seen);
+    add_parts<D, V>(partial, part_states, parts, warp, warps, lane, own);
 #pragma unroll
     for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = own.y[j];
-    if (lane == 0) totals[warp] = own.sum;
+    if (lane == 0) states[warp] = {own.largest, own.sum};
     __syncthreads();
-    const int e = threadIdx.x;
-    if (e >= D) return;
-    MergedSum all(own.largest);
-    all.add(sink);
-    float value = 0;
-#pragma unroll 8
-    for (int i = 0; i < warps; ++i) {
-        value += sums[i * D + e];
-        all.sum += totals[i];
-    }
-    sums[e] = value; // before the barrier only this thread reads element e
-    static_assert(D % 32 == 0, "whole warps");
-    asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory"); // for the first D threads only
     constexpr int N = rotated_block<D>;
     if (warp >= D / N) return;
-    float y[N / 32];
+    const SoftmaxState sink = sink_of_row(call, row);
+    MergedSum all(largest_of(sink, states, 1, warps, lane)); // lane i adds what warp i has
+    const float weight = lane < warps ? all.add(states[lane]) : 0.0f;
+    float sum = all.sum, y[N / 32] = {};
 #pragma unroll
-    for (int j = 0; j < N / 32; ++j) y[j] = sums[warp * N + lane + 32 * j];
-    finish<N>(y, all.sum, rotated, call.a.dst + row * D + warp * N, lane);
+    for (int h = 16; h > 0; h /= 2) sum += __shfl_xor_sync(all_lanes, sum, h);
+    MergedSum of_sink(all.largest);
+    of_sink.add(sink);
+    sum += of_sink.sum;
+#pragma unroll 8
+    for (int i = 0; i < warps; ++i) {
+        const float weight_of_warp = __shfl_sync(all_lanes, weight, i);
+#pragma unroll
+        for (int j = 0; j < N / 32; ++j) y[j] += weight_of_warp * sums[i * D + warp * N + lane + 32 * j];
+    }
+    finish<N>(y, sum, rotated, call.a.dst + int64_t(row) * D + warp * N, lane);
+}
+
+// As merge_kernel for few parts, with a warp for each query row, which loads all its parts at the same time.
+constexpr int few_parts_warps = 4; // of a thread block
+template <int D>
+__global__ void __launch_bounds__(32 * few_parts_warps)
+    merge_few_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
+    constexpr int P = D / 32, N = rotated_block<D>, B = N / 32;
+    const int lane = threadIdx.x % 32, row = blockIdx.x * few_parts_warps + threadIdx.x / 32;
+    let_next_start();
+    wait_for_previous();
+    if (row >= query_rows) {
+        const int64_t group = row - query_rows;
+        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        return;
+    }
+    const int64_t first = int64_t(row) * call.plan.parts;
+    const SoftmaxState sink = sink_of_row(call, row);
+    Merged<P> own(nothing_seen);
+    add_parts<D, 1>(call.partial + first * D, call.states + first, call.plan.parts, 0, 1, lane, own);
+    own.change_largest(fmaxf(own.largest, sink.largest));
+    own.MergedSum::add(sink);
+#pragma unroll
+    for (int b = 0; b < D / N; ++b) {
+        float y[B];
+#pragma unroll
+        for (int j = 0; j < B; ++j) y[j] = own.y[b * B + j];
+        finish<N>(y, own.sum, rotated, call.a.dst + int64_t(row) * D + b * N, lane);
+    }
 }
 
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     const int64_t rows = query_rows(call.a);
-    int warps = D / 32;
-    while (warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
-    const int64_t blocks = rows + (call.stored_groups + warps - 1) / warps;
-    return launch(merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0, stream, call, int(rows),
-                  row_type<D>(call.a.type_v).turbo);
+    const bool few = call.plan.parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
+    int warps = few ? few_parts_warps : D / 32;
+    while (parts_at_once * warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
+    const int64_t blocks = few ? (rows + call.stored_groups + warps - 1) / warps
+                                : rows + (call.stored_groups + warps - 1) / warps;
+    return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0,
+                  stream, call, int(rows), rotated);
 }
 
 // The functions that are compiled for a head size.

@@ -87,7 +87,7 @@ template <KV TK, KV TV, int D, bool Windowed, int C>
 __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     attention_kernel(const __grid_constant__ AttentionCall call) {
     extern __shared__ __align__(16) uint8_t all_shared[];
-    let_next_start();
+    if (!call.stores_beside) let_next_start();
     uint8_t * shared = all_shared + barrier_bytes;
     const Place place(call);
     const AttentionPlan & plan = call.plan;
@@ -100,28 +100,42 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     if (mask.row && threadIdx.x == 0) prefetch(mask.row);
     if constexpr (Windowed) prefetch_exact(call, place);
     wait_for_previous();
-    float values[4][D / 32];
-    load_queries<D>(call, place, place.row_tile, plan.row_tiles, values);
+    Columns<TK, D> own_columns(call, place, 4 * place.row_tile);
+    stages.start();
+    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
+    uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
     SoftmaxState state[C];
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h] = {nothing_seen, 0};
     Sums<D, C> sums = {};
-    uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
-    uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
-    if constexpr (Windowed) {
-        ExactAttention<TV, D, C> exact(call, place, columns);
-        stages.start();
-        // A KV head's only warp shares the head's scratch memory with no other warp.
-        const bool alone = plan.row_tiles == 1;
-        exact.attend(values, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
-                     sums);
-        if (!alone) __syncthreads();
-    } else {
-        stages.start();
-    }
-    mask.load(place.begin + place.row_tile * tile_rows);
-    prepare_queries<TK, D>(call, place, scratch, values);
-    const Query<TK, D, C> query(place, scratch);
+    const auto prepare = [&] {
+        write_columns<TK, D, C>(call, place, scratch, own_columns);
+        mask.load(place.begin + place.row_tile * tile_rows);
+    };
+    const auto prepared = [&] {
+        __syncthreads();
+        if (call.stores_beside) let_next_start(); // what encode_beside reads is complete
+        return Query<TK, D, C>(place, scratch);
+    };
+    const auto query = [&] {
+        if constexpr (!Windowed) {
+            prepare();
+            return prepared();
+        } else {
+            ExactAttention<TV, D, C> exact(call, place, columns);
+            prepare();
+            float q[4][D / 32];
+            if constexpr (C == 1) load_columns<D>(call, place, 0, q);
+            const Query<TK, D, C> query = prepared();
+            // The only warp of a KV head shares the head's scratch memory with no other warp.
+            const bool alone = plan.row_tiles == 1;
+            if (alone) __syncwarp();
+            else __syncthreads();
+            exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
+                         sums);
+            return query;
+        }
+    }();
     if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();
     const typename Layout<TK, D>::LookUpLevels look_up_keys(zero);

@@ -29,6 +29,10 @@ struct AttentionCall {
 
 namespace {
 
+// a / b and a % b for small a. A division takes long, and nearly all calls need none.
+__device__ __forceinline__ int quotient(int a, int b) { return a < b ? 0 : a / b; }
+__device__ __forceinline__ int remainder_of(int a, int b) { return b == 1 ? 0 : a % b; }
+
 // The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes. A lane
 // has the scores and the output of one query column, in_quad, if there are four, and of columns 2 * in_quad and
 // 2 * in_quad + 1 if there are eight. Its scores are those of rows quad, quad + 8, quad + 16 and quad + 24 of a tile.
@@ -76,8 +80,8 @@ template <int C> struct LaneColumns {
         for (int h = 0; h < C; ++h) {
             number[h] = place.first_column + C * place.in_quad + h;
             valid[h] = number[h] < p.columns;
-            token[h] = valid[h] ? number[h] / p.group : 0;
-            head[h] = place.kv_head() * p.group + (valid[h] ? number[h] % p.group : 0);
+            token[h] = valid[h] ? quotient(number[h], p.group) : 0;
+            head[h] = place.kv_head() * p.group + (valid[h] ? number[h] - token[h] * p.group : 0);
         }
     }
 };
@@ -91,8 +95,8 @@ __device__ __forceinline__ float alibi_slope(const AttentionCall & call, int hea
 
 // The number of the query row, in [stream][token][head], of a column of a KV head.
 __device__ __forceinline__ int64_t query_row(const AttentionCall & call, int stream, int kv_head, int column) {
-    const int group = call.plan.group;
-    return (int64_t(stream) * call.a.tokens + column / group) * call.a.heads + kv_head * group + column % group;
+    const int group = call.plan.group, token = quotient(column, group);
+    return (int64_t(stream) * call.a.tokens + token) * call.a.heads + kv_head * group + column - token * group;
 }
 
 } // namespace

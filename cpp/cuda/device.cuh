@@ -182,6 +182,32 @@ template <int N, bool Inverse> __device__ __forceinline__ void transform_warp(fl
                        : __fmul_rn(flip_sign(y[j], s2_word(j), lane), norm);
 }
 
+// As transform_warp without the inverse, but for the order of the sums, for lanes with P adjacent elements each: lane l has
+// those from P * l on.
+template <int N, int P> __device__ __forceinline__ void transform_adjacent(float (&y)[P]) {
+    const int lane = threadIdx.x % 32, first = P * lane % N;
+    const uint32_t signs1_of_lane = s1_word(first / 32) >> first % 32, signs2_of_lane = s2_word(first / 32) >> first % 32;
+#pragma unroll
+    for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], signs1_of_lane, j);
+#pragma unroll
+    for (int h = 1; h < P; h *= 2)
+#pragma unroll
+        for (int j = 0; j < P; ++j)
+            if (!(j & h)) {
+                const float a = y[j], b = y[j + h];
+                y[j] = a + b;
+                y[j + h] = a - b;
+            }
+#pragma unroll
+    for (int h = 1; h < N / P; h *= 2) {
+        const float sign = lane & h ? -1.0f : 1.0f;
+#pragma unroll
+        for (int j = 0; j < P; ++j) y[j] = sign * y[j] + __shfl_xor_sync(all_lanes, y[j], h);
+    }
+#pragma unroll
+    for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], signs2_of_lane, j) * Block<N>::one_over_sqrt_n;
+}
+
 } // namespace
 } // namespace cuda
 } // namespace turboquant

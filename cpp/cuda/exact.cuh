@@ -14,10 +14,13 @@ namespace {
 
 constexpr int most_exact_rows = 2; // of a warp, if more thread blocks can take them
 
-// The exact rows of a KV head: first the slots, then the batch's own rows.
+// The exact rows of a KV head: the slots, then the batch's own rows.
 struct ExactHead {
     const char *k, *v, *batch_k, *batch_v; // row 0
     int slots, rows;
+
+    // Row number i in the order in which parts take rows: the batch's rows are the first, so that no part waits for them last.
+    __device__ __forceinline__ int in_turn(int i) const { return i < rows - slots ? slots + i : i - (rows - slots); }
 
     __device__ __forceinline__ ExactHead(const Attention & a, int kv_stream, int kv_head)
         : slots(int(a.exact.slots)), rows(int(a.exact.slots) + a.tokens) {
@@ -32,11 +35,12 @@ struct ExactHead {
     }
 };
 
-// A lane's elements lane, lane + 32, ... of an exact row of K and of V, as they lie in memory: K and V are read at the
-// same time.
+// A lane's P elements of an exact row of K and of V, those from P * lane on, as they lie in memory. K and V are read at the
+// same time, and nothing is computed from them at once, so that other work can go on.
 template <int P> struct ExactRow {
     enum { q8_0, f16, f32 } type;
-    uint32_t k[P], v[P], scale_k[P], scale_v[P];
+    uint32_t k[P], v[P]; // a float or a number in f16 in each, or two of q8_0 in each of the first ones
+    uint32_t scale_k, scale_v;
 
     ExactRow() = default;
     __device__ __forceinline__ ExactRow(const ExactRows & x, const ExactHead & head, int row, int lane) {
@@ -46,8 +50,8 @@ template <int P> struct ExactRow {
                        *from_v = head.batch_v + (row - head.slots) * x.batch_v_row;
 #pragma unroll
             for (int j = 0; j < P; ++j) {
-                k[j] = reinterpret_cast<const uint32_t *>(from_k)[lane + 32 * j];
-                v[j] = reinterpret_cast<const uint32_t *>(from_v)[lane + 32 * j];
+                k[j] = reinterpret_cast<const uint32_t *>(from_k)[P * lane + j];
+                v[j] = reinterpret_cast<const uint32_t *>(from_v)[P * lane + j];
             }
             return;
         }
@@ -57,31 +61,42 @@ template <int P> struct ExactRow {
         if (type == f16) {
 #pragma unroll
             for (int j = 0; j < P; ++j) {
-                k[j] = load_u16(from_k + 2 * (lane + 32 * j));
-                v[j] = load_u16(from_v + 2 * (lane + 32 * j));
+                k[j] = load_u16(from_k + 2 * (P * lane + j));
+                v[j] = load_u16(from_v + 2 * (P * lane + j));
             }
         } else {
+            const int block = P * lane / 32 * 34, at = block + 2 + P * lane % 32;
+            scale_k = load_u16(from_k + block);
+            scale_v = load_u16(from_v + block);
 #pragma unroll
-            for (int j = 0; j < P; ++j) {
-                k[j] = from_k[34 * j + 2 + lane];
-                v[j] = from_v[34 * j + 2 + lane];
-                scale_k[j] = load_u16(from_k + 34 * j);
-                scale_v[j] = load_u16(from_v + 34 * j);
+            for (int j = 0; j < P / 2; ++j) {
+                k[j] = load_u16(from_k + at + 2 * j);
+                v[j] = load_u16(from_v + at + 2 * j);
             }
         }
     }
 
-    __device__ __forceinline__ float value(uint32_t bits, uint32_t scale) const {
-        if (type == f32) return __uint_as_float(bits);
-        const float half_value = __half2float(__ushort_as_half(uint16_t(type == f16 ? bits : scale)));
-        return type == f16 ? half_value : half_value * float(int8_t(bits));
+    // The values of k and scale_k, or of v and scale_v.
+    __device__ __forceinline__ void values(const uint32_t (&words)[P], uint32_t scale, float (&x)[P]) const {
+        const auto half_value = [](uint32_t bits) { return __half2float(__ushort_as_half(uint16_t(bits))); };
+        if (type == f32) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) x[j] = __uint_as_float(words[j]);
+        } else if (type == f16) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) x[j] = half_value(words[j]);
+        } else {
+            const float unit = half_value(scale);
+#pragma unroll
+            for (int j = 0; j < P; ++j) x[j] = unit * float(int8_t(words[j / 2] >> (8 * (j % 2))));
+        }
     }
 };
 
 // The mask of a query in the exact rows.
-__device__ __forceinline__ const half * exact_mask(const Attention & a, int stream, int token, int head) {
+__device__ __forceinline__ const uint16_t * exact_mask(const Attention & a, int stream, int token, int head) {
     const ExactRows & x = a.exact;
-    return reinterpret_cast<const half *>(static_cast<const char *>(x.mask) + token * x.mask_token +
+    return reinterpret_cast<const uint16_t *>(static_cast<const char *>(x.mask) + token * x.mask_token +
                                           head % x.mask_heads * x.mask_head + stream % x.mask_streams * x.mask_stream);
 }
 
@@ -104,7 +119,7 @@ __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const
     const ExactHead rows(call.a, place.kv_stream, place.kv_head());
     const ExactRows & x = call.a.exact;
     const int part = blockIdx.x * call.plan.row_tiles + place.row_tile;
-    const int row = part + place.lane / 8 * call.plan.parts, unit = place.lane % 4 * 64; // bytes of f16, at most
+    const int row = rows.in_turn(part + place.lane / 8 * call.plan.parts), unit = place.lane % 4 * 64; // bytes of f16, at most
     if (row < rows.slots && unit < (x.type == KV::f16 ? 2 : 1) * call.a.head)
         prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
@@ -116,15 +131,18 @@ template <KV TV, int D, int C> class ExactAttention {
     const AttentionCall & call;
     const Place & place;
     const ExactHead rows;
-    const half * mask[C]; // of the lane's columns, or nullptr
-    float slope[C], bias[C];
-    int row;
+    const uint16_t * mask[C]; // of the lane's columns, or nullptr
+    float slope[C];
+    uint32_t bias[C]; // binary16
+    int turn; // the number of the loaded row, in turn
     ExactRow<P> bytes;
+    static constexpr uint32_t hidden = 0xfc00; // minus infinity
 
     __device__ __forceinline__ void load() {
-        if (row >= rows.rows) return;
+        if (turn >= rows.rows) return;
+        const int row = rows.in_turn(turn);
 #pragma unroll
-        for (int h = 0; h < C; ++h) bias[h] = mask[h] ? __half2float(mask[h][row]) : -INFINITY;
+        for (int h = 0; h < C; ++h) bias[h] = mask[h] ? mask[h][row] : hidden;
         bytes = ExactRow<P>(call.a.exact, rows, row, place.lane);
     }
 
@@ -132,42 +150,44 @@ public:
     __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place,
                                               const LaneColumns<C> & columns)
         : call(call), place(place), rows(call.a, place.kv_stream, place.kv_head()),
-          row(blockIdx.x * call.plan.row_tiles + place.row_tile) {
+          turn(blockIdx.x * call.plan.row_tiles + place.row_tile) {
 #pragma unroll
         for (int h = 0; h < C; ++h) {
             mask[h] = columns.valid[h] ? exact_mask(call.a, place.stream, columns.token[h], columns.head[h]) : nullptr;
             slope[h] = log2e * alibi_slope(call, columns.head[h]);
-            bias[h] = -INFINITY;
+            bias[h] = hidden;
         }
         load();
     }
 
-    // Sets what the warp has of its columns in the lanes' order of the kernel. `values` are the columns that load_queries
-    // has loaded for the warp's row tile. `scratch` takes D floats of the warp.
-    __device__ __forceinline__ void attend(const float (&values)[4][P], float * scratch, SoftmaxState (&state)[C],
-                                           Sums<D, C> & sums) {
+    // Sets what the warp has of its columns in the lanes' order of the kernel. q: what load_columns loads of the first four
+    // columns, or nothing if there are eight, which would take too many registers. `scratch` takes D floats of the warp, aligned
+    // to 16 bytes.
+    __device__ __forceinline__ void attend(float (&q)[4][P], float * scratch, SoftmaxState (&state)[C], Sums<D, C> & sums) {
         const Attention & a = call.a;
         const int lane = place.lane, in_quad = place.in_quad;
-        for (; row < rows.rows; row += call.plan.parts, load()) {
+        while (turn < rows.rows) {
+            float k[P], v[P], own_bias[C];
+            bytes.values(bytes.k, bytes.scale_k, k);
+            bytes.values(bytes.v, bytes.scale_v, v);
             bool seen = false;
 #pragma unroll
-            for (int h = 0; h < C; ++h) seen = seen || bias[h] != -INFINITY;
+            for (int h = 0; h < C; ++h) {
+                own_bias[h] = __half2float(__ushort_as_half(uint16_t(bias[h])));
+                seen = seen || own_bias[h] != -INFINITY;
+            }
+            turn += call.plan.parts;
+            load(); // the next row, while this one is computed
             if (!__any_sync(all_lanes, seen)) continue;
             float score[C] = {};
 #pragma unroll 1
-            for (int c0 = 0; c0 < call.plan.column_tile; c0 += 4) { // four columns take fewer registers than eight
-                float q[4][P], dots[4] = {};
+            for (int c0 = 0; c0 < 4 * C; c0 += 4) {
+                if constexpr (C > 1) load_columns<D>(call, place, c0, q);
+                float dots[4] = {};
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
+                for (int j = 0; j < P; ++j)
 #pragma unroll
-                    for (int j = 0; j < P; ++j) q[c][j] = values[c][j];
-                if (c0 > 0 || call.plan.row_tiles > 1) load_queries<D>(call, place, c0, 1, q);
-#pragma unroll
-                for (int j = 0; j < P; ++j) {
-                    const float k = bytes.value(bytes.k[j], bytes.scale_k[j]);
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) dots[c] += q[c][j] * k;
-                }
+                    for (int c = 0; c < 4; ++c) dots[c] += q[c][j] * k[j];
                 const float sum = sum_for_lanes(dots, lane);
 #pragma unroll
                 for (int h = 0; h < C; ++h) {
@@ -181,8 +201,8 @@ public:
             for (int h = 0; h < C; ++h) {
                 float s = score[h];
                 if (a.soft_cap != 0) s = a.soft_cap * tanhf(s / a.soft_cap);
-                s = s * log2e + slope[h] * bias[h];
-                if (bias[h] == -INFINITY) s = -INFINITY; // whatever bytes the row has
+                s = s * log2e + slope[h] * own_bias[h];
+                if (own_bias[h] == -INFINITY) s = -INFINITY; // whatever bytes the row has
                 const float before = state[h].largest;
                 state[h].largest = fmaxf(before, s);
                 correction[h] = exp2f(before - state[h].largest);
@@ -191,21 +211,18 @@ public:
             }
             correct_output<D, C>(sums, correction);
 
-            constexpr int B = rotated_block<D>;
+            if constexpr (Layout<TV, D>::turbo) transform_adjacent<rotated_block<D>>(v);
+            if constexpr (P == 2) {
+                reinterpret_cast<float2 *>(scratch)[lane] = make_float2(v[0], v[1]);
+            } else {
 #pragma unroll
-            for (int b = 0; b < D / B; ++b) {
-                float v[B / 32];
-#pragma unroll
-                for (int j = 0; j < B / 32; ++j)
-                    v[j] = bytes.value(bytes.v[b * B / 32 + j], bytes.scale_v[b * B / 32 + j]);
-                if constexpr (Layout<TV, D>::turbo) transform_warp<B, false>(v);
-#pragma unroll
-                for (int j = 0; j < B / 32; ++j) scratch[b * B + lane + 32 * j] = v[j];
+                for (int j = 0; j < P; j += 4)
+                    reinterpret_cast<float4 *>(scratch)[P / 4 * lane + j / 4] = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
             }
             __syncwarp();
 #pragma unroll
             for (int h = 0; h < C; ++h) // a NaN in a row that is hidden from the column must not reach it
-                if (bias[h] != -INFINITY) add_output<TV, D, C>(sums, scratch, weight[h], h, place.quad);
+                if (own_bias[h] != -INFINITY) add_output<TV, D, C>(sums, scratch, weight[h], h, place.quad);
             __syncwarp();
         }
     }

@@ -882,7 +882,6 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ int infos[hopper_buffers + 1]; // see hopper_kernel_of
-    let_next_start();
     const AttentionCall & call = wide.call;
     const HopperPlace place(call);
     const HopperMemory<D> memory(call.plan, shared, infos);
@@ -897,6 +896,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads) constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
+    let_next_start(); // not earlier: what encode_beside reads is complete
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);

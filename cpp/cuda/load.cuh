@@ -322,16 +322,18 @@ template <KV TK, KV TV, int D> struct Stages {
             copy_commit(); // of a group without rows as well, because copy_wait counts groups
         }
     }
-    // Starts to load all stages but the last.
+    // Starts to load all stages but the last. With bulk copies, the first warp does it: the other warps see its barriers only
+    // after a barrier of the thread block.
     __device__ __forceinline__ void start() const {
         if (bulk()) {
-            if (threadIdx.x == 0)
+            if (place.warp > 0) return;
+            if (place.lane == 0)
                 for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
-            __syncthreads();
+            __syncwarp();
         }
 #pragma unroll 1
         for (int stage = 0, at = 0; stage < call.plan.stages - 1; ++stage, at += rows)
-            if (!bulk() || (loads(stage) && at < place.length)) load(at, stage);
+            if (!bulk() || at < place.length) load(at, stage);
     }
     // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the preceding
     // stage as soon as all warps have read it. With bulk copies, only the warp that loads waits for the other warps.

@@ -77,7 +77,8 @@ private:
                                                           const LaneColumns<C> & columns, int h) {
         const Attention & a = call.a;
         return a.mask ? static_cast<const char *>(a.mask) + columns.token[h] * a.mask_token +
-                            columns.head[h] % a.mask_heads * a.mask_head + place.stream % a.mask_streams * a.mask_stream
+                            remainder_of(columns.head[h], a.mask_heads) * a.mask_head +
+                            remainder_of(place.stream, a.mask_streams) * a.mask_stream
                       : nullptr;
     }
     __device__ __forceinline__ uint32_t load_values(const char * from) const {

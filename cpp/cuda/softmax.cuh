@@ -99,6 +99,15 @@ template <int P> struct Merged : MergedSum {
 
     using MergedSum::MergedSum;
 
+    // Makes the sums relative to a score that is not smaller than the largest one so far.
+    __device__ __forceinline__ void change_largest(float score) {
+        const float factor = exp2f(largest - score);
+        largest = score;
+        sum *= factor;
+#pragma unroll
+        for (int j = 0; j < P; ++j) y[j] *= factor;
+    }
+
     // x: the part's values, which are ignored if the part has seen no row. Otherwise a NaN is kept, even if the factor
     // is 0.
     __device__ __forceinline__ void add(const SoftmaxState & part, const float (&x)[P]) {

@@ -209,7 +209,8 @@ struct AttentionPlan {
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
 // Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and
-// of V, that encode_rows takes. They are made after all reads of K and V, beside the kernel that merges parts.
+// of V, that encode_rows takes. They are made beside the call, so `exact` must have the batch, and the rows that they
+// write must be hidden from all queries.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);
 

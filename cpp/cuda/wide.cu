@@ -112,14 +112,19 @@ __device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * al
 
 // A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
 template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
-    constexpr int P = D / 32, each = tile_rows / prepare_warps, N = rotated_block<D>; // each: rows of a warp
+    constexpr int P = D / 32, each = tile_rows / prepare_warps; // each: rows of a warp
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t kv = item / wide.arrays.exact_tiles;
     const int tile = int(item - kv * wide.arrays.exact_tiles);
-    const bool hopper = wide.call.plan.hopper;
+    const bool hopper = wide.call.plan.hopper; // of heads of 128
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
     half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
+    // The place of a value in `values`: of the values that the lanes of a warp write at a time, four have the same bank.
+    const auto place = [](int element, int position) {
+        const int of_lane = element / P;
+        return (element ^ (of_lane / 4 & 1)) * tile_rows + (position ^ (of_lane % 4 * 8));
+    };
     ExactRow<P> next;
     const auto load = [&](int i) {
         const int row = tile * tile_rows + warp * each + i;
@@ -131,41 +136,46 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
         const ExactRow<P> bytes = next;
         load(i + 1);
         const int row = warp * each + i;
-        const bool exists = tile * tile_rows + row < rows.rows;
+        float k[P] = {}, v[P] = {};
+        if (tile * tile_rows + row < rows.rows) {
+            bytes.values(bytes.k, bytes.scale_k, k);
+            bytes.values(bytes.v, bytes.scale_v, v);
+        }
+        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
         bool finite = true;
 #pragma unroll
-        for (int b = 0; b < D / N; ++b) {
-            float v[N / 32];
+        for (int j = 0; j < P; ++j) {
+            v[j] *= 1 / wide.value_unit;
+            const bool fits = fabsf(v[j]) < 65504.0f;
+            finite = finite && fits;
+            if (!fits) v[j] = 0;
+        }
 #pragma unroll
-            for (int j = 0; j < N / 32; ++j) {
-                const int e = b * N / 32 + j;
-                v[j] = exists ? bytes.value(bytes.v[e], bytes.scale_v[e]) : 0.0f;
-            }
-            if (wide.rotated_values) transform_warp<N, false>(v);
-#pragma unroll
-            for (int j = 0; j < N / 32; ++j) {
-                const float x = v[j] * (1 / wide.value_unit);
-                const bool fits = fabsf(x) < 65504.0f;
-                finite = finite && fits;
-                const int element = b * N + lane + 32 * j;
-                values[hopper ? ExactPlace::value(row, element) : element * tile_rows + value_position(row)] =
-                    __float2half_rn(fits ? x : 0.0f);
+        for (int j = 0; j < P; j += 2) { // pairs are adjacent in ExactPlace
+            const half2 pair = __floats2half2_rn(v[j], v[j + 1]);
+            const int element = P * lane + j;
+            if (hopper) {
+                *reinterpret_cast<half2 *>(values + ExactPlace::value(row, element)) = pair;
+            } else {
+                values[place(element, value_position(row))] = pair.x;
+                values[place(element + 1, value_position(row))] = pair.y;
             }
         }
         // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
         // WideRows::expand, such a row has a score that is NaN instead.
         finite = __all_sync(all_lanes, finite);
+        const float nan = __uint_as_float(0x7fc00000);
 #pragma unroll
-        for (int j = 0; j < P; ++j) {
-            const float k = exists ? bytes.value(bytes.k[j], bytes.scale_k[j]) : 0.0f;
-            keys[hopper ? ExactPlace::key(row, lane + 32 * j) : row * D + lane + 32 * j] =
-                __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
+        for (int j = 0; j < P; j += 2) {
+            const int element = P * lane + j;
+            *reinterpret_cast<half2 *>(keys + (hopper ? ExactPlace::key(row, element) : row * D + element)) =
+                __floats2half2_rn(finite ? k[j] : nan, finite ? k[j + 1] : nan);
         }
     }
     __syncthreads();
     uint4 * to = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
     for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps)
-        to[i] = reinterpret_cast<const uint4 *>(values)[i];
+        to[i] = *reinterpret_cast<const uint4 *>(values + (hopper ? 8 * i : place(i / 4, i % 4 * 8)));
 }
 
 // What prepare_kernel does: a warp has a column or a word, or a thread block has a tile of exact rows.
