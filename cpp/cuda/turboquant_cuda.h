@@ -66,8 +66,8 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 // ---- the rows of an exact window among those of a cache that was decoded to binary16
 
-// Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or binary16,
-// then the float32 rows of the batch. nb[0] and nb[2] are the strides of rows and of streams.
+// Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or
+// binary16, then the float32 rows of the batch. nb[0] and nb[2] are the strides of rows and of streams.
 struct WindowRows {
     bool half_slots; // binary16, else q8_0
     Rows slots, batch;
@@ -76,16 +76,16 @@ struct WindowRows {
     int64_t streams;
 };
 
-// For each exact row of a stream, 1 + the row of the cache that it replaces, or 0: the lower and the upper 16 bits lie in
-// two rows of words.
+// For each exact row of a stream, 1 + the row of the cache that it replaces, or 0: the lower and the upper 16 bits lie
+// in two rows of words.
 struct WindowCells {
     const uint16_t *low, *high; // of the first stream
     int64_t stream;             // stride of streams
 };
 
 // Writes each exact row that replaces a row of the cache to this row of dst, as binary16. If rotated, blocks of `block`
-// values are transformed as in rotate_rows. The result is cudaErrorNotSupported if `values` is no multiple of `block`, or
-// if there is no such block.
+// values are transformed as in rotate_rows. The result is cudaErrorNotSupported if `values` is no multiple of `block`,
+// or if there is no such block.
 cudaError_t window_to_half(const WindowRows & window, const WindowCells & cells, int block, bool rotated,
                            const Rows & dst, cudaStream_t stream);
 
@@ -94,8 +94,8 @@ cudaError_t window_to_half(const WindowRows & window, const WindowCells & cells,
 cudaError_t window_to_mask(const Rows & exact, const WindowCells & cells, const Rows & mask, const int64_t ne[4],
                            cudaStream_t stream);
 
-// Stores the batch's rows of K and of V in the slots' format. Row i of the batch, counted over all streams, is stored in
-// row index[i] of k_slots and of v_slots, whose nb[0] is the stride of rows. The result is cudaErrorNotSupported if
+// Stores the batch's rows of K and of V in the slots' format. Row i of the batch, counted over all streams, is stored
+// in row index[i] of k_slots and of v_slots, whose nb[0] is the stride of rows. The result is cudaErrorNotSupported if
 // `values` is no multiple of 32.
 cudaError_t store_window(const WindowRows & k, const WindowRows & v, const int64_t * index, const Rows & k_slots,
                          const Rows & v_slots, cudaStream_t stream);
@@ -135,8 +135,8 @@ struct ExactRows {
     const void * mask; // binary16 [mask_streams][mask_heads][tokens][slots + tokens], as Attention::mask; not nullptr
     int64_t mask_token, mask_head, mask_stream;
     int mask_heads, mask_streams;
-    // Row i of the batch, [kv_streams][tokens], is stored in row store_rows[i] of store_k and of store_v after all reads of
-    // the slots, whose row and head strides these have. nullptr: the batch is not stored.
+    // Row i of the batch, [kv_streams][tokens], is stored in row store_rows[i] of store_k and of store_v after all
+    // reads of the slots, whose row and head strides these have. nullptr: the batch is not stored.
     const int64_t * store_rows;
     void *store_k, *store_v;
 };

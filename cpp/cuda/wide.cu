@@ -1,5 +1,5 @@
-// What precedes the kernels of wide.cuh and hopper.cuh: the queries and the rows of an exact window as their operands, and
-// which tiles of KV rows a mask shows to a query.
+// What precedes the kernels of wide.cuh and hopper.cuh: the queries and the rows of an exact window as their operands,
+// and which tiles of KV rows a mask shows to a query.
 #include "exact.cuh"
 #include "hopper.cuh"
 #include "wide.h"
@@ -120,7 +120,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
     const bool hopper = wide.call.plan.hopper; // of heads of 128
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
     half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
-    // The place of a value in `values`: of the values that the lanes of a warp write at a time, four have the same bank.
+    // The place of a value in `values`. Of those that a warp writes at a time, four are in a bank.
     const auto place = [](int element, int position) {
         const int of_lane = element / P;
         return (element ^ (of_lane / 4 & 1)) * tile_rows + (position ^ (of_lane % 4 * 8));
@@ -233,8 +233,8 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     return cudaErrorNotSupported;
 }
 
-// The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for other
-// GPUs, which shows in its shared memory.
+// The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for
+// other GPUs, which shows in its shared memory.
 WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
     const WideKernel kernel = hopper_kernel_128(type_k, type_v);
     if (!kernel) return nullptr;
@@ -249,10 +249,10 @@ WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
     return exists ? kernel : nullptr;
 }
 
-// Columns from which on the kernel for Hopper GPUs is faster than that of wide.cuh. Measured on an H200 (32 query heads,
-// 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with two expanding and two column warpgroups / with
-// the kernel of wide.cuh): 8 tokens, which are 32 columns, take 52/61, 16 tokens 56/79, 32 tokens 68/105, 64 tokens
-// 107/154. Calls of fewer than 17 columns have not been compared.
+// Columns from which on the kernel for Hopper GPUs is faster than that of wide.cuh. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with two expanding and two column warpgroups /
+// with the kernel of wide.cuh): 8 tokens, which are 32 columns, take 52/61, 16 tokens 56/79, 32 tokens 68/105, 64
+// tokens 107/154. Calls of fewer than 17 columns have not been compared.
 constexpr int least_hopper_columns = 17;
 
 int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }

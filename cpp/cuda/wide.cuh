@@ -45,8 +45,8 @@ struct WideArrays {
     // With an exact window, or if K is expanded to binary16: [stream][KV head][column of all column tiles][head], in
     // binary16 and not rotated.
     uint16_t * exact_queries;
-    // With an exact window. Its rows fill whole tiles; those behind the last one are zero. In a tile, the kernel for Hopper
-    // GPUs has the order of ExactPlace instead.
+    // With an exact window. Its rows fill whole tiles; those behind the last one are zero. In a tile, the kernel for
+    // Hopper GPUs has the order of ExactPlace instead.
     uint16_t * exact_k;       // binary16 [KV stream][KV head][row][head], not rotated
     uint16_t * exact_v;       // binary16 [KV stream][KV head][tile][head][row in the order of value_position]
     SeenTiles * exact_seen;   // as `seen`, of the window's mask
@@ -118,8 +118,8 @@ __device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_
 }
 
 // The levels of four units of a block. Words 2 i and 2 i + 1 have nibbles 0-3 and 4-7 of unit i. Units 0 and 1 have the
-// four elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those a
-// quarter of a block further on.
+// four elements from 4 * first and from 4 * (first + apart) on, and those half a block further on; units 2 and 3 those
+// a quarter of a block further on.
 template <KV T, int D, bool Biased, typename LookUp>
 __device__ __forceinline__ void read_levels(const uint8_t * block, int first, int apart, const LookUp & look_up,
                                             uint32_t (&x)[8]) {

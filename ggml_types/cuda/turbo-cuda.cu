@@ -275,7 +275,8 @@ constexpr int most_block_columns = 512;
 // As plan_blocks. False also for calls that attention by f16 computes as fast.
 bool prefers_blocks(int device, const ggml_tensor * op, const turbo_attention & a, tq::Attention & call,
                     tq::AttentionPlan & plan) {
-    return plan_blocks(a, call, plan) && (plan.columns <= most_block_columns || plan.hopper || !half_supports(device, op));
+    return plan_blocks(a, call, plan) &&
+           (plan.columns <= most_block_columns || plan.hopper || !half_supports(device, op));
 }
 
 // Decodes t, a cache of any type, to the rotated domain if its type is turbo. `out` is the tensor of HalfAttention,
@@ -284,8 +285,9 @@ void decode_half(const ggml_tensor * t, const ggml_tensor & out, cudaStream_t st
     const bool beside = heads_adjacent(t); // if so, the heads of a row are decoded as one row
     if (t->type == GGML_TYPE_F16) {
         for (int64_t s = 0; s < t->ne[3]; ++s) {
-            CUDA_CHECK(cudaMemcpy2DAsync((char *) out.data + s * out.nb[3], out.nb[1], (const char *) t->data + s * t->nb[3],
-                                         t->nb[1], out.nb[1], t->ne[1], cudaMemcpyDeviceToDevice, stream));
+            CUDA_CHECK(cudaMemcpy2DAsync((char *) out.data + s * out.nb[3], out.nb[1],
+                                         (const char *) t->data + s * t->nb[3], t->nb[1], out.nb[1], t->ne[1],
+                                         cudaMemcpyDeviceToDevice, stream));
         }
         return;
     }
@@ -392,9 +394,9 @@ bool stores_batch(const ggml_tensor * node, const ggml_tensor * slots, const ggm
            ggml_is_contiguous(node->src[1]);
 }
 
-// Attention with an exact window at node `at`, and the two SET_ROWS that fill its slots afterwards. `stores`: nullptr, or
-// stores of the batch in the cache that were put off. Returns how many nodes after `at` are done, too; -1 if nothing is
-// done.
+// Attention with an exact window at node `at`, and the two SET_ROWS that fill its slots afterwards. `stores`: nullptr,
+// or stores of the batch in the cache that were put off. Returns how many nodes after `at` are done, too; -1 if nothing
+// is done.
 int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at, const tq::Store * stores) {
     ggml_tensor * op = at < graph->n_nodes ? graph->nodes[at] : nullptr;
     if (!op || op->op != GGML_OP_FLASH_ATTN_EXT || !op->src[TURBO_SRC_SLOTS_K] ||
@@ -426,13 +428,14 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
         return -1;
     } else {
         attention_by_half(ctx, op);
-        CUDA_CHECK(tq::store_window(window_of(op, true), window_of(op, false), slots, rows_of(k), rows_of(v), ctx.stream()));
+        CUDA_CHECK(tq::store_window(window_of(op, true), window_of(op, false), slots, rows_of(k), rows_of(v),
+                                    ctx.stream()));
     }
     return store_v - at;
 }
 
-// Two SET_ROWS, of K and of V, as one launch. If they store the batch in the cache of an attention op that reads the batch
-// from its window, they are made beside this op. Returns how many nodes after `at` are done, too.
+// Two SET_ROWS, of K and of V, as one launch. If they store the batch in the cache of an attention op that reads the
+// batch from its window, they are made beside this op. Returns how many nodes after `at` are done, too.
 int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
     int next = 0;
     if (!are_stores(graph, at, next)) {
@@ -500,8 +503,8 @@ bool turbo_cuda_set_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 }
 
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
-    // On a stream other than 0, ggml computes branches of the graph concurrently, and the source of a later op may not be
-    // computed yet.
+    // On a stream other than 0, ggml computes branches of the graph concurrently, and the source of a later op may not
+    // be computed yet.
     if (ctx.curr_stream_no != 0) {
         return 0;
     }
