@@ -172,13 +172,13 @@ struct Side {
 
 // Threads that copy rows together: the number of the calling thread among them, and how many they are.
 struct Copiers {
-    int thread, threads;
+    unsigned thread, threads;
 };
 
 // Starts to copy rows first ... first + rows - 1 to shared memory; rows from n_kv on become zeros. A row keeps its
 // address modulo 16 (row_offset).
 __device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
-                                          Copiers by = {int(threadIdx.x), int(blockDim.x)}) {
+                                          Copiers by = {threadIdx.x, blockDim.x}) {
     const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
     if (side.stride == side.pitch && side.chunk == side.pitch) { // rows without gaps are one run of bytes
         const uint8_t * from = side.base + first * side.stride + by.thread * 16;

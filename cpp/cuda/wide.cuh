@@ -375,12 +375,14 @@ template <KV TK, KV TV, int D, int M> struct WideRows {
         const Attention & a = call.a;
         if (at < place.length) {
             const uint32_t to = uint32_t(__cvta_generic_to_shared(memory.encoded_rows(buffer)));
+            const int both = warps() == 1; // a single warp copies K and V
+            const unsigned thread = both ? place.lane : copier(), threads = both ? 32 : 16 * warps();
             if (at + memory.rows <= regular) copy_own(to, at);
             else
 #pragma unroll 1
-                for (int of_v = warps() == 1 ? 0 : warp() & 1; of_v < 2; of_v += warps() == 1 ? 1 : 2)
+                for (int of_v = both ? 0 : warp() & 1; of_v < 2; of_v += 2 - both)
                     load_rows(to + (of_v ? memory.encoded_k : 0), side(of_v), memory.rows, place.begin() + at, a.n_kv,
-                              warps() == 1 ? Copiers{place.lane, 32} : Copiers{copier(), 16 * warps()});
+                              {thread, threads});
         }
         copy_commit();
     }
