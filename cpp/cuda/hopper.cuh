@@ -1,5 +1,5 @@
-// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products of
-// warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
+// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products
+// of warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
 //
 // Some warpgroups of a thread block copy encoded rows to shared memory and expand them, step by step. The other
 // warpgroups, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in shared
@@ -51,8 +51,12 @@ template <int D> struct HopperMemory {
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
     static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
     static __device__ __forceinline__ int constants_at() { return queries_at(hopper_groups); }
-    static __device__ __forceinline__ int factors_at(int buffer) { return constants_at() + constants + buffer * factors; }
-    __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
+    static __device__ __forceinline__ int factors_at(int buffer) {
+        return constants_at() + constants + buffer * factors;
+    }
+    __device__ __forceinline__ int encoded_at(int buffer) const {
+        return factors_at(hopper_buffers) + buffer * encoded;
+    }
     __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
@@ -121,8 +125,8 @@ struct Turn {
 // ---- steps
 
 // What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
-// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows are
-// hidden or have a bias.
+// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows
+// are hidden or have a bias.
 static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
@@ -171,7 +175,7 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     if (place.group >= 0) {
         const int first = place.group >= place.groups ? a.tokens : place.first_column / call.plan.group,
                   end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
-        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // of the mask, before these
+        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // before these
         const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
         for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
             SeenTiles seen = {0, 0};
@@ -204,8 +208,8 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 
 // ---- rows
 //
-// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank. This
-// changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
+// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank.
+// This changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
 // value_element on, and four are those 16 elements further on. The queries are in the same order as the levels of K.
 
 // The first element of a unit of eight values of V.
@@ -217,8 +221,8 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
-// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and one of
-// exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
+// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and
+// one of exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
 struct ExactPlace {
     static __device__ __forceinline__ int at(int row, int position) { // the position in the order of an operand
         const int unit = position % 64 / 8;
@@ -238,9 +242,9 @@ struct ExactPlace {
 
 // ---- scores
 //
-// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those of
-// a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that are all
-// the same gives the constant, so it takes no instructions for each product.
+// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those
+// of a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that
+// are all the same gives the constant, so it takes no instructions for each product.
 constexpr uint32_t constant_byte = 254;
 constexpr int product_start = constant_byte * constant_byte * 32; // the largest magnitude of 128 products of two levels
 static_assert(product_start == 127 * 127 * 128 && 2 * product_start < 1 << 23, "products are the bits of floats");
@@ -257,8 +261,8 @@ __device__ __forceinline__ float fma_denormal(float a, float b, float c) {
 #endif
 }
 
-// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
-// other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
+// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for
+// no other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
 template <KV TK, KV TV, int D> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
@@ -269,7 +273,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
     static constexpr int apart = hopper_rows / turns; // rows between those of a thread
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
-    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once, "it is all copied");
+    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once,
+                  "it is all copied");
     const WideCall & wide;
     const AttentionCall & call;
     const HopperPlace & place;
@@ -288,7 +293,8 @@ template <KV TK, KV TV, int D> struct HopperRows {
     // `zero` is 0, but the compiler does not know.
     __device__ __forceinline__ HopperRows(const WideCall & wide, const HopperPlace & place, const Memory & memory,
                                           uint32_t zero)
-        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero),
+        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero),
+          even(even_bytes ^ zero),
           odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
@@ -483,7 +489,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             const int row = i / (D / 16), unit = i % (D / 16);
             const uint2 low = pairs[row * (D / 8) + query_word(4 * unit) / 2],
                         high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
-            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
+            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) =
+                make_uint4(low.x, low.y, high.x, high.y);
         }
         publish_writes();
         sync_groups(1 + place.group, 1);
@@ -644,8 +651,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     }
 
     // Turns the products of a step into weights, while the output of the preceding step may still be computed, with the
-    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of their
-    // own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
+    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of
+    // their own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
     __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
         float added[2];
         const bool plain = !mixed && wide.call.a.soft_cap == 0;
@@ -716,7 +723,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     __device__ __forceinline__ void add_exact_tile(const Turn & turn, int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
         uint32_t query[D / 16][4];
-        const uint4 * queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
+        const uint4 * queries =
+            reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) { // ExactPlace says which elements these are
             const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
@@ -753,7 +761,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         keep_registers(weight[1]);
         products_fence();
 #pragma unroll
-        for (int i = 0; i < tile_rows / 16; ++i) multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+        for (int i = 0; i < tile_rows / 16; ++i)
+            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
         products_commit();
         products_wait<0>();
         keep_registers(output);
@@ -823,7 +832,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                to.output[n][thread] = make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
+                to.output[n][thread] =
+                    make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
             to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
         }
         sync_groups(barrier, hopper_groups);
@@ -893,14 +903,16 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         }
     }
     uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + HopperMemory<D>::constants_at());
-    for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads) constants[i] = constant_byte * 0x01010101;
+    for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads)
+        constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
     let_next_start(); // not earlier: what encode_beside reads is complete
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
-    const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length, call.plan.row_tiles > 1};
+    const Steps steps = {memory.seen(words), memory.group_seen(), words,
+                         first_tile,         place.length,        call.plan.row_tiles > 1};
     if (threadIdx.x == 0) infos[hopper_buffers] = steps.info(steps.next(-hopper_rows));
     __syncthreads();
     if (place.group < 0) {

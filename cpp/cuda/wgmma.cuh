@@ -1,10 +1,10 @@
-// Instructions of Hopper GPUs: matrix products of warpgroups, and the division of registers among warpgroups. They exist
-// only in code for sm_90a; elsewhere the functions are empty.
+// Instructions of Hopper GPUs: matrix products of warpgroups, and the division of registers among warpgroups. They
+// exist only in code for sm_90a; elsewhere the functions are empty.
 //
-// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp. It is in registers, laid out
-// as those of mma.sync, or in shared memory, where a descriptor says how. Operand B is in shared memory. Results are laid
-// out as those of mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows `quad` and
-// quad + 8.
+// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp. It is in registers, laid
+// out as those of mma.sync, or in shared memory, where a descriptor says how. Operand B is in shared memory. Results
+// are laid out as those of mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows
+// `quad` and quad + 8.
 #ifndef TURBOQUANT_CUDA_WGMMA_H
 #define TURBOQUANT_CUDA_WGMMA_H
 
@@ -35,12 +35,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
     return uint64_t(group_bytes >> 4 | 1u << 30) << 32 | matrix;
 }
 
-// An operand of scores from `address` on: rows of 128 int8 values of queries or of K, or of 64 binary16 values. A product
-// takes 32 bytes of these, 32 bytes further on each time.
+// An operand of scores from `address` on: rows of 128 int8 values of queries or of K, or of 64 binary16 values. A
+// product takes 32 bytes of these, 32 bytes further on each time.
 __device__ __forceinline__ uint32_t key_matrix(uint32_t address) { return matrix_at(address, 16); }
 
-// Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further on. A
-// product takes 16 rows.
+// Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further
+// on. A product takes 16 rows.
 __device__ __forceinline__ uint32_t value_matrix(uint32_t address, int apart) { return matrix_at(address, apart); }
 
 // ---- products
@@ -78,11 +78,11 @@ template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&
 #endif
 }
 
-#define TURBOQUANT_PRODUCT(types, mode, add)                                                                             \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                                 \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
-                 "%27,%28,%29,%30,%31}, %32, %33, " add ";"                                                              \
-                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                                 \
+#define TURBOQUANT_PRODUCT(types, mode, add)                                                                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                               \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+                 "%27,%28,%29,%30,%31}, %32, %33, " add ";"                                                            \
+                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                               \
                  : "l"(a), "l"(b))
 // d = a product of 64 x 32 bytes of A and 64 rows of B, all unsigned.
 __device__ __forceinline__ void start_keys(int (&d)[32], uint64_t a, uint64_t b) {
@@ -102,22 +102,23 @@ __device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t
 __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
 #if TURBOQUANT_WGMMA
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
-                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+                 "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"
+                 "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
                  : TURBOQUANT_16("+f", d, 0), TURBOQUANT_16("+f", d, 16), TURBOQUANT_16("+f", d, 32),
                    TURBOQUANT_16("+f", d, 48)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #endif
 }
-// Adds to d[0] ... d[15] a product of 64 x 16 binary16 values of A, and 32 rows of 16 binary16 values of B. If First, d is
-// zero before.
-template <bool First> __device__ __forceinline__ void multiply_exact(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+// Adds to d[0] ... d[15] a product of 64 x 16 binary16 values of A, and 32 rows of 16 binary16 values of B. If First, d
+// is zero before.
+template <bool First>
+__device__ __forceinline__ void multiply_exact(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
 #if TURBOQUANT_WGMMA
-#define TURBOQUANT_PRODUCT(mode, add)                                                                                    \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "                                                   \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, " add ", 1, 1, 0;"     \
-                 : TURBOQUANT_16(mode, d, 0)                                                                             \
+#define TURBOQUANT_PRODUCT(mode, add)                                                                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "                                                 \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, " add ", 1, 1, 0;"  \
+                 : TURBOQUANT_16(mode, d, 0)                                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
     if constexpr (First) TURBOQUANT_PRODUCT("=f", "0");
     else TURBOQUANT_PRODUCT("+f", "1");
