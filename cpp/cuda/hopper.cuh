@@ -907,7 +907,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
-    let_next_start(); // not earlier: what encode_beside reads is complete
+    let_next_start(); // now what encode_beside reads is complete
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
