@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ PAIRS = "turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
 PARTS = ("kernels", "decode", "prefill", "batches", "slots", "heads")
 SHORT = 16384  # tokens of a prompt that is computed again for each run of a figure
 MODEL = "32,4096,32,8,128,14336,128256"  # see write_model
+HOPPER_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a"]  # of nvcc of CUDA 12 or newer, as cpp/turboquant-cuda.cmake
 CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"]  # as cpp/turboquant-cuda.cmake
 
 EPILOG = """\
@@ -442,18 +444,20 @@ def compile_kernels(folder: Path, arch: str) -> Path:
     except ImportError:
         raise Problem("the part kernels needs the package turboquant: pip install .") from None
     try:
-        nvcc, _ = cuda_compiler()
+        nvcc, version = cuda_compiler()
     except ToolError as problem:
         raise Problem(str(problem)) from None
     kernels = ROOT / "cpp" / "cuda"
     common: list[object] = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{kernels}", f"-I{ROOT / 'cpp' / 'include'}"]
-    exact = [folder / f"{name}.o" for name in ("codec", "window")]
-    for compiled in exact:
-        run([*common, *CODEC_FLAGS, "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
+    hopper = HOPPER_FLAGS if not re.search(r"release ([1-9]|1[01])\.", version) else []
+    flags = {"codec": CODEC_FLAGS, "window": CODEC_FLAGS, "hopper128": ["-use_fast_math", *hopper]}
+    objects = [folder / f"{name}.o" for name in flags]
+    for compiled in objects:
+        run([*common, *flags[compiled.stem], "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
     program = folder / "bench_cuda"
-    attention = sorted(file for file in kernels.glob("*.cu") if file.stem not in ("codec", "window"))
+    attention = sorted(file for file in kernels.glob("*.cu") if file.stem not in flags)
     source = ROOT / "tools" / "bench_cuda.cu"
-    run([*common, "-use_fast_math", "--threads", 0, source, *attention, *exact, "-o", program])
+    run([*common, "-use_fast_math", "--threads", 0, source, *attention, *objects, "-o", program])
     return program
 
 
