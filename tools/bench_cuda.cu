@@ -1,6 +1,8 @@
 // Speed of the CUDA kernels alone, as JSON lines, beside the card's measured copy bandwidth. tools/bench_cuda.py
-// compiles and runs this; arguments: K:V pairs, then depths, comma-separated; [heads,kv_heads,head,tokens,window],
-// where window is the number of q8_0 slots of an exact window; with it, storing K and V is measured, too.
+// compiles and runs this; arguments: K:V pairs, then depths, comma-separated;
+// [heads,kv_heads,head,tokens,window,requests], where window is the number of q8_0 slots of an exact window; with it,
+// storing K and V is measured, too. A negative window measures attention alone. The tokens are the last rows of the
+// cache; of several requests, whose tokens take turns, each sees an equal run of the rows before.
 //
 // Each figure is the median of several replays of a CUDA graph that holds one launch per layer of a cache larger than
 // the card's L2 cache, as a model's layers are.
@@ -77,6 +79,22 @@ float * random_floats(size_t count) {
     return data;
 }
 
+// binary16 [tokens][depth]
+void * mask_of(int64_t depth, int tokens, int requests) {
+    std::vector<uint16_t> host(size_t(depth * tokens));
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t row = 0; row < depth; ++row) {
+            const int64_t own = row - (depth - tokens), run = depth / requests;
+            const bool shown = own >= 0 ? own <= t && own % requests == t % requests
+                                       : requests == 1 || row / run == t % requests;
+            host[size_t(t * depth + row)] = shown ? 0 : 0xfc00;
+        }
+    void * data;
+    must(cudaMalloc(&data, host.size() * 2), "cudaMalloc");
+    must(cudaMemcpy(data, host.data(), host.size() * 2, cudaMemcpyHostToDevice), "copy");
+    return data;
+}
+
 void * random_cache(const Type & type, size_t bytes) {
     void * data;
     must(cudaMalloc(&data, bytes), "cudaMalloc");
@@ -123,15 +141,16 @@ double microseconds(int launches, const std::function<void(int, cudaStream_t)> &
 
 int main(int argc, char ** argv) {
     if (argc < 3) {
-        std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS[,WINDOW]]\n");
+        std::fprintf(stderr, "usage: bench_cuda K:V,... DEPTH,... [HEADS,KV_HEADS,HEAD,TOKENS[,WINDOW[,REQUESTS]]]\n");
         return EXIT_FAILURE;
     }
-    int shape[5] = {32, 8, 128, 1, -1}; // no stores
+    int shape[6] = {32, 8, 128, 1, -1, 1}; // no stores
     if (argc > 3) {
         const std::vector<std::string> parts = split(argv[3], ',');
-        for (size_t i = 0; i < 5 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
+        for (size_t i = 0; i < 6 && i < parts.size(); ++i) shape[i] = std::atoi(parts[i].c_str());
     }
-    const int heads = shape[0], kv_heads = shape[1], head = shape[2], tokens = shape[3], window = shape[4];
+    const int heads = shape[0], kv_heads = shape[1], head = shape[2], tokens = shape[3], window = shape[4],
+              requests = shape[5];
     cudaDeviceProp device;
     int driver = 0, runtime = 0;
     must(cudaGetDeviceProperties(&device, 0), "no CUDA device");
@@ -183,9 +202,7 @@ int main(int argc, char ** argv) {
 
     for (const std::string & depth_text : split(argv[2], ',')) {
         const int64_t depth = std::atoll(depth_text.c_str());
-        void * mask;
-        must(cudaMalloc(&mask, size_t(depth) * tokens * 2), "cudaMalloc");
-        must(cudaMemset(mask, 0, size_t(depth) * tokens * 2), "memset");
+        void * mask = mask_of(depth, tokens, requests);
         for (const std::string & pair : split(argv[1], ',')) {
             const std::vector<std::string> names = split(pair, ':');
             const Type &tk = type_of(names[0]), &tv = type_of(names.back());
@@ -257,9 +274,10 @@ int main(int argc, char ** argv) {
                      "attention");
             });
             std::printf("{\"pair\": \"%s\", \"depth\": %lld, \"layer_us\": %.2f, \"cache_bytes\": %zu, \"tb_s\": %.3f, "
-                        "\"share\": %.3f}\n",
+                        "\"share\": %.3f, \"tflops\": %.1f}\n",
                         pair.c_str(), static_cast<long long>(depth), us, bytes, double(bytes) / us * 1e-6,
-                        double(bytes) / us * 1e-6 / copy_tb);
+                        double(bytes) / us * 1e-6 / copy_tb,
+                        4.0 * heads * head * double(depth) * tokens / us * 1e-6);
             std::fflush(stdout);
             must(cudaFree(workspace), "free");
             for (void * p : k) cudaFree(p);

@@ -3,7 +3,7 @@
 
 The program measures a model with the shape of an 8B model, whose weights are random, in parts:
 
-  kernels  the attention of one layer by TurboQuant's decode kernel alone (needs nvcc)
+  kernels  the attention of one layer by TurboQuant's kernels alone (needs nvcc)
   decode   one token at a time after a prompt of each depth, and the prompt itself
   prefill  --prefill tokens at once at each depth
   batches  2 to 64 tokens at once, one batch for each figure, as speculative decoding computes them
@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ PAIRS = "turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
 PARTS = ("kernels", "decode", "prefill", "batches", "slots", "heads")
 SHORT = 16384  # tokens of a prompt that is computed again for each run of a figure
 MODEL = "32,4096,32,8,128,14336,128256"  # see write_model
+HOPPER_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a"]  # of nvcc of CUDA 12 or newer, as cpp/turboquant-cuda.cmake
 CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"]  # as cpp/turboquant-cuda.cmake
 
 EPILOG = """\
@@ -64,6 +66,7 @@ examples
   python3 tools/bench_cuda.py --parts decode --depths 4096 --count
   python3 tools/bench_cuda.py --skip-model --shape 64,8,128,1       8 query heads per KV head
   python3 tools/bench_cuda.py --skip-model --shape 32,8,128,1,256   with an exact window
+  python3 tools/bench_cuda.py --skip-model --shape 32,8,128,32,-1,32    32 requests in one cache
 """
 
 
@@ -111,9 +114,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--heads", type=numbers, default="64,128,256", metavar="N,...",
                       help="values of a head (default %(default)s)")
     what.add_argument("--head-depths", type=depths, default="32768", metavar="N,...", help="default %(default)s")
-    what.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T[,W]",
+    what.add_argument("--shape", default="32,8,128,1", metavar="H,KV,D,T[,W[,R]]",
                       help="of the part kernels: query heads, KV heads, head size, tokens, slots of an exact window "
-                           "(default %(default)s, no window)")
+                           "(-1: none), requests that share the cache (default %(default)s, no window, one request)")
     what.add_argument("--count", action="store_true", help="also count which kernels compute attention")
 
     how = parser.add_argument_group("how to measure")
@@ -441,23 +444,25 @@ def compile_kernels(folder: Path, arch: str) -> Path:
     except ImportError:
         raise Problem("the part kernels needs the package turboquant: pip install .") from None
     try:
-        nvcc, _ = cuda_compiler()
+        nvcc, version = cuda_compiler()
     except ToolError as problem:
         raise Problem(str(problem)) from None
     kernels = ROOT / "cpp" / "cuda"
     common: list[object] = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{kernels}", f"-I{ROOT / 'cpp' / 'include'}"]
-    exact = [folder / f"{name}.o" for name in ("codec", "window")]
-    for compiled in exact:
-        run([*common, *CODEC_FLAGS, "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
+    hopper = HOPPER_FLAGS if not re.search(r"release ([1-9]|1[01])\.", version) else []
+    flags = {"codec": CODEC_FLAGS, "window": CODEC_FLAGS, "hopper128": ["-use_fast_math", *hopper]}
+    objects = [folder / f"{name}.o" for name in flags]
+    for compiled in objects:
+        run([*common, *flags[compiled.stem], "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])
     program = folder / "bench_cuda"
-    attention = sorted(kernels.glob("attention*.cu"))
+    attention = sorted(file for file in kernels.glob("*.cu") if file.stem not in flags)
     source = ROOT / "tools" / "bench_cuda.cu"
-    run([*common, "-use_fast_math", "--threads", 0, source, *attention, *exact, "-o", program])
+    run([*common, "-use_fast_math", "--threads", 0, source, *attention, *objects, "-o", program])
     return program
 
 
 def covered(pair: str) -> bool:
-    """Whether the decode kernel supports the pair: a turbo type with one of the same family, q8_0 or f16."""
+    """Whether the kernels support the pair: a turbo type with one of the same family, q8_0 or f16."""
     sides = pair.split(":")
     families = {side.endswith("_tcq") for side in sides if side.startswith("turbo")}
     return len(families) == 1 and all(side.startswith("turbo") or side in ("q8_0", "f16") for side in sides)

@@ -1,17 +1,23 @@
 // Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
 #include "launch.h"
+#include "wide.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <map>
+#include <utility>
 #include <vector>
 
 namespace turboquant {
 namespace cuda {
 namespace {
 
-constexpr int most_column_tiles = 4; // with more tiles, decoding K and V once is faster than reading them for each tile
+// Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and
+// 52.7 at 32768; 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel
+// counts more.
+constexpr int most_decode_columns = 32, few_columns = 16, short_cache = 2048;
 
 struct Device {
     int version, multiprocessors, shared_per_block, shared_per_multiprocessor;
@@ -59,7 +65,6 @@ template <int D> RowType row_type(KV type) {
     return {};
 }
 
-
 // Bytes of a row in shared memory: an odd multiple of 16, so that eight consecutive rows start in different banks. A
 // row keeps its address modulo 16 there, which takes up to 15 more bytes.
 int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
@@ -73,9 +78,56 @@ int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens *
 constexpr int most_merge_warps = 32;
 constexpr int parts_at_once = 4; // that a warp of the merge loads at the same time
 
+// Adds parts first, first + apart, ... of a query row. `partial` and `states` are those of its first part; a lane has
+// the values that values_at_once describes, V at a time.
+template <int D, int V>
+__device__ __forceinline__ void add_parts(const float * partial, const SoftmaxState * states, int parts, int first,
+                                          int apart, int lane, Merged<D / 32> & own) {
+    constexpr int P = D / 32;
+#pragma unroll 1
+    for (; first < parts; first += parts_at_once * apart) {
+        SoftmaxState part[parts_at_once];
+        float x[parts_at_once][P];
+#pragma unroll
+        for (int b = 0; b < parts_at_once; ++b) {
+            const int i = first + b * apart;
+            part[b] = {nothing_seen, 0};
+            if (i >= parts) continue;
+            part[b] = states[i];
+            const float * from = partial + int64_t(i) * D + V * lane;
+#pragma unroll
+            for (int j = 0; j < P; j += V) {
+                if constexpr (V == 4) {
+                    const float4 four = *reinterpret_cast<const float4 *>(from + 32 * j);
+                    x[b][j] = four.x;
+                    x[b][j + 1] = four.y;
+                    x[b][j + 2] = four.z;
+                    x[b][j + 3] = four.w;
+                } else if constexpr (V == 2) {
+                    const float2 two = *reinterpret_cast<const float2 *>(from + 32 * j);
+                    x[b][j] = two.x;
+                    x[b][j + 1] = two.y;
+                } else {
+                    x[b][j] = from[32 * j];
+                }
+            }
+        }
+        float largest = own.largest;
+#pragma unroll
+        for (int b = 0; b < parts_at_once; ++b) largest = fmaxf(largest, part[b].largest);
+        own.change_largest(largest);
+#pragma unroll
+        for (int b = 0; b < parts_at_once; ++b) own.add(part[b], x[b]);
+    }
+}
+
+__device__ __forceinline__ SoftmaxState sink_of_row(const AttentionCall & call, int row) {
+    return sink_state(call.a.sinks, call.a.sinks ? row % call.a.heads : 0);
+}
+
 // Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
-// parts w, w + warps, ..., and the first warps add what the warps have. The other thread blocks store the rows of a window's
-// batch in its slots, which no kernel reads any more.
+// parts w, w + warps, ..., and the first warps add what the warps have. The other thread blocks store the rows of a
+// window's batch in its slots, which no kernel reads any more.
 //
 // The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
 // compiler loads the parts one after the other.
@@ -96,7 +148,7 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         return;
     }
     const int parts = call.plan.parts;
-    const float * partial = call.partial + int64_t(row) * parts * D + V * lane;
+    const float * partial = call.partial + int64_t(row) * parts * D;
     const SoftmaxState * part_states = call.states + int64_t(row) * parts;
     if (lane == 0 && warp < parts) { // for the translations of the addresses
         prefetch(partial + int64_t(warp) * D);
@@ -104,46 +156,14 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     }
     wait_for_previous();
     Merged<P> own(nothing_seen);
-#pragma unroll 1
-    for (int first = warp; first < parts; first += parts_at_once * warps) {
-        SoftmaxState part[parts_at_once];
-        float x[parts_at_once][P];
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) {
-            const int i = first + b * warps;
-            part[b] = {nothing_seen, 0};
-            if (i >= parts) continue;
-            part[b] = part_states[i];
-            const float * from = partial + int64_t(i) * D;
-#pragma unroll
-            for (int j = 0; j < P; j += V) {
-                if constexpr (V == 4) {
-                    const float4 four = *reinterpret_cast<const float4 *>(from + 32 * j);
-                    x[b][j] = four.x;
-                    x[b][j + 1] = four.y;
-                    x[b][j + 2] = four.z;
-                    x[b][j + 3] = four.w;
-                } else {
-                    const float2 two = *reinterpret_cast<const float2 *>(from + 32 * j);
-                    x[b][j] = two.x;
-                    x[b][j + 1] = two.y;
-                }
-            }
-        }
-        float largest = own.largest;
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) largest = fmaxf(largest, part[b].largest);
-        own.change_largest(largest);
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) own.add(part[b], x[b]);
-    }
+    add_parts<D, V>(partial, part_states, parts, warp, warps, lane, own);
 #pragma unroll
     for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = own.y[j];
     if (lane == 0) states[warp] = {own.largest, own.sum};
     __syncthreads();
     constexpr int N = rotated_block<D>;
     if (warp >= D / N) return;
-    const SoftmaxState sink = sink_state(call.a.sinks, call.a.sinks ? row % call.a.heads : 0);
+    const SoftmaxState sink = sink_of_row(call, row);
     MergedSum all(largest_of(sink, states, 1, warps, lane)); // lane i adds what warp i has
     const float weight = lane < warps ? all.add(states[lane]) : 0.0f;
     float sum = all.sum, y[N / 32] = {};
@@ -161,13 +181,44 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
     finish<N>(y, sum, rotated, call.a.dst + int64_t(row) * D + warp * N, lane);
 }
 
+// As merge_kernel for few parts, with a warp for each query row, which loads all its parts at the same time.
+constexpr int few_parts_warps = 4; // of a thread block
+template <int D>
+__global__ void __launch_bounds__(32 * few_parts_warps)
+    merge_few_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
+    constexpr int P = D / 32, N = rotated_block<D>, B = N / 32;
+    const int lane = threadIdx.x % 32, row = blockIdx.x * few_parts_warps + threadIdx.x / 32;
+    let_next_start();
+    wait_for_previous();
+    if (row >= query_rows) {
+        const int64_t group = row - query_rows;
+        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        return;
+    }
+    const int64_t first = int64_t(row) * call.plan.parts;
+    const SoftmaxState sink = sink_of_row(call, row);
+    Merged<P> own(nothing_seen);
+    add_parts<D, 1>(call.partial + first * D, call.states + first, call.plan.parts, 0, 1, lane, own);
+    own.change_largest(fmaxf(own.largest, sink.largest));
+    own.MergedSum::add(sink);
+#pragma unroll
+    for (int b = 0; b < D / N; ++b) {
+        float y[B];
+#pragma unroll
+        for (int j = 0; j < B; ++j) y[j] = own.y[b * B + j];
+        finish<N>(y, own.sum, rotated, call.a.dst + int64_t(row) * D + b * N, lane);
+    }
+}
+
 template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
     const int64_t rows = query_rows(call.a);
-    int warps = D / 32;
+    const bool few = call.plan.parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
+    int warps = few ? few_parts_warps : D / 32;
     while (parts_at_once * warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
-    const int64_t blocks = rows + (call.stored_groups + warps - 1) / warps;
-    return launch(merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0, stream, call, int(rows),
-                  row_type<D>(call.a.type_v).turbo);
+    const int64_t blocks = few ? (rows + call.stored_groups + warps - 1) / warps
+                                : rows + (call.stored_groups + warps - 1) / warps;
+    return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0,
+                  stream, call, int(rows), rotated);
 }
 
 // The functions that are compiled for a head size.
@@ -182,7 +233,6 @@ const Head heads[] = {
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
-constexpr int head_count = sizeof(heads) / sizeof(heads[0]);
 
 // The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
@@ -191,28 +241,21 @@ const Head * head_of(int size) {
     return nullptr;
 }
 
-#define TURBOQUANT_ONE_MORE(name) +1
-constexpr int kv_count = 0 TURBOQUANT_KV(TURBOQUANT_ONE_MORE);
-#undef TURBOQUANT_ONE_MORE
+} // namespace
 
-// Permits the kernel to use the shared memory of the call. CUDA requires this once per kernel and device for more than
-// 48 KB.
-cudaError_t allow_shared(const Head & head, AttentionKernel kernel, const AttentionCall & call) {
-    constexpr int most_devices = 64;
-    static std::atomic<int> allowed[most_devices][head_count][kv_count][kv_count][2][2];
-    const int id = call.plan.device;
-    if (id >= most_devices) return cudaErrorNotSupported;
-    std::atomic<int> & known = allowed[id][&head - heads][int(call.a.type_k)][int(call.a.type_v)][call.a.windowed]
-                                      [call.plan.column_tile == 4];
-    if (known.load(std::memory_order_relaxed) >= call.plan.shared_bytes) return cudaSuccess;
-    const int most = all_devices()[size_t(id)].shared_per_block;
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error == cudaSuccess) known.store(most, std::memory_order_relaxed);
+cudaError_t allow_shared(const void * kernel, int device, int bytes) {
+    static thread_local std::map<std::pair<const void *, int>, int> allowed;
+    int & known = allowed[{kernel, device}];
+    if (known >= bytes) return cudaSuccess;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    // The kernel's own shared memory counts, too.
+    const int most = all_devices()[size_t(device)].shared_per_block - int(attributes.sharedSizeBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error == cudaSuccess) known = most;
     return error;
 }
-
-} // namespace
 
 bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
@@ -244,9 +287,15 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
 
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
+    if (p.columns > (a.n_kv > short_cache ? few_columns : most_decode_columns) &&
+        plan_wide(a, {device->multiprocessors, device->shared_per_block},
+                  pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
+                  pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))
+        return true;
+    p.wide = false;
+    if (p.columns > most_decode_columns) return false;
     p.column_tile = p.columns <= 4 ? 4 : most_columns;
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
-    if (p.column_tiles > most_column_tiles) return false;
 
     const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
     // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
@@ -317,14 +366,19 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const Head & head = *head_of(a.head);
-    const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, plan.column_tile == 4});
-    const cudaError_t error = allow_shared(head, kernel, call);
-    if (error != cudaSuccess) return error;
     call.stored_groups = stored_groups(a);
     call.stores_beside = stores != nullptr;
-    const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
-    const cudaError_t launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
-                                        size_t(plan.shared_bytes), stream, call);
+    cudaError_t launched;
+    if (plan.wide) {
+        launched = launch_wide(call, workspace, stream);
+    } else {
+        const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, plan.column_tile == 4});
+        launched = allow_shared(reinterpret_cast<const void *>(kernel), plan.device, plan.shared_bytes);
+        if (launched != cudaSuccess) return launched;
+        const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
+        launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
+                          size_t(plan.shared_bytes), stream, call);
+    }
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;

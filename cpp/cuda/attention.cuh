@@ -204,8 +204,8 @@ struct KernelChoice {
     bool windowed, four; // four: whether a thread block has four columns, not eight
 };
 
-// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its own,
-// so the instances can be compiled in parallel.
+// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its
+// own, so the instances can be compiled in parallel.
 #define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE

@@ -33,8 +33,8 @@ namespace {
 __device__ __forceinline__ int quotient(int a, int b) { return a < b ? 0 : a / b; }
 __device__ __forceinline__ int remainder_of(int a, int b) { return b == 1 ? 0 : a % b; }
 
-// The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes. A lane
-// has the scores and the output of one query column, in_quad, if there are four, and of columns 2 * in_quad and
+// The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes. A
+// lane has the scores and the output of one query column, in_quad, if there are four, and of columns 2 * in_quad and
 // 2 * in_quad + 1 if there are eight. Its scores are those of rows quad, quad + 8, quad + 16 and quad + 24 of a tile.
 struct Place {
     int lane, quad, in_quad, warp; // in_quad: the number of the lane in its quad

@@ -335,7 +335,8 @@ struct Stores {
 
 template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
     __shared__ EncodeShared<N> shared;
-    static_assert(32 * encode_warps == sizeof(shared.table.steps) / sizeof(shared.table.steps[0]), "a thread to an entry");
+    static_assert(32 * encode_warps == sizeof(shared.table.steps) / sizeof(shared.table.steps[0]),
+                  "a thread to an entry");
     let_next_start();
     const unsigned which = blockIdx.x >= s.first_groups, group = blockIdx.x - (which ? s.first_groups : 0);
     const Store & store = s.store[which];

@@ -83,7 +83,8 @@ __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t sel) {
     return r;
 }
 
-// The bits of a where the mask is set, else those of b, in one instruction. Compilers move masks over shifts and need more.
+// The bits of a where the mask is set, else those of b, in one instruction. Compilers move masks over shifts and need
+// more.
 __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) {
     uint32_t r;
     asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
@@ -182,11 +183,12 @@ template <int N, bool Inverse> __device__ __forceinline__ void transform_warp(fl
                        : __fmul_rn(flip_sign(y[j], s2_word(j), lane), norm);
 }
 
-// As transform_warp without the inverse, but for the order of the sums, for lanes with P adjacent elements each: lane l has
-// those from P * l on.
+// As transform_warp without the inverse, but for the order of the sums, for lanes with P adjacent elements each: lane l
+// has those from P * l on.
 template <int N, int P> __device__ __forceinline__ void transform_adjacent(float (&y)[P]) {
     const int lane = threadIdx.x % 32, first = P * lane % N;
-    const uint32_t signs1_of_lane = s1_word(first / 32) >> first % 32, signs2_of_lane = s2_word(first / 32) >> first % 32;
+    const uint32_t signs1_of_lane = s1_word(first / 32) >> first % 32;
+    const uint32_t signs2_of_lane = s2_word(first / 32) >> first % 32;
 #pragma unroll
     for (int j = 0; j < P; ++j) y[j] = flip_sign(y[j], signs1_of_lane, j);
 #pragma unroll

@@ -1,6 +1,6 @@
-// The exact window: rows of K and V with high precision, which a warp adds to its columns before the tiles of the cache,
-// while the first of these are copied to shared memory. What a batch leaves in the slots is stored by the kernel that
-// merges the parts, after all reads of the slots.
+// The exact window: rows of K and V with high precision, which a warp adds to its columns before the tiles of the
+// cache, while the first of these are copied to shared memory. What a batch leaves in the slots is stored by the kernel
+// that merges the parts, after all reads of the slots.
 #ifndef TURBOQUANT_CUDA_EXACT_H
 #define TURBOQUANT_CUDA_EXACT_H
 
@@ -19,7 +19,8 @@ struct ExactHead {
     const char *k, *v, *batch_k, *batch_v; // row 0
     int slots, rows;
 
-    // Row number i in the order in which parts take rows: the batch's rows are the first, so that no part waits for them last.
+    // Row number i in the order in which parts take rows: the batch's rows are the first, so that no part waits for
+    // them last.
     __device__ __forceinline__ int in_turn(int i) const { return i < rows - slots ? slots + i : i - (rows - slots); }
 
     __device__ __forceinline__ ExactHead(const Attention & a, int kv_stream, int kv_head)
@@ -35,8 +36,8 @@ struct ExactHead {
     }
 };
 
-// A lane's P elements of an exact row of K and of V, those from P * lane on, as they lie in memory. K and V are read at the
-// same time, and nothing is computed from them at once, so that other work can go on.
+// A lane's P elements of an exact row of K and of V, those from P * lane on, as they lie in memory. K and V are read at
+// the same time, and nothing is computed from them at once, so that other work can go on.
 template <int P> struct ExactRow {
     enum { q8_0, f16, f32 } type;
     uint32_t k[P], v[P]; // a float or a number in f16 in each, or two of q8_0 in each of the first ones
@@ -113,19 +114,20 @@ __device__ __forceinline__ float sum_for_lanes(float (&x)[4], int lane) {
     return over_quads(x[0], [](float a, float b) { return a + b; });
 }
 
-// Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may write
-// the batch's rows, but not the slots.
+// Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may
+// write the batch's rows, but not the slots.
 __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const Place & place) {
     const ExactHead rows(call.a, place.kv_stream, place.kv_head());
     const ExactRows & x = call.a.exact;
     const int part = blockIdx.x * call.plan.row_tiles + place.row_tile;
-    const int row = rows.in_turn(part + place.lane / 8 * call.plan.parts), unit = place.lane % 4 * 64; // bytes of f16, at most
+    const int row = rows.in_turn(part + place.lane / 8 * call.plan.parts);
+    const int unit = place.lane % 4 * 64; // bytes of f16, at most
     if (row < rows.slots && unit < (x.type == KV::f16 ? 2 : 1) * call.a.head)
         prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
-// Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on. The
-// constructor loads the first of them, so that this overlaps with other work.
+// Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
+// The constructor loads the first of them, so that this overlaps with other work.
 template <KV TV, int D, int C> class ExactAttention {
     static constexpr int P = D / 32;
     const AttentionCall & call;
@@ -160,10 +162,11 @@ public:
         load();
     }
 
-    // Sets what the warp has of its columns in the lanes' order of the kernel. q: what load_columns loads of the first four
-    // columns, or nothing if there are eight, which would take too many registers. `scratch` takes D floats of the warp, aligned
-    // to 16 bytes.
-    __device__ __forceinline__ void attend(float (&q)[4][P], float * scratch, SoftmaxState (&state)[C], Sums<D, C> & sums) {
+    // Sets what the warp has of its columns in the lanes' order of the kernel. q: what load_columns loads of the first
+    // four columns, or nothing if there are eight, which would take too many registers. `scratch` takes D floats of the
+    // warp, aligned to 16 bytes.
+    __device__ __forceinline__ void attend(float (&q)[4][P], float * scratch, SoftmaxState (&state)[C],
+                                           Sums<D, C> & sums) {
         const Attention & a = call.a;
         const int lane = place.lane, in_quad = place.in_quad;
         while (turn < rows.rows) {
@@ -207,7 +210,7 @@ public:
                 state[h].largest = fmaxf(before, s);
                 correction[h] = exp2f(before - state[h].largest);
                 weight[h] = exp2f(s - state[h].largest);
-                state[h].sum = state[h].sum * correction[h] + (place.quad == 0 ? weight[h] : 0.0f); // of one of the lanes
+                state[h].sum = state[h].sum * correction[h] + (place.quad == 0 ? weight[h] : 0.0f); // of one lane
             }
             correct_output<D, C>(sums, correction);
 
@@ -217,7 +220,8 @@ public:
             } else {
 #pragma unroll
                 for (int j = 0; j < P; j += 4)
-                    reinterpret_cast<float4 *>(scratch)[P / 4 * lane + j / 4] = make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
+                    reinterpret_cast<float4 *>(scratch)[P / 4 * lane + j / 4] =
+                        make_float4(v[j], v[j + 1], v[j + 2], v[j + 3]);
             }
             __syncwarp();
 #pragma unroll

@@ -14,8 +14,8 @@
 namespace turboquant {
 namespace cuda {
 
-// encode_rows beside the preceding kernel in the stream, which must let the next one start only when what the stores read
-// is complete. The kernel ends after the preceding one.
+// encode_rows beside the preceding kernel in the stream, which must let the next one start only when what the stores
+// read is complete. The kernel ends after the preceding one.
 cudaError_t encode_beside(const Store & first, const Store & second, cudaStream_t stream);
 
 namespace {

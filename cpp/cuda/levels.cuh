@@ -20,8 +20,8 @@ constexpr uint32_t pack4(const int8_t * c) {
            uint32_t(uint8_t(c[3])) << 24;
 }
 
-// A codebook as words of four levels. If it has 16 levels or more, the magnitudes of its negative half: those of the first
-// eight levels in this order, and those of the other levels backwards.
+// A codebook as words of four levels. If it has 16 levels or more, the magnitudes of its negative half: those of the
+// first eight levels in this order, and those of the other levels backwards.
 template <typename Family> struct Table {
     static constexpr const int8_t * centroids = Family::centroids;
     static constexpr uint32_t word(int i) { return 4 * i < Family::levels ? pack4(centroids + 4 * i) : 0; }
@@ -40,7 +40,8 @@ template <typename Family> struct Table {
     }
 };
 
-// Levels that need two permutes are the difference of two operands, whose products with the other matrix are subtracted.
+// Levels that need two permutes are the difference of two operands, whose products with the other matrix are
+// subtracted.
 template <typename Family> constexpr int level_parts = Family::levels >= 16 ? 2 : 1;
 // Whether an index has a fifth bit, which is the sign of its level and has a selector of its own, that of Unit.
 template <typename Family> constexpr bool signed_units = Family::levels == 32;
@@ -49,8 +50,9 @@ template <typename Family> constexpr bool signed_units = Family::levels == 32;
 // repeats the sign of the selected byte, which is 0 for magnitudes. So of a permute with the nibbles and one with their
 // complements, one gives a magnitude and the other gives 0.
 //   16 levels: the magnitude of a negative level, and that of a positive one.
-//   32 levels: the nibble is that of a magnitude. The level is positive if a bit of the nibble in `signs` is set, the lowest
-//     bit for field 0 and the third for field 1 (Unit). Otherwise -1 is subtracted from the complement of the magnitude.
+//   32 levels: the nibble is that of a magnitude. The level is positive if a bit of the nibble in `signs` is set, the
+//     lowest bit for field 0 and the third for field 1 (Unit). Otherwise -1 is subtracted from the complement of the
+//     magnitude.
 template <typename Family> class LookUp {
     using T = Table<Family>;
     static_assert(T::symmetric(), "both halves have the same magnitudes");
@@ -66,7 +68,8 @@ public:
     __device__ __forceinline__ explicit LookUp(uint32_t zero)
         : low0(T::low0 ^ zero), high0(T::high0 ^ zero), sign(0x00ff00ff ^ zero), ones(~zero) {}
 
-    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, int field, uint32_t (&part)[parts]) const {
+    __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, int field,
+                                               uint32_t (&part)[parts]) const {
         if constexpr (Family::levels == 32) {
             const uint32_t magnitude =
                 prmt(low0, T::low1, nibbles) | prmt(high0, T::high1, complement(nibbles));
@@ -88,8 +91,8 @@ template <typename Family> constexpr bool packs_nibbles = false; // indices of f
 template <> constexpr bool packs_nibbles<LloydMax<4>> = true;
 
 // A unit: its nibbles, and if signed_units the selectors of its signs. Two units that share a word of crumbs, fields 0
-// and 1, also share a word of selectors: those of field 0 are the lowest bits of the nibbles, those of field 1 the third
-// bits. The other bits are zero.
+// and 1, also share a word of selectors: those of field 0 are the lowest bits of the nibbles, those of field 1 the
+// third bits. The other bits are zero.
 struct Unit {
     uint32_t nibbles, signs;
 };
@@ -124,15 +127,15 @@ template <int N> struct PathHalf {
     int word, odd; // four bytes of the path, and which half of their bits
     __device__ __forceinline__ explicit PathHalf(int crumbs) : word(crumbs % (N / 32)), odd(crumbs / (N / 32)) {}
 
-    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string (low, high) is the
-    // path bit of step i of the word, and those of earlier steps are below. c0 is in the even bits of the crumbs and c1 in
-    // the odd ones, so one shift can serve a tap of c0 and the tap of c1 that is a step later.
+    // The subsets as crumbs, complemented where a bit of `complement` is set. Bit 16 + i of the string (low, high) is
+    // the path bit of step i of the word, and those of earlier steps are below. c0 is in the even bits of the crumbs
+    // and c1 in the odd ones, so one shift can serve a tap of c0 and the tap of c1 that is a step later.
     __device__ __forceinline__ uint32_t subsets(const uint8_t * indices, uint32_t complement) const {
         const uint32_t low = load_u32(indices + 4 * word - 2), high = load_u16(indices + 4 * word + 2);
         uint32_t c0 = 0, c1 = 0, both = complement;
         static_assert((path_taps0 & 1) == 0, "c0 has no tap in the step itself");
 #pragma unroll
-        for (int k = 0; k <= path_memory; ++k) { // a tap of c0 from k + 1 steps before, and one of c1 from k steps before
+        for (int k = 0; k <= path_memory; ++k) { // a tap of c0 from k + 1 steps before, one of c1 from k steps before
             const bool tap0 = path_taps0 >> (k + 1) & 1, tap1 = path_taps1 >> k & 1;
             const uint32_t shifted = __funnelshift_r(low, high, 15 + odd - k);
             if (tap0 && tap1) both ^= shifted;
@@ -181,11 +184,14 @@ template <typename F> __device__ __forceinline__ int unit_element(int unit, int 
 }
 
 // The scale of a block.
-template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<LloydMax<Bits>, N>, const uint8_t * block) {
+template <int Bits, int N>
+__device__ __forceinline__ float load_scale(Format<LloydMax<Bits>, N>, const uint8_t * block) {
     return load_half(block);
 }
-template <int Bits, int N> __device__ __forceinline__ float load_scale(Format<Trellis<Bits>, N>, const uint8_t * block) {
-    return fabsf(__half2float(__ushort_as_half(uint16_t(load_u16(block) << (15 - scale_bits))))); // its sign is a path bit
+template <int Bits, int N>
+__device__ __forceinline__ float load_scale(Format<Trellis<Bits>, N>, const uint8_t * block) {
+    // The sign is a path bit.
+    return fabsf(__half2float(__ushort_as_half(uint16_t(load_u16(block) << (15 - scale_bits)))));
 }
 
 } // namespace

@@ -129,8 +129,8 @@ constexpr bool bulk_copies = true;
 constexpr bool bulk_copies = false;
 #endif
 
-// A barrier in shared memory completes a phase when it has its arrivals and all bytes that were announced for the phase.
-// Phases have the parities 0, 1, 0, ...
+// A barrier in shared memory completes a phase when it has its arrivals and all bytes that were announced for the
+// phase. Phases have the parities 0, 1, 0, ...
 __device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
     TURBOQUANT_BULK("mbarrier.init.shared::cta.b64 [%0], %1;\n"
                     "fence.mbarrier_init.release.cluster;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -146,12 +146,12 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
                     "@!done bra again;\n"
                     "}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// Announces bytes for the barrier's phase, and copies them from global to shared memory. Addresses and sizes are multiples
-// of 16.
+// Announces bytes for the barrier's phase, and copies them from global to shared memory. Addresses and sizes are
+// multiples of 16.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, int bytes, uint32_t barrier) {
     TURBOQUANT_BULK("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-                    "l"(global), "r"(bytes), "r"(barrier) : "memory");
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                    ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 // Orders a thread's accesses to shared memory before later bulk copies to the same memory.
 __device__ __forceinline__ void before_bulk_copies() { TURBOQUANT_BULK("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -170,27 +170,33 @@ struct Side {
     int chunk, pitch;     // bytes of a row in the cache, and in shared memory
 };
 
+// Threads that copy rows together: the number of the calling thread among them, and how many they are.
+struct Copiers {
+    unsigned thread, threads;
+};
+
 // Starts to copy rows first ... first + rows - 1 to shared memory; rows from n_kv on become zeros. A row keeps its
 // address modulo 16 (row_offset).
-__device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv) {
+__device__ __forceinline__ void load_rows(uint32_t shared, const Side & side, int rows, int64_t first, int64_t n_kv,
+                                          Copiers by = {threadIdx.x, blockDim.x}) {
     const uint8_t * any = side.base - (reinterpret_cast<uintptr_t>(side.base) & 15);
     if (side.stride == side.pitch && side.chunk == side.pitch) { // rows without gaps are one run of bytes
-        const uint8_t * from = side.base + first * side.stride + threadIdx.x * 16;
-        const int step = blockDim.x * 16, all = rows * side.pitch;
+        const uint8_t * from = side.base + first * side.stride + by.thread * 16;
+        const int step = by.threads * 16, all = rows * side.pitch;
         if (first + rows <= n_kv) {
 #pragma unroll 4
-            for (int at = threadIdx.x * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
+            for (int at = by.thread * 16; at < all; at += step, from += step) copy_async(shared + at, from, 16);
         } else {
             const int end = int(n_kv - first) * side.pitch;
 #pragma unroll 1
-            for (int at = threadIdx.x * 16; at < all; at += step, from += step)
+            for (int at = by.thread * 16; at < all; at += step, from += step)
                 copy_end(shared + at, from, any, end - at);
         }
         return;
     }
     const int log_lanes = side.pitch <= 128 ? 3 : side.pitch <= 256 ? 4 : 5, lanes = 1 << log_lanes; // that copy a row
-    const int apart = blockDim.x >> log_lanes, unit = (threadIdx.x & (lanes - 1)) * 16;
-    int r = threadIdx.x >> log_lanes;
+    const int apart = by.threads >> log_lanes, unit = (by.thread & (lanes - 1)) * 16;
+    int r = by.thread >> log_lanes;
     const uint8_t * from = side.base + (first + r) * side.stride + unit;
     shared += r * side.pitch + unit;
     const int64_t from_step = apart * side.stride;
@@ -237,8 +243,8 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 // ---- the pipeline
 
 // The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
-// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V. Before the
-// stages are their barriers.
+// compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
+// Before the stages are their barriers.
 template <KV TK, KV TV, int D> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
@@ -248,8 +254,8 @@ template <KV TK, KV TV, int D> struct Stages {
     int rows;             // of a stage
     int bytes;            // of a stage
     uint32_t barriers, shared_address; // of the first stage
-    // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad and
-    // 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
+    // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad
+    // and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
     int k_row, v_row, v_row0, v_row1;
 
     // shared: where the stages begin.
@@ -316,8 +322,8 @@ template <KV TK, KV TV, int D> struct Stages {
             copy_commit(); // of a group without rows as well, because copy_wait counts groups
         }
     }
-    // Starts to load all stages but the last. With bulk copies, the first warp does it: the other warps see its barriers only
-    // after a barrier of the thread block.
+    // Starts to load all stages but the last. With bulk copies, the first warp does it: the other warps see its
+    // barriers only after a barrier of the thread block.
     __device__ __forceinline__ void start() const {
         if (bulk()) {
             if (place.warp > 0) return;
@@ -329,9 +335,9 @@ template <KV TK, KV TV, int D> struct Stages {
         for (int stage = 0, at = 0; stage < call.plan.stages - 1; ++stage, at += rows)
             if (!bulk() || at < place.length) load(at, stage);
     }
-    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the preceding
-    // stage as soon as all warps have read it. With bulk copies, only the warp that loads waits for the other warps.
-    // `parity` changes when the stages are used again.
+    // Waits for `stage`, which has the rows from `at` on, and starts to load the rows `ahead` of these into the
+    // preceding stage as soon as all warps have read it. With bulk copies, only the warp that loads waits for the other
+    // warps. `parity` changes when the stages are used again.
     __device__ __forceinline__ void advance(int at, int stage, int parity, int ahead) const {
         const int stages = call.plan.stages, preceding = stage ? stage - 1 : stages - 1;
         if (bulk()) {

@@ -56,7 +56,8 @@ template <int C> struct Mask {
         return !__any_sync(all_lanes, sees);
     }
 
-    // Adds the biases to the scores. The score of a hidden row is minus infinity, even if the bytes of the row give a NaN.
+    // Adds the biases to the scores. The score of a hidden row is minus infinity, even if the bytes of the row give a
+    // NaN.
     __device__ __forceinline__ void apply(const AttentionCall & call, const LaneColumns<C> & columns,
                                           float (&s)[lane_rows][C]) const {
 #pragma unroll

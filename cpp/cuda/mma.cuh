@@ -28,8 +28,8 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1,
 #endif
 }
 
-// The product of row quad + 8 * half of A with the 16-bit column h of a lane, of the products with its bytes: those of high
-// and low bytes are two columns of a product if there are four query columns, else two products.
+// The product of row quad + 8 * half of A with the 16-bit column h of a lane, of the products with its bytes: those of
+// high and low bytes are two columns of a product if there are four query columns, else two products.
 __device__ __forceinline__ int join_bytes(const int (&c)[1][4], int half, int) {
     return c[0][2 * half] * 256 + c[0][2 * half + 1];
 }
@@ -116,15 +116,16 @@ __device__ __forceinline__ void correct_output(Sums<D, C> & sums, const float (&
 }
 
 // o += V times weights of the 32 rows of a tile. p has the weights of the lane's rows, quad + 8 j, some of which may be
-// hidden unless `visible`. scale_row is row `quad`; row0 and row1 are rows 2 * in_quad and 2 * in_quad + 1, whose values and
-// those of the rows 8, 16 and 24 further on the lane computes. store_output maps the elements of o to those of the row.
+// hidden unless `visible`. scale_row is row `quad`; row0 and row1 are rows 2 * in_quad and 2 * in_quad + 1, whose
+// values and those of the rows 8, 16 and 24 further on the lane computes. store_output maps the elements of o to those
+// of the row.
 template <KV TV, int D, int C>
 __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV, D>::LookUpLevels & look_up,
                                        const float (&p)[lane_rows][C], bool visible, const uint8_t * scale_row,
                                        const uint8_t * row0, const uint8_t * row1, int pitch, int quad) {
     using L = Layout<TV, D>;
-    // The order of the inner index is that of Weights: a register of a lane has two rows of 2 * in_quad + 8 j, then two of
-    // 2 * in_quad + 1 + 8 j.
+    // The order of the inner index is that of Weights: a register of a lane has two rows of 2 * in_quad + 8 j, then two
+    // of 2 * in_quad + 1 + 8 j.
     const uint8_t * row[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) row[i] = (i & 2 ? row1 : row0) + (i / 4 * 2 + i % 2) * 8 * pitch;

@@ -16,8 +16,8 @@
 //       interleave_low of (even a b, even c d)  = [a0b0][c0d0] [a2b2][c2d2]    selectors of elements 0 and 2
 //       interleave_high                         = [a4b4][c4d4] [a6b6][c6d6]    of 4 and 6; then the odd ones likewise
 //
-// The tensor cores give a lane the products of rows quad and quad + 8 of A with columns 2 * in_quad and 2 * in_quad + 1 of
-// B, in this order.
+// The tensor cores give a lane the products of rows quad and quad + 8 of A with columns 2 * in_quad and 2 * in_quad + 1
+// of B, in this order.
 #ifndef TURBOQUANT_CUDA_OPERANDS_H
 #define TURBOQUANT_CUDA_OPERANDS_H
 
@@ -100,7 +100,8 @@ template <KV TV, int D> struct ValueBlock {
     uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
 
     __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad) {
-        const uint8_t *const low[4] = {row[0], row[1], row[2], row[3]}, *const high[4] = {row[4], row[5], row[6], row[7]};
+        const uint8_t * const low[4] = {row[0], row[1], row[2], row[3]};
+        const uint8_t * const high[4] = {row[4], row[5], row[6], row[7]};
         read(low, offset + 2, quad, first, first_signs);
         read(high, offset + 2, quad, second, second_signs);
     }
@@ -160,8 +161,8 @@ private:
 // A lane's sums over V times weights, in the order of the products: of rows quad and quad + 8 of each, and C columns.
 template <int D, int C> using Sums = float[D / 16][2][C];
 
-// The elements of the lane's column h in `o`: calls run(at, x...) for two or four of them that are adjacent in a row, from
-// element `at` on.
+// The elements of the lane's column h in `o`: calls run(at, x...) for two or four of them that are adjacent in a row,
+// from element `at` on.
 template <KV TV, int D, typename Sums, typename Run>
 __device__ __forceinline__ void for_output(Sums & o, int h, int quad, const Run & run) {
     using L = Layout<TV, D>;
@@ -240,9 +241,9 @@ __device__ __forceinline__ void to_operand(const uint32_t (&x)[2], uint32_t (&b)
     for (int r = 0; r < 2; ++r) b[r] = transpose_matrix(x[r]);
 }
 
-// Weights times V's scales, which may be negative, as 16-bit integers with a common scale. If there are four columns, two
-// columns of the operand have the high and the low bytes of one; else high and low bytes are two operands. If a scale of
-// V is NaN, the common scale is NaN.
+// Weights times V's scales, which may be negative, as 16-bit integers with a common scale. If there are four columns,
+// two columns of the operand have the high and the low bytes of one; else high and low bytes are two operands. If a
+// scale of V is NaN, the common scale is NaN.
 template <int C> struct Weights {
     float w[lane_rows][C], inverse[C];
     float scale[C]; // of the integers

@@ -66,10 +66,11 @@ __device__ __forceinline__ bool queries_are_aligned(const Attention & a) {
     return ((reinterpret_cast<uintptr_t>(a.q) | uint64_t(a.q_token | a.q_head | a.q_stream)) & 15) == 0;
 }
 
-// Loads four columns of the thread block from number c0 on, zeros for columns that do not exist. A lane gets D / 32 adjacent
-// elements of each.
+// Loads four columns of the thread block from number c0 on, zeros for columns that do not exist. A lane gets D / 32
+// adjacent elements of each.
 template <int D>
-__device__ __forceinline__ void load_columns(const AttentionCall & call, const Place & place, int c0, float (&y)[4][D / 32]) {
+__device__ __forceinline__ void load_columns(const AttentionCall & call, const Place & place, int c0,
+                                             float (&y)[4][D / 32]) {
     constexpr int P = D / 32;
     const bool aligned = queries_are_aligned(call.a);
     // Lane i computes the address of column c0 + i.
@@ -101,8 +102,8 @@ template <KV TK, int D> constexpr bool places_add_up() {
     return true;
 }
 
-// c += a product of matrices in tf32, which ignores the low 13 bits of the operands. All elements of rows 0 to 7 of A are a0
-// or a1, those of the other rows are a0 and a1 or, if Negative, their negatives.
+// c += a product of matrices in tf32, which ignores the low 13 bits of the operands. All elements of rows 0 to 7 of A
+// are a0 or a1, those of the other rows are a0 and a1 or, if Negative, their negatives.
 template <bool Negative>
 __device__ __forceinline__ void mma_signs(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1) {
     constexpr uint32_t sign = Negative ? 0x80000000 : 0;
@@ -115,10 +116,10 @@ __device__ __forceinline__ void mma_signs(float (&c)[4], uint32_t a0, uint32_t a
 
 // Four columns that a warp rotates on the tensor cores.
 //
-// The Hadamard transform is a transform in each bit of the number of an element, in any order. That of the highest bit of a
-// block is made when the operands are made: columns 0 to 3 of the operand have the sums of both halves of a block, columns 4
-// to 7 the differences. Products of tf32 make those of the four low bits, with operands in two parts, which lose nothing
-// that 16 bits would keep. Additions make those of the bits between.
+// The Hadamard transform is a transform in each bit of the number of an element, in any order. That of the highest bit
+// of a block is made when the operands are made: columns 0 to 3 of the operand have the sums of both halves of a block,
+// columns 4 to 7 the differences. Products of tf32 make those of the four low bits, with operands in two parts, which
+// lose nothing that 16 bits would keep. Additions make those of the bits between.
 template <KV TK, int D> class RotatedColumns {
     using L = Layout<TK, D>;
     static constexpr int N = L::block, W = N / 32, blocks = D / N;
@@ -165,7 +166,8 @@ public:
                 for (int f = 0; f < 4; ++f) {
                     const auto signed_value = [&](int half) {
                         const int e = half * N / 2 + 16 * w;
-                        return __float_as_uint(flip_sign(x[b][half][w][f], s1_word(e / 32) >> (4 * in_quad), e % 32 + f));
+                        const uint32_t signs = s1_word(e / 32) >> (4 * in_quad);
+                        return __float_as_uint(flip_sign(x[b][half][w][f], signs, e % 32 + f));
                     };
                     const float sum = __uint_as_float(signed_value(0)) + __uint_as_float(signed_value(1) ^ difference);
                     high[f] = __float_as_uint(sum) & 0xffffe000;
@@ -205,7 +207,8 @@ public:
             for (int h = 2; h < 32; h *= 2) largest[i] = max(largest[i], __shfl_xor_sync(all_lanes, largest[i], h));
             const float top = __uint_as_float(largest[i]);         // if it is NaN, the scores are NaN
             const float inverse = top > 0 ? 32512.0f / top : 0.0f; // 127 * 256
-            if (quad == 0 && upper == 0) factors[column] = top * (Block<N>::one_over_sqrt_n * a.scale * L::step / 32512.0f);
+            if (quad == 0 && upper == 0)
+                factors[column] = top * (Block<N>::one_over_sqrt_n * a.scale * L::step / 32512.0f);
             uint8_t * to = bytes + column * 2 * D + operand_place<TK, D>(lane_bits + upper * N / 2);
 #pragma unroll
             for (int b = 0; b < blocks; ++b)
@@ -214,7 +217,8 @@ public:
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
                         constexpr int low_bytes = 4;
-                        const int value = __float2int_rn(y[b][w][2 * h + i] * inverse), at = operand_place<TK, D>(b * N + 16 * w + 2 * h);
+                        const int value = __float2int_rn(y[b][w][2 * h + i] * inverse);
+                        const int at = operand_place<TK, D>(b * N + 16 * w + 2 * h);
                         to[at] = uint8_t((value + 128) >> 8);
                         to[at + low_bytes] = uint8_t(value);
                     }
@@ -272,8 +276,8 @@ public:
 template <KV TK, int D>
 using Columns = typename std::conditional<Layout<TK, D>::turbo, RotatedColumns<TK, D>, PlainColumns<TK, D>>::type;
 
-// Writes the columns of a KV head to its scratch memory, as K is: rotated, as integers or in binary16. The warps of the head
-// share the work. `own` has loaded four columns from 4 * row_tile on.
+// Writes the columns of a KV head to its scratch memory, as K is: rotated, as integers or in binary16. The warps of the
+// head share the work. `own` has loaded four columns from 4 * row_tile on.
 template <KV TK, int D, int C>
 __device__ __forceinline__ void write_columns(const AttentionCall & call, const Place & place, uint8_t * bytes,
                                               Columns<TK, D> & own) {
@@ -285,9 +289,9 @@ __device__ __forceinline__ void write_columns(const AttentionCall & call, const 
         }
 }
 
-// The queries of a lane's C columns, as operand B of the scores: rows are elements. If there are four columns, two columns
-// of the operand have the high and the low bytes of one, or what binary16 leaves of it. Else the high and the low bytes
-// are two operands, and binary16 is only rounded.
+// The queries of a lane's C columns, as operand B of the scores: rows are elements. If there are four columns, two
+// columns of the operand have the high and the low bytes of one, or what binary16 leaves of it. Else the high and the
+// low bytes are two operands, and binary16 is only rounded.
 template <KV TK, int D, int C> struct Query {
     using L = Layout<TK, D>;
     static constexpr int steps = L::floats ? D / 16 : D / 32, parts = L::floats ? 1 : C;
@@ -303,7 +307,8 @@ template <KV TK, int D, int C> struct Query {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) x[s][0][i] = words[8 * s + 4 * i + place.in_quad];
         } else {
-            const uint8_t * column = bytes + (C == 1 ? place.quad / 2 * 2 * D + place.quad % 2 * 4 : place.quad * 2 * D);
+            const int quad = place.quad;
+            const uint8_t * column = bytes + (C == 1 ? quad / 2 * 2 * D + quad % 2 * 4 : quad * 2 * D);
 #pragma unroll
             for (int s = 0; s < steps; ++s)
 #pragma unroll

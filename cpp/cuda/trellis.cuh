@@ -20,8 +20,8 @@ namespace {
 
 // ---- tables
 
-// For a value on the grid: the metrics of the four subsets, a byte each, and the numbers of their nearest levels, four bits
-// each.
+// For a value on the grid: the metrics of the four subsets, a byte each, and the numbers of their nearest levels, four
+// bits each.
 template <int Bits> struct GridTable {
     static constexpr int limit = Grid<Bits>::limit;
     struct {
@@ -50,10 +50,10 @@ constexpr int rotate_state(int state, int steps) {
     return state;
 }
 
-// For each step modulo 6 and each location, the selector of the branch from the location itself, whose oldest path bit is
-// the new one. It gives the metric of the branch's subset, shifted by 16, plus the second operand of prmt, a bit of the
-// lower half, if the oldest bit is set. The other branch has the opposite subset and the opposite oldest bit, so its
-// selector differs in `other_branch`.
+// For each step modulo 6 and each location, the selector of the branch from the location itself, whose oldest path bit
+// is the new one. It gives the metric of the branch's subset, shifted by 16, plus the second operand of prmt, a bit of
+// the lower half, if the oldest bit is set. The other branch has the opposite subset and the opposite oldest bit, so
+// its selector differs in `other_branch`.
 struct BranchTable {
     uint16_t own[path_memory][path_states];
     constexpr BranchTable() : own() {
@@ -135,7 +135,8 @@ __device__ __forceinline__ void put_bits(uint32_t (&words)[Words], int at, int c
     if (at % 32 + count > 32) words[at / 32 + 1] |= bits >> (32 - at % 32);
 }
 
-// Finds the best path for scratch.metrics, and writes the first bytes of the block, without the scale, to scratch.words.
+// Finds the best path for scratch.metrics, and writes the first bytes of the block, without the scale, to
+// scratch.words.
 template <int N>
 __device__ __forceinline__ void find_path(TrellisScratch<N> & scratch, const Branches & branches, int lane) {
     constexpr int whole = N / group_steps, left = N % group_steps;

@@ -66,8 +66,8 @@ cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & 
 
 // ---- the rows of an exact window among those of a cache that was decoded to binary16
 
-// Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or binary16,
-// then the float32 rows of the batch. nb[0] and nb[2] are the strides of rows and of streams.
+// Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or
+// binary16, then the float32 rows of the batch. nb[0] and nb[2] are the strides of rows and of streams.
 struct WindowRows {
     bool half_slots; // binary16, else q8_0
     Rows slots, batch;
@@ -76,16 +76,16 @@ struct WindowRows {
     int64_t streams;
 };
 
-// For each exact row of a stream, 1 + the row of the cache that it replaces, or 0: the lower and the upper 16 bits lie in
-// two rows of words.
+// For each exact row of a stream, 1 + the row of the cache that it replaces, or 0: the lower and the upper 16 bits lie
+// in two rows of words.
 struct WindowCells {
     const uint16_t *low, *high; // of the first stream
     int64_t stream;             // stride of streams
 };
 
 // Writes each exact row that replaces a row of the cache to this row of dst, as binary16. If rotated, blocks of `block`
-// values are transformed as in rotate_rows. The result is cudaErrorNotSupported if `values` is no multiple of `block`, or
-// if there is no such block.
+// values are transformed as in rotate_rows. The result is cudaErrorNotSupported if `values` is no multiple of `block`,
+// or if there is no such block.
 cudaError_t window_to_half(const WindowRows & window, const WindowCells & cells, int block, bool rotated,
                            const Rows & dst, cudaStream_t stream);
 
@@ -94,13 +94,13 @@ cudaError_t window_to_half(const WindowRows & window, const WindowCells & cells,
 cudaError_t window_to_mask(const Rows & exact, const WindowCells & cells, const Rows & mask, const int64_t ne[4],
                            cudaStream_t stream);
 
-// Stores the batch's rows of K and of V in the slots' format. Row i of the batch, counted over all streams, is stored in
-// row index[i] of k_slots and of v_slots, whose nb[0] is the stride of rows. The result is cudaErrorNotSupported if
+// Stores the batch's rows of K and of V in the slots' format. Row i of the batch, counted over all streams, is stored
+// in row index[i] of k_slots and of v_slots, whose nb[0] is the stride of rows. The result is cudaErrorNotSupported if
 // `values` is no multiple of 32.
 cudaError_t store_window(const WindowRows & k, const WindowRows & v, const int64_t * index, const Rows & k_slots,
                          const Rows & v_slots, cudaStream_t stream);
 
-// ---- attention of a few query tokens over a long cache
+// ---- attention over a cache
 
 // X(name): the types of rows of K and V: the families of turboquant_formats.h, in blocks of min(head, 128) values, and
 // two of ggml's types.
@@ -135,8 +135,8 @@ struct ExactRows {
     const void * mask; // binary16 [mask_streams][mask_heads][tokens][slots + tokens], as Attention::mask; not nullptr
     int64_t mask_token, mask_head, mask_stream;
     int mask_heads, mask_streams;
-    // Row i of the batch, [kv_streams][tokens], is stored in row store_rows[i] of store_k and of store_v after all reads of
-    // the slots, whose row and head strides these have. nullptr: the batch is not stored.
+    // Row i of the batch, [kv_streams][tokens], is stored in row store_rows[i] of store_k and of store_v after all
+    // reads of the slots, whose row and head strides these have. nullptr: the batch is not stored.
     const int64_t * store_rows;
     void *store_k, *store_v;
 };
@@ -151,7 +151,7 @@ struct Attention {
     KV type_k, type_v;   // at least one of the two is a turbo type; two turbo types are of one family
     int head;            // values in a head of K and of V: one of TURBOQUANT_KV_HEADS
     int heads, kv_heads; // query heads and KV heads; heads is a multiple of kv_heads (GQA)
-    int tokens, streams; // of the queries; heads / kv_heads * tokens is at most 32, streams at most 65535
+    int tokens, streams; // of the queries; streams is at most 65535
     int kv_streams;      // divides streams; consecutive streams share a KV stream
     int64_t n_kv;        // KV rows of a KV stream: 1 ... 2^30
     const float * q;     // [streams][heads][tokens][head]
@@ -165,7 +165,7 @@ struct Attention {
     int mask_heads, mask_streams;    // head h and stream s have the mask of h % mask_heads and s % mask_streams
     const float * sinks;             // [heads] scores that count in the softmax without a row of V, or nullptr
     float scale, max_bias, soft_cap; // max_bias > 0: ALiBi, else slope = 1; soft_cap 0 = none
-    float sparse_v; // V of a tile of 32 rows is left out of the sum (but counts in the softmax) if its weights,
+    float sparse_v; // V of a tile of 32 rows may be left out of the sum (but counts in the softmax) if its weights,
                     // relative to the largest so far, are at most this for all queries that are computed together
     float * dst;    // [streams][tokens][heads][head] without gaps
     bool windowed;  // whether `exact` is read
@@ -173,27 +173,35 @@ struct Attention {
 };
 
 // The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
-// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows.
+// (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows. There are two kernels: one
+// for up to 32 columns, and a `wide` one.
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes
     size_t states_at;       // offset of the softmax states in the workspace, behind the partial results
     int group;              // query heads of a KV head
     int columns;            // of a KV head: group * tokens
-    int column_tile;        // columns of a thread block: 4 or 8
-    int column_tiles;       // of a KV head: at most 4
+    int column_tile;        // columns of a thread block: 4 or 8; 16 to 256 if `wide`
+    int column_tiles;       // of a KV head
     int block_heads;        // KV heads of a thread block
     int head_groups;        // kv_heads / block_heads
-    int row_tiles;          // warps of a KV head in a thread block, which take tiles of rows in turn
+    int row_tiles;          // warps of a KV head, or of a column if `wide`, in a thread block: they take tiles in turn
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
-    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32
-    int parts;              // partial results of a query row: chunks * row_tiles
+    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32, or of buffer_rows if `wide`
+    int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
     bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
+    // The wide kernel, whose thread blocks have one KV head.
+    bool wide;
+    bool hopper;             // the kernel for Hopper GPUs
+    int operands;            // of 16 columns, of a warp
+    bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together
+    int buffer_rows;         // KV rows that are expanded together at a time
+    size_t queries_at, factors_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
@@ -201,9 +209,9 @@ struct AttentionPlan {
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// Computes attention with the plan of the same call for the current device. The result is cudaErrorNotSupported if the
-// number of the device is 64 or greater. `stores`: nullptr, or two stores, of K and of V, that encode_rows takes. They are
-// made beside the call, so `exact` must have the batch, and the rows that they write must be hidden from all queries.
+// Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and
+// of V, that encode_rows takes. They are made beside the call, so `exact` must have the batch, and the rows that they
+// write must be hidden from all queries.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);
 

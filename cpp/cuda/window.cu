@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(32 * warps_of_block)
     if (own >= side.stored) return;
     const int64_t row = own / side.groups, group = own % side.groups;
     const float * from = reinterpret_cast<const float *>(row_at(side.batch, row % side.n_batch, 0, row / side.n_batch));
-    store_exact_values(side.half_slots, row_at(side.slots, index[row], 0, 0), int(group), from[32 * group + lane], lane);
+    store_exact_values(side.half_slots, row_at(side.slots, index[row], 0, 0), int(group), from[32 * group + lane],
+                       lane);
 }
 
 WindowStore store_of(const WindowRows & w, const Rows & slots) {

@@ -25,6 +25,7 @@ enum class Mask {
     random,      // tokens see a random half of the rows, with random biases; the last token sees nothing, and every 64th
                  // token sees none of the rows 64 to 127
     alternating, // requests that share a cache: a token sees the rows of its own parity
+    runs,        // requests whose rows lie one after the other: token t sees quarter t % 4 of the rows
     prefixes,    // token t sees the first seen[t % 3] rows
     first        // the first token sees all rows, the others all but the bad one
 };
@@ -41,6 +42,7 @@ struct AttentionCase {
     int pad = 0;                     // bytes between cache rows
     Bytes bytes = Bytes::encoded;
     Mask mask = Mask::causal;
+    int mask_heads = 1; // head h has mask h % mask_heads
     Sinks sinks = Sinks::none;
     float max_bias = 0, soft_cap = 0, sparse_v = 0;
     float spread = 1;                      // standard deviation of the scores if K has standard deviation 1
@@ -89,10 +91,11 @@ inline std::string described(const AttentionCase & c) {
     if (!c.heads_adjacent) s << ", heads apart";
     if (c.pad) s << ", padded by " << c.pad;
     const char * bytes[] = {"", ", odd scales", ", subnormal scales", ", any bytes"};
-    const char * masks[] = {", no mask", "", ", random masks", ", alternating masks", "",
-                            ", seen by the first token"};
+    const char * masks[] = {", no mask", "", ", random masks", ", alternating masks",
+                            ", masks of runs", "", ", seen by the first token"};
     const char * sinks[] = {"", ", sinks", ", sinks of -infinity"};
     s << bytes[int(c.bytes)] << masks[int(c.mask)] << sinks[int(c.sinks)];
+    if (c.mask_heads > 1) s << " of " << c.mask_heads << " heads";
     if (c.max_bias > 0) s << ", ALiBi " << c.max_bias;
     if (c.soft_cap > 0) s << ", soft cap " << c.soft_cap;
     if (c.sparse_v > 0) s << ", sparse V " << c.sparse_v;
@@ -414,6 +417,130 @@ inline void options(List & list) {
     }
 }
 
+// Many query columns: prefill, and batches of several requests.
+inline void columns(List & list) {
+    struct Shape {
+        int tokens, heads, kv_heads;
+        int64_t rows;
+    };
+    const Shape shapes[] = {{9, 4, 1, 300}, {17, 8, 2, 517}, {40, 8, 4, 1300}, {33, 2, 2, 64}, {70, 8, 2, 700},
+                            {50, 14, 2, 200}, {300, 1, 1, 520}};
+    for (const AttentionCase & base : bases())
+        for (const Shape & shape : shapes)
+            for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {
+                AttentionCase c = base;
+                c.tokens = shape.tokens;
+                c.heads = shape.heads;
+                c.kv_heads = shape.kv_heads;
+                c.rows = shape.rows;
+                c.mask = mask;
+                list.add("columns", c, Extent::usual);
+            }
+    std::vector<Pair> pairs = turbo_pairs();
+    for (const int head : {64, 128, 256})
+        for (const int k : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
+            pairs.push_back({k, TQ_TURBO3_TCQ, head, head});
+    for (const Pair & p : pairs) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.tokens = 9;
+        c.heads = 8;
+        c.kv_heads = 2;
+        c.rows = 200;
+        c.mask = Mask::causal;
+        list.add("columns", c, p.head_k == 128 ? Extent::usual : Extent::whole);
+    }
+    const Pair wider[] = {{TQ_TURBO4, TQ_TURBO4, 64, 64}, {TQ_TURBO4, TQ_ROW_Q8_0, 128, 128},
+                          {TQ_TURBO3, TQ_ROW_F16, 64, 64}, {TQ_TURBO3, TQ_TURBO2, 256, 256},
+                          {TQ_ROW_Q8_0, TQ_TURBO4, 256, 256}};
+    for (const Pair & p : wider) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.tokens = 20;
+        c.rows = 700;
+        list.add("columns", c, Extent::usual);
+    }
+    for (const AttentionCase & base : bases()) { // so many streams that a GPU's thread block has many rows of a stream
+        AttentionCase c = base;
+        c.heads = 4;
+        c.kv_heads = 1;
+        c.streams = 33;
+        c.tokens = 5;
+        c.rows = 2900;
+        c.mask = Mask::random;
+        list.add("columns", c);
+        c.tokens = 17;
+        c.rows = 1500;
+        c.mask = Mask::runs;
+        list.add("columns", c);
+    }
+    for (const int head : {64, 128, 256})
+        for (const int k : {int(TQ_TURBO4), int(TQ_ROW_Q8_0)})
+            for (const int tokens : {12, 40}) {
+                AttentionCase c = with_types(k, TQ_TURBO3, head);
+                c.tokens = tokens;
+                c.mask = Mask::random;
+                c.mask_heads = 4;
+                c.streams = c.kv_streams = 2;
+                c.sinks = Sinks::normal;
+                c.max_bias = 8;
+                c.soft_cap = 3;
+                c.rows = 200;
+                list.add("columns", c, head == 128 ? Extent::usual : Extent::whole);
+            }
+    for (const AttentionCase & base : bases()) {
+        AttentionCase c = base;
+        c.tokens = 24;
+        c.rows = 2100;
+        c.mask = Mask::prefixes;
+        c.seen[0] = 1;
+        c.seen[1] = 640;
+        c.seen[2] = 2050;
+        c.last = 2049;
+        list.add("columns", c, Extent::usual);
+        c.last = INT64_MAX;
+        c.rows = 300;
+        c.mask = Mask::causal;
+        c.streams = c.kv_streams = 3;
+        list.add("columns", c, Extent::usual);
+        c.kv_streams = 1;
+        list.add("columns", c, Extent::usual);
+        c.streams = 1;
+        c.heads_adjacent = false;
+        c.pad = 2;
+        list.add("columns", c, Extent::usual);
+        c.heads_adjacent = true;
+        c.pad = 0;
+        c.sinks = Sinks::normal;
+        c.max_bias = 8;
+        c.heads = 12;
+        list.add("columns", c, Extent::usual);
+        c.max_bias = 0;
+        c.soft_cap = 10;
+        list.add("columns", c, Extent::usual);
+        c.soft_cap = 0;
+        c.sparse_v = 1e-6f;
+        list.add("columns", c, Extent::usual);
+        c.spread = 100; // so that V is left out
+        if (c.type_k < TQ_TYPE_COUNT) list.add("columns", c, Extent::usual);
+        c.spread = 1;
+        c.sparse_v = 0;
+        c.first = c.last = 150; // no other row is seen
+        list.add("columns", c, Extent::usual);
+        c.first = 0;
+        c.last = INT64_MAX;
+        c.bytes = Bytes::odd;
+        list.add("columns", c, Extent::usual);
+        c.bytes = Bytes::encoded;
+        c.bad_key = c.rows - 20; // only the last tokens see it
+        list.add("columns", c, Extent::usual);
+        c.bad_key = -1;
+        c.bad_value = c.rows - 20;
+        for (const Bad bad : {Bad::nan, Bad::infinity}) {
+            c.bad = bad;
+            list.add("columns", c, Extent::usual);
+        }
+    }
+}
+
 } // namespace attention_list
 
 // Every name occurs once.
@@ -428,6 +555,7 @@ inline std::vector<AttentionCase> attention_cases() {
     row_counts(list);
     shapes(list);
     options(list);
+    columns(list);
     return list.cases;
 }
 

@@ -75,7 +75,7 @@ struct Problem {
     Random random;
     Cache k, v;
     std::vector<float> q;       // [stream][token][head][head_k], in llama.cpp's order
-    std::vector<uint16_t> mask; // binary16 [stream][token][rows], or empty
+    std::vector<uint16_t> mask; // binary16 [stream][mask head][token][rows], or empty
     std::vector<float> sinks;   // [head], or empty
     const float scale;
 
@@ -83,13 +83,17 @@ struct Problem {
         : c(c_), random(seed_of(c.name)), k(random, c, true), v(random, c, false),
           q(size_t(c.streams * c.tokens * c.heads * c.head_k)), scale(1.0f / std::sqrt(float(c.head_k))) {
         for (float & x : q) x = random.normal() * c.spread;
-        if (c.mask != Mask::none) mask.resize(size_t(int64_t(c.streams) * c.tokens * c.rows));
+        if (c.mask != Mask::none) mask.resize(size_t(int64_t(c.streams) * c.mask_heads * c.tokens * c.rows));
         for (int64_t i = 0; i < int64_t(mask.size()); ++i) mask[size_t(i)] = mask_at(i / c.rows % c.tokens, i % c.rows);
         if (c.sinks != Sinks::none) sinks.resize(size_t(c.heads));
         for (float & x : sinks) x = c.sinks == Sinks::normal ? random.normal() + 3 : -INFINITY;
     }
 
     int64_t results() const { return int64_t(c.streams) * c.tokens * c.heads; } // query rows
+    const uint16_t * mask_row(int64_t stream, int64_t token, int head) const { // nullptr without a mask
+        const int64_t row = (stream * c.mask_heads + head % c.mask_heads) * c.tokens + token;
+        return mask.empty() ? nullptr : mask.data() + row * c.rows;
+    }
     int kv_stream(int stream) const { return stream / (c.streams / c.kv_streams); }
 
     // The factor of a head's mask (ALiBi).
@@ -109,7 +113,7 @@ struct Problem {
             const int h = int(i % c.heads), stream = int(i / c.heads / c.tokens);
             const int64_t cell = kv_stream(stream) * c.rows * c.kv_heads + h / c.group();
             const float * query = queries.data() + i * c.head_k;
-            const uint16_t * row_mask = mask.empty() ? nullptr : mask.data() + i / c.heads * c.rows;
+            const uint16_t * row_mask = mask_row(stream, i / c.heads % c.tokens, h);
             double largest = sinks.empty() ? -INFINITY : double(sinks[size_t(h)]);
             for (int64_t r = 0; r < c.rows; ++r) {
                 double & s = score[size_t(r)];
@@ -157,6 +161,7 @@ private:
                 bias = random.normal();
                 break;
             case Mask::alternating: hidden = hidden || row % 2 != token % 2; break;
+            case Mask::runs: hidden = hidden || row * 4 / c.rows != token % 4; break;
             case Mask::prefixes: hidden = hidden || row >= c.seen[token % 3]; break;
             case Mask::first: hidden = hidden || (token > 0 && row == bad); break;
         }

@@ -11,8 +11,8 @@ struct Windowed {
     int64_t slot_head_k, slot_head_v;       // bytes of a head's values in a slot
     std::vector<uint8_t> slots_k, slots_v;  // [kv_stream][slot][KV head]
     std::vector<float> batch_k, batch_v;    // [kv_stream][row][KV head][head]
-    std::vector<uint16_t> far;              // binary16 [stream][token][rows]: the mask without them
-    std::vector<uint16_t> exact;            // [stream][token][slots + batch]: theirs
+    std::vector<uint16_t> far;              // the mask without them
+    std::vector<uint16_t> exact;            // theirs: binary16 [stream][mask head][token][slots + batch]
 
     // The values of the rows in slots become what the type makes of them, in the problem, too.
     Windowed(Problem & p, int type)
@@ -50,10 +50,11 @@ struct Windowed {
                     take(p.v, slots_v, batch_v);
                 }
         far = p.mask;
-        if (far.empty()) far.assign(size_t(int64_t(c.streams) * c.tokens * c.rows), 0);
-        for (int64_t query = 0; query < int64_t(c.streams) * c.tokens; ++query)
+        const int64_t mask_rows = int64_t(c.streams) * c.mask_heads * c.tokens;
+        if (far.empty()) far.assign(size_t(mask_rows * c.rows), 0);
+        for (int64_t i = 0; i < mask_rows; ++i)
             for (const int64_t r : rows) {
-                uint16_t * at = r < 0 ? nullptr : &far[size_t(query * c.rows + r)];
+                uint16_t * at = r < 0 ? nullptr : &far[size_t(i * c.rows + r)];
                 exact.push_back(at ? *at : uint16_t(0xfc00));
                 if (at) *at = 0xfc00;
             }

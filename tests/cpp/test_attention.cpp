@@ -96,7 +96,7 @@ private:
                 const int64_t token = int64_t(stream) * c.tokens + t;
                 place.push_back(token * c.heads + h);
                 q.push_back(p.q.data() + place.back() * c.head_k);
-                mask.push_back(p.mask.data() + token * c.rows);
+                mask.push_back(p.mask_row(stream, t, h));
                 slope.push_back(p.slope(h));
             }
         const int64_t rows = int64_t(q.size());
@@ -113,7 +113,7 @@ private:
     }
 };
 
-// Calls tq_attention, which supports dense tensors, and neither ALiBi nor sinks.
+// Calls tq_attention, which supports dense tensors and one mask for all heads, and neither ALiBi nor sinks.
 std::vector<float> by_one_call(const Problem & p) {
     const AttentionCase & c = p.c;
     const int query_rows = c.heads * c.tokens;
@@ -178,7 +178,7 @@ void conforms(const AttentionCase & c) {
             check::Case split_case("split at ", middle, backwards ? ", backwards" : "");
             check_rows(p, host.split(middle, backwards), want);
         }
-    if (c.max_bias > 0 || c.sinks != Sinks::none) return;
+    if (c.max_bias > 0 || c.sinks != Sinks::none || c.mask_heads > 1) return;
     check::Case call_case("one call");
     check_rows(p, by_one_call(p), want);
 }

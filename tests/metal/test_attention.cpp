@@ -57,8 +57,9 @@ struct Window {
             s.mask = exact.buffer();
             s.mask.offset += size_t(first_column) * 2;
             s.mask_token = (host.slots + host.batch) * 2;
-            s.mask_stream = s.mask_token * c.tokens;
-            s.mask_heads = 1;
+            s.mask_head = s.mask_token * c.tokens;
+            s.mask_stream = s.mask_head * c.mask_heads;
+            s.mask_heads = c.mask_heads;
             s.mask_streams = c.streams;
             a.sources.push_back(s);
         };
@@ -93,8 +94,9 @@ Attention call_of(const AttentionCase & c, const Problem & p) {
     s.v_head = p.v.apart;
     s.v_stream = p.v.stream;
     s.mask_token = c.rows * 2;
-    s.mask_stream = s.mask_token * c.tokens;
-    s.mask_heads = 1;
+    s.mask_head = s.mask_token * c.tokens;
+    s.mask_stream = s.mask_head * c.mask_heads;
+    s.mask_heads = c.mask_heads;
     s.mask_streams = c.streams;
     a.sources.push_back(s);
     return a;

@@ -1,0 +1,969 @@
+// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products
+// of warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
+//
+// Some warpgroups of a thread block copy encoded rows to shared memory and expand them, step by step. The other
+// warpgroups, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in shared
+// memory say which buffers of expanded rows are full and which are empty.
+#ifndef TURBOQUANT_CUDA_HOPPER_H
+#define TURBOQUANT_CUDA_HOPPER_H
+
+#include "wgmma.cuh"
+#include "wide.cuh"
+
+namespace turboquant {
+namespace cuda {
+
+constexpr int warpgroup = 128;                   // threads
+constexpr int expanding_groups = 1;              // warpgroups of a thread block that expand rows: the first ones
+constexpr int hopper_groups = 3;                 // warpgroups with columns
+constexpr int group_columns = 64;                // of a warpgroup
+constexpr int expanding_threads = expanding_groups * warpgroup;
+constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
+constexpr int hopper_rows = 64;                  // of a step
+constexpr int hopper_buffers = 6;                // of expanded rows
+constexpr int encoded_buffers = 3;
+constexpr int expanding_registers = 80, column_registers = 144; // of a thread; 512 threads have 128 on average
+
+// The division of a thread block's shared memory.
+template <int D> struct HopperMemory {
+    static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
+    static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
+    static constexpr int queries = group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
+    static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
+
+    // Bytes for chunks with so many words of SeenTiles.
+    static constexpr int bytes(int encoded, int words) {
+        return matrix_alignment + hopper_buffers * (expanded + factors) + hopper_groups * queries + constants +
+               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
+    }
+
+    uint8_t * base;
+    uint32_t address; // of base
+    int * infos;      // of the steps that follow those in the buffers, and of the first step
+    int encoded_k, encoded;
+
+    __device__ __forceinline__ HopperMemory(const AttentionPlan & p, uint8_t * shared, int * infos)
+        : infos(infos), encoded_k(hopper_rows * p.pitch_k), encoded(hopper_rows * (p.pitch_k + p.pitch_v)) {
+        base = shared + (-int(__cvta_generic_to_shared(shared)) & (matrix_alignment - 1));
+        address = uint32_t(__cvta_generic_to_shared(base));
+    }
+    static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
+    static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
+    static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
+    static __device__ __forceinline__ int constants_at() { return queries_at(hopper_groups); }
+    static __device__ __forceinline__ int factors_at(int buffer) {
+        return constants_at() + constants + buffer * factors;
+    }
+    __device__ __forceinline__ int encoded_at(int buffer) const {
+        return factors_at(hopper_buffers) + buffer * encoded;
+    }
+    __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
+    __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
+    __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
+    // Tiles that the columns of each warpgroup see, then those that any column sees.
+    __device__ __forceinline__ SeenTiles * group_seen() const {
+        return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
+    }
+    __device__ __forceinline__ uint32_t * seen(int words) const {
+        return reinterpret_cast<uint32_t *>(group_seen() + hopper_groups * words);
+    }
+};
+
+namespace {
+
+// threadIdx.x, which is read again each time, so that what is computed from it takes no register in between.
+__device__ __forceinline__ int read_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// The share of a thread.
+struct HopperPlace {
+    int lane, quad, in_quad, warp; // of its warpgroup
+    int group;                     // the number of the warpgroup among those with columns; negative: it expands rows
+    int groups;                    // how many have columns; the others do nothing
+    int first_column;              // of the warpgroup
+    int kv_head, stream, kv_stream;
+    int64_t begin; // the first KV row of the thread block, a multiple of the rows of a step
+    int length;    // the number of its KV rows
+
+    __device__ __forceinline__ explicit HopperPlace(const AttentionCall & call) {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        const int thread = read_thread();
+        lane = thread % 32;
+        quad = lane / 4;
+        in_quad = lane % 4;
+        warp = thread / 32 % 4;
+        group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
+        groups = p.column_tile / group_columns * p.row_tiles;
+        const int column_tile = blockIdx.y / a.kv_heads;
+        first_column = column_tile * p.column_tile + (p.row_tiles > 1 ? 0 : group * group_columns);
+        kv_head = blockIdx.y - column_tile * a.kv_heads;
+        stream = blockIdx.z;
+        kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
+        begin = int64_t(blockIdx.x) * p.chunk_rows;
+        length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+    }
+    // A lane has rows `quad` and quad + 8 of the 16 columns of its warp, in the operands and in the results.
+    __device__ __forceinline__ int column(int c) const { return first_column + 16 * warp + 8 * c + quad; }
+};
+
+// Buffers are used in turn.
+struct Turn {
+    int buffer = 0;
+    int parity = 0; // of the phase in which the buffer becomes full. The phase before the first one has parity 1
+    __device__ __forceinline__ void go_on() {
+        if (++buffer == hopper_buffers) {
+            buffer = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- steps
+
+// What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
+// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows
+// are hidden or have a bias.
+static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
+constexpr int no_step = INT32_MIN; // behind the last one
+__device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
+__device__ __forceinline__ bool mixed(int info, int group) { return info >> (hopper_groups + group) & 1; }
+__device__ __forceinline__ int first_row(int info) { return info & -hopper_rows; }
+
+// Which rows the columns of a thread block see.
+struct Steps {
+    const uint32_t * seen;        // by any column
+    const SeenTiles * group_seen; // by the columns of each warpgroup
+    int words, first_tile, length;
+    bool in_turn; // All warpgroups have the same columns, and they add the steps in turn
+    static constexpr uint32_t tiles = (1u << (hopper_rows / tile_rows)) - 1; // of a step
+
+    // The step after `at` that a column sees.
+    __device__ __forceinline__ int next(int at) const {
+        do at += hopper_rows;
+        while (at < length && !(seen[tile(at) / 32] >> tile(at) % 32 & tiles));
+        return at;
+    }
+    __device__ __forceinline__ int info(int at) const {
+        if (at >= length) return no_step;
+        int info = at;
+#pragma unroll
+        for (int g = 0; g < hopper_groups; ++g) {
+            if (in_turn && uint32_t(at) / hopper_rows % hopper_groups != g) continue;
+            const SeenTiles word = group_seen[g * words + tile(at) / 32];
+            const uint32_t some = word.some >> tile(at) % 32 & tiles;
+            info |= int(some != 0) << g;
+            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (hopper_groups + g);
+        }
+        return info;
+    }
+
+private:
+    __device__ __forceinline__ uint32_t tile(int at) const { return uint32_t(first_tile) + uint32_t(at) / tile_rows; }
+};
+
+// All threads collect what the columns see.
+template <typename Memory>
+__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace & place, const Memory & memory,
+                                              int words) {
+    const AttentionCall & call = wide.call;
+    const Attention & a = call.a;
+    const int64_t first_word = place.begin / seen_rows;
+    if (place.group >= 0) {
+        const int first = place.group >= place.groups ? a.tokens : place.first_column / call.plan.group,
+                  end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
+        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // before these
+        const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
+        for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
+            SeenTiles seen = {0, 0};
+            if (!a.mask) {
+                const int64_t left = a.n_kv - (first_word + w) * seen_rows; // rows from the word's on
+                const int tiles = int(min(left / tile_rows, int64_t(32)));
+                seen.mixed = left < seen_rows && left % tile_rows ? 1u << tiles : 0;
+                seen.some = first >= end ? 0 : (tiles < 32 ? (1u << tiles) - 1 : ~0u) | seen.mixed;
+            } else {
+#pragma unroll 1
+                for (int head = 0; head < a.mask_heads; ++head)
+#pragma unroll 4
+                    for (int token = first; token < end; ++token) {
+                        const SeenTiles one = from[(int64_t(head) * a.tokens + token) * wide.arrays.words + w];
+                        seen.some |= one.some;
+                        seen.mixed |= one.mixed;
+                    }
+            }
+            memory.group_seen()[place.group * words + w] = seen;
+        }
+    }
+    __syncthreads();
+    for (int w = threadIdx.x; w < words; w += hopper_threads) {
+        uint32_t some = 0;
+        for (int g = 0; g < hopper_groups; ++g) some |= memory.group_seen()[g * words + w].some;
+        memory.seen(words)[w] = some;
+    }
+    __syncthreads();
+}
+
+// ---- rows
+//
+// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank.
+// This changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
+// value_element on, and four are those 16 elements further on. The queries are in the same order as the levels of K.
+
+// The first element of a unit of eight values of V.
+__device__ __forceinline__ constexpr int value_element(int unit) {
+    return unit / 8 * 64 + unit / 4 % 2 * 32 + unit % 4 * 4;
+}
+// The word of a prepared query whose elements are those of word `word` of a row of K.
+__device__ __forceinline__ constexpr int query_word(int word) {
+    return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
+}
+
+// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and
+// one of exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
+struct ExactPlace {
+    static __device__ __forceinline__ int at(int row, int position) { // the position in the order of an operand
+        const int unit = position % 64 / 8;
+        return position / 64 * (tile_rows * 64) + row * 64 + ((unit ^ row % 8) << 3) + position % 8;
+    }
+    // The order of K is that in which a lane's four registers of a column's products are adjacent elements of a query.
+    static __device__ __forceinline__ int key(int row, int element) {
+        const int word = element / 2 % 16;
+        return at(row, element / 32 * 32 + 2 * (word / 2 % 2 * 8 + word % 2 * 4 + word / 4) + element % 2);
+    }
+    // The order of V is that of value_element.
+    static __device__ __forceinline__ int value(int row, int element) {
+        const int unit = element / 64 * 8 + element / 32 % 2 * 4 + element / 4 % 4;
+        return at(row, 8 * unit + element / 16 % 2 * 4 + element % 4);
+    }
+};
+
+// ---- scores
+//
+// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those
+// of a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that
+// are all the same gives the constant, so it takes no instructions for each product.
+constexpr uint32_t constant_byte = 254;
+constexpr int product_start = constant_byte * constant_byte * 32; // the largest magnitude of 128 products of two levels
+static_assert(product_start == 127 * 127 * 128 && 2 * product_start < 1 << 23, "products are the bits of floats");
+constexpr float to_factor = 1.2676506002282294e30f, score_unit = 1.7763568394002505e-15f; // 2^100 and 2^-49, of 2^149
+
+// a * b + c, where a may be a float below the normal ones.
+__device__ __forceinline__ float fma_denormal(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+    float out;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(out) : "f"(a), "f"(b), "f"(c));
+    return out;
+#else
+    return std::fma(a, b, c);
+#endif
+}
+
+// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for
+// no other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
+template <KV TK, KV TV, int D> struct HopperRows {
+    using LK = Layout<TK, D>;
+    using LV = Layout<TV, D>;
+    using Memory = HopperMemory<D>;
+    static constexpr int lanes = D / 32; // that expand a row
+    static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
+    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / expanding_threads; // of warp_rows rows
+    static constexpr int apart = hopper_rows / turns; // rows between those of a thread
+    static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
+    static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
+    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once,
+                  "it is all copied");
+    const WideCall & wide;
+    const AttentionCall & call;
+    const HopperPlace & place;
+    const Memory & memory;
+    const uint8_t *k, *v; // row 0
+    const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
+    int copy_to_k, copy_to_v;       // and their offsets in a buffer
+    int copied_k, copied_v;         // bytes of the row from there on
+    int encoded_k, encoded_v;       // the offsets of the first row of which the thread expands a part
+    int part, row;                  // a quarter of this row
+    int unit0, unit1;               // offsets of the units that it writes
+    const typename LK::LookUpLevels look_up_k;
+    const typename LV::LookUpLevels look_up_v;
+    const uint32_t even, odd;       // even_bytes and odd_bytes, in registers
+
+    // `zero` is 0, but the compiler does not know.
+    __device__ __forceinline__ HopperRows(const WideCall & wide, const HopperPlace & place, const Memory & memory,
+                                          uint32_t zero)
+        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero),
+          even(even_bytes ^ zero),
+          odd(odd_bytes ^ zero) {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
+        v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
+        const int copied = threadIdx.x / 32 * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
+        copy_k = k + (place.begin + copied) * a.k_row;
+        copy_v = v + (place.begin + copied) * a.v_row;
+        const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15),
+                  before_v = int(reinterpret_cast<uintptr_t>(copy_v) & 15);
+        copied_k = before_k + LK::bytes - unit;
+        copied_v = before_v + LV::bytes - unit;
+        copy_k += unit - before_k;
+        copy_v += unit - before_v;
+        copy_to_k = copied * p.pitch_k + unit;
+        copy_to_v = memory.encoded_k + copied * p.pitch_v + unit;
+
+        // The rows of neighbouring lanes differ by four, so that eight lanes write to different banks.
+        const int in_warp = place.lane / lanes, thread = threadIdx.x;
+        part = place.lane % lanes;
+        row = thread / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
+        const auto offset = [&](const uint8_t * base, int64_t stride) {
+            return int((reinterpret_cast<uintptr_t>(base) + (place.begin + row) * stride) & 15);
+        };
+        encoded_k = row * p.pitch_k + offset(k, a.k_row);
+        encoded_v = memory.encoded_k + row * p.pitch_v + offset(v, a.v_row);
+        unit0 = row * 128 + ((part ^ row % 8) << 4);
+        unit1 = unit0 ^ 64;
+    }
+
+    // Starts to copy the rows from `at` on, unless they are behind the last one of the thread block.
+    __device__ __forceinline__ void load(int at, int buffer) const {
+        const Attention & a = call.a;
+        const AttentionPlan & p = call.plan;
+        const uint32_t to = memory.address + memory.encoded_at(buffer);
+        if (at >= place.length) {
+        } else if (place.begin + at + hopper_rows < a.n_kv) { // the bytes behind these rows may be read
+#pragma unroll
+            for (int t = 0; t < turns; ++t) {
+                const int r = t * apart;
+                const uint8_t *from_k = copy_k + (at + r) * a.k_row, *from_v = copy_v + (at + r) * a.v_row;
+                const uint32_t to_k = to + copy_to_k + r * p.pitch_k, to_v = to + copy_to_v + r * p.pitch_v;
+#pragma unroll
+                for (int i = 0; i < copies * copied_at_once; i += copied_at_once) {
+                    if (i < copied_k) copy_async(to_k + i, from_k + i, 16);
+                    if (i < copied_v) copy_async(to_v + i, from_v + i, 16);
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < 2 * turns; ++i) {
+                const int side = i % 2, first = threadIdx.x / 32 * warp_rows + i / 2 * apart;
+                load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
+                          side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
+                          warp_rows, place.begin + at + first, a.n_kv, {unsigned(place.lane), 32});
+            }
+        }
+        copy_commit();
+    }
+
+    // Expands the thread's quarters of rows. The reads of all of them precede the writes, so no read waits for another.
+    __device__ __forceinline__ void expand(int from, int to) const {
+        const AttentionPlan & p = call.plan;
+        const uint8_t *row_k = memory.base + memory.encoded_at(from) + encoded_k,
+                      *row_v = memory.base + memory.encoded_at(from) + encoded_v;
+        uint32_t x[turns][8], y[turns][8];
+        float scale_k[turns], scale_v[turns];
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            read_levels<TK, D, false>(row_k + t * apart * p.pitch_k, part, lanes, look_up_k, x[t]);
+            read_levels<TV, D, true>(row_v + t * apart * p.pitch_v, part, lanes, look_up_v, y[t]);
+            scale_k[t] = LK::load_block_scale(row_k + t * apart * p.pitch_k);
+            scale_v[t] = LV::load_block_scale(row_v + t * apart * p.pitch_v);
+        }
+#pragma unroll
+        for (int t = 0; t < turns; ++t) {
+            // A product of a hidden weight, which is zero, and a value that is not finite would be NaN. So such a value
+            // makes the score NaN instead, which the mask replaces.
+            const bool finite = fabsf(scale_v[t]) <= 65504.0f;
+            if (part == 0) {
+                const float factor = finite ? scale_k[t] * LK::step : __uint_as_float(0x7fc00000);
+                float2 * factors = reinterpret_cast<float2 *>(memory.base + Memory::factors_at(to)) + t * apart;
+                factors[row] = make_float2(factor * to_factor, factor * (-product_start * score_unit));
+            }
+            const half2 scale = __floats2half2_rn(finite ? scale_v[t] : 0.0f, finite ? scale_v[t] : 0.0f);
+            uint8_t * buffer = memory.base + to * Memory::expanded + t * apart * 128;
+            uint8_t *at0 = buffer + unit0, *at1 = buffer + unit1;
+            *reinterpret_cast<uint4 *>(at0) = make_uint4(x[t][0], x[t][1], x[t][2], x[t][3]);
+            *reinterpret_cast<uint4 *>(at1) = make_uint4(x[t][4], x[t][5], x[t][6], x[t][7]);
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const uint32_t bytes = h ? odd : even;
+                    const uint32_t * levels = y[t] + 4 * j;
+                    *reinterpret_cast<uint4 *>((j ? at1 : at0) + Memory::key_bytes + h * Memory::half_bytes) =
+                        make_uint4(scaled_halves(levels[0], bytes, scale), scaled_halves(levels[1], bytes, scale),
+                                   scaled_halves(levels[2], bytes, scale), scaled_halves(levels[3], bytes, scale));
+                }
+        }
+    }
+
+    // Copies the thread block's tiles of the rows of an exact window, which precede the steps.
+    __device__ __forceinline__ void copy_exact(Turn & turn) const {
+        const WideArrays & x = wide.arrays;
+        const int64_t tiles = (int64_t(place.kv_stream) * call.a.kv_heads + place.kv_head) * x.exact_tiles;
+        constexpr int size = tile_rows * D;
+#pragma unroll 1
+        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += call.plan.chunks) {
+            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
+            if (threadIdx.x == 0) {
+                const uint32_t to = memory.address, full = memory.full(turn.buffer);
+                copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
+                copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+            }
+            __syncwarp();
+            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            turn.go_on();
+        }
+    }
+
+    // Expands all steps that a column sees.
+    __device__ __forceinline__ void expand_all(const Steps & steps) const {
+        int at = steps.next(-hopper_rows), after = steps.next(at), from = 0;
+        load(at, 0);
+        load(after, 1);
+        Turn turn;
+        if (call.a.windowed) copy_exact(turn);
+#pragma unroll 1
+        while (at < place.length) {
+            const int later = steps.next(after);
+            copy_wait<1>();
+            __syncwarp(); // the rows are there, and those of the preceding step have been read
+            load(later, from == 0 ? encoded_buffers - 1 : from - 1);
+            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
+            expand(from, turn.buffer);
+            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
+            publish_writes();
+            __syncwarp();
+            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            turn.go_on();
+            from = from + 1 == encoded_buffers ? 0 : from + 1;
+            at = after;
+            after = later;
+        }
+        copy_wait<0>();
+    }
+};
+
+// ---- the columns of a warpgroup
+
+// Arrays with two elements have one for each of the lane's columns.
+template <KV TK, KV TV, int D> struct HopperColumns {
+    using LK = Layout<TK, D>;
+    using Memory = HopperMemory<D>;
+    static constexpr int eights = hopper_rows / 8; // of rows of a step
+    static constexpr float most_weight = 32768;    // weights are binary16
+    const WideCall & wide;
+    const HopperPlace & place;
+    const Memory & memory;
+    float to_log2[2], reference[2], sum[2]; // to_log2: of scores in score_unit; sum: over the lane's rows
+    float output[D / 2] = {};
+    union {
+        int products[4 * eights];
+        float score[4 * eights];
+    };
+    uint32_t weight[hopper_rows / 16][4];
+
+    __device__ __forceinline__ HopperColumns(const WideCall & wide, const HopperPlace & place, const Memory & memory)
+        : wide(wide), place(place), memory(memory) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            to_log2[c] = wide.arrays.factors[prepared_column() + 8 * c] * (1 / score_unit);
+            reference[c] = nothing_seen;
+            sum[c] = 0;
+        }
+    }
+
+    // The number of the lane's first column among those of all streams and KV heads.
+    __device__ __forceinline__ int64_t prepared_column() const {
+        const AttentionPlan & p = wide.call.plan;
+        return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tile * p.column_tiles +
+               place.column(0);
+    }
+
+    // Stores the queries of the warpgroup as operands of the scores.
+    __device__ __forceinline__ void load_queries() {
+        const int64_t first = prepared_column() - 16 * place.warp - place.quad; // of the warpgroup
+        const uint2 * pairs = reinterpret_cast<const uint2 *>(wide.arrays.queries) + first * (D / 8);
+        uint8_t * to = memory.base + Memory::queries_at(place.group);
+        for (int i = 32 * place.warp + place.lane; i < group_columns * D / 16; i += warpgroup) {
+            const int row = i / (D / 16), unit = i % (D / 16);
+            const uint2 low = pairs[row * (D / 8) + query_word(4 * unit) / 2],
+                        high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
+            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) =
+                make_uint4(low.x, low.y, high.x, high.y);
+        }
+        publish_writes();
+        sync_groups(1 + place.group, 1);
+    }
+
+    // Starts the products of the queries and the rows of a buffer.
+    __device__ __forceinline__ void start_products(int buffer) {
+        const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
+                       keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
+                       constants = key_matrix(memory.address + Memory::constants_at());
+        start_keys(products, matrix_descriptor(constants), matrix_descriptor(constants));
+#pragma unroll
+        for (int i = 0; i < D / 16; i += 2) // 32 bytes
+            multiply_keys(products, matrix_descriptor(queries + i), matrix_descriptor(keys + i));
+    }
+    // Starts to add the weights times V.
+    __device__ __forceinline__ void start_output(int buffer) {
+        const uint32_t values = value_matrix(memory.address + Memory::values_at(0), Memory::half_bytes) +
+                                buffer * (Memory::expanded / 16);
+#pragma unroll
+        for (int i = 0; i < hopper_rows / 16; ++i) // 16 rows of 128 bytes
+            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+    }
+
+    // Turns products into scores, without the factors of the queries.
+    __device__ __forceinline__ void scale_products(int buffer) {
+        const float2 * factors =
+            reinterpret_cast<const float2 *>(memory.base + Memory::factors_at(buffer)) + 2 * place.in_quad;
+#pragma unroll
+        for (int n = 0; n < eights; ++n) {
+            const float4 two = *reinterpret_cast<const float4 *>(factors + 8 * n);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                score[4 * n + i] = fma_denormal(__int_as_float(products[4 * n + i]), i % 2 ? two.z : two.x,
+                                                i % 2 ? two.w : two.y);
+        }
+    }
+
+    template <int Eights> __device__ __forceinline__ void cap() {
+        const float limit = wide.call.a.soft_cap * log2e;
+#pragma unroll
+        for (int i = 0; i < 4 * Eights; ++i) {
+            const float factor = to_log2[i / 2 % 2];
+            score[i] = limit * tanhf(score[i] * factor / limit) / factor;
+        }
+    }
+
+    // Adds the mask of tile `tile` to the scores from number First on. `seen` has the words of the mask. In batches of
+    // several requests most columns see no row of the tile or all of them, and need no value of the mask.
+    template <int First>
+    __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile) {
+        const HopperPlace place(wide.call);
+        const AttentionPlan & p = wide.call.plan;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            if (place.column(c) >= p.columns) continue;
+            const int column = place.column(c), token = column / p.group;
+            const int head = place.kv_head * p.group + column - token * p.group;
+            SeenTiles one = {~0u, ~0u};
+            if (mask.base) one = seen[mask.number(token, head, place.stream, wide.call.a.tokens) * words + tile / 32];
+            if (!(one.some >> tile % 32 & 1)) {
+#pragma unroll
+                for (int n = 0; n < tile_rows / 8; ++n)
+                    score[First + 4 * n + 2 * c] = score[First + 4 * n + 2 * c + 1] = -INFINITY;
+                continue;
+            }
+            if (!(one.mixed >> tile % 32 & 1)) continue;
+            const int64_t first = int64_t(tile) * tile_rows + 2 * place.in_quad;
+            const uint8_t * values = mask.row(token, head, place.stream) + 2 * first;
+            const float slope = log2e * alibi_slope(wide.call, head) / to_log2[c];
+#pragma unroll
+            for (int n = 0; n < tile_rows / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const bool exists = first + 8 * n + i < mask.rows;
+                    const float bias = !exists ? -INFINITY : mask.base ? load_half(values + 16 * n + 2 * i) : 0.0f;
+                    float & s = score[First + 4 * n + 2 * c + i];
+                    s = bias == -INFINITY ? -INFINITY : s + bias * slope;
+                }
+        }
+    }
+
+    // Turns scores of Eights times eight rows into weights, and returns the sums of the weights.
+    template <int Eights> __device__ __forceinline__ void weigh(float (&added)[2]) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            added[c] = 0;
+            const float offset = -reference[c];
+#pragma unroll
+            for (int n = 0; n < Eights; ++n) {
+                float &a = score[4 * n + 2 * c], &b = score[4 * n + 2 * c + 1];
+                a = exp2f(__fmaf_rn(a, to_log2[c], offset));
+                b = exp2f(__fmaf_rn(b, to_log2[c], offset));
+                added[c] += a + b;
+            }
+        }
+    }
+
+    // Chooses a higher reference for columns with scores that exceed theirs by far. `correction` is the factor of the
+    // earlier sums.
+    template <int Eights> __device__ __forceinline__ void raise_references(float (&correction)[2]) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float largest = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < 4 * Eights; ++i)
+                if (i / 2 % 2 == c) largest = fmaxf(largest, score[i]);
+            largest *= to_log2[c];
+            largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
+            const float before = reference[c];
+            if (largest > before + lowered_by) reference[c] = largest - lowered_by;
+            correction[c] = exp2f(before - reference[c]);
+        }
+    }
+    __device__ __forceinline__ void correct(const float (&correction)[2]) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            sum[c] *= correction[c];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                output[4 * n + 2 * c] *= correction[c];
+                output[4 * n + 2 * c + 1] *= correction[c];
+            }
+        }
+    }
+
+    // Rounds weights to the operand A of the output.
+    template <int Eights> __device__ __forceinline__ void round_weights() {
+#pragma unroll
+        for (int i = 0; i < 2 * Eights; ++i) {
+            const half2 pair = __floats2half2_rn(score[2 * i], score[2 * i + 1]);
+            weight[i / 4][i % 4] = *reinterpret_cast<const uint32_t *>(&pair);
+        }
+    }
+
+    // Computes the products of the warp's columns and the rows of a buffer once more.
+    __device__ __forceinline__ void repeat_products(int buffer) {
+        const HopperPlace place(wide.call);
+        const auto word = [&](const uint8_t * row, int unit) { // of a row with number `quad` modulo 8
+            return *reinterpret_cast<const uint32_t *>(row + ((unit ^ place.quad) << 4) + 4 * place.in_quad);
+        };
+        const uint8_t *queries = memory.base + Memory::queries_at(place.group) + (16 * place.warp + place.quad) * D,
+                      *keys = memory.base + Memory::keys_at(buffer) + place.quad * D;
+#pragma unroll
+        for (int n = 0; n < eights; ++n) {
+            int c[4] = {};
+#pragma unroll
+            for (int i = 0; i < D / 16; i += 2) {
+                const uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
+                                       word(queries + 8 * D, i + 1)};
+                const uint32_t b[2] = {word(keys + 8 * n * D, i), word(keys + 8 * n * D, i + 1)};
+                mma_int8(c, a, b);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i] + product_start;
+        }
+    }
+
+    // Turns the products of a step into weights, while the output of the preceding step may still be computed, with the
+    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of
+    // their own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
+    __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
+        float added[2];
+        const bool plain = !mixed && wide.call.a.soft_cap == 0;
+        bool done = false;
+        if (plain) {
+            scale_products(buffer);
+            weigh<eights>(added);
+            done = !__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight));
+        }
+        products_wait<0>();
+        keep_registers(output);
+        if (!done) {
+            if (plain) repeat_products(buffer);
+            scale_products(buffer);
+            if (wide.call.a.soft_cap != 0) cap<eights>();
+            if (mixed) {
+                const int tile = int((int64_t(blockIdx.x) * wide.call.plan.chunk_rows + at) / tile_rows);
+                apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
+                apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
+            }
+            float correction[2];
+            raise_references<eights>(correction);
+            correct(correction);
+            weigh<eights>(added);
+        }
+        sum[0] += added[0];
+        sum[1] += added[1];
+        round_weights<eights>();
+        keep_registers(weight[0]);
+        keep_registers(weight[1]);
+        keep_registers(weight[2]);
+        keep_registers(weight[3]);
+    }
+
+    // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warpgroup sees.
+    __device__ __forceinline__ void add_exact_rows(Turn & turn) {
+        const WideArrays & x = wide.arrays;
+        const Attention & a = wide.call.a;
+        const AttentionPlan & p = wide.call.plan;
+        const int first = place.first_column / p.group,
+                  last = min((place.first_column + group_columns - 1) / p.group, a.tokens - 1);
+        const SeenTiles * from = x.exact_seen + int64_t(place.stream % a.exact.mask_streams) * a.exact.mask_heads *
+                                                    a.tokens * x.exact_words;
+        int word = -1, taken = 0; // by this warpgroup, if the warpgroups take tiles in turn
+        SeenTiles seen = {0, 0};
+#pragma unroll 1
+        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += p.chunks) {
+            if (tile / 32 != word) {
+                word = tile / 32;
+                seen = {0, 0};
+                for (int head = 0; head < a.exact.mask_heads; ++head)
+                    for (int token = first + place.lane; token <= last; token += 32) {
+                        const SeenTiles one = from[(int64_t(head) * a.tokens + token) * x.exact_words + word];
+                        seen.some |= one.some;
+                        seen.mixed |= one.mixed;
+                    }
+            }
+            const bool some = __any_sync(all_lanes, seen.some >> tile % 32 & 1),
+                       mixed = __any_sync(all_lanes, seen.mixed >> tile % 32 & 1);
+            if (some && (p.row_tiles == 1 || taken == place.group)) add_exact_tile(turn, tile, mixed);
+            else wait_for_phase(memory.full(turn.buffer), turn.parity);
+            taken = taken + 1 == hopper_groups ? 0 : taken + 1;
+            release(turn.buffer);
+            turn.go_on();
+        }
+    }
+
+    __device__ __forceinline__ void add_exact_tile(const Turn & turn, int tile, bool mixed) {
+        const WideArrays & x = wide.arrays;
+        uint32_t query[D / 16][4];
+        const uint4 * queries =
+            reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) { // ExactPlace says which elements these are
+            const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
+            const uint32_t both[8] = {q0.x, q1.x, q0.y, q1.y, q0.z, q1.z, q0.w, q1.w};
+#pragma unroll
+            for (int j = 0; j < 8; ++j) query[2 * i + j / 4][j % 4] = both[j];
+        }
+        constexpr int eights = tile_rows / 8, half_tile = tile_rows * 128; // half_tile: bytes of 64 values of each row
+        const uint32_t keys = key_matrix(memory.address + Memory::keys_at(0)) + turn.buffer * (Memory::expanded / 16),
+                       values = value_matrix(memory.address + Memory::values_at(0), half_tile) +
+                                turn.buffer * (Memory::expanded / 16);
+        wait_for_phase(memory.full(turn.buffer), turn.parity);
+        products_fence();
+        multiply_exact<true>(score, query[0], matrix_descriptor(keys));
+#pragma unroll
+        for (int i = 1; i < D / 16; ++i)
+            multiply_exact<false>(score, query[i], matrix_descriptor(keys + i / 4 * (half_tile / 16) + i % 4 * 2));
+        products_commit();
+        products_wait<0>();
+        keep_registers(score);
+#pragma unroll
+        for (int i = 0; i < 4 * eights; ++i) score[i] *= score_unit;
+        if (wide.call.a.soft_cap != 0) cap<eights>();
+        if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
+        float added[2], correction[2];
+        raise_references<eights>(correction);
+        if (__any_sync(all_lanes, correction[0] != 1.0f || correction[1] != 1.0f)) correct(correction);
+        weigh<eights>(added);
+        sum[0] += added[0];
+        sum[1] += added[1];
+        round_weights<eights>();
+        keep_registers(output);
+        keep_registers(weight[0]);
+        keep_registers(weight[1]);
+        products_fence();
+#pragma unroll
+        for (int i = 0; i < tile_rows / 16; ++i)
+            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+        products_commit();
+        products_wait<0>();
+        keep_registers(output);
+    }
+
+    __device__ __forceinline__ void release(int buffer) const {
+        __syncwarp();
+        if (place.lane == 0) arrive(memory.empty(buffer));
+    }
+
+    // Adds all steps that a column of the thread block sees. `info` is that of the first one.
+    __device__ __forceinline__ void add_all(int info, Turn & turn) {
+#pragma unroll 1
+        while (info != no_step) {
+            if (!sees(info, place.group)) {
+                wait_for_phase(memory.full(turn.buffer), turn.parity);
+                info = memory.infos[turn.buffer];
+                release(turn.buffer);
+                turn.go_on();
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
+            int buffer = turn.buffer; // whose output is added next; at first zeros
+            // While the tensor cores add a step to the output, the warps compute the weights of the next one.
+#pragma unroll 1
+            do {
+                wait_for_phase(memory.full(turn.buffer), turn.parity);
+                keep_registers(output);
+                products_fence();
+                start_products(turn.buffer);
+                products_commit();
+                start_output(buffer);
+                products_commit();
+                const int next = memory.infos[turn.buffer];
+                products_wait<1>();
+                keep_registers(products);
+                weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
+                if (buffer != turn.buffer) release(buffer);
+                buffer = turn.buffer;
+                turn.go_on();
+                info = next;
+            } while (sees(info, place.group));
+            keep_registers(output);
+            products_fence();
+            start_output(buffer);
+            products_commit();
+            products_wait<0>();
+            keep_registers(output);
+            release(buffer);
+        }
+    }
+
+    // What a warpgroup gives to the first one if all have the same columns.
+    struct Results {
+        float4 output[D / 8][warpgroup];
+        float4 states[warpgroup]; // of both columns: reference and sum
+    };
+    static_assert((hopper_groups - 1) * sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
+
+    // Adds the results of the other warpgroups to those of the first one.
+    __device__ __forceinline__ void merge_groups() {
+        constexpr int barrier = 1 + hopper_groups;
+        const int thread = 32 * place.warp + place.lane;
+        sync_groups(barrier, hopper_groups); // all have used the rows
+        if (place.group > 0) {
+            Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                to.output[n][thread] =
+                    make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
+            to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
+        }
+        sync_groups(barrier, hopper_groups);
+        if (place.group > 0) return;
+#pragma unroll 1
+        for (int g = 1; g < hopper_groups; ++g) {
+            const Results & from = reinterpret_cast<const Results *>(memory.base)[g - 1];
+            const float4 states = from.states[thread];
+            float own[2], other[2]; // factors
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const float before = reference[c], others = c ? states.z : states.x;
+                reference[c] = fmaxf(before, others);
+                own[c] = exp2f(before - reference[c]);
+                other[c] = exp2f(others - reference[c]);
+                sum[c] = sum[c] * own[c] + (c ? states.w : states.y) * other[c];
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float4 four = from.output[n][thread];
+                output[4 * n] = output[4 * n] * own[0] + four.x * other[0];
+                output[4 * n + 1] = output[4 * n + 1] * own[0] + four.y * other[0];
+                output[4 * n + 2] = output[4 * n + 2] * own[1] + four.z * other[1];
+                output[4 * n + 3] = output[4 * n + 3] * own[1] + four.w * other[1];
+            }
+        }
+    }
+
+    // Stores the results for merge_kernel, which reads no values of columns that have seen no row.
+    __device__ __forceinline__ void store() {
+        const AttentionCall & call = wide.call;
+        const HopperPlace place(call);
+        constexpr float to_value = value_unit<TV>;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
+            if (place.column(c) >= call.plan.columns) continue;
+            const int64_t row = query_row(call, place.stream, place.kv_head, place.column(c));
+            const int64_t at = row * call.plan.parts + blockIdx.x;
+            if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
+            if (reference[c] == nothing_seen) continue;
+            float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                *reinterpret_cast<float2 *>(to + value_element(n)) =
+                    make_float2(output[4 * n + 2 * c] * to_value, output[4 * n + 2 * c + 1] * to_value);
+        }
+    }
+};
+
+// ---- the kernel
+
+template <KV TK, KV TV, int D>
+__global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
+#if TURBOQUANT_WGMMA
+    extern __shared__ __align__(16) uint8_t shared[];
+    __shared__ int infos[hopper_buffers + 1]; // see hopper_kernel_of
+    const AttentionCall & call = wide.call;
+    const HopperPlace place(call);
+    const HopperMemory<D> memory(call.plan, shared, infos);
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
+            start_barrier(memory.full(i), expanding_threads / 32);
+            start_barrier(memory.empty(i), place.groups * warpgroup / 32);
+        }
+    }
+    uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + HopperMemory<D>::constants_at());
+    for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads)
+        constants[i] = constant_byte * 0x01010101;
+    publish_writes();
+    wait_for_previous();
+    let_next_start(); // now what encode_beside reads is complete
+    const int first_tile = int(place.begin / tile_rows % 32);
+    const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
+    collect_steps(wide, place, memory, words);
+    const Steps steps = {memory.seen(words), memory.group_seen(), words,
+                         first_tile,         place.length,        call.plan.row_tiles > 1};
+    if (threadIdx.x == 0) infos[hopper_buffers] = steps.info(steps.next(-hopper_rows));
+    __syncthreads();
+    if (place.group < 0) {
+        leave_registers<expanding_registers>();
+        HopperRows<TK, TV, D>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
+    } else if (place.group < place.groups) {
+        take_registers<column_registers>();
+        HopperColumns<TK, TV, D> columns(wide, place, memory);
+        Turn turn;
+        if (call.a.windowed) columns.add_exact_rows(turn);
+        columns.load_queries();
+        columns.add_all(infos[hopper_buffers], turn);
+        if (call.plan.row_tiles > 1) columns.merge_groups();
+        if (call.plan.row_tiles == 1 || place.group == 0) columns.store();
+    }
+#endif
+}
+
+} // namespace
+
+// The kernel for a pair of types, or nullptr if there is none.
+WideKernel hopper_kernel_128(KV type_k, KV type_v);
+
+namespace {
+
+template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
+    switch (type_v) {
+#define TURBOQUANT_CASE(name)                                                                        \
+    case KV::name:                                                                                   \
+        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)          \
+            return hopper_kernel<TK, KV::name, D>;                                                   \
+        break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
+    switch (type_k) {
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return hopper_kernel_for<D, KV::name>(type_v);
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+
+} // namespace
+
+} // namespace cuda
+} // namespace turboquant
+
+#endif

@@ -1,0 +1,436 @@
+// What precedes the kernels of wide.cuh and hopper.cuh: the queries and the rows of an exact window as their operands,
+// and which tiles of KV rows a mask shows to a query.
+#include "exact.cuh"
+#include "hopper.cuh"
+#include "wide.h"
+#include "wide.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <utility>
+
+namespace turboquant {
+namespace cuda {
+namespace {
+
+constexpr int prepare_warps = 8; // of a thread block
+
+// A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the
+// query as binary16, in the same unit.
+template <KV TK, int D>
+__device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
+    using L = Layout<TK, D>;
+    const AttentionCall & call = wide.call;
+    const Attention & a = call.a;
+    const AttentionPlan & p = call.plan;
+    const int padded = p.column_tile * p.column_tiles, column = int(item % padded);
+    const int kv_head = int(item / padded % a.kv_heads), stream = int(item / padded / a.kv_heads);
+    const bool exists = column < p.columns;
+    const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
+    const float * row = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
+                                                        head * a.q_head + stream * a.q_stream);
+    float y[D / 32], plain[D / 32];
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) y[j] = plain[j] = exists ? row[lane + 32 * j] : 0.0f;
+    if constexpr (L::turbo) {
+        constexpr int B = L::block / 32;
+#pragma unroll
+        for (int b = 0; b < D / L::block; ++b) {
+            float part[B];
+#pragma unroll
+            for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
+            transform_warp<L::block, false>(part);
+#pragma unroll
+            for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+        }
+    }
+    uint32_t largest = 0;
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) largest = max(largest, __float_as_uint(y[j]) & 0x7fffffff);
+    const float top = __uint_as_float(warp_max(largest)); // if it is NaN, the scores are NaN
+    const bool zero = top < 1e-30f;
+    const float inverse = zero ? 0.0f : 127.0f / top;
+    if (lane == 0) wide.arrays.factors[item] = zero ? 1.0f : top * (a.scale * log2e / 127.0f);
+    if (a.windowed || !L::turbo) {
+        half * to = reinterpret_cast<half *>(wide.arrays.exact_queries) + item * D;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) to[lane + 32 * j] = __float2half_rn(plain[j] * inverse);
+    }
+    if constexpr (L::turbo) {
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j)
+            bytes[operand_position<TK, D>(lane + 32 * j)] = uint8_t(__float2int_rn(y[j] * inverse));
+        __syncwarp();
+        uint32_t * to = reinterpret_cast<uint32_t *>(wide.arrays.queries + item * D);
+#pragma unroll
+        for (int i = lane; i < D / 4; i += 32) to[i] = reinterpret_cast<const uint32_t *>(bytes)[i];
+    }
+}
+
+// A warp computes word number `item` of `all`, in the order [stream of the mask][head of the mask][token][words].
+__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, int64_t item,
+                                             int lane) {
+    const int64_t row = item / words, first = (item - row * words) * seen_rows;
+    const uint8_t * mask = of.row(int(row % tokens), int(row / tokens % of.heads), int(row / tokens / of.heads));
+    constexpr uint32_t hidden = 0xfc00;
+    SeenTiles seen = {0, 0};
+    const bool aligned = (reinterpret_cast<uintptr_t>(mask) & 15) == 0;
+#pragma unroll 1
+    for (int part = 0; part < 4; ++part) { // a lane reads eight values, a quarter of a tile
+        const int64_t at = first + 256 * part + 8 * lane;
+        uint32_t x[4];
+        if (aligned && at + 8 <= of.rows) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * at);
+            x[0] = four.x;
+            x[1] = four.y;
+            x[2] = four.z;
+            x[3] = four.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[i] = 0;
+#pragma unroll
+                for (int h = 1; h >= 0; --h) {
+                    const int64_t r = at + 2 * i + h;
+                    x[i] = x[i] << 16 | (r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden);
+                }
+            }
+        }
+        constexpr uint32_t both = hidden | hidden << 16;
+        const bool some = x[0] != both || x[1] != both || x[2] != both || x[3] != both;
+        const bool mixed = (x[0] | x[1] | x[2] | x[3]) != 0;
+        const uint32_t some_lanes = __ballot_sync(all_lanes, some), mixed_lanes = __ballot_sync(all_lanes, mixed);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) { // four lanes have a tile
+            seen.some |= uint32_t((some_lanes >> 4 * i & 15) != 0) << (8 * part + i);
+            seen.mixed |= uint32_t((mixed_lanes >> 4 * i & 15) != 0) << (8 * part + i);
+        }
+    }
+    if (lane == 0) all[item] = seen;
+}
+
+// A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
+template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
+    constexpr int P = D / 32, each = tile_rows / prepare_warps; // each: rows of a warp
+    const Attention & a = wide.call.a;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t kv = item / wide.arrays.exact_tiles;
+    const int tile = int(item - kv * wide.arrays.exact_tiles);
+    const bool hopper = wide.call.plan.hopper; // of heads of 128
+    const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
+    half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
+    // The place of a value in `values`. Of those that a warp writes at a time, four are in a bank.
+    const auto place = [](int element, int position) {
+        const int of_lane = element / P;
+        return (element ^ (of_lane / 4 & 1)) * tile_rows + (position ^ (of_lane % 4 * 8));
+    };
+    ExactRow<P> next;
+    const auto load = [&](int i) {
+        const int row = tile * tile_rows + warp * each + i;
+        if (i < each && row < rows.rows) next = ExactRow<P>(a.exact, rows, row, lane);
+    };
+    load(0);
+#pragma unroll 1
+    for (int i = 0; i < each; ++i) {
+        const ExactRow<P> bytes = next;
+        load(i + 1);
+        const int row = warp * each + i;
+        float k[P] = {}, v[P] = {};
+        if (tile * tile_rows + row < rows.rows) {
+            bytes.values(bytes.k, bytes.scale_k, k);
+            bytes.values(bytes.v, bytes.scale_v, v);
+        }
+        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
+        bool finite = true;
+#pragma unroll
+        for (int j = 0; j < P; ++j) {
+            v[j] *= 1 / wide.value_unit;
+            const bool fits = fabsf(v[j]) < 65504.0f;
+            finite = finite && fits;
+            if (!fits) v[j] = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < P; j += 2) { // pairs are adjacent in ExactPlace
+            const half2 pair = __floats2half2_rn(v[j], v[j + 1]);
+            const int element = P * lane + j;
+            if (hopper) {
+                *reinterpret_cast<half2 *>(values + ExactPlace::value(row, element)) = pair;
+            } else {
+                values[place(element, value_position(row))] = pair.x;
+                values[place(element + 1, value_position(row))] = pair.y;
+            }
+        }
+        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
+        // WideRows::expand, such a row has a score that is NaN instead.
+        finite = __all_sync(all_lanes, finite);
+        const float nan = __uint_as_float(0x7fc00000);
+#pragma unroll
+        for (int j = 0; j < P; j += 2) {
+            const int element = P * lane + j;
+            *reinterpret_cast<half2 *>(keys + (hopper ? ExactPlace::key(row, element) : row * D + element)) =
+                __floats2half2_rn(finite ? k[j] : nan, finite ? k[j + 1] : nan);
+        }
+    }
+    __syncthreads();
+    uint4 * to = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
+    for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps)
+        to[i] = *reinterpret_cast<const uint4 *>(values + (hopper ? 8 * i : place(i / 4, i % 4 * 8)));
+}
+
+// What prepare_kernel does: a warp has a column or a word, or a thread block has a tile of exact rows.
+struct Items {
+    int64_t columns, words, exact_words, exact_tiles;
+    int64_t blocks_of_warps() const { return (columns + words + exact_words + prepare_warps - 1) / prepare_warps; }
+};
+
+template <KV TK, int D>
+__global__ void __launch_bounds__(32 * prepare_warps)
+    prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
+    __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
+    const Attention & a = wide.call.a;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    let_next_start();
+    wait_for_previous();
+    if (blockIdx.x >= exact_at) {
+        prepare_exact<D>(wide, blockIdx.x - exact_at, reinterpret_cast<half *>(bytes));
+        return;
+    }
+    int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
+    if (item < items.columns) {
+        prepare_column<TK, D>(wide, item, bytes + warp * D, lane);
+        return;
+    }
+    item -= items.columns;
+    if (item < items.words)
+        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, item, lane);
+    else if (item - items.words < items.exact_words)
+        prepare_word(MaskRows(a.exact, a.tokens), wide.arrays.exact_seen, wide.arrays.exact_words, a.tokens,
+                     item - items.words, lane);
+}
+
+template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t stream) {
+    const Attention & a = wide.call.a;
+    const AttentionPlan & p = wide.call.plan;
+    Items items = {};
+    items.columns = int64_t(a.streams) * a.kv_heads * p.column_tile * p.column_tiles;
+    if (a.mask) items.words = int64_t(a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words;
+    if (a.windowed) {
+        items.exact_words = int64_t(a.exact.mask_streams) * a.exact.mask_heads * a.tokens * wide.arrays.exact_words;
+        items.exact_tiles = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles;
+    }
+    const int64_t exact_at = items.blocks_of_warps();
+    const dim3 blocks(unsigned(exact_at + items.exact_tiles)), threads(32 * prepare_warps);
+    switch (a.type_k) {
+#define TURBOQUANT_CASE(name)                                                                                    \
+    case KV::name:                                                                                               \
+        if constexpr (Kind<KV::name>::covered)                                                                   \
+            return launch(prepare_kernel<KV::name, D>, blocks, threads, 0, stream, wide, items, exact_at);       \
+        break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return cudaErrorNotSupported;
+}
+
+// The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for
+// other GPUs, which shows in its shared memory.
+WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
+    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
+    if (!kernel) return nullptr;
+    static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
+    const auto found = known.find({kernel, device});
+    if (found != known.end()) return found->second ? kernel : nullptr;
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
+    if (error != cudaSuccess) cudaGetLastError(); // so that the caller does not find this error
+    const bool exists = error == cudaSuccess && attributes.sharedSizeBytes > 0;
+    known.emplace(std::make_pair(kernel, device), exists);
+    return exists ? kernel : nullptr;
+}
+
+// Columns from which on the kernel for Hopper GPUs is faster than that of wide.cuh. Measured on an H200 (32 query
+// heads, 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with two expanding and two column warpgroups /
+// with the kernel of wide.cuh): 8 tokens, which are 32 columns, take 52/61, 16 tokens 56/79, 32 tokens 68/105, 64
+// tokens 107/154. Calls of fewer than 17 columns have not been compared.
+constexpr int least_hopper_columns = 17;
+
+int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
+int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
+int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows - 1) / tile_rows); }
+
+// Bytes of the exact rows of K or of V, and of all arrays of an exact window but the queries.
+size_t exact_side_bytes(const Attention & a) {
+    return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) *
+           sizeof(half);
+}
+size_t exact_bytes(const Attention & a) {
+    const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
+    return 2 * exact_side_bytes(a) + mask_rows * size_t(words_of(exact_rows(a))) * sizeof(SeenTiles);
+}
+
+// What plans and launches need of types that are known only at run time.
+struct WideTypes {
+    bool turbo_k, turbo_v;
+    float value_unit;
+};
+WideTypes types_of(KV type_k, KV type_v) {
+    WideTypes types = {};
+#define TURBOQUANT_CASE(name)                                    \
+    if (type_k == KV::name) types.turbo_k = Kind<KV::name>::turbo; \
+    if (type_v == KV::name) {                                    \
+        types.turbo_v = Kind<KV::name>::turbo;                   \
+        types.value_unit = value_unit<KV::name>;                 \
+    }
+    TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    return types;
+}
+
+// The functions that are compiled for a head size.
+struct WideHead {
+    int size;
+    WideKernel (*kernel)(KV type_k, KV type_v, int operands);
+    cudaError_t (*prepare)(const WideCall & wide, cudaStream_t stream);
+};
+const WideHead heads[] = {
+#define TURBOQUANT_HEAD(D) {D, wide_kernel_##D, launch_prepare<D>},
+    TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
+#undef TURBOQUANT_HEAD
+};
+const WideHead * head_of(int size) {
+    for (const WideHead & head : heads)
+        if (head.size == size) return &head;
+    return nullptr;
+}
+
+} // namespace
+
+bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
+    const WideHead * head = head_of(a.head);
+    const WideTypes types = types_of(a.type_k, a.type_v);
+    if (!head || !head->kernel(a.type_k, a.type_v, 1)) return false;
+    p.wide = true;
+    p.pitch_k = pitch_k;
+    p.pitch_v = pitch_v;
+    p.block_heads = 1;
+    p.head_groups = a.kv_heads;
+    p.stages = 2;
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
+    p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
+    const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
+    const auto divided = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
+    int column_warps = 1;
+    while (column_warps < warps && column_warps * warp_columns < p.columns) column_warps *= 2;
+    p.column_tile = column_warps * warp_columns;
+    if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
+        const int groups = int(divided(p.columns, group_columns)), tiles = int(divided(groups, hopper_groups));
+        p.column_tile = int(divided(groups, tiles)) * group_columns;
+    }
+    p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
+    const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
+    if (beside > 65535) return false;
+
+    constexpr int most_words = 128; // of SeenTiles, in shared memory
+    const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
+    const auto set_rows = [&](int buffer_rows, int row_tiles) { // returns whether the memory suffices
+        p.buffer_rows = buffer_rows;
+        p.row_tiles = row_tiles;
+        const int expanded = expanded_bytes(buffer_rows, types.turbo_k, a.head, key_blocks);
+        const int encoded = encoded_bytes(buffer_rows, pitch_k, pitch_v);
+        const int rows = p.separate ? row_tiles * (expanded + 2 * encoded) : 2 * (expanded + encoded);
+        const int seen = (most_words + 1) * int(sizeof(uint32_t)) + most_words * column_warps * int(sizeof(SeenTiles));
+        // At the end the memory of the rows takes what half of the row tiles have, WideColumns::Exchange.
+        const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
+        p.shared_bytes = wide_alignment + std::max(rows + seen, row_tiles / 2 * column_warps * exchange);
+        return p.shared_bytes <= device.shared_per_block;
+    };
+    const auto choose_rows = [&] {
+        if (p.hopper) {
+            p.buffer_rows = hopper_rows;
+            p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
+            p.shared_bytes = HopperMemory<128>::bytes(hopper_rows * (pitch_k + pitch_v), most_words);
+            return p.shared_bytes <= device.shared_per_block;
+        }
+        for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
+            for (int rows = 4 * tile_rows; rows >= tile_rows; rows /= 2)
+                if (set_rows(rows, p.separate ? row_tiles : std::min(row_tiles, rows / tile_rows))) return true;
+        return false;
+    };
+    if (!choose_rows()) return false;
+
+    // The number of chunks for which the busiest multiprocessor has the least to do. A chunk costs as much as some
+    // rows.
+    const int step = p.separate ? p.row_tiles * p.buffer_rows : p.buffer_rows; // rows that are expanded at a time
+    const int unit = std::max(p.buffer_rows, std::min(step, 4 * tile_rows));   // of chunk_rows
+    const int64_t units = divided(a.n_kv, unit), blocks = beside * a.streams;
+    const int64_t exact = a.windowed ? exact_tiles_of(a) * tile_rows : 0;
+    const int64_t least = divided(units * unit, (most_words - 1) * seen_rows);
+    const int64_t at_once = device.multiprocessors, most_chunks = std::max(least, std::min(units, 2 * at_once));
+    const int64_t overhead = 16 * tile_rows / step; // of a thread block, in steps
+    int64_t chosen = least, cost = INT64_MAX, waves = divided(least * blocks, at_once);
+    for (int more = 0; more < 8 && chosen < most_chunks; ++more, ++waves) {
+        const int64_t chunks = std::min(std::max(at_once * waves / blocks, least), most_chunks);
+        const int64_t here = waves * (divided(divided(units, chunks) * unit + exact / chunks, step) + overhead);
+        if (here < cost) {
+            cost = here;
+            chosen = chunks;
+        }
+    }
+    p.chunk_rows = divided(units, chosen) * unit;
+    p.chunks = int(divided(a.n_kv, p.chunk_rows));
+    p.parts = p.chunks;
+    p.merged = true;
+
+    const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
+    const size_t columns = size_t(a.streams) * size_t(beside) * size_t(p.column_tile);
+    const size_t parts = size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts);
+    p.states_at = parts * size_t(a.head) * sizeof(float);
+    p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
+    p.factors_at = p.queries_at + columns * size_t(a.head);
+    p.seen_at = after(p.factors_at + columns * sizeof(float));
+    const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
+    p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
+    p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
+    p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
+    return true;
+}
+
+cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream) {
+    const Attention & a = call.a;
+    const AttentionPlan & p = call.plan;
+    char * bytes = static_cast<char *>(workspace);
+    WideCall wide = {};
+    wide.call = call;
+    const WideTypes types = types_of(a.type_k, a.type_v);
+    wide.value_unit = types.value_unit;
+    wide.rotated_values = types.turbo_v;
+    wide.least_weight = lowered_by + std::log2(a.sparse_v);
+    wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
+    wide.arrays.factors = reinterpret_cast<float *>(bytes + p.factors_at);
+    wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
+    wide.arrays.words = words_of(a.n_kv);
+    wide.arrays.exact_queries = reinterpret_cast<uint16_t *>(bytes + p.exact_at);
+    if (a.windowed) {
+        const size_t side = exact_side_bytes(a);
+        wide.arrays.exact_k = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at);
+        wide.arrays.exact_v = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at + side);
+        wide.arrays.exact_seen = reinterpret_cast<SeenTiles *>(bytes + p.exact_rows_at + 2 * side);
+        wide.arrays.exact_words = words_of(exact_rows(a));
+        wide.arrays.exact_tiles = exact_tiles_of(a);
+    }
+    const WideHead & head = *head_of(a.head);
+    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+                                       : head.kernel(a.type_k, a.type_v, p.operands);
+    cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
+    if (error == cudaSuccess) error = head.prepare(wide, stream);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
+    const int column_warps = p.column_tile / (p.operands * wide_columns);
+    const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
+    return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);
+}
+
+} // namespace cuda
+} // namespace turboquant
