@@ -19,7 +19,8 @@ function(turboquant_add_cuda target)
     target_include_directories(${target} PRIVATE ${TURBOQUANT_CUDA_FOLDER} ${TURBOQUANT_CUDA_FOLDER}/../include)
     # The bytes and floats must be the CPU's: no contraction and no fast math, whatever the target asks for.
     set_source_files_properties(
-        ${TURBOQUANT_CUDA_FOLDER}/codec.cu ${TURBOQUANT_CUDA_FOLDER}/window.cu TARGET_DIRECTORY ${target} PROPERTIES
+        ${TURBOQUANT_CUDA_FOLDER}/codec.cu ${TURBOQUANT_CUDA_FOLDER}/window.cu ${TURBOQUANT_CUDA_FOLDER}/attention.cu
+        TARGET_DIRECTORY ${target} PROPERTIES
         COMPILE_OPTIONS "--ftz=false;--prec-div=true;--prec-sqrt=true;--fmad=false")
     # Code for sm_90 lacks instructions that code for sm_90a has. GPUs that can run both take the latter.
     get_target_property(architectures ${target} CUDA_ARCHITECTURES)

@@ -1,5 +1,6 @@
 // Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
+#include "encode.cuh"
 #include "launch.h"
 #include "wide.h"
 
@@ -75,6 +76,18 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
+// What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that reads
+// none of these rows.
+struct StoredBeside {
+    Stores stores;
+    int groups; // thread blocks
+    bool wait;  // for the preceding kernel, which may itself wait for the rows
+};
+
+template <int N> __device__ __forceinline__ void encode_beside(const StoredBeside & s, EncodeShared<N> & shared) {
+    if (threadIdx.x < 32 * encode_warps) encode_group(s.stores, blockIdx.x, s.wait, shared);
+}
+
 constexpr int most_merge_warps = 32;
 constexpr int parts_at_once = 4; // that a warp of the merge loads at the same time
 
@@ -125,6 +138,14 @@ __device__ __forceinline__ SoftmaxState sink_of_row(const AttentionCall & call, 
     return sink_state(call.a.sinks, call.a.sinks ? row % call.a.heads : 0);
 }
 
+template <int D> union MergeShared {
+    struct {
+        float sums[most_merge_warps * D];
+        SoftmaxState states[most_merge_warps];
+    } merge;
+    EncodeShared<rotated_block<D>> encode;
+};
+
 // Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
 // parts w, w + warps, ..., and the first warps add what the warps have. The other thread blocks store the rows of a
 // window's batch in its slots, which no kernel reads any more.
@@ -133,14 +154,20 @@ __device__ __forceinline__ SoftmaxState sink_of_row(const AttentionCall & call, 
 // compiler loads the parts one after the other.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
+    merge_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores, int query_rows,
+                 bool rotated) {
     constexpr int P = D / 32, V = values_at_once<D>;
-    __shared__ __align__(16) float sums[most_merge_warps * D];
-    __shared__ SoftmaxState states[most_merge_warps];
-    const int row = blockIdx.x;
+    __shared__ MergeShared<D> shared;
+    float * sums = shared.merge.sums;
+    SoftmaxState * states = shared.merge.states;
+    const int row = int(blockIdx.x) - stores.groups;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
     let_next_start();
+    if (row < 0) {
+        encode_beside(stores, shared.encode);
+        return;
+    }
     if (row >= query_rows) {
         const int64_t group = int64_t(row - query_rows) * warps + warp;
         wait_for_previous();
@@ -185,10 +212,17 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
 constexpr int few_parts_warps = 4; // of a thread block
 template <int D>
 __global__ void __launch_bounds__(32 * few_parts_warps)
-    merge_few_kernel(const __grid_constant__ AttentionCall call, int query_rows, bool rotated) {
+    merge_few_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores,
+                     int query_rows, bool rotated) {
+    __shared__ EncodeShared<rotated_block<D>> shared;
     constexpr int P = D / 32, N = rotated_block<D>, B = N / 32;
-    const int lane = threadIdx.x % 32, row = blockIdx.x * few_parts_warps + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    const int row = (int(blockIdx.x) - stores.groups) * few_parts_warps + int(threadIdx.x) / 32;
     let_next_start();
+    if (row < 0) {
+        encode_beside(stores, shared);
+        return;
+    }
     wait_for_previous();
     if (row >= query_rows) {
         const int64_t group = row - query_rows;
@@ -210,15 +244,15 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
     }
 }
 
-template <int D> cudaError_t launch_merge(const AttentionCall & call, cudaStream_t stream) {
+template <int D> cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
     const int64_t rows = query_rows(call.a);
     const bool few = call.plan.parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
-    int warps = few ? few_parts_warps : D / 32;
+    int warps = few ? few_parts_warps : std::max(D / 32, encode_warps);
     while (parts_at_once * warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
     const int64_t blocks = few ? (rows + call.stored_groups + warps - 1) / warps
                                 : rows + (call.stored_groups + warps - 1) / warps;
-    return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(blocks)), dim3(unsigned(32 * warps)), 0,
-                  stream, call, int(rows), rotated);
+    return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(stores.groups + blocks)),
+                  dim3(unsigned(32 * warps)), 0, stream, call, stores, int(rows), rotated);
 }
 
 // The functions that are compiled for a head size.
@@ -226,7 +260,7 @@ struct Head {
     int size;
     RowType (*row_type)(KV type);
     AttentionKernel (*kernel)(const KernelChoice & choice);
-    cudaError_t (*merge)(const AttentionCall & call, cudaStream_t stream);
+    cudaError_t (*merge)(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream);
 };
 const Head heads[] = {
 #define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
@@ -368,6 +402,15 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const Head & head = *head_of(a.head);
     call.stored_groups = stored_groups(a);
     call.stores_beside = stores != nullptr;
+    StoredBeside beside = {};
+    if (stores) {
+        dim3 size;
+        const cudaError_t error = describe_stores(stores, 2, beside.stores, size);
+        if (error != cudaSuccess) return error;
+        if (beside.stores.block != std::min(a.head, 128) || size.x > 1u << 30) return cudaErrorNotSupported;
+        beside.groups = int(size.x);
+        beside.wait = plan.wide; // other kernels let the merge start only when they have waited
+    }
     cudaError_t launched;
     if (plan.wide) {
         launched = launch_wide(call, workspace, stream);
@@ -382,8 +425,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;
-    const cudaError_t merged = head.merge(call, stream);
-    return merged == cudaSuccess && stores ? encode_beside(stores[0], stores[1], stream) : merged;
+    return head.merge(call, beside, stream);
 }
 
 } // namespace cuda

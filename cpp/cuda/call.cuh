@@ -24,7 +24,7 @@ struct AttentionCall {
     float slope0, slope1;  // ALiBi: the bases of the slopes of heads before slope_heads, and of the other heads
     int slope_heads;       // the greatest power of two up to `heads`
     int64_t stored_groups; // of 32 values, which the merge stores in the slots of an exact window
-    bool stores_beside;    // whether encode_beside follows the merge
+    bool stores_beside;    // whether the merge stores rows of the batch in blocks
 };
 
 namespace {

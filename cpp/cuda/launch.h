@@ -14,10 +14,6 @@
 namespace turboquant {
 namespace cuda {
 
-// encode_rows beside the preceding kernel in the stream, which must let the next one start only when what the stores
-// read is complete. The kernel ends after the preceding one.
-cudaError_t encode_beside(const Store & first, const Store & second, cudaStream_t stream);
-
 namespace {
 
 // Waits until the preceding kernels in the stream have ended and their writes are visible. Older GPUs start the kernel
