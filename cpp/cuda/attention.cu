@@ -76,8 +76,8 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
-// What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that reads
-// none of these rows.
+// What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that
+// reads none of these rows.
 struct StoredBeside {
     Stores stores;
     int groups; // thread blocks
@@ -154,8 +154,8 @@ template <int D> union MergeShared {
 // compiler loads the parts one after the other.
 template <int D>
 __global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores, int query_rows,
-                 bool rotated) {
+    merge_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores,
+                 int query_rows, bool rotated) {
     constexpr int P = D / 32, V = values_at_once<D>;
     __shared__ MergeShared<D> shared;
     float * sums = shared.merge.sums;
@@ -244,7 +244,8 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
     }
 }
 
-template <int D> cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
+template <int D>
+cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
     const int64_t rows = query_rows(call.a);
     const bool few = call.plan.parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
     int warps = few ? few_parts_warps : std::max(D / 32, encode_warps);

@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
             place.length = 0;
         }
         if (call.stores_beside) let_next_start(); // what is stored beside is complete
-        exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state, sums);
+        exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
+                     sums);
     }
     if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();

@@ -1,5 +1,5 @@
-// Encoding of rows: a warp encodes a block. The bytes are those of scalar.cpp, so files with this code must be compiled without
-// contraction and without fast math (see turboquant-cuda.cmake).
+// Encoding of rows: a warp encodes a block. The bytes are those of scalar.cpp, so files with this code must be compiled
+// without contraction and without fast math (see turboquant-cuda.cmake).
 #ifndef TURBOQUANT_CUDA_ENCODE_H
 #define TURBOQUANT_CUDA_ENCODE_H
 
@@ -21,8 +21,8 @@ struct Stores {
     int block; // the length of the blocks
 };
 
-// Describes one or two stores, and the grid of thread blocks that encode them: none if there is nothing to store. The result
-// is that of encode_rows.
+// Describes one or two stores, and the grid of thread blocks that encode them: none if there is nothing to store. The
+// result is that of encode_rows.
 cudaError_t describe_stores(const Store * stores, int count, Stores & s, dim3 & size);
 
 namespace {
@@ -330,8 +330,8 @@ __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const flo
     if constexpr (Bits != 3) store_fields<1, N>(high, dst + 2 + N / 8 + (Bits == 4 ? N / 4 : 0), lane);
 }
 
-// Encodes group number `group` of the stores with the first encode_warps warps of a thread block. With `wait`, the preceding
-// kernel may still compute the rows.
+// Encodes group number `group` of the stores with the first encode_warps warps of a thread block. With `wait`, the
+// preceding kernel may still compute the rows.
 template <int N>
 __device__ __forceinline__ void encode_group(const Stores & s, unsigned group, bool wait, EncodeShared<N> & shared) {
     static_assert(32 * encode_warps == sizeof(shared.table.steps) / sizeof(shared.table.steps[0]),
