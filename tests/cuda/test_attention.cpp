@@ -182,6 +182,39 @@ std::vector<float> on_grid(const std::vector<float> & x, int head) {
     return y;
 }
 
+// The batch of a window, which a call stores in its rows of the cache: they are hidden from the queries that are computed.
+struct StoredBatch {
+    Store stores[2];
+
+    StoredBatch(const AttentionCase & c, const Problem & p, const Window & window, const DeviceArray<uint8_t> & k,
+                const DeviceArray<uint8_t> & v)
+        : stores{store(c, p.k, window.batch_k, k, window.host.batch), store(c, p.v, window.batch_v, v, window.host.batch)} {}
+
+    // Nothing but these rows has changed.
+    static void check_rows(const AttentionCase & c, const Cache & before, const std::vector<float> & batch, int64_t rows,
+                           const std::vector<uint8_t> & after) {
+        std::vector<uint8_t> want = before.bytes;
+        const float * x = batch.data();
+        for (int64_t s = 0; s < c.kv_streams; ++s)
+            for (int64_t i = c.rows - rows; i < c.rows; ++i)
+                for (int64_t h = 0; h < c.kv_heads; ++h, x += before.head)
+                    encode_row(before.type, x, want.data() + s * before.stream + i * before.row + h * before.apart,
+                               before.head);
+        CHECK(after == want);
+    }
+
+private:
+    static Store store(const AttentionCase & c, const Cache & cache, const DeviceArray<float> & batch,
+                       const DeviceArray<uint8_t> & to, int64_t rows) {
+        const int64_t head = cache.head * 4, row = head * c.kv_heads;
+        return {tq_type(cache.type),
+                {batch.get(), {row, head, row * rows}},
+                {to.get() + (c.rows - rows) * cache.row, {cache.row, cache.apart, cache.stream}},
+                {cache.head, rows, c.kv_heads, c.kv_streams},
+                {nullptr, false, {1, 1, 1}, {0, 0, 0}}};
+    }
+};
+
 // slots: the type of a window's, or no_window.
 constexpr int no_window = -1;
 void conforms(const AttentionCase & c, int slots) {
@@ -244,8 +277,13 @@ void conforms(const AttentionCase & c, int slots) {
     }
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
     std::optional<Stored> stored;
-    if (c.type_k < TQ_TYPE_COUNT && c.type_v < TQ_TYPE_COUNT) stored.emplace(c);
-    must(attention(a, plan, workspace.get(), nullptr, stored ? stored->stores : nullptr), "attention");
+    std::optional<StoredBatch> stored_batch;
+    if (c.type_k < TQ_TYPE_COUNT && c.type_v < TQ_TYPE_COUNT) {
+        if (window) stored_batch.emplace(c, p, *window, k_data, v_data);
+        else stored.emplace(c);
+    }
+    const Store * stores = stored ? stored->stores : stored_batch ? stored_batch->stores : nullptr;
+    must(attention(a, plan, workspace.get(), nullptr, stores), "attention");
     must(cudaDeviceSynchronize(), "attention");
 
     const std::vector<double> want = p.want(p.q);
@@ -262,6 +300,10 @@ void conforms(const AttentionCase & c, int slots) {
     CHECK(e <= bound);
     if (window) window->check_slots(c);
     if (stored) stored->check_blocks(c);
+    if (stored_batch) {
+        StoredBatch::check_rows(c, p.k, window->host.batch_k, window->host.batch, k_data.host());
+        StoredBatch::check_rows(c, p.v, window->host.batch_v, window->host.batch, v_data.host());
+    }
 }
 
 } // namespace
