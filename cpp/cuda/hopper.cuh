@@ -23,6 +23,9 @@ constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
 constexpr int encoded_buffers = 3;
 constexpr int expanding_registers = 80, column_registers = 144; // of a thread; 512 threads have 128 on average
+constexpr bool overlaps_weights = true;          // the output of a step overlaps the weights of the next one
+constexpr bool queries_in_registers = false;     // or else in shared memory
+constexpr bool alternates = false;               // one warpgroup after the other starts products
 
 // The division of a thread block's shared memory.
 template <int D> struct HopperMemory {
@@ -412,27 +415,30 @@ template <KV TK, KV TV, int D> struct HopperRows {
 
     // Expands all steps that a column sees.
     __device__ __forceinline__ void expand_all(const Steps & steps) const {
-        int at = steps.next(-hopper_rows), after = steps.next(at), from = 0;
+        int at = steps.next(-hopper_rows), after = steps.next(at), later = steps.next(after), from = 0;
+        static_assert(encoded_buffers == 3, "for these steps");
         load(at, 0);
         load(after, 1);
+        load(later, 2);
         Turn turn;
         if (call.a.windowed) copy_exact(turn);
 #pragma unroll 1
         while (at < place.length) {
-            const int later = steps.next(after);
-            copy_wait<1>();
-            __syncwarp(); // the rows are there, and those of the preceding step have been read
-            load(later, from == 0 ? encoded_buffers - 1 : from - 1);
+            const int last = steps.next(later);
+            copy_wait<encoded_buffers - 1>();
+            __syncwarp(); // the rows are there
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(from, turn.buffer);
             if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
             publish_writes();
-            __syncwarp();
+            __syncwarp(); // the rows have been read
             if (place.lane == 0) arrive(memory.full(turn.buffer));
+            load(last, from); // publish_writes waits for copies that have been started before
             turn.go_on();
             from = from + 1 == encoded_buffers ? 0 : from + 1;
             at = after;
             after = later;
+            later = last;
         }
         copy_wait<0>();
     }
@@ -456,6 +462,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         float score[4 * eights];
     };
     uint32_t weight[hopper_rows / 16][4];
+    uint32_t query[queries_in_registers ? D / 32 : 1][4]; // operands of the scores
 
     __device__ __forceinline__ HopperColumns(const WideCall & wide, const HopperPlace & place, const Memory & memory)
         : wide(wide), place(place), memory(memory) {
@@ -476,6 +483,15 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Stores the queries of the warpgroup as operands of the scores.
     __device__ __forceinline__ void load_queries() {
+        if constexpr (queries_in_registers) {
+            const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    query[i][j] = words[j % 2 * (2 * D) + query_word(8 * i + j / 2 * 4 + place.in_quad)];
+            return;
+        }
         const int64_t first = prepared_column() - 16 * place.warp - place.quad; // of the warpgroup
         const uint2 * pairs = reinterpret_cast<const uint2 *>(wide.arrays.queries) + first * (D / 8);
         uint8_t * to = memory.base + Memory::queries_at(place.group);
@@ -494,6 +510,14 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
                        keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
                        constants = key_matrix(memory.address + Memory::constants_at());
+        if constexpr (queries_in_registers) {
+            constexpr uint32_t four = constant_byte * 0x01010101;
+            const uint32_t bytes[4] = {four, four, four, four};
+            start_keys(products, bytes, matrix_descriptor(constants));
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i) multiply_keys(products, query[i], matrix_descriptor(keys + 2 * i));
+            return;
+        }
         start_keys(products, matrix_descriptor(constants), matrix_descriptor(constants));
 #pragma unroll
         for (int i = 0; i < D / 16; i += 2) // 32 bytes
@@ -633,8 +657,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             int c[4] = {};
 #pragma unroll
             for (int i = 0; i < D / 16; i += 2) {
-                const uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
-                                       word(queries + 8 * D, i + 1)};
+                uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
+                                 word(queries + 8 * D, i + 1)};
+                if constexpr (queries_in_registers) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) a[j] = query[i / 2][j];
+                }
                 const uint32_t b[2] = {word(keys + 8 * n * D, i), word(keys + 8 * n * D, i + 1)};
                 mma_int8(c, a, b);
             }
@@ -655,8 +683,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             weigh<eights>(added);
             done = !__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight));
         }
-        products_wait<0>();
-        keep_registers(output);
+        if constexpr (overlaps_weights) {
+            products_wait<0>();
+            keep_registers(output);
+        }
         if (!done) {
             if (plain) repeat_products(buffer);
             scale_products(buffer);
@@ -764,12 +794,25 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
+    // The warpgroups start the products of a step one after the other, if each adds all steps.
+    static constexpr int first_barrier = 2 + hopper_groups;
+    __device__ __forceinline__ bool in_order() const { return alternates && place.groups > 1 && wide.call.plan.row_tiles == 1; }
+    __device__ __forceinline__ void let_next_group_start() const {
+        if (in_order()) arrive_groups(first_barrier + (place.group + 1 == place.groups ? 0 : place.group + 1), 2);
+    }
+    __device__ __forceinline__ void wait_for_group() const {
+        if (in_order()) sync_groups(first_barrier + place.group, 2);
+    }
+
     // Adds all steps that a column of the thread block sees. `info` is that of the first one.
     __device__ __forceinline__ void add_all(int info, Turn & turn) {
+        if (place.group + 1 == place.groups) let_next_group_start();
 #pragma unroll 1
         while (info != no_step) {
             if (!sees(info, place.group)) {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
+                wait_for_group();
+                let_next_group_start();
                 info = memory.infos[turn.buffer];
                 release(turn.buffer);
                 turn.go_on();
@@ -778,21 +821,31 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 #pragma unroll
             for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
             int buffer = turn.buffer; // whose output is added next; at first zeros
-            // While the tensor cores add a step to the output, the warps compute the weights of the next one.
+            // If weights overlap, the warps compute the weights of a step while the tensor cores add the preceding one to
+            // the output. Else the warps wait for both products, and those of other warpgroups overlap their weights.
 #pragma unroll 1
             do {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
+                wait_for_group();
                 keep_registers(output);
                 products_fence();
-                start_products(turn.buffer);
-                products_commit();
-                start_output(buffer);
+                if constexpr (overlaps_weights) {
+                    start_products(turn.buffer);
+                    products_commit();
+                    start_output(buffer);
+                } else {
+                    start_output(buffer);
+                    start_products(turn.buffer);
+                }
                 products_commit();
                 const int next = memory.infos[turn.buffer];
-                products_wait<1>();
+                products_wait<overlaps_weights ? 1 : 0>();
+                if constexpr (!overlaps_weights) keep_registers(output);
                 keep_registers(products);
+                let_next_group_start();
+                if (!overlaps_weights && buffer != turn.buffer) release(buffer);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
-                if (buffer != turn.buffer) release(buffer);
+                if (overlaps_weights && buffer != turn.buffer) release(buffer);
                 buffer = turn.buffer;
                 turn.go_on();
                 info = next;
