@@ -19,13 +19,15 @@ constexpr int prepare_warps = 8; // of a thread block
 // A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the query
 // as binary16, in the same unit.
 template <KV TK, int D>
-__device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
+__device__ __forceinline__ void prepare_column(const WideCall & wide, uint32_t number, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
-    const int padded = p.column_tile * p.column_tiles, column = int(item % padded);
-    const int kv_head = int(item / padded % a.kv_heads), stream = int(item / padded / a.kv_heads);
+    const int64_t item = number;
+    const uint32_t padded = p.column_tile * p.column_tiles, head_number = number / padded;
+    const int column = int(number - head_number * padded);
+    const int stream = int(head_number / uint32_t(a.kv_heads)), kv_head = int(head_number) - stream * a.kv_heads;
     const bool exists = column < p.columns;
     const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
     const float * row = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
@@ -69,67 +71,76 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
 }
 
 // A warp computes word number `item` of `all`, in the order [stream of the mask][head of the mask][token][words].
-__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, int64_t item,
+__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, uint32_t item,
                                              int lane) {
-    const int64_t row = item / words, first = (item - row * words) * seen_rows;
-    const uint8_t * mask = of.row(int(row % tokens), int(row / tokens % of.heads), int(row / tokens / of.heads));
-    constexpr uint32_t hidden = 0xfc00;
-    SeenTiles seen = {0, 0};
-    const bool aligned = (reinterpret_cast<uintptr_t>(mask) & 15) == 0;
-#pragma unroll 1
-    for (int part = 0; part < 4; ++part) { // a lane reads eight values, a quarter of a tile
-        const int64_t at = first + 256 * part + 8 * lane;
-        uint32_t x[4];
-        if (aligned && at + 8 <= of.rows) {
-            const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * at);
-            x[0] = four.x;
-            x[1] = four.y;
-            x[2] = four.z;
-            x[3] = four.w;
-        } else {
+    constexpr int parts = 4; // a lane reads eight values of each, a quarter of a tile
+    constexpr uint32_t hidden = 0xfc00, both = hidden | hidden << 16;
+    const uint32_t row = item / uint32_t(words), before = row / uint32_t(tokens), stream = before / uint32_t(of.heads);
+    const int64_t first = int64_t(item - row * words) * seen_rows + 8 * lane;
+    const uint8_t * mask = of.row(int(row - before * tokens), int(before - stream * of.heads), int(stream));
+    uint32_t x[parts][4];
+    if ((reinterpret_cast<uintptr_t>(mask) & 15) == 0 && first - 8 * lane + seen_rows <= of.rows) {
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * (first + 256 * part));
+            x[part][0] = four.x;
+            x[part][1] = four.y;
+            x[part][2] = four.z;
+            x[part][3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int part = 0; part < parts; ++part)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                x[i] = 0;
-#pragma unroll
-                for (int h = 1; h >= 0; --h) {
-                    const int64_t r = at + 2 * i + h;
-                    x[i] = x[i] << 16 | (r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden);
-                }
+                const int64_t r = first + 256 * part + 2 * i;
+                const uint32_t low = r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden,
+                               high = r + 1 < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r + 2) : hidden;
+                x[part][i] = low | high << 16;
             }
-        }
-        constexpr uint32_t both = hidden | hidden << 16;
-        const bool some = x[0] != both || x[1] != both || x[2] != both || x[3] != both;
-        const bool mixed = (x[0] | x[1] | x[2] | x[3]) != 0;
-        const uint32_t some_lanes = __ballot_sync(all_lanes, some), mixed_lanes = __ballot_sync(all_lanes, mixed);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) { // four lanes have a tile
-            seen.some |= uint32_t((some_lanes >> 4 * i & 15) != 0) << (8 * part + i);
-            seen.mixed |= uint32_t((mixed_lanes >> 4 * i & 15) != 0) << (8 * part + i);
-        }
     }
+    uint32_t bits = 0; // of each part whether a value is not hidden, then of each part whether a value is not zero
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+        const uint32_t(&v)[4] = x[part];
+        bits |= uint32_t(((v[0] ^ both) | (v[1] ^ both) | (v[2] ^ both) | (v[3] ^ both)) != 0) << part;
+        bits |= uint32_t((v[0] | v[1] | v[2] | v[3]) != 0) << (parts + part);
+    }
+    bits |= __shfl_xor_sync(all_lanes, bits, 1);
+    bits |= __shfl_xor_sync(all_lanes, bits, 2);
+    bits = __shfl_sync(all_lanes, bits, lane % 8 * 4) >> lane / 8; // each lane takes the tile with its number
+    const SeenTiles seen = {__ballot_sync(all_lanes, bits & 1), __ballot_sync(all_lanes, bits >> parts & 1)};
     if (lane == 0) all[item] = seen;
+}
+
+// Lets the rows of a tile of an exact window be fetched to the L2 cache before the previous kernel has ended: it may write
+// the batch's rows, but not the slots.
+template <int D> __device__ __forceinline__ void prefetch_exact_tile(const WideCall & wide, int64_t item) {
+    const Attention & a = wide.call.a;
+    const ExactRows & x = a.exact;
+    const int64_t kv = item / wide.arrays.exact_tiles;
+    const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
+    const int lane = threadIdx.x % 32, unit = lane % 4 * 128; // bytes of a row
+    const int row = int(item - kv * wide.arrays.exact_tiles) * tile_rows + threadIdx.x / 32 + lane / 8 * prepare_warps;
+    if (row < rows.slots && unit < (x.type == KV::f16 ? 2 * D : D / 32 * 34))
+        prefetch((lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
 // A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
 template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
-    constexpr int P = D / 32, each = tile_rows / prepare_warps, N = rotated_block<D>; // each: rows of a warp
+    constexpr int P = D / 32, N = rotated_block<D>;
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t kv = item / wide.arrays.exact_tiles;
     const int tile = int(item - kv * wide.arrays.exact_tiles);
     const bool hopper = wide.call.plan.hopper;
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    ExactRow<P> bytes[each];
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int row = tile * tile_rows + warp * each + i;
-        if (row < rows.rows) bytes[i] = ExactRow<P>(a.exact, rows, row, lane);
-    }
     half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
-#pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int row = warp * each + i;
+#pragma unroll 1
+    for (int row = warp; row < tile_rows; row += prepare_warps) {
         const bool exists = tile * tile_rows + row < rows.rows;
+        ExactRow<P> bytes;
+        if (exists) bytes = ExactRow<P>(a.exact, rows, tile * tile_rows + row, lane);
         bool finite = true;
 #pragma unroll
         for (int b = 0; b < D / N; ++b) {
@@ -137,7 +148,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
 #pragma unroll
             for (int j = 0; j < N / 32; ++j) {
                 const int e = b * N / 32 + j;
-                v[j] = exists ? bytes[i].value(bytes[i].v[e], bytes[i].scale_v[e]) : 0.0f;
+                v[j] = exists ? bytes.value(bytes.v[e], bytes.scale_v[e]) : 0.0f;
             }
             if (wide.rotated_values) transform_warp<N, false>(v);
 #pragma unroll
@@ -155,7 +166,7 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
         finite = __all_sync(all_lanes, finite);
 #pragma unroll
         for (int j = 0; j < P; ++j) {
-            const float k = exists ? bytes[i].value(bytes[i].k[j], bytes[i].scale_k[j]) : 0.0f;
+            const float k = exists ? bytes.value(bytes.k[j], bytes.scale_k[j]) : 0.0f;
             keys[hopper ? ExactPlace::key(row, lane + 32 * j) : row * D + lane + 32 * j] =
                 __float2half_rn(finite ? k : __uint_as_float(0x7fc00000));
         }
@@ -173,12 +184,13 @@ struct Items {
 };
 
 template <KV TK, int D>
-__global__ void __launch_bounds__(32 * prepare_warps)
+__global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 5)
     prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
     __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
+    if (blockIdx.x >= exact_at) prefetch_exact_tile<D>(wide, blockIdx.x - exact_at);
     wait_for_previous();
     if (blockIdx.x >= exact_at) {
         prepare_exact<D>(wide, blockIdx.x - exact_at, reinterpret_cast<half *>(bytes));
@@ -186,15 +198,15 @@ __global__ void __launch_bounds__(32 * prepare_warps)
     }
     int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
     if (item < items.columns) {
-        prepare_column<TK, D>(wide, item, bytes + warp * D, lane);
+        prepare_column<TK, D>(wide, uint32_t(item), bytes + warp * D, lane);
         return;
     }
     item -= items.columns;
     if (item < items.words)
-        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, item, lane);
+        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, uint32_t(item), lane);
     else if (item - items.words < items.exact_words)
         prepare_word(MaskRows(a.exact, a.tokens), wide.arrays.exact_seen, wide.arrays.exact_words, a.tokens,
-                     item - items.words, lane);
+                     uint32_t(item - items.words), lane);
 }
 
 template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t stream) {
@@ -368,7 +380,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
     p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
     p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
-    return true;
+    return p.workspace_bytes >> 34 == 0; // prepare_kernel numbers words of eight bytes in 32 bits
 }
 
 cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream) {
