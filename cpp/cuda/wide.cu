@@ -235,8 +235,8 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
 
 // The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for other
 // GPUs, which shows in its shared memory.
-WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
-    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
+WideKernel hopper_kernel_of(int device, KV type_k, KV type_v, int columns) {
+    const WideKernel kernel = hopper_kernel_128(type_k, type_v, groups_for(columns));
     if (!kernel) return nullptr;
     static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
@@ -311,7 +311,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns &&
+               hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns);
     const int most = most_operands(types.turbo_k, types.turbo_v, a.head);
     p.operands = p.columns <= 4 * wide_columns ? 1 : most; // two use the rows better, one has more blocks at a time
     int resident = wide_resident_blocks(p.operands, most);
@@ -319,7 +320,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     int column_warps = 1;
     while (column_warps < wide_warps && column_warps * warp_columns < p.columns) column_warps *= 2;
     if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
-        const int groups = (p.columns + group_columns - 1) / group_columns, tiles = (groups + hopper_groups - 1) / hopper_groups;
+        const int groups = (p.columns + group_columns - 1) / group_columns, most = groups_for(p.columns),
+                  tiles = (groups + most - 1) / most;
         p.column_tile = (groups + tiles - 1) / tiles * group_columns;
     } else {
         p.column_tile = column_warps * warp_columns;
@@ -330,7 +332,10 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
 
     constexpr int most_words = 128; // of SeenTiles, in shared memory
     const auto bytes = [&](int rows) {
-        if (p.hopper) return HopperMemory<128>::bytes(rows * (pitch_k + pitch_v), most_words);
+        if (p.hopper)
+            return (groups_for(p.columns) == DivisionOfFew::groups ? HopperMemory<128, DivisionOfFew>::bytes
+                                                                   : HopperMemory<128, DivisionOfMany>::bytes)(
+                rows * (pitch_k + pitch_v), most_words);
         const int key_blocks = types.turbo_k ? std::max(a.head / 128, 1) : 1;
         const int expanded = rows * (wide_key_bytes(types.turbo_k, a.head) + 2 * a.head + key_blocks * int(sizeof(float2)));
         const int encoded = rows * (pitch_k + pitch_v);
@@ -342,7 +347,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.step_rows = p.hopper ? hopper_rows : 4 * tile_rows / resident;
     while (!p.hopper && p.step_rows > tile_rows && bytes(p.step_rows) > device.shared_per_block) p.step_rows /= 2;
     if (resident * (bytes(p.step_rows) + reserved) > device.shared_per_multiprocessor) resident = 1;
-    if (p.hopper) p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
+    if (p.hopper) p.row_tiles = p.columns <= group_columns ? groups_for(p.columns) : 1;
     else p.row_tiles = std::min(wide_warps / column_warps, p.step_rows / tile_rows);
     // At the end the memory of the rows takes what half of the row groups have, WideColumns::Exchange.
     const int exchange = p.operands * 32 * (a.head / 8 * int(sizeof(float4)) + 2 * int(sizeof(float2)));
@@ -407,7 +412,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
     const WideHead & head = *head_of(a.head);
-    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns)
                                        : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
