@@ -14,18 +14,39 @@ namespace turboquant {
 namespace cuda {
 
 constexpr int warpgroup = 128;                   // threads
-constexpr int expanding_groups = 1;              // warpgroups of a thread block that expand rows: the first ones
-constexpr int hopper_groups = 3;                 // warpgroups with columns
 constexpr int group_columns = 64;                // of a warpgroup
-constexpr int expanding_threads = expanding_groups * warpgroup;
-constexpr int hopper_threads = expanding_threads + hopper_groups * warpgroup;
+constexpr int hopper_threads = 4 * warpgroup;
+constexpr int most_groups = 3;                   // with columns
 constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
 constexpr int encoded_buffers = 3;
-constexpr int expanding_registers = 80, column_registers = 144; // of a thread; 512 threads have 128 on average
+
+// The division of a thread block's warpgroups, and of its registers: 128 a thread on average.
+template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Division {
+    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones
+    static constexpr int groups = hopper_threads / warpgroup - Expanding; // with columns
+    static constexpr int expanding_threads = Expanding * warpgroup;
+    static constexpr int expanding_registers = ExpandingRegisters, column_registers = ColumnRegisters;
+    static_assert(groups <= most_groups && Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512,
+                  "they exist");
+};
+// With few columns, the warps of two warpgroups expand the rows sooner. With many, three warpgroups share expanded
+// rows.
+struct DivisionOfFew : Division<2, 72, 184> {
+    static constexpr bool overlaps_weights = true;      // the output of a step overlaps the weights of the next one
+    static constexpr bool queries_in_registers = false; // or else in shared memory
+    static constexpr bool alternates = false;           // one warpgroup after the other starts products
+};
+struct DivisionOfMany : Division<1, 80, 144> {
+    static constexpr bool overlaps_weights = true, queries_in_registers = false, alternates = false;
+};
+constexpr int few_hopper_columns = 512; // up to so many, the division is DivisionOfFew
+constexpr int groups_for(int columns) {
+    return columns <= few_hopper_columns ? DivisionOfFew::groups : DivisionOfMany::groups;
+}
 
 // The division of a thread block's shared memory.
-template <int D> struct HopperMemory {
+template <int D, typename G> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
     static constexpr int queries = group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
@@ -33,8 +54,8 @@ template <int D> struct HopperMemory {
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + hopper_groups * queries + constants +
-               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + hopper_groups * sizeof(SeenTiles));
+        return matrix_alignment + hopper_buffers * (expanded + factors) + G::groups * queries + constants +
+               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
@@ -50,7 +71,7 @@ template <int D> struct HopperMemory {
     static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
     static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
-    static __device__ __forceinline__ int constants_at() { return queries_at(hopper_groups); }
+    static __device__ __forceinline__ int constants_at() { return queries_at(G::groups); }
     static __device__ __forceinline__ int factors_at(int buffer) {
         return constants_at() + constants + buffer * factors;
     }
@@ -65,7 +86,7 @@ template <int D> struct HopperMemory {
         return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
     }
     __device__ __forceinline__ uint32_t * seen(int words) const {
-        return reinterpret_cast<uint32_t *>(group_seen() + hopper_groups * words);
+        return reinterpret_cast<uint32_t *>(group_seen() + G::groups * words);
     }
 };
 
@@ -79,7 +100,7 @@ __device__ __forceinline__ int read_thread() {
 }
 
 // The share of a thread.
-struct HopperPlace {
+template <typename G> struct HopperPlace {
     int lane, quad, in_quad, warp; // of its warpgroup
     int group;                     // the number of the warpgroup among those with columns; negative: it expands rows
     int groups;                    // how many have columns; the others do nothing
@@ -96,7 +117,7 @@ struct HopperPlace {
         quad = lane / 4;
         in_quad = lane % 4;
         warp = thread / 32 % 4;
-        group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
+        group = __shfl_sync(all_lanes, thread / warpgroup - G::expanding, 0);
         groups = p.column_tile / group_columns * p.row_tiles;
         const int column_tile = blockIdx.y / a.kv_heads;
         first_column = column_tile * p.column_tile + (p.row_tiles > 1 ? 0 : group * group_columns);
@@ -127,14 +148,14 @@ struct Turn {
 // What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
 // hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows
 // are hidden or have a bias.
-static_assert(2 * hopper_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
+static_assert(2 * most_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
-__device__ __forceinline__ bool mixed(int info, int group) { return info >> (hopper_groups + group) & 1; }
+__device__ __forceinline__ bool mixed(int info, int group) { return info >> (most_groups + group) & 1; }
 __device__ __forceinline__ int first_row(int info) { return info & -hopper_rows; }
 
 // Which rows the columns of a thread block see.
-struct Steps {
+template <typename G> struct Steps {
     const uint32_t * seen;        // by any column
     const SeenTiles * group_seen; // by the columns of each warpgroup
     int words, first_tile, length;
@@ -151,12 +172,12 @@ struct Steps {
         if (at >= length) return no_step;
         int info = at;
 #pragma unroll
-        for (int g = 0; g < hopper_groups; ++g) {
-            if (in_turn && uint32_t(at) / hopper_rows % hopper_groups != g) continue;
+        for (int g = 0; g < G::groups; ++g) {
+            if (in_turn && uint32_t(at) / hopper_rows % G::groups != g) continue;
             const SeenTiles word = group_seen[g * words + tile(at) / 32];
             const uint32_t some = word.some >> tile(at) % 32 & tiles;
             info |= int(some != 0) << g;
-            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (hopper_groups + g);
+            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (most_groups + g);
         }
         return info;
     }
@@ -166,9 +187,9 @@ private:
 };
 
 // All threads collect what the columns see.
-template <typename Memory>
-__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace & place, const Memory & memory,
-                                              int words) {
+template <typename G, typename Memory>
+__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace<G> & place,
+                                              const Memory & memory, int words) {
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
     const int64_t first_word = place.begin / seen_rows;
@@ -200,7 +221,7 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     __syncthreads();
     for (int w = threadIdx.x; w < words; w += hopper_threads) {
         uint32_t some = 0;
-        for (int g = 0; g < hopper_groups; ++g) some |= memory.group_seen()[g * words + w].some;
+        for (int g = 0; g < G::groups; ++g) some |= memory.group_seen()[g * words + w].some;
         memory.seen(words)[w] = some;
     }
     __syncthreads();
@@ -263,13 +284,15 @@ __device__ __forceinline__ float fma_denormal(float a, float b, float c) {
 
 // Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for
 // no other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
-template <KV TK, KV TV, int D> struct HopperRows {
+template <KV TK, KV TV, int D, typename G> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
-    using Memory = HopperMemory<D>;
+    using Memory = HopperMemory<D, G>;
+    using Place = HopperPlace<G>;
     static constexpr int lanes = D / 32; // that expand a row
     static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
-    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / expanding_threads; // of warp_rows rows
+    static constexpr int warp_rows = 32 / lanes;
+    static constexpr int turns = hopper_rows * lanes / G::expanding_threads; // of warp_rows rows
     static constexpr int apart = hopper_rows / turns; // rows between those of a thread
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
@@ -277,7 +300,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
                   "it is all copied");
     const WideCall & wide;
     const AttentionCall & call;
-    const HopperPlace & place;
+    const Place & place;
     const Memory & memory;
     const uint8_t *k, *v; // row 0
     const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
@@ -291,7 +314,7 @@ template <KV TK, KV TV, int D> struct HopperRows {
     const uint32_t even, odd;       // even_bytes and odd_bytes, in registers
 
     // `zero` is 0, but the compiler does not know.
-    __device__ __forceinline__ HopperRows(const WideCall & wide, const HopperPlace & place, const Memory & memory,
+    __device__ __forceinline__ HopperRows(const WideCall & wide, const Place & place, const Memory & memory,
                                           uint32_t zero)
         : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero),
           even(even_bytes ^ zero),
@@ -417,28 +440,31 @@ template <KV TK, KV TV, int D> struct HopperRows {
     }
 
     // Expands all steps that a column sees.
-    __device__ __forceinline__ void expand_all(const Steps & steps) const {
-        int at = steps.next(-hopper_rows), after = steps.next(at), from = 0;
+    __device__ __forceinline__ void expand_all(const Steps<G> & steps) const {
+        int at = steps.next(-hopper_rows), after = steps.next(at), later = steps.next(after), from = 0;
+        static_assert(encoded_buffers == 3, "for these steps");
         load(at, 0);
         load(after, 1);
+        load(later, 2);
         Turn turn;
         if (call.a.windowed) copy_exact(turn);
 #pragma unroll 1
         while (at < place.length) {
-            const int later = steps.next(after);
-            copy_wait<1>();
-            __syncwarp(); // the rows are there, and those of the preceding step have been read
-            load(later, from == 0 ? encoded_buffers - 1 : from - 1);
+            const int last = steps.next(later);
+            copy_wait<encoded_buffers - 1>();
+            __syncwarp(); // the rows are there
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(from, turn.buffer);
             if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
             publish_writes();
-            __syncwarp();
+            __syncwarp(); // the rows have been read
             if (place.lane == 0) arrive(memory.full(turn.buffer));
+            load(last, from); // publish_writes waits for copies that have been started before
             turn.go_on();
             from = from + 1 == encoded_buffers ? 0 : from + 1;
             at = after;
             after = later;
+            later = last;
         }
         copy_wait<0>();
     }
@@ -447,13 +473,14 @@ template <KV TK, KV TV, int D> struct HopperRows {
 // ---- the columns of a warpgroup
 
 // Arrays with two elements have one for each of the lane's columns.
-template <KV TK, KV TV, int D> struct HopperColumns {
+template <KV TK, KV TV, int D, typename G> struct HopperColumns {
     using LK = Layout<TK, D>;
-    using Memory = HopperMemory<D>;
+    using Memory = HopperMemory<D, G>;
+    using Place = HopperPlace<G>;
     static constexpr int eights = hopper_rows / 8; // of rows of a step
     static constexpr float most_weight = 32768;    // weights are binary16
     const WideCall & wide;
-    const HopperPlace & place;
+    const Place & place;
     const Memory & memory;
     float to_log2[2], reference[2], sum[2]; // to_log2: of scores in score_unit; sum: over the lane's rows
     float output[D / 2] = {};
@@ -462,8 +489,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         float score[4 * eights];
     };
     uint32_t weight[hopper_rows / 16][4];
+    uint32_t query[G::queries_in_registers ? D / 32 : 1][4]; // operands of the scores
 
-    __device__ __forceinline__ HopperColumns(const WideCall & wide, const HopperPlace & place, const Memory & memory)
+    __device__ __forceinline__ HopperColumns(const WideCall & wide, const Place & place, const Memory & memory)
         : wide(wide), place(place), memory(memory) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -482,6 +510,16 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Stores the queries of the warpgroup as operands of the scores.
     __device__ __forceinline__ void load_queries() {
+        if constexpr (G::queries_in_registers) {
+            const uint32_t * words =
+                reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    query[i][j] = words[j % 2 * (2 * D) + query_word(8 * i + j / 2 * 4 + place.in_quad)];
+            return;
+        }
         const int64_t first = prepared_column() - 16 * place.warp - place.quad; // of the warpgroup
         const uint2 * pairs = reinterpret_cast<const uint2 *>(wide.arrays.queries) + first * (D / 8);
         uint8_t * to = memory.base + Memory::queries_at(place.group);
@@ -501,6 +539,14 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
                        keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
                        constants = key_matrix(memory.address + Memory::constants_at());
+        if constexpr (G::queries_in_registers) {
+            constexpr uint32_t four = constant_byte * 0x01010101;
+            const uint32_t bytes[4] = {four, four, four, four};
+            start_keys(products, bytes, matrix_descriptor(constants));
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i) multiply_keys(products, query[i], matrix_descriptor(keys + 2 * i));
+            return;
+        }
         start_keys(products, matrix_descriptor(constants), matrix_descriptor(constants));
 #pragma unroll
         for (int i = 0; i < D / 16; i += 2) // 32 bytes
@@ -542,7 +588,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     // several requests most columns see no row of the tile or all of them, and need no value of the mask.
     template <int First>
     __device__ __forceinline__ void apply_mask(const MaskRows & mask, const SeenTiles * seen, int words, int tile) {
-        const HopperPlace place(wide.call);
+        const Place place(wide.call);
         const AttentionPlan & p = wide.call.plan;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -629,7 +675,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
     // Computes the products of the warp's columns and the rows of a buffer once more.
     __device__ __forceinline__ void repeat_products(int buffer) {
-        const HopperPlace place(wide.call);
+        const Place place(wide.call);
         const auto word = [&](const uint8_t * row, int unit) { // of a row with number `quad` modulo 8
             return *reinterpret_cast<const uint32_t *>(row + ((unit ^ place.quad) << 4) + 4 * place.in_quad);
         };
@@ -640,8 +686,12 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             int c[4] = {};
 #pragma unroll
             for (int i = 0; i < D / 16; i += 2) {
-                const uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
-                                       word(queries + 8 * D, i + 1)};
+                uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
+                                 word(queries + 8 * D, i + 1)};
+                if constexpr (G::queries_in_registers) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) a[j] = query[i / 2][j];
+                }
                 const uint32_t b[2] = {word(keys + 8 * n * D, i), word(keys + 8 * n * D, i + 1)};
                 mma_int8(c, a, b);
             }
@@ -662,8 +712,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             weigh<eights>(added);
             done = !__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight));
         }
-        products_wait<0>();
-        keep_registers(output);
+        if constexpr (G::overlaps_weights) {
+            products_wait<0>();
+            keep_registers(output);
+        }
         if (!done) {
             if (plain) repeat_products(buffer);
             scale_products(buffer);
@@ -714,7 +766,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                        mixed = __any_sync(all_lanes, seen.mixed >> tile % 32 & 1);
             if (some && (p.row_tiles == 1 || taken == place.group)) add_exact_tile(turn, tile, mixed);
             else wait_for_phase(memory.full(turn.buffer), turn.parity);
-            taken = taken + 1 == hopper_groups ? 0 : taken + 1;
+            taken = taken + 1 == G::groups ? 0 : taken + 1;
             release(turn.buffer);
             turn.go_on();
         }
@@ -773,12 +825,27 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
+    // The warpgroups start the products of a step one after the other, if each adds all steps.
+    static constexpr int first_barrier = 2 + G::groups;
+    __device__ __forceinline__ bool in_order() const {
+        return G::alternates && place.groups > 1 && wide.call.plan.row_tiles == 1;
+    }
+    __device__ __forceinline__ void let_next_group_start() const {
+        if (in_order()) arrive_groups(first_barrier + (place.group + 1 == place.groups ? 0 : place.group + 1), 2);
+    }
+    __device__ __forceinline__ void wait_for_group() const {
+        if (in_order()) sync_groups(first_barrier + place.group, 2);
+    }
+
     // Adds all steps that a column of the thread block sees. `info` is that of the first one.
     __device__ __forceinline__ void add_all(int info, Turn & turn) {
+        if (place.group + 1 == place.groups) let_next_group_start();
 #pragma unroll 1
         while (info != no_step) {
             if (!sees(info, place.group)) {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
+                wait_for_group();
+                let_next_group_start();
                 info = memory.infos[turn.buffer];
                 release(turn.buffer);
                 turn.go_on();
@@ -787,21 +854,32 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 #pragma unroll
             for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
             int buffer = turn.buffer; // whose output is added next; at first zeros
-            // While the tensor cores add a step to the output, the warps compute the weights of the next one.
+            // If weights overlap, the warps compute the weights of a step while the tensor cores add the preceding one
+            // to the output. Else the warps wait for both products, and those of other warpgroups overlap their
+            // weights.
 #pragma unroll 1
             do {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
+                wait_for_group();
                 keep_registers(output);
                 products_fence();
-                start_products(turn.buffer);
-                products_commit();
-                start_output(buffer);
+                if constexpr (G::overlaps_weights) {
+                    start_products(turn.buffer);
+                    products_commit();
+                    start_output(buffer);
+                } else {
+                    start_output(buffer);
+                    start_products(turn.buffer);
+                }
                 products_commit();
                 const int next = memory.infos[turn.buffer];
-                products_wait<1>();
+                products_wait<G::overlaps_weights ? 1 : 0>();
+                if constexpr (!G::overlaps_weights) keep_registers(output);
                 keep_registers(products);
+                let_next_group_start();
+                if (!G::overlaps_weights && buffer != turn.buffer) release(buffer);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
-                if (buffer != turn.buffer) release(buffer);
+                if (G::overlaps_weights && buffer != turn.buffer) release(buffer);
                 buffer = turn.buffer;
                 turn.go_on();
                 info = next;
@@ -821,13 +899,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         float4 output[D / 8][warpgroup];
         float4 states[warpgroup]; // of both columns: reference and sum
     };
-    static_assert((hopper_groups - 1) * sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
+    static_assert((G::groups - 1) * sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
 
     // Adds the results of the other warpgroups to those of the first one.
     __device__ __forceinline__ void merge_groups() {
-        constexpr int barrier = 1 + hopper_groups;
+        constexpr int barrier = 1 + G::groups;
         const int thread = 32 * place.warp + place.lane;
-        sync_groups(barrier, hopper_groups); // all have used the rows
+        sync_groups(barrier, G::groups); // all have used the rows
         if (place.group > 0) {
             Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
 #pragma unroll
@@ -836,10 +914,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                     make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
             to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
         }
-        sync_groups(barrier, hopper_groups);
+        sync_groups(barrier, G::groups);
         if (place.group > 0) return;
 #pragma unroll 1
-        for (int g = 1; g < hopper_groups; ++g) {
+        for (int g = 1; g < G::groups; ++g) {
             const Results & from = reinterpret_cast<const Results *>(memory.base)[g - 1];
             const float4 states = from.states[thread];
             float own[2], other[2]; // factors
@@ -865,7 +943,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
     // Stores the results for merge_kernel, which reads no values of columns that have seen no row.
     __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
-        const HopperPlace place(call);
+        const Place place(call);
         constexpr float to_value = value_unit<TV>;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -887,23 +965,24 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
 // ---- the kernel
 
-template <KV TK, KV TV, int D>
+template <KV TK, KV TV, int D, typename G>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ int infos[hopper_buffers + 1]; // see hopper_kernel_of
     const AttentionCall & call = wide.call;
-    const HopperPlace place(call);
-    const HopperMemory<D> memory(call.plan, shared, infos);
+    using Memory = HopperMemory<D, G>;
+    const HopperPlace<G> place(call);
+    const Memory memory(call.plan, shared, infos);
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
-            start_barrier(memory.full(i), expanding_threads / 32);
+            start_barrier(memory.full(i), G::expanding_threads / 32);
             start_barrier(memory.empty(i), place.groups * warpgroup / 32);
         }
     }
-    uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + HopperMemory<D>::constants_at());
-    for (int i = threadIdx.x; i < HopperMemory<D>::constants / 4; i += hopper_threads)
+    uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + Memory::constants_at());
+    for (int i = threadIdx.x; i < Memory::constants / 4; i += hopper_threads)
         constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
@@ -911,16 +990,16 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
-    const Steps steps = {memory.seen(words), memory.group_seen(), words,
-                         first_tile,         place.length,        call.plan.row_tiles > 1};
+    const Steps<G> steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length,
+                            call.plan.row_tiles > 1};
     if (threadIdx.x == 0) infos[hopper_buffers] = steps.info(steps.next(-hopper_rows));
     __syncthreads();
     if (place.group < 0) {
-        leave_registers<expanding_registers>();
-        HopperRows<TK, TV, D>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
+        leave_registers<G::expanding_registers>();
+        HopperRows<TK, TV, D, G>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
     } else if (place.group < place.groups) {
-        take_registers<column_registers>();
-        HopperColumns<TK, TV, D> columns(wide, place, memory);
+        take_registers<G::column_registers>();
+        HopperColumns<TK, TV, D, G> columns(wide, place, memory);
         Turn turn;
         if (call.a.windowed) columns.add_exact_rows(turn);
         columns.load_queries();
@@ -933,17 +1012,18 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
 
 } // namespace
 
-// The kernel for a pair of types, or nullptr if there is none.
-WideKernel hopper_kernel_128(KV type_k, KV type_v);
+// The kernel for a pair of types with so many warpgroups that have columns, or nullptr if there is none.
+WideKernel hopper_kernel_128(KV type_k, KV type_v, int groups);
 
 namespace {
 
-template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
+template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v, int groups) {
     switch (type_v) {
 #define TURBOQUANT_CASE(name)                                                                        \
     case KV::name:                                                                                   \
         if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)          \
-            return hopper_kernel<TK, KV::name, D>;                                                   \
+            return groups == DivisionOfFew::groups ? hopper_kernel<TK, KV::name, D, DivisionOfFew>   \
+                                                   : hopper_kernel<TK, KV::name, D, DivisionOfMany>; \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -951,10 +1031,10 @@ template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
     return nullptr;
 }
 
-template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
+template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v, int groups) {
     switch (type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return hopper_kernel_for<D, KV::name>(type_v);
+    case KV::name: return hopper_kernel_for<D, KV::name>(type_v, groups);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

@@ -97,6 +97,24 @@ __device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t
 #endif
 }
 #undef TURBOQUANT_PRODUCT
+#define TURBOQUANT_PRODUCT(types, mode, add)                                                                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                               \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, " add ";"                                              \
+                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// The same with A in registers.
+__device__ __forceinline__ void start_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCT("u8.u8", "=r", "0");
+#endif
+}
+__device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCT("s8.s8", "+r", "1");
+#endif
+}
+#undef TURBOQUANT_PRODUCT
 
 // d += a product of 64 x 16 binary16 values of A, and 16 rows of 128 binary16 values of B.
 __device__ __forceinline__ void multiply_values(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
@@ -140,6 +158,10 @@ __device__ __forceinline__ void publish_writes() {
 // A barrier for the threads of so many warpgroups. Barrier 0 is that of __syncthreads.
 __device__ __forceinline__ void sync_groups(int barrier, int groups) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
+}
+
+__device__ __forceinline__ void arrive_groups(int barrier, int groups) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
 }
 
 // Changes the number of registers of the warpgroup's threads.

@@ -19,13 +19,15 @@ constexpr int prepare_warps = 8; // of a thread block
 // A warp rotates a query as K is, and rounds it to int8. With an exact window, or if K is not rotated, it stores the
 // query as binary16, in the same unit.
 template <KV TK, int D>
-__device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t item, uint8_t * bytes, int lane) {
+__device__ __forceinline__ void prepare_column(const WideCall & wide, uint32_t number, uint8_t * bytes, int lane) {
     using L = Layout<TK, D>;
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
-    const int padded = p.column_tile * p.column_tiles, column = int(item % padded);
-    const int kv_head = int(item / padded % a.kv_heads), stream = int(item / padded / a.kv_heads);
+    const int64_t item = number;
+    const uint32_t padded = p.column_tile * p.column_tiles, head_number = number / padded;
+    const int column = int(number - head_number * padded);
+    const int stream = int(head_number / uint32_t(a.kv_heads)), kv_head = int(head_number) - stream * a.kv_heads;
     const bool exists = column < p.columns;
     const int token = column / p.group, head = kv_head * p.group + column - token * p.group;
     const float * row = reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
@@ -69,50 +71,64 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, int64_t it
 }
 
 // A warp computes word number `item` of `all`, in the order [stream of the mask][head of the mask][token][words].
-__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, int64_t item,
+__device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, uint32_t item,
                                              int lane) {
-    const int64_t row = item / words, first = (item - row * words) * seen_rows;
-    const uint8_t * mask = of.row(int(row % tokens), int(row / tokens % of.heads), int(row / tokens / of.heads));
-    constexpr uint32_t hidden = 0xfc00;
-    SeenTiles seen = {0, 0};
-    const bool aligned = (reinterpret_cast<uintptr_t>(mask) & 15) == 0;
-#pragma unroll 1
-    for (int part = 0; part < 4; ++part) { // a lane reads eight values, a quarter of a tile
-        const int64_t at = first + 256 * part + 8 * lane;
-        uint32_t x[4];
-        if (aligned && at + 8 <= of.rows) {
-            const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * at);
-            x[0] = four.x;
-            x[1] = four.y;
-            x[2] = four.z;
-            x[3] = four.w;
-        } else {
+    constexpr int parts = 4; // a lane reads eight values of each, a quarter of a tile
+    constexpr uint32_t hidden = 0xfc00, both = hidden | hidden << 16;
+    const uint32_t row = item / uint32_t(words), before = row / uint32_t(tokens), stream = before / uint32_t(of.heads);
+    const int64_t first = int64_t(item - row * words) * seen_rows + 8 * lane;
+    const uint8_t * mask = of.row(int(row - before * tokens), int(before - stream * of.heads), int(stream));
+    uint32_t x[parts][4];
+    if ((reinterpret_cast<uintptr_t>(mask) & 15) == 0 && first - 8 * lane + seen_rows <= of.rows) {
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(mask + 2 * (first + 256 * part));
+            x[part][0] = four.x;
+            x[part][1] = four.y;
+            x[part][2] = four.z;
+            x[part][3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int part = 0; part < parts; ++part)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                x[i] = 0;
-#pragma unroll
-                for (int h = 1; h >= 0; --h) {
-                    const int64_t r = at + 2 * i + h;
-                    x[i] = x[i] << 16 | (r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden);
-                }
+                const int64_t r = first + 256 * part + 2 * i;
+                const uint32_t low = r < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r) : hidden,
+                               high = r + 1 < of.rows ? *reinterpret_cast<const uint16_t *>(mask + 2 * r + 2) : hidden;
+                x[part][i] = low | high << 16;
             }
-        }
-        constexpr uint32_t both = hidden | hidden << 16;
-        const bool some = x[0] != both || x[1] != both || x[2] != both || x[3] != both;
-        const bool mixed = (x[0] | x[1] | x[2] | x[3]) != 0;
-        const uint32_t some_lanes = __ballot_sync(all_lanes, some), mixed_lanes = __ballot_sync(all_lanes, mixed);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) { // four lanes have a tile
-            seen.some |= uint32_t((some_lanes >> 4 * i & 15) != 0) << (8 * part + i);
-            seen.mixed |= uint32_t((mixed_lanes >> 4 * i & 15) != 0) << (8 * part + i);
-        }
     }
+    uint32_t bits = 0; // of each part whether a value is not hidden, then of each part whether a value is not zero
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+        const uint32_t(&v)[4] = x[part];
+        bits |= uint32_t(((v[0] ^ both) | (v[1] ^ both) | (v[2] ^ both) | (v[3] ^ both)) != 0) << part;
+        bits |= uint32_t((v[0] | v[1] | v[2] | v[3]) != 0) << (parts + part);
+    }
+    bits |= __shfl_xor_sync(all_lanes, bits, 1);
+    bits |= __shfl_xor_sync(all_lanes, bits, 2);
+    bits = __shfl_sync(all_lanes, bits, lane % 8 * 4) >> lane / 8; // each lane takes the tile with its number
+    const SeenTiles seen = {__ballot_sync(all_lanes, bits & 1), __ballot_sync(all_lanes, bits >> parts & 1)};
     if (lane == 0) all[item] = seen;
+}
+
+// Lets the rows of a tile of an exact window be fetched to the L2 cache before the previous kernel has ended: it may
+// write the batch's rows, but not the slots.
+template <int D> __device__ __forceinline__ void prefetch_exact_tile(const WideCall & wide, int64_t item) {
+    const Attention & a = wide.call.a;
+    const ExactRows & x = a.exact;
+    const int64_t kv = item / wide.arrays.exact_tiles;
+    const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
+    const int lane = threadIdx.x % 32, unit = lane % 4 * 128; // bytes of a row
+    const int row = int(item - kv * wide.arrays.exact_tiles) * tile_rows + threadIdx.x / 32 + lane / 8 * prepare_warps;
+    if (row < rows.slots && unit < (x.type == KV::f16 ? 2 * D : D / 32 * 34))
+        prefetch((lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
 // A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
 template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
-    constexpr int P = D / 32, each = tile_rows / prepare_warps; // each: rows of a warp
+    constexpr int P = D / 32;
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t kv = item / wide.arrays.exact_tiles;
@@ -125,19 +141,11 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
         const int of_lane = element / P;
         return (element ^ (of_lane / 4 & 1)) * tile_rows + (position ^ (of_lane % 4 * 8));
     };
-    ExactRow<P> next;
-    const auto load = [&](int i) {
-        const int row = tile * tile_rows + warp * each + i;
-        if (i < each && row < rows.rows) next = ExactRow<P>(a.exact, rows, row, lane);
-    };
-    load(0);
 #pragma unroll 1
-    for (int i = 0; i < each; ++i) {
-        const ExactRow<P> bytes = next;
-        load(i + 1);
-        const int row = warp * each + i;
+    for (int row = warp; row < tile_rows; row += prepare_warps) {
         float k[P] = {}, v[P] = {};
         if (tile * tile_rows + row < rows.rows) {
+            const ExactRow<P> bytes(a.exact, rows, tile * tile_rows + row, lane);
             bytes.values(bytes.k, bytes.scale_k, k);
             bytes.values(bytes.v, bytes.scale_v, v);
         }
@@ -185,12 +193,13 @@ struct Items {
 };
 
 template <KV TK, int D>
-__global__ void __launch_bounds__(32 * prepare_warps)
+__global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 5)
     prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
     __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
+    if (blockIdx.x >= exact_at) prefetch_exact_tile<D>(wide, blockIdx.x - exact_at);
     wait_for_previous();
     if (blockIdx.x >= exact_at) {
         prepare_exact<D>(wide, blockIdx.x - exact_at, reinterpret_cast<half *>(bytes));
@@ -198,15 +207,15 @@ __global__ void __launch_bounds__(32 * prepare_warps)
     }
     int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
     if (item < items.columns) {
-        prepare_column<TK, D>(wide, item, bytes + warp * D, lane);
+        prepare_column<TK, D>(wide, uint32_t(item), bytes + warp * D, lane);
         return;
     }
     item -= items.columns;
     if (item < items.words)
-        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, item, lane);
+        prepare_word(MaskRows(a), wide.arrays.seen, wide.arrays.words, a.tokens, uint32_t(item), lane);
     else if (item - items.words < items.exact_words)
         prepare_word(MaskRows(a.exact, a.tokens), wide.arrays.exact_seen, wide.arrays.exact_words, a.tokens,
-                     item - items.words, lane);
+                     uint32_t(item - items.words), lane);
 }
 
 template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t stream) {
@@ -235,8 +244,8 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
 
 // The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for
 // other GPUs, which shows in its shared memory.
-WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
-    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
+WideKernel hopper_kernel_of(int device, KV type_k, KV type_v, int columns) {
+    const WideKernel kernel = hopper_kernel_128(type_k, type_v, groups_for(columns));
     if (!kernel) return nullptr;
     static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
@@ -316,7 +325,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns &&
+               hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns);
     p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
     p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
     const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
@@ -325,8 +335,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     while (column_warps < warps && column_warps * warp_columns < p.columns) column_warps *= 2;
     p.column_tile = column_warps * warp_columns;
     if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
-        const int groups = int(divided(p.columns, group_columns)), tiles = int(divided(groups, hopper_groups));
-        p.column_tile = int(divided(groups, tiles)) * group_columns;
+        const int most = groups_for(p.columns), groups = int(divided(p.columns, group_columns));
+        p.column_tile = int(divided(groups, divided(groups, most))) * group_columns;
     }
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
@@ -348,9 +358,12 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     };
     const auto choose_rows = [&] {
         if (p.hopper) {
+            const int groups = groups_for(p.columns), encoded = hopper_rows * (pitch_k + pitch_v);
             p.buffer_rows = hopper_rows;
-            p.row_tiles = p.columns <= group_columns ? hopper_groups : 1;
-            p.shared_bytes = HopperMemory<128>::bytes(hopper_rows * (pitch_k + pitch_v), most_words);
+            p.row_tiles = p.columns <= group_columns ? groups : 1;
+            p.shared_bytes = groups == DivisionOfFew::groups
+                                 ? HopperMemory<128, DivisionOfFew>::bytes(encoded, most_words)
+                                 : HopperMemory<128, DivisionOfMany>::bytes(encoded, most_words);
             return p.shared_bytes <= device.shared_per_block;
         }
         for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
@@ -394,7 +407,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
     p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
     p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
-    return true;
+    return p.workspace_bytes >> 34 == 0; // prepare_kernel numbers words of eight bytes in 32 bits
 }
 
 cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream) {
@@ -421,7 +434,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
     const WideHead & head = *head_of(a.head);
-    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns)
                                        : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
