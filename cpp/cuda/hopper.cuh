@@ -19,20 +19,20 @@ constexpr int hopper_threads = 4 * warpgroup;
 constexpr int most_groups = 3;                   // with columns
 constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
-constexpr int encoded_buffers = 3;
 
 // The division of a thread block's warpgroups, and of its registers: 128 a thread on average.
 template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Division {
-    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones
+    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones. They take steps in turn
+    static constexpr int own_buffers = Expanding == 1 ? 3 : 2; // of encoded rows, of each of these
+    static constexpr int encoded_buffers = Expanding * own_buffers;
     static constexpr int groups = hopper_threads / warpgroup - Expanding; // with columns
-    static constexpr int expanding_threads = Expanding * warpgroup;
     static constexpr int expanding_registers = ExpandingRegisters, column_registers = ColumnRegisters;
     static_assert(groups <= most_groups && Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "they exist");
 };
 // With few columns, the warps of two warpgroups expand the rows sooner. With many, three warpgroups share expanded rows.
-struct DivisionOfFew : Division<2, 72, 184> {
+struct DivisionOfFew : Division<2, 88, 168> {
     static constexpr bool overlaps_weights = true;      // the output of a step overlaps the weights of the next one
-    static constexpr bool queries_in_registers = false; // or else in shared memory
+    static constexpr bool queries_in_registers = true;  // or else in shared memory
     static constexpr bool alternates = false;           // one warpgroup after the other starts products
 };
 struct DivisionOfMany : Division<1, 80, 144> {
@@ -47,13 +47,13 @@ constexpr int groups_for(int columns) {
 template <int D, typename G> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int queries = group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
+    static constexpr int queries = G::queries_in_registers ? 0 : group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
         return matrix_alignment + hopper_buffers * (expanded + factors) + G::groups * queries + constants +
-               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
+               G::encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
@@ -72,7 +72,7 @@ template <int D, typename G> struct HopperMemory {
     static __device__ __forceinline__ int constants_at() { return queries_at(G::groups); }
     static __device__ __forceinline__ int factors_at(int buffer) { return constants_at() + constants + buffer * factors; }
     __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
-    __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
+    __device__ __forceinline__ int barriers_at() const { return encoded_at(G::encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
     // Tiles that the columns of each warpgroup see, then those that any column sees.
@@ -285,7 +285,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     using Place = HopperPlace<G>;
     static constexpr int lanes = D / 32; // that expand a row
     static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
-    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / G::expanding_threads; // of warp_rows rows
+    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / warpgroup; // of warp_rows rows
     static constexpr int apart = hopper_rows / turns; // rows between those of a thread
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
@@ -294,6 +294,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     const AttentionCall & call;
     const Place & place;
     const Memory & memory;
+    const int number; // of the warpgroup among those that expand rows
     const uint8_t *k, *v; // row 0
     const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
     int copy_to_k, copy_to_v;       // and their offsets in a buffer
@@ -308,13 +309,13 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     // `zero` is 0, but the compiler does not know.
     __device__ __forceinline__ HopperRows(const WideCall & wide, const Place & place, const Memory & memory,
                                           uint32_t zero)
-        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero),
-          odd(odd_bytes ^ zero) {
+        : wide(wide), call(wide.call), place(place), memory(memory), number(place.group + G::expanding), look_up_k(zero),
+          look_up_v(zero), even(even_bytes ^ zero), odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
-        const int copied = threadIdx.x / 32 * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
+        const int copied = place.warp * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
         copy_k = k + (place.begin + copied) * a.k_row;
         copy_v = v + (place.begin + copied) * a.v_row;
         const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15),
@@ -327,9 +328,9 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         copy_to_v = memory.encoded_k + copied * p.pitch_v + unit;
 
         // The rows of neighbouring lanes differ by four, so that eight lanes write to different banks.
-        const int in_warp = place.lane / lanes, thread = threadIdx.x;
+        const int in_warp = place.lane / lanes;
         part = place.lane % lanes;
-        row = thread / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
+        row = place.warp * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
         const auto offset = [&](const uint8_t * base, int64_t stride) {
             return int((reinterpret_cast<uintptr_t>(base) + (place.begin + row) * stride) & 15);
         };
@@ -360,10 +361,10 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         } else {
 #pragma unroll 1
             for (int i = 0; i < 2 * turns; ++i) {
-                const int side = i % 2, first = threadIdx.x / 32 * warp_rows + i / 2 * apart;
+                const int side = i % 2, first = read_thread() % warpgroup / 32 * warp_rows + i / 2 * apart;
                 load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          warp_rows, place.begin + at + first, a.n_kv, place.lane, 32);
+                          warp_rows, place.begin + at + first, a.n_kv, read_thread() % 32, 32);
             }
         }
         copy_commit();
@@ -417,45 +418,60 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         const int64_t tiles = (int64_t(place.kv_stream) * call.a.kv_heads + place.kv_head) * x.exact_tiles;
         constexpr int size = tile_rows * D;
 #pragma unroll 1
-        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += call.plan.chunks) {
-            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-            if (threadIdx.x == 0) {
-                const uint32_t to = memory.address, full = memory.full(turn.buffer);
-                copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
-                copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+        for (int tile = blockIdx.x, taker = 0; tile < x.exact_tiles; tile += call.plan.chunks) {
+            if (taker == number) {
+                wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
+                if (read_thread() % warpgroup == 0) {
+                    const uint32_t to = memory.address, full = memory.full(turn.buffer);
+                    copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
+                    copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+                }
+                __syncwarp();
+                if (place.lane == 0) arrive(memory.full(turn.buffer));
             }
-            __syncwarp();
-            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            taker = taker + 1 == G::expanding ? 0 : taker + 1;
             turn.go_on();
         }
     }
 
-    // Expands all steps that a column sees.
+    // Expands the warpgroup's steps of those that a column sees.
     __device__ __forceinline__ void expand_all(const Steps<G> & steps) const {
-        int at = steps.next(-hopper_rows), after = steps.next(at), later = steps.next(after), from = 0;
-        static_assert(encoded_buffers == 3, "for these steps");
-        load(at, 0);
-        load(after, 1);
-        load(later, 2);
+        constexpr int own = G::own_buffers;
+        int at[own]; // the warpgroup's next steps
+        const auto next = [&](int step) {
+#pragma unroll
+            for (int i = 0; i < G::expanding; ++i) step = steps.next(step);
+            return step;
+        };
+        at[0] = steps.next(-hopper_rows);
+        for (int i = 0; i < number; ++i) at[0] = steps.next(at[0]);
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+            if (i > 0) at[i] = next(at[i - 1]);
+            load(at[i], number * own + i);
+        }
         Turn turn;
         if (call.a.windowed) copy_exact(turn);
+        for (int i = 0; i < number; ++i) turn.go_on();
+        int buffer = number * own;
 #pragma unroll 1
-        while (at < place.length) {
-            const int last = steps.next(later);
-            copy_wait<encoded_buffers - 1>();
+        while (at[0] < place.length) {
+            const int last = next(at[own - 1]);
+            copy_wait<own - 1>();
             __syncwarp(); // the rows are there
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-            expand(from, turn.buffer);
-            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
+            expand(buffer, turn.buffer);
+            if (read_thread() % warpgroup == 0) memory.infos[turn.buffer] = steps.info(steps.next(at[0]));
             publish_writes();
             __syncwarp(); // the rows have been read
-            if (place.lane == 0) arrive(memory.full(turn.buffer));
-            load(last, from); // publish_writes waits for copies that have been started before
-            turn.go_on();
-            from = from + 1 == encoded_buffers ? 0 : from + 1;
-            at = after;
-            after = later;
-            later = last;
+            if (read_thread() % 32 == 0) arrive(memory.full(turn.buffer));
+            load(last, buffer); // publish_writes waits for copies that have been started before
+#pragma unroll
+            for (int i = 0; i < G::expanding; ++i) turn.go_on();
+            buffer = buffer + 1 == number * own + own ? number * own : buffer + 1;
+#pragma unroll
+            for (int i = 1; i < own; ++i) at[i - 1] = at[i];
+            at[own - 1] = last;
         }
         copy_wait<0>();
     }
@@ -963,7 +979,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
-            start_barrier(memory.full(i), G::expanding_threads / 32);
+            start_barrier(memory.full(i), warpgroup / 32);
             start_barrier(memory.empty(i), place.groups * warpgroup / 32);
         }
     }
