@@ -27,9 +27,10 @@ template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Div
     static constexpr int encoded_buffers = Expanding * own_buffers;
     static constexpr int groups = hopper_threads / warpgroup - Expanding; // with columns
     static constexpr int expanding_registers = ExpandingRegisters, column_registers = ColumnRegisters;
-    static_assert(groups <= most_groups && Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "they exist");
+    static_assert(groups <= most_groups, "a step's info has bits for them");
+    static_assert(Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "there are so many registers");
 };
-// With few columns, the warps of two warpgroups expand the rows sooner. With many, three warpgroups share expanded rows.
+// With few columns, two warpgroups expand rows, and the rows are ready sooner. With many, three share each expanded row.
 struct DivisionOfFew : Division<2, 88, 168> {
     static constexpr bool overlaps_weights = true;      // the output of a step overlaps the weights of the next one
     static constexpr bool queries_in_registers = true;  // or else in shared memory
@@ -47,7 +48,8 @@ constexpr int groups_for(int columns) {
 template <int D, typename G> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int queries = G::queries_in_registers ? 0 : group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
+    static constexpr int queries = G::queries_in_registers ? 0 : group_columns * D; // of a warpgroup
+    static constexpr int constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
