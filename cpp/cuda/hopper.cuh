@@ -31,7 +31,7 @@ template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Div
     static_assert(Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "there are so many registers");
 };
 // With few columns, two warpgroups expand rows, and the rows are ready sooner. With many, three share each expanded row.
-struct DivisionOfFew : Division<2, 88, 168> {
+struct DivisionOfFew : Division<2, 80, 176> {
     static constexpr bool overlaps_weights = true;      // the output of a step overlaps the weights of the next one
     static constexpr bool queries_in_registers = true;  // or else in shared memory
     static constexpr bool alternates = false;           // one warpgroup after the other starts products
