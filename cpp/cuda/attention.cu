@@ -77,15 +77,14 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
 // What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that
-// reads none of these rows.
+// reads none of these rows. It lets the merge start only when it has waited for what it reads, so the rows are complete.
 struct StoredBeside {
     Stores stores;
     int groups; // thread blocks
-    bool wait;  // for the preceding kernel, which may itself wait for the rows
 };
 
 template <int N> __device__ __forceinline__ void encode_beside(const StoredBeside & s, EncodeShared<N> & shared) {
-    if (threadIdx.x < 32 * encode_warps) encode_group(s.stores, blockIdx.x, s.wait, shared);
+    if (threadIdx.x < 32 * encode_warps) encode_group(s.stores, blockIdx.x, false, shared);
 }
 
 constexpr int most_merge_warps = 32;
@@ -410,7 +409,6 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
         if (error != cudaSuccess) return error;
         if (beside.stores.block != std::min(a.head, 128) || size.x > 1u << 30) return cudaErrorNotSupported;
         beside.groups = int(size.x);
-        beside.wait = plan.wide; // other kernels let the merge start only when they have waited
     }
     cudaError_t launched;
     if (plan.wide) {

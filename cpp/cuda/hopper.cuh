@@ -1,5 +1,5 @@
-// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products
-// of warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
+// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products of
+// warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
 //
 // Some warpgroups of a thread block copy encoded rows to shared memory and expand them, step by step. The other
 // warpgroups, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in shared
@@ -19,28 +19,27 @@ constexpr int hopper_threads = 4 * warpgroup;
 constexpr int most_groups = 3;                   // with columns
 constexpr int hopper_rows = 64;                  // of a step
 constexpr int hopper_buffers = 6;                // of expanded rows
-constexpr int encoded_buffers = 3;
 
 // The division of a thread block's warpgroups, and of its registers: 128 a thread on average.
 template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Division {
-    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones
+    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones. They take steps in turn
+    static constexpr int own_buffers = Expanding == 1 ? 3 : 2; // of encoded rows, of each of these
+    static constexpr int encoded_buffers = Expanding * own_buffers;
     static constexpr int groups = hopper_threads / warpgroup - Expanding; // with columns
-    static constexpr int expanding_threads = Expanding * warpgroup;
     static constexpr int expanding_registers = ExpandingRegisters, column_registers = ColumnRegisters;
-    static_assert(groups <= most_groups && Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512,
-                  "they exist");
+    static_assert(groups <= most_groups, "a step's info has bits for them");
+    static_assert(Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "there are so many registers");
 };
-// With few columns, the warps of two warpgroups expand the rows sooner. With many, three warpgroups share expanded
-// rows.
-struct DivisionOfFew : Division<2, 72, 184> {
-    static constexpr bool overlaps_weights = true;      // the output of a step overlaps the weights of the next one
-    static constexpr bool queries_in_registers = false; // or else in shared memory
+// With few columns, two warpgroups expand rows, and the rows are ready sooner. With many, three share each expanded row.
+struct DivisionOfFew : Division<2, 80, 176> {
+    static constexpr bool overlaps_weights = false;     // the output of a step overlaps the weights of the next one
+    static constexpr bool queries_in_registers = true;  // or else in shared memory
     static constexpr bool alternates = false;           // one warpgroup after the other starts products
 };
 struct DivisionOfMany : Division<1, 80, 144> {
     static constexpr bool overlaps_weights = true, queries_in_registers = false, alternates = false;
 };
-constexpr int few_hopper_columns = 512; // up to so many, the division is DivisionOfFew
+constexpr int few_hopper_columns = 1 << 30; // up to so many, the division is DivisionOfFew
 constexpr int groups_for(int columns) {
     return columns <= few_hopper_columns ? DivisionOfFew::groups : DivisionOfMany::groups;
 }
@@ -49,13 +48,14 @@ constexpr int groups_for(int columns) {
 template <int D, typename G> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int queries = group_columns * D, constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
+    static constexpr int queries = G::queries_in_registers ? 0 : group_columns * D; // of a warpgroup
+    static constexpr int constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
         return matrix_alignment + hopper_buffers * (expanded + factors) + G::groups * queries + constants +
-               encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
+               G::encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
@@ -72,13 +72,9 @@ template <int D, typename G> struct HopperMemory {
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
     static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
     static __device__ __forceinline__ int constants_at() { return queries_at(G::groups); }
-    static __device__ __forceinline__ int factors_at(int buffer) {
-        return constants_at() + constants + buffer * factors;
-    }
-    __device__ __forceinline__ int encoded_at(int buffer) const {
-        return factors_at(hopper_buffers) + buffer * encoded;
-    }
-    __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
+    static __device__ __forceinline__ int factors_at(int buffer) { return constants_at() + constants + buffer * factors; }
+    __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
+    __device__ __forceinline__ int barriers_at() const { return encoded_at(G::encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
     // Tiles that the columns of each warpgroup see, then those that any column sees.
@@ -146,8 +142,8 @@ struct Turn {
 // ---- steps
 
 // What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
-// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows
-// are hidden or have a bias.
+// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows are
+// hidden or have a bias.
 static_assert(2 * most_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
@@ -188,15 +184,15 @@ private:
 
 // All threads collect what the columns see.
 template <typename G, typename Memory>
-__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace<G> & place,
-                                              const Memory & memory, int words) {
+__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace<G> & place, const Memory & memory,
+                                              int words) {
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
     const int64_t first_word = place.begin / seen_rows;
     if (place.group >= 0) {
         const int first = place.group >= place.groups ? a.tokens : place.first_column / call.plan.group,
                   end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
-        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // before these
+        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // of the mask, before these
         const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
         for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
             SeenTiles seen = {0, 0};
@@ -229,8 +225,8 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 
 // ---- rows
 //
-// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank.
-// This changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
+// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank. This
+// changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
 // value_element on, and four are those 16 elements further on. The queries are in the same order as the levels of K.
 
 // The first element of a unit of eight values of V.
@@ -242,8 +238,8 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
-// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and
-// one of exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
+// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and one of
+// exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
 struct ExactPlace {
     static __device__ __forceinline__ int at(int row, int position) { // the position in the order of an operand
         const int unit = position % 64 / 8;
@@ -263,9 +259,9 @@ struct ExactPlace {
 
 // ---- scores
 //
-// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those
-// of a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that
-// are all the same gives the constant, so it takes no instructions for each product.
+// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those of
+// a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that are all
+// the same gives the constant, so it takes no instructions for each product.
 constexpr uint32_t constant_byte = 254;
 constexpr int product_start = constant_byte * constant_byte * 32; // the largest magnitude of 128 products of two levels
 static_assert(product_start == 127 * 127 * 128 && 2 * product_start < 1 << 23, "products are the bits of floats");
@@ -282,8 +278,8 @@ __device__ __forceinline__ float fma_denormal(float a, float b, float c) {
 #endif
 }
 
-// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for
-// no other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
+// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
+// other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
 template <KV TK, KV TV, int D, typename G> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
@@ -291,17 +287,16 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     using Place = HopperPlace<G>;
     static constexpr int lanes = D / 32; // that expand a row
     static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
-    static constexpr int warp_rows = 32 / lanes;
-    static constexpr int turns = hopper_rows * lanes / G::expanding_threads; // of warp_rows rows
+    static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / warpgroup; // of warp_rows rows
     static constexpr int apart = hopper_rows / turns; // rows between those of a thread
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
-    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once,
-                  "it is all copied");
+    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once, "it is all copied");
     const WideCall & wide;
     const AttentionCall & call;
     const Place & place;
     const Memory & memory;
+    const int number; // of the warpgroup among those that expand rows
     const uint8_t *k, *v; // row 0
     const uint8_t *copy_k, *copy_v; // the first 16 bytes that the thread copies of a row
     int copy_to_k, copy_to_v;       // and their offsets in a buffer
@@ -316,14 +311,13 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     // `zero` is 0, but the compiler does not know.
     __device__ __forceinline__ HopperRows(const WideCall & wide, const Place & place, const Memory & memory,
                                           uint32_t zero)
-        : wide(wide), call(wide.call), place(place), memory(memory), look_up_k(zero), look_up_v(zero),
-          even(even_bytes ^ zero),
-          odd(odd_bytes ^ zero) {
+        : wide(wide), call(wide.call), place(place), memory(memory), number(place.group + G::expanding), look_up_k(zero),
+          look_up_v(zero), even(even_bytes ^ zero), odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
-        const int copied = threadIdx.x / 32 * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
+        const int copied = place.warp * warp_rows + place.lane / lanes, unit = place.lane % lanes * 16;
         copy_k = k + (place.begin + copied) * a.k_row;
         copy_v = v + (place.begin + copied) * a.v_row;
         const int before_k = int(reinterpret_cast<uintptr_t>(copy_k) & 15),
@@ -336,9 +330,9 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         copy_to_v = memory.encoded_k + copied * p.pitch_v + unit;
 
         // The rows of neighbouring lanes differ by four, so that eight lanes write to different banks.
-        const int in_warp = place.lane / lanes, thread = threadIdx.x;
+        const int in_warp = place.lane / lanes;
         part = place.lane % lanes;
-        row = thread / 32 * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
+        row = place.warp * warp_rows + (in_warp & 1) * 4 + in_warp / 2;
         const auto offset = [&](const uint8_t * base, int64_t stride) {
             return int((reinterpret_cast<uintptr_t>(base) + (place.begin + row) * stride) & 15);
         };
@@ -369,10 +363,10 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         } else {
 #pragma unroll 1
             for (int i = 0; i < 2 * turns; ++i) {
-                const int side = i % 2, first = threadIdx.x / 32 * warp_rows + i / 2 * apart;
+                const int side = i % 2, first = read_thread() % warpgroup / 32 * warp_rows + i / 2 * apart;
                 load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          warp_rows, place.begin + at + first, a.n_kv, {unsigned(place.lane), 32});
+                          warp_rows, place.begin + at + first, a.n_kv, read_thread() % 32, 32);
             }
         }
         copy_commit();
@@ -426,45 +420,60 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
         const int64_t tiles = (int64_t(place.kv_stream) * call.a.kv_heads + place.kv_head) * x.exact_tiles;
         constexpr int size = tile_rows * D;
 #pragma unroll 1
-        for (int tile = blockIdx.x; tile < x.exact_tiles; tile += call.plan.chunks) {
-            wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-            if (threadIdx.x == 0) {
-                const uint32_t to = memory.address, full = memory.full(turn.buffer);
-                copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
-                copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+        for (int tile = blockIdx.x, taker = 0; tile < x.exact_tiles; tile += call.plan.chunks) {
+            if (taker == number) {
+                wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
+                if (read_thread() % warpgroup == 0) {
+                    const uint32_t to = memory.address, full = memory.full(turn.buffer);
+                    copy_bulk(to + Memory::keys_at(turn.buffer), x.exact_k + (tiles + tile) * size, 2 * size, full);
+                    copy_bulk(to + Memory::values_at(turn.buffer), x.exact_v + (tiles + tile) * size, 2 * size, full);
+                }
+                __syncwarp();
+                if (place.lane == 0) arrive(memory.full(turn.buffer));
             }
-            __syncwarp();
-            if (place.lane == 0) arrive(memory.full(turn.buffer));
+            taker = taker + 1 == G::expanding ? 0 : taker + 1;
             turn.go_on();
         }
     }
 
-    // Expands all steps that a column sees.
+    // Expands the warpgroup's steps of those that a column sees.
     __device__ __forceinline__ void expand_all(const Steps<G> & steps) const {
-        int at = steps.next(-hopper_rows), after = steps.next(at), later = steps.next(after), from = 0;
-        static_assert(encoded_buffers == 3, "for these steps");
-        load(at, 0);
-        load(after, 1);
-        load(later, 2);
+        constexpr int own = G::own_buffers;
+        int at[own]; // the warpgroup's next steps
+        const auto next = [&](int step) {
+#pragma unroll
+            for (int i = 0; i < G::expanding; ++i) step = steps.next(step);
+            return step;
+        };
+        at[0] = steps.next(-hopper_rows);
+        for (int i = 0; i < number; ++i) at[0] = steps.next(at[0]);
+#pragma unroll
+        for (int i = 0; i < own; ++i) {
+            if (i > 0) at[i] = next(at[i - 1]);
+            load(at[i], number * own + i);
+        }
         Turn turn;
         if (call.a.windowed) copy_exact(turn);
+        for (int i = 0; i < number; ++i) turn.go_on();
+        int buffer = number * own;
 #pragma unroll 1
-        while (at < place.length) {
-            const int last = steps.next(later);
-            copy_wait<encoded_buffers - 1>();
+        while (at[0] < place.length) {
+            const int last = next(at[own - 1]);
+            copy_wait<own - 1>();
             __syncwarp(); // the rows are there
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
-            expand(from, turn.buffer);
-            if (threadIdx.x == 0) memory.infos[turn.buffer] = steps.info(after);
+            expand(buffer, turn.buffer);
+            if (read_thread() % warpgroup == 0) memory.infos[turn.buffer] = steps.info(steps.next(at[0]));
             publish_writes();
             __syncwarp(); // the rows have been read
-            if (place.lane == 0) arrive(memory.full(turn.buffer));
-            load(last, from); // publish_writes waits for copies that have been started before
-            turn.go_on();
-            from = from + 1 == encoded_buffers ? 0 : from + 1;
-            at = after;
-            after = later;
-            later = last;
+            if (read_thread() % 32 == 0) arrive(memory.full(turn.buffer));
+            load(last, buffer); // publish_writes waits for copies that have been started before
+#pragma unroll
+            for (int i = 0; i < G::expanding; ++i) turn.go_on();
+            buffer = buffer + 1 == number * own + own ? number * own : buffer + 1;
+#pragma unroll
+            for (int i = 1; i < own; ++i) at[i - 1] = at[i];
+            at[own - 1] = last;
         }
         copy_wait<0>();
     }
@@ -511,8 +520,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
     // Stores the queries of the warpgroup as operands of the scores.
     __device__ __forceinline__ void load_queries() {
         if constexpr (G::queries_in_registers) {
-            const uint32_t * words =
-                reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+            const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
 #pragma unroll
             for (int i = 0; i < D / 32; ++i)
 #pragma unroll
@@ -527,8 +535,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
             const int row = i / (D / 16), unit = i % (D / 16);
             const uint2 low = pairs[row * (D / 8) + query_word(4 * unit) / 2],
                         high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
-            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) =
-                make_uint4(low.x, low.y, high.x, high.y);
+            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
         }
         publish_writes();
         sync_groups(1 + place.group, 1);
@@ -701,8 +708,8 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
     }
 
     // Turns the products of a step into weights, while the output of the preceding step may still be computed, with the
-    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of
-    // their own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
+    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of their
+    // own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
     __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
         float added[2];
         const bool plain = !mixed && wide.call.a.soft_cap == 0;
@@ -775,8 +782,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
     __device__ __forceinline__ void add_exact_tile(const Turn & turn, int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
         uint32_t query[D / 16][4];
-        const uint4 * queries =
-            reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
+        const uint4 * queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) { // ExactPlace says which elements these are
             const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
@@ -813,8 +819,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         keep_registers(weight[1]);
         products_fence();
 #pragma unroll
-        for (int i = 0; i < tile_rows / 16; ++i)
-            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+        for (int i = 0; i < tile_rows / 16; ++i) multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
         products_commit();
         products_wait<0>();
         keep_registers(output);
@@ -854,9 +859,8 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
 #pragma unroll
             for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
             int buffer = turn.buffer; // whose output is added next; at first zeros
-            // If weights overlap, the warps compute the weights of a step while the tensor cores add the preceding one
-            // to the output. Else the warps wait for both products, and those of other warpgroups overlap their
-            // weights.
+            // If weights overlap, the warps compute the weights of a step while the tensor cores add the preceding one to
+            // the output. Else the warps wait for both products, and those of other warpgroups overlap their weights.
 #pragma unroll 1
             do {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
@@ -910,8 +914,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
             Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                to.output[n][thread] =
-                    make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
+                to.output[n][thread] = make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
             to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
         }
         sync_groups(barrier, G::groups);
@@ -977,16 +980,15 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < hopper_buffers; ++i) { // lanes 0 arrive
-            start_barrier(memory.full(i), G::expanding_threads / 32);
+            start_barrier(memory.full(i), warpgroup / 32);
             start_barrier(memory.empty(i), place.groups * warpgroup / 32);
         }
     }
     uint32_t * constants = reinterpret_cast<uint32_t *>(memory.base + Memory::constants_at());
-    for (int i = threadIdx.x; i < Memory::constants / 4; i += hopper_threads)
-        constants[i] = constant_byte * 0x01010101;
+    for (int i = threadIdx.x; i < Memory::constants / 4; i += hopper_threads) constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
-    let_next_start(); // now what encode_beside reads is complete
+    let_next_start(); // now what the merge stores is complete
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);

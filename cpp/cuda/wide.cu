@@ -193,7 +193,7 @@ struct Items {
 };
 
 template <KV TK, int D>
-__global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 5)
+__global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 4)
     prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
     __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
     const Attention & a = wide.call.a;

@@ -931,7 +931,7 @@ __global__ void __launch_bounds__(32 * wide_warps(separate_groups(Kind<TK>::turb
     const Memory memory(plan, shared, place.row_group);
     const WideRows<TK, TV, D, M> rows(call, place, memory);
     wait_for_previous();
-    let_next_start(); // now what encode_beside reads is complete
+    let_next_start(); // now what the merge stores is complete
     const int first_tile = int(place.begin() / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_seen(wide, place, memory, warp_columns, words);
