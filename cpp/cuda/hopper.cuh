@@ -366,7 +366,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
                 const int side = i % 2, first = read_thread() % warpgroup / 32 * warp_rows + i / 2 * apart;
                 load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          warp_rows, place.begin + at + first, a.n_kv, read_thread() % 32, 32);
+                          warp_rows, place.begin + at + first, a.n_kv, {unsigned(read_thread() % 32), 32});
             }
         }
         copy_commit();
