@@ -77,7 +77,8 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
 int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
 
 // What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that
-// reads none of these rows. It lets the merge start only when it has waited for what it reads, so the rows are complete.
+// reads none of these rows. It lets the merge start only when it has waited for what it reads, so the rows are
+// complete.
 struct StoredBeside {
     Stores stores;
     int groups; // thread blocks

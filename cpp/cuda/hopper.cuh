@@ -1,9 +1,9 @@
-// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products of
-// warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
+// The kernel template for attention of many query tokens on Hopper GPUs. It does what wide.cuh does, with the products
+// of warpgroups (wgmma.cuh). wide.cu prepares the queries and launches calls.
 //
-// Some warpgroups of a thread block copy encoded rows to shared memory and expand them, step by step. The other
-// warpgroups, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in shared
-// memory say which buffers of expanded rows are full and which are empty.
+// Two warpgroups of a thread block copy encoded rows to shared memory and expand them, in steps that they take in turn.
+// The two others, each with 64 query columns, use the expanded rows of a step for scores and for output. Barriers in
+// shared memory say which buffers of expanded rows are full and which are empty.
 #ifndef TURBOQUANT_CUDA_HOPPER_H
 #define TURBOQUANT_CUDA_HOPPER_H
 
@@ -13,49 +13,32 @@
 namespace turboquant {
 namespace cuda {
 
-constexpr int warpgroup = 128;                   // threads
-constexpr int group_columns = 64;                // of a warpgroup
-constexpr int hopper_threads = 4 * warpgroup;
-constexpr int most_groups = 3;                   // with columns
-constexpr int hopper_rows = 64;                  // of a step
-constexpr int hopper_buffers = 6;                // of expanded rows
+constexpr int warpgroup = 128;      // threads
+constexpr int expanding_groups = 2; // warpgroups that expand rows: the first ones
+constexpr int column_groups = 2;    // warpgroups with columns
+constexpr int group_columns = 64;   // of a warpgroup
+constexpr int hopper_threads = (expanding_groups + column_groups) * warpgroup;
+constexpr int hopper_rows = 64;   // of a step
+constexpr int hopper_buffers = 6; // of expanded rows
+constexpr int own_buffers = 2;    // of encoded rows, of each warpgroup that expands rows
+constexpr int encoded_buffers = expanding_groups * own_buffers;
 
-// The division of a thread block's warpgroups, and of its registers: 128 a thread on average.
-template <int Expanding, int ExpandingRegisters, int ColumnRegisters> struct Division {
-    static constexpr int expanding = Expanding; // warpgroups that expand rows: the first ones. They take steps in turn
-    static constexpr int own_buffers = Expanding == 1 ? 3 : 2; // of encoded rows, of each of these
-    static constexpr int encoded_buffers = Expanding * own_buffers;
-    static constexpr int groups = hopper_threads / warpgroup - Expanding; // with columns
-    static constexpr int expanding_registers = ExpandingRegisters, column_registers = ColumnRegisters;
-    static_assert(groups <= most_groups, "a step's info has bits for them");
-    static_assert(Expanding * ExpandingRegisters + groups * ColumnRegisters <= 512, "there are so many registers");
-};
-// With few columns, two warpgroups expand rows, and the rows are ready sooner. With many, three share each expanded row.
-struct DivisionOfFew : Division<2, 80, 176> {
-    static constexpr bool overlaps_weights = false;     // the output of a step overlaps the weights of the next one
-    static constexpr bool queries_in_registers = true;  // or else in shared memory
-    static constexpr bool alternates = false;           // one warpgroup after the other starts products
-};
-struct DivisionOfMany : Division<1, 80, 144> {
-    static constexpr bool overlaps_weights = true, queries_in_registers = false, alternates = false;
-};
-constexpr int few_hopper_columns = 1 << 30; // up to so many, the division is DivisionOfFew
-constexpr int groups_for(int columns) {
-    return columns <= few_hopper_columns ? DivisionOfFew::groups : DivisionOfMany::groups;
-}
+// The registers of a thread: 128 on average.
+constexpr int expanding_registers = 80, column_registers = 176;
+static_assert((expanding_groups * expanding_registers + column_groups * column_registers) * warpgroup <= 65536,
+              "a multiprocessor has so many registers");
 
 // The division of a thread block's shared memory.
-template <int D, typename G> struct HopperMemory {
+template <int D> struct HopperMemory {
     static constexpr int key_bytes = hopper_rows * D, half_bytes = hopper_rows * 128, value_bytes = D / 64 * half_bytes;
     static constexpr int expanded = key_bytes + value_bytes, factors = hopper_rows * int(sizeof(float2));
-    static constexpr int queries = G::queries_in_registers ? 0 : group_columns * D; // of a warpgroup
     static constexpr int constants = hopper_rows * 128, barriers = 2 * hopper_buffers * 8;
     static_assert(key_bytes % matrix_alignment == 0 && half_bytes % matrix_alignment == 0, "buffers are aligned");
 
     // Bytes for chunks with so many words of SeenTiles.
     static constexpr int bytes(int encoded, int words) {
-        return matrix_alignment + hopper_buffers * (expanded + factors) + G::groups * queries + constants +
-               G::encoded_buffers * encoded + barriers + words * int(sizeof(uint32_t) + G::groups * sizeof(SeenTiles));
+        return matrix_alignment + hopper_buffers * (expanded + factors) + constants + encoded_buffers * encoded +
+               barriers + words * int(sizeof(uint32_t) + column_groups * sizeof(SeenTiles));
     }
 
     uint8_t * base;
@@ -70,11 +53,14 @@ template <int D, typename G> struct HopperMemory {
     }
     static __device__ __forceinline__ int keys_at(int buffer) { return buffer * expanded; }
     static __device__ __forceinline__ int values_at(int buffer) { return buffer * expanded + key_bytes; }
-    static __device__ __forceinline__ int queries_at(int group) { return hopper_buffers * expanded + group * queries; }
-    static __device__ __forceinline__ int constants_at() { return queries_at(G::groups); }
-    static __device__ __forceinline__ int factors_at(int buffer) { return constants_at() + constants + buffer * factors; }
-    __device__ __forceinline__ int encoded_at(int buffer) const { return factors_at(hopper_buffers) + buffer * encoded; }
-    __device__ __forceinline__ int barriers_at() const { return encoded_at(G::encoded_buffers); }
+    static __device__ __forceinline__ int constants_at() { return hopper_buffers * expanded; }
+    static __device__ __forceinline__ int factors_at(int buffer) {
+        return constants_at() + constants + buffer * factors;
+    }
+    __device__ __forceinline__ int encoded_at(int buffer) const {
+        return factors_at(hopper_buffers) + buffer * encoded;
+    }
+    __device__ __forceinline__ int barriers_at() const { return encoded_at(encoded_buffers); }
     __device__ __forceinline__ uint32_t full(int buffer) const { return address + barriers_at() + 8 * buffer; }
     __device__ __forceinline__ uint32_t empty(int buffer) const { return full(hopper_buffers + buffer); }
     // Tiles that the columns of each warpgroup see, then those that any column sees.
@@ -82,7 +68,7 @@ template <int D, typename G> struct HopperMemory {
         return reinterpret_cast<SeenTiles *>(base + barriers_at() + barriers);
     }
     __device__ __forceinline__ uint32_t * seen(int words) const {
-        return reinterpret_cast<uint32_t *>(group_seen() + G::groups * words);
+        return reinterpret_cast<uint32_t *>(group_seen() + column_groups * words);
     }
 };
 
@@ -96,7 +82,7 @@ __device__ __forceinline__ int read_thread() {
 }
 
 // The share of a thread.
-template <typename G> struct HopperPlace {
+struct HopperPlace {
     int lane, quad, in_quad, warp; // of its warpgroup
     int group;                     // the number of the warpgroup among those with columns; negative: it expands rows
     int groups;                    // how many have columns; the others do nothing
@@ -113,7 +99,7 @@ template <typename G> struct HopperPlace {
         quad = lane / 4;
         in_quad = lane % 4;
         warp = thread / 32 % 4;
-        group = __shfl_sync(all_lanes, thread / warpgroup - G::expanding, 0);
+        group = __shfl_sync(all_lanes, thread / warpgroup - expanding_groups, 0);
         groups = p.column_tile / group_columns * p.row_tiles;
         const int column_tile = blockIdx.y / a.kv_heads;
         first_column = column_tile * p.column_tile + (p.row_tiles > 1 ? 0 : group * group_columns);
@@ -142,16 +128,16 @@ struct Turn {
 // ---- steps
 
 // What a warpgroup with columns must know about a step: its first row, counted from the thread block's, a multiple of
-// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows are
-// hidden or have a bias.
-static_assert(2 * most_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
+// hopper_rows; a bit for each of the warpgroups that add rows of the step; and a bit for each of those for which rows
+// are hidden or have a bias.
+static_assert(2 * column_groups <= 6 && hopper_rows % 64 == 0, "the bits are below the number of a row");
 constexpr int no_step = INT32_MIN; // behind the last one
 __device__ __forceinline__ bool sees(int info, int group) { return info >> group & 1; }
-__device__ __forceinline__ bool mixed(int info, int group) { return info >> (most_groups + group) & 1; }
+__device__ __forceinline__ bool mixed(int info, int group) { return info >> (column_groups + group) & 1; }
 __device__ __forceinline__ int first_row(int info) { return info & -hopper_rows; }
 
 // Which rows the columns of a thread block see.
-template <typename G> struct Steps {
+struct Steps {
     const uint32_t * seen;        // by any column
     const SeenTiles * group_seen; // by the columns of each warpgroup
     int words, first_tile, length;
@@ -168,12 +154,12 @@ template <typename G> struct Steps {
         if (at >= length) return no_step;
         int info = at;
 #pragma unroll
-        for (int g = 0; g < G::groups; ++g) {
-            if (in_turn && uint32_t(at) / hopper_rows % G::groups != g) continue;
+        for (int g = 0; g < column_groups; ++g) {
+            if (in_turn && uint32_t(at) / hopper_rows % column_groups != g) continue;
             const SeenTiles word = group_seen[g * words + tile(at) / 32];
             const uint32_t some = word.some >> tile(at) % 32 & tiles;
             info |= int(some != 0) << g;
-            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (most_groups + g);
+            info |= int(some != tiles || (word.mixed >> tile(at) % 32 & tiles)) << (column_groups + g);
         }
         return info;
     }
@@ -183,8 +169,8 @@ private:
 };
 
 // All threads collect what the columns see.
-template <typename G, typename Memory>
-__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace<G> & place, const Memory & memory,
+template <typename Memory>
+__device__ __forceinline__ void collect_steps(const WideCall & wide, const HopperPlace & place, const Memory & memory,
                                               int words) {
     const AttentionCall & call = wide.call;
     const Attention & a = call.a;
@@ -192,7 +178,8 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     if (place.group >= 0) {
         const int first = place.group >= place.groups ? a.tokens : place.first_column / call.plan.group,
                   end = min((place.first_column + group_columns - 1) / call.plan.group + 1, a.tokens);
-        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens; // of the mask, before these
+        // Rows of the mask that precede those of the stream.
+        const int64_t rows = int64_t(place.stream % a.mask_streams) * a.mask_heads * a.tokens;
         const SeenTiles * from = wide.arrays.seen + rows * wide.arrays.words + first_word;
         for (int w = threadIdx.x % warpgroup; w < words; w += warpgroup) {
             SeenTiles seen = {0, 0};
@@ -217,7 +204,7 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
     __syncthreads();
     for (int w = threadIdx.x; w < words; w += hopper_threads) {
         uint32_t some = 0;
-        for (int g = 0; g < G::groups; ++g) some |= memory.group_seen()[g * words + w].some;
+        for (int g = 0; g < column_groups; ++g) some |= memory.group_seen()[g * words + w].some;
         memory.seen(words)[w] = some;
     }
     __syncthreads();
@@ -225,8 +212,8 @@ __device__ __forceinline__ void collect_steps(const WideCall & wide, const Hoppe
 
 // ---- rows
 //
-// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank. This
-// changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
+// The lanes of a row read neighbouring words of its indices, so that no two lanes of a warp read from the same bank.
+// This changes the order of the values in expanded rows: of the eight values of a unit of V, four are the elements from
 // value_element on, and four are those 16 elements further on. The queries are in the same order as the levels of K.
 
 // The first element of a unit of eight values of V.
@@ -238,8 +225,8 @@ __device__ __forceinline__ constexpr int query_word(int word) {
     return 2 * (word / 4 % 4 + word / 16 * 8 + word % 4 / 2 * 4) + word % 2;
 }
 
-// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and one of
-// exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
+// The place of an element of an exact row in memory. As in the matrices of wgmma.cuh, a row of a tile of exact K, and
+// one of exact V, consists of halves of 128 bytes, and the second halves follow the first halves of all rows.
 struct ExactPlace {
     static __device__ __forceinline__ int at(int row, int position) { // the position in the order of an operand
         const int unit = position % 64 / 8;
@@ -259,9 +246,9 @@ struct ExactPlace {
 
 // ---- scores
 //
-// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those of
-// a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that are all
-// the same gives the constant, so it takes no instructions for each product.
+// Products start as a constant, so that they are not negative and less than 2^23. The bits of such an integer are those
+// of a float too, which is the integer times 2^-149, and one multiplication gives the score. An operand of bytes that
+// are all the same gives the constant, so it takes no instructions for each product.
 constexpr uint32_t constant_byte = 254;
 constexpr int product_start = constant_byte * constant_byte * 32; // the largest magnitude of 128 products of two levels
 static_assert(product_start == 127 * 127 * 128 && 2 * product_start < 1 << 23, "products are the bits of floats");
@@ -278,20 +265,21 @@ __device__ __forceinline__ float fma_denormal(float a, float b, float c) {
 #endif
 }
 
-// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for no
-// other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
-template <KV TK, KV TV, int D, typename G> struct HopperRows {
+// Copies rows of a KV head to shared memory, and expands them. A warp copies the rows that it expands, so it waits for
+// no other warp. Addresses of a thread are computed once, but for the buffers: in all steps, a row has the same offset.
+template <KV TK, KV TV, int D> struct HopperRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
-    using Memory = HopperMemory<D, G>;
-    using Place = HopperPlace<G>;
+    using Memory = HopperMemory<D>;
+    using Place = HopperPlace;
     static constexpr int lanes = D / 32; // that expand a row
     static constexpr int copies = 2, copied_at_once = 16 * lanes; // of a row, by as many lanes
     static constexpr int warp_rows = 32 / lanes, turns = hopper_rows * lanes / warpgroup; // of warp_rows rows
     static constexpr int apart = hopper_rows / turns; // rows between those of a thread
     static_assert(apart % 8 == 0, "all rows of a thread have the same address modulo 16, and the same swizzle");
     static_assert(D == 128, "a row has four lanes, and a row of K has 128 bytes");
-    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once, "it is all copied");
+    static_assert(LK::bytes + 15 <= copies * copied_at_once && LV::bytes + 15 <= copies * copied_at_once,
+                  "all bytes of a row are copied");
     const WideCall & wide;
     const AttentionCall & call;
     const Place & place;
@@ -311,8 +299,8 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
     // `zero` is 0, but the compiler does not know.
     __device__ __forceinline__ HopperRows(const WideCall & wide, const Place & place, const Memory & memory,
                                           uint32_t zero)
-        : wide(wide), call(wide.call), place(place), memory(memory), number(place.group + G::expanding), look_up_k(zero),
-          look_up_v(zero), even(even_bytes ^ zero), odd(odd_bytes ^ zero) {
+        : wide(wide), call(wide.call), place(place), memory(memory), number(place.group + expanding_groups),
+          look_up_k(zero), look_up_v(zero), even(even_bytes ^ zero), odd(odd_bytes ^ zero) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
@@ -366,7 +354,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
                 const int side = i % 2, first = read_thread() % warpgroup / 32 * warp_rows + i / 2 * apart;
                 load_rows(to + (side ? memory.encoded_k : 0) + first * (side ? p.pitch_v : p.pitch_k),
                           side ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k},
-                          warp_rows, place.begin + at + first, a.n_kv, read_thread() % 32, 32);
+                          warp_rows, place.begin + at + first, a.n_kv, {unsigned(read_thread() % 32), 32});
             }
         }
         copy_commit();
@@ -431,35 +419,34 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
                 __syncwarp();
                 if (place.lane == 0) arrive(memory.full(turn.buffer));
             }
-            taker = taker + 1 == G::expanding ? 0 : taker + 1;
+            taker = taker + 1 == expanding_groups ? 0 : taker + 1;
             turn.go_on();
         }
     }
 
     // Expands the warpgroup's steps of those that a column sees.
-    __device__ __forceinline__ void expand_all(const Steps<G> & steps) const {
-        constexpr int own = G::own_buffers;
-        int at[own]; // the warpgroup's next steps
+    __device__ __forceinline__ void expand_all(const Steps & steps) const {
+        int at[own_buffers]; // the warpgroup's next steps
         const auto next = [&](int step) {
 #pragma unroll
-            for (int i = 0; i < G::expanding; ++i) step = steps.next(step);
+            for (int i = 0; i < expanding_groups; ++i) step = steps.next(step);
             return step;
         };
         at[0] = steps.next(-hopper_rows);
         for (int i = 0; i < number; ++i) at[0] = steps.next(at[0]);
 #pragma unroll
-        for (int i = 0; i < own; ++i) {
+        for (int i = 0; i < own_buffers; ++i) {
             if (i > 0) at[i] = next(at[i - 1]);
-            load(at[i], number * own + i);
+            load(at[i], number * own_buffers + i);
         }
         Turn turn;
         if (call.a.windowed) copy_exact(turn);
         for (int i = 0; i < number; ++i) turn.go_on();
-        int buffer = number * own;
+        int buffer = number * own_buffers;
 #pragma unroll 1
         while (at[0] < place.length) {
-            const int last = next(at[own - 1]);
-            copy_wait<own - 1>();
+            const int last = next(at[own_buffers - 1]);
+            copy_wait<own_buffers - 1>();
             __syncwarp(); // the rows are there
             wait_for_phase(memory.empty(turn.buffer), turn.parity ^ 1);
             expand(buffer, turn.buffer);
@@ -469,11 +456,11 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
             if (read_thread() % 32 == 0) arrive(memory.full(turn.buffer));
             load(last, buffer); // publish_writes waits for copies that have been started before
 #pragma unroll
-            for (int i = 0; i < G::expanding; ++i) turn.go_on();
-            buffer = buffer + 1 == number * own + own ? number * own : buffer + 1;
+            for (int i = 0; i < expanding_groups; ++i) turn.go_on();
+            buffer = buffer + 1 == number * own_buffers + own_buffers ? number * own_buffers : buffer + 1;
 #pragma unroll
-            for (int i = 1; i < own; ++i) at[i - 1] = at[i];
-            at[own - 1] = last;
+            for (int i = 1; i < own_buffers; ++i) at[i - 1] = at[i];
+            at[own_buffers - 1] = last;
         }
         copy_wait<0>();
     }
@@ -482,10 +469,10 @@ template <KV TK, KV TV, int D, typename G> struct HopperRows {
 // ---- the columns of a warpgroup
 
 // Arrays with two elements have one for each of the lane's columns.
-template <KV TK, KV TV, int D, typename G> struct HopperColumns {
+template <KV TK, KV TV, int D> struct HopperColumns {
     using LK = Layout<TK, D>;
-    using Memory = HopperMemory<D, G>;
-    using Place = HopperPlace<G>;
+    using Memory = HopperMemory<D>;
+    using Place = HopperPlace;
     static constexpr int eights = hopper_rows / 8; // of rows of a step
     static constexpr float most_weight = 32768;    // weights are binary16
     const WideCall & wide;
@@ -498,7 +485,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         float score[4 * eights];
     };
     uint32_t weight[hopper_rows / 16][4];
-    uint32_t query[G::queries_in_registers ? D / 32 : 1][4]; // operands of the scores
+    uint32_t query[D / 32][4]; // operands of the scores
 
     __device__ __forceinline__ HopperColumns(const WideCall & wide, const Place & place, const Memory & memory)
         : wide(wide), place(place), memory(memory) {
@@ -517,47 +504,26 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
                place.column(0);
     }
 
-    // Stores the queries of the warpgroup as operands of the scores.
+    // Loads the queries as operands of the scores.
     __device__ __forceinline__ void load_queries() {
-        if constexpr (G::queries_in_registers) {
-            const uint32_t * words = reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
+        const uint32_t * words =
+            reinterpret_cast<const uint32_t *>(wide.arrays.queries) + prepared_column() * (D / 4);
 #pragma unroll
-            for (int i = 0; i < D / 32; ++i)
+        for (int i = 0; i < D / 32; ++i)
 #pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    query[i][j] = words[j % 2 * (2 * D) + query_word(8 * i + j / 2 * 4 + place.in_quad)];
-            return;
-        }
-        const int64_t first = prepared_column() - 16 * place.warp - place.quad; // of the warpgroup
-        const uint2 * pairs = reinterpret_cast<const uint2 *>(wide.arrays.queries) + first * (D / 8);
-        uint8_t * to = memory.base + Memory::queries_at(place.group);
-        for (int i = 32 * place.warp + place.lane; i < group_columns * D / 16; i += warpgroup) {
-            const int row = i / (D / 16), unit = i % (D / 16);
-            const uint2 low = pairs[row * (D / 8) + query_word(4 * unit) / 2],
-                        high = pairs[row * (D / 8) + query_word(4 * unit + 2) / 2];
-            *reinterpret_cast<uint4 *>(to + row * D + ((unit ^ row % 8) << 4)) = make_uint4(low.x, low.y, high.x, high.y);
-        }
-        publish_writes();
-        sync_groups(1 + place.group, 1);
+            for (int j = 0; j < 4; ++j)
+                query[i][j] = words[j % 2 * (2 * D) + query_word(8 * i + j / 2 * 4 + place.in_quad)];
     }
 
     // Starts the products of the queries and the rows of a buffer.
     __device__ __forceinline__ void start_products(int buffer) {
-        const uint32_t queries = key_matrix(memory.address + Memory::queries_at(place.group)),
-                       keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
+        const uint32_t keys = key_matrix(memory.address + Memory::keys_at(0)) + buffer * (Memory::expanded / 16),
                        constants = key_matrix(memory.address + Memory::constants_at());
-        if constexpr (G::queries_in_registers) {
-            constexpr uint32_t four = constant_byte * 0x01010101;
-            const uint32_t bytes[4] = {four, four, four, four};
-            start_keys(products, bytes, matrix_descriptor(constants));
+        constexpr uint32_t four = constant_byte * 0x01010101;
+        const uint32_t bytes[4] = {four, four, four, four};
+        start_keys(products, bytes, matrix_descriptor(constants));
 #pragma unroll
-            for (int i = 0; i < D / 32; ++i) multiply_keys(products, query[i], matrix_descriptor(keys + 2 * i));
-            return;
-        }
-        start_keys(products, matrix_descriptor(constants), matrix_descriptor(constants));
-#pragma unroll
-        for (int i = 0; i < D / 16; i += 2) // 32 bytes
-            multiply_keys(products, matrix_descriptor(queries + i), matrix_descriptor(keys + i));
+        for (int i = 0; i < D / 32; ++i) multiply_keys(products, query[i], matrix_descriptor(keys + 2 * i));
     }
     // Starts to add the weights times V.
     __device__ __forceinline__ void start_output(int buffer) {
@@ -680,36 +646,30 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         }
     }
 
-    // Computes the products of the warp's columns and the rows of a buffer once more.
+    // Computes the products of the warp's columns and the rows of a buffer once more. Those of warpgroups are not
+    // possible, because the other warps do not take part.
     __device__ __forceinline__ void repeat_products(int buffer) {
         const Place place(wide.call);
-        const auto word = [&](const uint8_t * row, int unit) { // of a row with number `quad` modulo 8
-            return *reinterpret_cast<const uint32_t *>(row + ((unit ^ place.quad) << 4) + 4 * place.in_quad);
+        const uint8_t * keys = memory.base + Memory::keys_at(buffer) + place.quad * D;
+        const auto word = [&](int row, int unit) { // of row `quad` of the eight rows from `row` on
+            return *reinterpret_cast<const uint32_t *>(keys + row * D + ((unit ^ place.quad) << 4) + 4 * place.in_quad);
         };
-        const uint8_t *queries = memory.base + Memory::queries_at(place.group) + (16 * place.warp + place.quad) * D,
-                      *keys = memory.base + Memory::keys_at(buffer) + place.quad * D;
 #pragma unroll
         for (int n = 0; n < eights; ++n) {
             int c[4] = {};
 #pragma unroll
-            for (int i = 0; i < D / 16; i += 2) {
-                uint32_t a[4] = {word(queries, i), word(queries + 8 * D, i), word(queries, i + 1),
-                                 word(queries + 8 * D, i + 1)};
-                if constexpr (G::queries_in_registers) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) a[j] = query[i / 2][j];
-                }
-                const uint32_t b[2] = {word(keys + 8 * n * D, i), word(keys + 8 * n * D, i + 1)};
-                mma_int8(c, a, b);
+            for (int i = 0; i < D / 32; ++i) {
+                const uint32_t b[2] = {word(8 * n, 2 * i), word(8 * n, 2 * i + 1)};
+                mma_int8(c, query[i], b);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) products[4 * n + i] = c[i] + product_start;
         }
     }
 
-    // Turns the products of a step into weights, while the output of the preceding step may still be computed, with the
-    // weights of that step. `at` is the step's first row, counted from the thread block's. Rare cases have code of their
-    // own: a mask, a soft cap, or a sum which shows that a weight may be too large for binary16.
+    // Turns the products of a step into weights. `at` is the step's first row, counted from the thread block's. Rare
+    // cases have code of their own: a mask, a soft cap, or a sum which shows that a weight may be too large for
+    // binary16.
     __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
         float added[2];
         const bool plain = !mixed && wide.call.a.soft_cap == 0;
@@ -718,10 +678,6 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
             scale_products(buffer);
             weigh<eights>(added);
             done = !__any_sync(all_lanes, !(added[0] <= most_weight && added[1] <= most_weight));
-        }
-        if constexpr (G::overlaps_weights) {
-            products_wait<0>();
-            keep_registers(output);
         }
         if (!done) {
             if (plain) repeat_products(buffer);
@@ -773,7 +729,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
                        mixed = __any_sync(all_lanes, seen.mixed >> tile % 32 & 1);
             if (some && (p.row_tiles == 1 || taken == place.group)) add_exact_tile(turn, tile, mixed);
             else wait_for_phase(memory.full(turn.buffer), turn.parity);
-            taken = taken + 1 == G::groups ? 0 : taken + 1;
+            taken = taken + 1 == column_groups ? 0 : taken + 1;
             release(turn.buffer);
             turn.go_on();
         }
@@ -782,7 +738,8 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
     __device__ __forceinline__ void add_exact_tile(const Turn & turn, int tile, bool mixed) {
         const WideArrays & x = wide.arrays;
         uint32_t query[D / 16][4];
-        const uint4 * queries = reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
+        const uint4 * queries =
+            reinterpret_cast<const uint4 *>(x.exact_queries) + prepared_column() * (D / 8) + place.in_quad;
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) { // ExactPlace says which elements these are
             const uint4 q0 = queries[4 * i], q1 = queries[D + 4 * i];
@@ -801,7 +758,7 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         for (int i = 1; i < D / 16; ++i)
             multiply_exact<false>(score, query[i], matrix_descriptor(keys + i / 4 * (half_tile / 16) + i % 4 * 2));
         products_commit();
-        products_wait<0>();
+        products_wait();
         keep_registers(score);
 #pragma unroll
         for (int i = 0; i < 4 * eights; ++i) score[i] *= score_unit;
@@ -819,9 +776,10 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         keep_registers(weight[1]);
         products_fence();
 #pragma unroll
-        for (int i = 0; i < tile_rows / 16; ++i) multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
+        for (int i = 0; i < tile_rows / 16; ++i)
+            multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
         products_commit();
-        products_wait<0>();
+        products_wait();
         keep_registers(output);
     }
 
@@ -830,27 +788,12 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
         if (place.lane == 0) arrive(memory.empty(buffer));
     }
 
-    // The warpgroups start the products of a step one after the other, if each adds all steps.
-    static constexpr int first_barrier = 2 + G::groups;
-    __device__ __forceinline__ bool in_order() const {
-        return G::alternates && place.groups > 1 && wide.call.plan.row_tiles == 1;
-    }
-    __device__ __forceinline__ void let_next_group_start() const {
-        if (in_order()) arrive_groups(first_barrier + (place.group + 1 == place.groups ? 0 : place.group + 1), 2);
-    }
-    __device__ __forceinline__ void wait_for_group() const {
-        if (in_order()) sync_groups(first_barrier + place.group, 2);
-    }
-
     // Adds all steps that a column of the thread block sees. `info` is that of the first one.
     __device__ __forceinline__ void add_all(int info, Turn & turn) {
-        if (place.group + 1 == place.groups) let_next_group_start();
 #pragma unroll 1
         while (info != no_step) {
             if (!sees(info, place.group)) {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
-                wait_for_group();
-                let_next_group_start();
                 info = memory.infos[turn.buffer];
                 release(turn.buffer);
                 turn.go_on();
@@ -859,31 +802,22 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
 #pragma unroll
             for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
             int buffer = turn.buffer; // whose output is added next; at first zeros
-            // If weights overlap, the warps compute the weights of a step while the tensor cores add the preceding one to
-            // the output. Else the warps wait for both products, and those of other warpgroups overlap their weights.
+            // The tensor cores add a step to the output and compute the products of the next one, whose weights the
+            // warps compute then. The other warpgroup's products overlap these.
 #pragma unroll 1
             do {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
-                wait_for_group();
                 keep_registers(output);
                 products_fence();
-                if constexpr (G::overlaps_weights) {
-                    start_products(turn.buffer);
-                    products_commit();
-                    start_output(buffer);
-                } else {
-                    start_output(buffer);
-                    start_products(turn.buffer);
-                }
+                start_output(buffer);
+                start_products(turn.buffer);
                 products_commit();
                 const int next = memory.infos[turn.buffer];
-                products_wait<G::overlaps_weights ? 1 : 0>();
-                if constexpr (!G::overlaps_weights) keep_registers(output);
+                products_wait();
+                keep_registers(output);
                 keep_registers(products);
-                let_next_group_start();
-                if (!G::overlaps_weights && buffer != turn.buffer) release(buffer);
+                if (buffer != turn.buffer) release(buffer);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
-                if (G::overlaps_weights && buffer != turn.buffer) release(buffer);
                 buffer = turn.buffer;
                 turn.go_on();
                 info = next;
@@ -892,54 +826,51 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
             products_fence();
             start_output(buffer);
             products_commit();
-            products_wait<0>();
+            products_wait();
             keep_registers(output);
             release(buffer);
         }
     }
 
-    // What a warpgroup gives to the first one if all have the same columns.
+    // What the second warpgroup gives to the first one if both have the same columns.
     struct Results {
         float4 output[D / 8][warpgroup];
         float4 states[warpgroup]; // of both columns: reference and sum
     };
-    static_assert((G::groups - 1) * sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
+    static_assert(column_groups == 2 && sizeof(Results) <= hopper_buffers * Memory::expanded, "they replace the rows");
 
-    // Adds the results of the other warpgroups to those of the first one.
+    // Adds the results of the second warpgroup to those of the first one.
     __device__ __forceinline__ void merge_groups() {
-        constexpr int barrier = 1 + G::groups;
+        constexpr int barrier = 1;
         const int thread = 32 * place.warp + place.lane;
-        sync_groups(barrier, G::groups); // all have used the rows
-        if (place.group > 0) {
-            Results & to = reinterpret_cast<Results *>(memory.base)[place.group - 1];
+        Results & results = *reinterpret_cast<Results *>(memory.base);
+        sync_groups(barrier, column_groups); // both have used the rows
+        if (place.group == 1) {
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                to.output[n][thread] = make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
-            to.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
+                results.output[n][thread] =
+                    make_float4(output[4 * n], output[4 * n + 1], output[4 * n + 2], output[4 * n + 3]);
+            results.states[thread] = make_float4(reference[0], sum[0], reference[1], sum[1]);
         }
-        sync_groups(barrier, G::groups);
-        if (place.group > 0) return;
-#pragma unroll 1
-        for (int g = 1; g < G::groups; ++g) {
-            const Results & from = reinterpret_cast<const Results *>(memory.base)[g - 1];
-            const float4 states = from.states[thread];
-            float own[2], other[2]; // factors
+        sync_groups(barrier, column_groups);
+        if (place.group == 1) return;
+        const float4 states = results.states[thread];
+        float own[2], other[2]; // factors
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const float before = reference[c], others = c ? states.z : states.x;
-                reference[c] = fmaxf(before, others);
-                own[c] = exp2f(before - reference[c]);
-                other[c] = exp2f(others - reference[c]);
-                sum[c] = sum[c] * own[c] + (c ? states.w : states.y) * other[c];
-            }
+        for (int c = 0; c < 2; ++c) {
+            const float before = reference[c], others = c ? states.z : states.x;
+            reference[c] = fmaxf(before, others);
+            own[c] = exp2f(before - reference[c]);
+            other[c] = exp2f(others - reference[c]);
+            sum[c] = sum[c] * own[c] + (c ? states.w : states.y) * other[c];
+        }
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const float4 four = from.output[n][thread];
-                output[4 * n] = output[4 * n] * own[0] + four.x * other[0];
-                output[4 * n + 1] = output[4 * n + 1] * own[0] + four.y * other[0];
-                output[4 * n + 2] = output[4 * n + 2] * own[1] + four.z * other[1];
-                output[4 * n + 3] = output[4 * n + 3] * own[1] + four.w * other[1];
-            }
+        for (int n = 0; n < D / 8; ++n) {
+            const float4 four = results.output[n][thread];
+            output[4 * n] = output[4 * n] * own[0] + four.x * other[0];
+            output[4 * n + 1] = output[4 * n + 1] * own[0] + four.y * other[0];
+            output[4 * n + 2] = output[4 * n + 2] * own[1] + four.z * other[1];
+            output[4 * n + 3] = output[4 * n + 3] * own[1] + four.w * other[1];
         }
     }
 
@@ -968,14 +899,14 @@ template <KV TK, KV TV, int D, typename G> struct HopperColumns {
 
 // ---- the kernel
 
-template <KV TK, KV TV, int D, typename G>
+template <KV TK, KV TV, int D>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ int infos[hopper_buffers + 1]; // see hopper_kernel_of
     const AttentionCall & call = wide.call;
-    using Memory = HopperMemory<D, G>;
-    const HopperPlace<G> place(call);
+    using Memory = HopperMemory<D>;
+    const HopperPlace place(call);
     const Memory memory(call.plan, shared, infos);
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -992,16 +923,16 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
-    const Steps<G> steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length,
+    const Steps steps = {memory.seen(words), memory.group_seen(), words, first_tile, place.length,
                             call.plan.row_tiles > 1};
     if (threadIdx.x == 0) infos[hopper_buffers] = steps.info(steps.next(-hopper_rows));
     __syncthreads();
     if (place.group < 0) {
-        leave_registers<G::expanding_registers>();
-        HopperRows<TK, TV, D, G>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
+        leave_registers<expanding_registers>();
+        HopperRows<TK, TV, D>(wide, place, memory, keep(place.lane) ^ place.lane).expand_all(steps);
     } else if (place.group < place.groups) {
-        take_registers<G::column_registers>();
-        HopperColumns<TK, TV, D, G> columns(wide, place, memory);
+        take_registers<column_registers>();
+        HopperColumns<TK, TV, D> columns(wide, place, memory);
         Turn turn;
         if (call.a.windowed) columns.add_exact_rows(turn);
         columns.load_queries();
@@ -1014,18 +945,17 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
 
 } // namespace
 
-// The kernel for a pair of types with so many warpgroups that have columns, or nullptr if there is none.
-WideKernel hopper_kernel_128(KV type_k, KV type_v, int groups);
+// The kernel for a pair of types, or nullptr if there is none.
+WideKernel hopper_kernel_128(KV type_k, KV type_v);
 
 namespace {
 
-template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v, int groups) {
+template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
     switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                        \
-    case KV::name:                                                                                   \
-        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>)          \
-            return groups == DivisionOfFew::groups ? hopper_kernel<TK, KV::name, D, DivisionOfFew>   \
-                                                   : hopper_kernel<TK, KV::name, D, DivisionOfMany>; \
+#define TURBOQUANT_CASE(name)                                                                \
+    case KV::name:                                                                           \
+        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>) \
+            return hopper_kernel<TK, KV::name, D>;                                           \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -1033,10 +963,10 @@ template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v, int groups) {
     return nullptr;
 }
 
-template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v, int groups) {
+template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
     switch (type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return hopper_kernel_for<D, KV::name>(type_v, groups);
+    case KV::name: return hopper_kernel_for<D, KV::name>(type_v);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

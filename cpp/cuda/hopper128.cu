@@ -4,9 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-WideKernel hopper_kernel_128(KV type_k, KV type_v, int groups) {
-    return hopper_kernel_for<128>(type_k, type_v, groups);
-}
+WideKernel hopper_kernel_128(KV type_k, KV type_v) { return hopper_kernel_for<128>(type_k, type_v); }
 
 } // namespace cuda
 } // namespace turboquant

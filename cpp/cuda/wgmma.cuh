@@ -1,10 +1,9 @@
 // Instructions of Hopper GPUs: matrix products of warpgroups, and the division of registers among warpgroups. They
 // exist only in code for sm_90a; elsewhere the functions are empty.
 //
-// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp. It is in registers, laid
-// out as those of mma.sync, or in shared memory, where a descriptor says how. Operand B is in shared memory. Results
-// are laid out as those of mma.sync: of each eight columns, a lane has columns 2 * in_quad and 2 * in_quad + 1, in rows
-// `quad` and quad + 8.
+// A warpgroup is four consecutive warps. Operand A of a product has 64 rows, 16 of each warp, in registers, laid out as
+// those of mma.sync. Operand B is in shared memory. Results are laid out as those of mma.sync: of each eight columns, a
+// lane has columns 2 * in_quad and 2 * in_quad + 1, in rows `quad` and quad + 8.
 #ifndef TURBOQUANT_CUDA_WGMMA_H
 #define TURBOQUANT_CUDA_WGMMA_H
 
@@ -35,8 +34,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
     return uint64_t(group_bytes >> 4 | 1u << 30) << 32 | matrix;
 }
 
-// An operand of scores from `address` on: rows of 128 int8 values of queries or of K, or of 64 binary16 values. A
-// product takes 32 bytes of these, 32 bytes further on each time.
+// Operand B of the scores: rows of 128 int8 values of K, or of 64 binary16 values. A product takes 32 bytes of these,
+// 32 bytes further on each time.
 __device__ __forceinline__ uint32_t key_matrix(uint32_t address) { return matrix_at(address, 16); }
 
 // Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further
@@ -61,10 +60,10 @@ __device__ __forceinline__ void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-// Waits until at most N groups are not complete.
-template <int N> __device__ __forceinline__ void products_wait() {
+// Waits until all groups are complete.
+__device__ __forceinline__ void products_wait() {
 #if TURBOQUANT_WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
 }
 // Keeps the compiler from moving accesses of registers that products in flight read or write.
@@ -81,34 +80,16 @@ template <typename T, int N> __device__ __forceinline__ void keep_registers(T (&
 #define TURBOQUANT_PRODUCT(types, mode, add)                                                                           \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                               \
                  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
-                 "%27,%28,%29,%30,%31}, %32, %33, " add ";"                                                            \
-                 : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                               \
-                 : "l"(a), "l"(b))
-// d = a product of 64 x 32 bytes of A and 64 rows of B, all unsigned.
-__device__ __forceinline__ void start_keys(int (&d)[32], uint64_t a, uint64_t b) {
-#if TURBOQUANT_WGMMA
-    TURBOQUANT_PRODUCT("u8.u8", "=r", "0");
-#endif
-}
-// d += a product of 64 x 32 bytes of A and 64 rows of B, all signed.
-__device__ __forceinline__ void multiply_keys(int (&d)[32], uint64_t a, uint64_t b) {
-#if TURBOQUANT_WGMMA
-    TURBOQUANT_PRODUCT("s8.s8", "+r", "1");
-#endif
-}
-#undef TURBOQUANT_PRODUCT
-#define TURBOQUANT_PRODUCT(types, mode, add)                                                                           \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32." types " "                                               \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
                  "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, " add ";"                                              \
                  : TURBOQUANT_16(mode, d, 0), TURBOQUANT_16(mode, d, 16)                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-// The same with A in registers.
+// d = a product of 64 x 32 bytes of A and 64 rows of B, all unsigned.
 __device__ __forceinline__ void start_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
 #if TURBOQUANT_WGMMA
     TURBOQUANT_PRODUCT("u8.u8", "=r", "0");
 #endif
 }
+// d += a product of 64 x 32 bytes of A and 64 rows of B, all signed.
 __device__ __forceinline__ void multiply_keys(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
 #if TURBOQUANT_WGMMA
     TURBOQUANT_PRODUCT("s8.s8", "+r", "1");
@@ -158,10 +139,6 @@ __device__ __forceinline__ void publish_writes() {
 // A barrier for the threads of so many warpgroups. Barrier 0 is that of __syncthreads.
 __device__ __forceinline__ void sync_groups(int barrier, int groups) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
-}
-
-__device__ __forceinline__ void arrive_groups(int barrier, int groups) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
 }
 
 // Changes the number of registers of the warpgroup's threads.

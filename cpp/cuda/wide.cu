@@ -244,8 +244,8 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
 
 // The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for
 // other GPUs, which shows in its shared memory.
-WideKernel hopper_kernel_of(int device, KV type_k, KV type_v, int columns) {
-    const WideKernel kernel = hopper_kernel_128(type_k, type_v, groups_for(columns));
+WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
+    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
     if (!kernel) return nullptr;
     static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
@@ -259,9 +259,9 @@ WideKernel hopper_kernel_of(int device, KV type_k, KV type_v, int columns) {
 }
 
 // Columns from which on the kernel for Hopper GPUs is faster than that of wide.cuh. Measured on an H200 (32 query
-// heads, 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with two expanding and two column warpgroups /
-// with the kernel of wide.cuh): 8 tokens, which are 32 columns, take 52/61, 16 tokens 56/79, 32 tokens 68/105, 64
-// tokens 107/154. Calls of fewer than 17 columns have not been compared.
+// heads, 8 KV heads of 128, turbo4, 32768 rows, microseconds of a layer, with this kernel / with that of wide.cuh): 8
+// tokens, which are 32 columns, take 47/61, 16 tokens 52/79, 64 tokens 96/154. Calls of fewer than 17 columns have not
+// been compared.
 constexpr int least_hopper_columns = 17;
 
 int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
@@ -325,8 +325,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = a.head == 128 && p.columns >= least_hopper_columns &&
-               hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns);
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
     p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
     p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
     const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
@@ -335,8 +334,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     while (column_warps < warps && column_warps * warp_columns < p.columns) column_warps *= 2;
     p.column_tile = column_warps * warp_columns;
     if (p.hopper) { // tiles have the same number of warpgroups, so their thread blocks take the same time
-        const int most = groups_for(p.columns), groups = int(divided(p.columns, group_columns));
-        p.column_tile = int(divided(groups, divided(groups, most))) * group_columns;
+        const int64_t groups = divided(p.columns, group_columns);
+        p.column_tile = int(divided(groups, divided(groups, column_groups))) * group_columns;
     }
     p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
     const int64_t beside = int64_t(a.kv_heads) * p.column_tiles;
@@ -358,12 +357,9 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     };
     const auto choose_rows = [&] {
         if (p.hopper) {
-            const int groups = groups_for(p.columns), encoded = hopper_rows * (pitch_k + pitch_v);
             p.buffer_rows = hopper_rows;
-            p.row_tiles = p.columns <= group_columns ? groups : 1;
-            p.shared_bytes = groups == DivisionOfFew::groups
-                                 ? HopperMemory<128, DivisionOfFew>::bytes(encoded, most_words)
-                                 : HopperMemory<128, DivisionOfMany>::bytes(encoded, most_words);
+            p.row_tiles = p.columns <= group_columns ? column_groups : 1;
+            p.shared_bytes = HopperMemory<128>::bytes(hopper_rows * (pitch_k + pitch_v), most_words);
             return p.shared_bytes <= device.shared_per_block;
         }
         for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
@@ -434,7 +430,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
     const WideHead & head = *head_of(a.head);
-    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v, p.columns)
+    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
                                        : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
