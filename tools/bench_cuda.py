@@ -40,6 +40,7 @@ BASES = ("f16:f16", "q8_0:q8_0")
 PAIRS = "turbo4,turbo3,turbo2,q8_0:turbo4,q8_0:turbo3"
 PARTS = ("kernels", "decode", "prefill", "batches", "slots", "heads")
 SHORT = 16384  # tokens of a prompt that is computed again for each run of a figure
+WARM = 4096  # tokens of prompts before a longer one: the first run loads kernels, so it is slower
 MODEL = "32,4096,32,8,128,14336,128256"  # see write_model
 HOPPER_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a"]  # of nvcc of CUDA 12 or newer, as cpp/turboquant-cuda.cmake
 CODEC_FLAGS = ["--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--fmad=false"]  # as cpp/turboquant-cuda.cmake
@@ -122,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     how = parser.add_argument_group("how to measure")
     how.add_argument("--repeat", type=int, default=3, metavar="N",
                      help=f"runs of a figure, of which the median counts (default %(default)s); prompts of more than "
-                          f"{SHORT} tokens for decode are computed once")
+                          f"{SHORT} tokens for decode are computed once, after shorter ones")
     how.add_argument("--rounds", type=int, default=1, metavar="N",
                      help="times to measure everything; the mean counts (default 1)")
     how.add_argument("--stop-after", type=float, metavar="SECONDS",
@@ -228,9 +229,11 @@ def command_of(job: Job, folder: Path, model: Path, given: argparse.Namespace, *
         return [folder / program, *common, "-fa", 1, "-d", job.depth, "-p", ",".join(map(str, tokens)), "-n", 0,
                 *once, "-o", "jsonl"]
     prompt, decode = max(job.depth, 1), 8 if count else given.decode
-    repeat = 1 if count or job.slots * prompt > SHORT else given.repeat
+    long = job.slots * prompt > SHORT
+    repeat = 1 if count or long else given.repeat
     cells = job.slots * ((prompt + decode + 255) // 256 * 256)
-    return [folder / program, *common, "-fa", "on", "-c", cells, "-npp", prompt, "-ntg",
+    prompts = f"{WARM // job.slots},{prompt}" if long and not count else prompt
+    return [folder / program, *common, "-fa", "on", "-c", cells, "-npp", prompts, "-ntg",
             ",".join([str(decode)] * repeat), "-npl", job.slots, "-kvu" if job.unified else "-no-kvu",
             "--output-format", "jsonl"]
 
@@ -269,7 +272,7 @@ def figures_of(job: Job, output: str) -> list[dict[str, Any]]:
         row = json.loads(line)
         if program_of(job.part) == "llama-bench":
             runs["batch", row["n_prompt"]] = row["samples_ts"]
-        else:
+        elif row["pp"] == max(job.depth, 1):
             runs.setdefault(("decode", row["pl"]), []).append(row["speed_tg"])
             runs.setdefault(("prompt", row["pl"] * row["pp"]), []).append(row["speed_pp"])
     if not runs:
