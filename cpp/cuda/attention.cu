@@ -322,7 +322,9 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
 
     p.group = a.heads / a.kv_heads;
     p.columns = p.group * a.tokens;
-    if (p.columns > (a.n_kv > short_cache ? few_columns : most_decode_columns) &&
+    // The decode kernel computes rows of one request for few columns of others, and it skips the other rows.
+    const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
+    if (p.columns > (a.n_kv > short_cache && !separate ? few_columns : most_decode_columns) &&
         plan_wide(a, {device->multiprocessors, device->shared_per_block},
                   pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
                   pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))

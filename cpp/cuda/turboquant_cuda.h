@@ -168,6 +168,8 @@ struct Attention {
     float sparse_v; // V of a tile of 32 rows may be left out of the sum (but counts in the softmax) if its weights,
                     // relative to the largest so far, are at most this for all queries that are computed together
     float * dst;    // [streams][tokens][heads][head] without gaps
+    int requests;   // sequences whose tokens are computed, if they share a KV stream; 0 or 1 if that is not known. Each
+                    // sees rows of its own, so the mask hides most rows from most queries
     bool windowed;  // whether `exact` is read
     ExactRows exact;
 };

@@ -137,6 +137,7 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     call.sparse_v     = turbo_sparse_v();
     call.dst          = a.out;
     call.windowed     = a.windowed;
+    call.requests     = a.requests;
     call.exact        = {};
     return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
 }

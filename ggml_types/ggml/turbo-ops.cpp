@@ -124,6 +124,8 @@ bool turbo_describe_attention(const ggml_tensor * op, turbo_attention & attentio
     if (attention.windowed && !describe_window(op, attention)) {
         return false; // an unknown operand would be ignored
     }
+    attention.requests   = attention.windowed && op->op_params[TURBO_PARAM_REQUESTS] > 1 ?
+                               op->op_params[TURBO_PARAM_REQUESTS] : 1;
     attention.head_k     = k->ne[0];
     attention.head_v     = v->ne[0];
     attention.heads      = q->ne[2];

@@ -92,9 +92,11 @@ struct turbo_source {
 enum { TURBO_CELL_ROWS = 2 };
 enum { TURBO_SRC_SLOTS_K = 5, TURBO_SRC_SLOTS_V, TURBO_SRC_EXACT_MASK, TURBO_SRC_BATCH_K, TURBO_SRC_BATCH_V };
 
-// Whether an op with an exact window sees the batch's own rows in the window alone: then the mask of the cache hides them,
-// and it may be computed before they are stored there.
-enum { TURBO_PARAM_SHOWS_BATCH = 15 }; // of op_params
+// Of op_params of an op with an exact window, which are set before each batch:
+//   SHOWS_BATCH  whether it sees the batch's own rows in the window alone: then the mask of the cache hides them, and it
+//                may be computed before they are stored there
+//   REQUESTS     the number of sequences in the batch, if they share a KV stream; else 1
+enum { TURBO_PARAM_REQUESTS = 14, TURBO_PARAM_SHOWS_BATCH = 15 };
 inline bool turbo_shows_batch(const ggml_tensor * op) {
     return op->op == GGML_OP_FLASH_ATTN_EXT && op->src[TURBO_SRC_EXACT_MASK] && op->op_params[TURBO_PARAM_SHOWS_BATCH];
 }
@@ -107,6 +109,7 @@ struct turbo_attention : turbo_source {
     int64_t    tokens, streams;        // of the queries
     int64_t    kv_streams;             // divides streams; see kv_stream
     bool       windowed;               // whether there is an exact window; otherwise slots and batch are empty
+    int32_t    requests;               // sequences whose tokens share a KV stream, if known; else 1
     turbo_source slots;                // the window's slots, q8_0 or f16
     turbo_source batch;                // the batch's own rows, float32
     turbo_rows q;                      // float32 rows (token, query head, stream)

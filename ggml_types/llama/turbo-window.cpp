@@ -161,7 +161,6 @@ private:
 };
 
 void turbo_window_input::set_input(const llama_ubatch * ubatch) {
-    (void) ubatch;
     if (!near->buffer || !slot_idxs->buffer || !mask->buffer || !k_idxs->buffer) {
         return;
     }
@@ -173,6 +172,7 @@ void turbo_window_input::set_input(const llama_ubatch * ubatch) {
     const bool            shown   = apart || (int) attached.size() == scopes; // ops without the window need all cells
     for (ggml_tensor * op : attached) {
         op->op_params[TURBO_PARAM_SHOWS_BATCH] = shown;
+        op->op_params[TURBO_PARAM_REQUESTS]    = mask->ne[3] == 1 ? (int32_t) ubatch->n_seqs_unq : 1;
     }
     const int64_t *       index   = (const int64_t *) k_idxs->data;
     int64_t *             store   = (int64_t *) slot_idxs->data;

@@ -424,7 +424,7 @@ inline void columns(List & list) {
         int64_t rows;
     };
     const Shape shapes[] = {{9, 4, 1, 300}, {17, 8, 2, 517}, {40, 8, 4, 1300}, {33, 2, 2, 64}, {70, 8, 2, 700},
-                            {50, 14, 2, 200}, {300, 1, 1, 520}};
+                            {50, 14, 2, 200}, {300, 1, 1, 520}, {8, 8, 2, 2100}};
     for (const AttentionCase & base : bases())
         for (const Shape & shape : shapes)
             for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {

@@ -4,7 +4,11 @@
 
 #include "problem.h"
 
-// The last rows, as many as there are tokens, are the batch's own; of those before, every third is in a slot.
+// Which rows are in slots: every third, all, or all but one in the middle. In the last two cases there are at least as
+// many slots as rows in the cache.
+enum class InSlots { third, all, all_but_one };
+
+// The last rows, as many as there are tokens, are the batch's own; some of those before are in slots.
 struct Windowed {
     const int type;                         // of the slots: TQ_ROW_F16 or TQ_ROW_Q8_0
     int64_t slots, batch;                   // rows of a stream
@@ -15,13 +19,16 @@ struct Windowed {
     std::vector<uint16_t> exact;            // theirs: binary16 [stream][mask head][token][slots + batch]
 
     // The values of the rows in slots become what the type makes of them, in the problem, too.
-    Windowed(Problem & p, int type)
-        : type(type), slot_head_k(int64_t(row_bytes(type, p.c.head_k))), slot_head_v(int64_t(row_bytes(type, p.c.head_v))) {
+    Windowed(Problem & p, int type, InSlots in_slots = InSlots::third)
+        : type(type), slot_head_k(int64_t(row_bytes(type, p.c.head_k))),
+          slot_head_v(int64_t(row_bytes(type, p.c.head_v))) {
         const AttentionCase & c = p.c;
         batch = std::min<int64_t>(c.tokens, c.rows);
         std::vector<int64_t> rows; // of the exact columns
-        for (int64_t r = 0; r < c.rows - batch; r += 3) rows.push_back(r);
-        rows.insert(rows.begin() + int64_t(rows.size()) / 2, -1); // an empty slot
+        for (int64_t r = 0; r < c.rows - batch; r += in_slots == InSlots::third ? 3 : 1)
+            if (in_slots != InSlots::all_but_one || r != c.rows / 2) rows.push_back(r);
+        do rows.insert(rows.begin() + int64_t(rows.size()) / 2, -1); // empty slots
+        while (in_slots != InSlots::third && int64_t(rows.size()) < c.rows);
         slots = int64_t(rows.size());
         for (int64_t r = c.rows - batch; r < c.rows; ++r) rows.push_back(r);
         for (int64_t s = 0; s < c.kv_streams; ++s)

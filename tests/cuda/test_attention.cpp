@@ -41,8 +41,8 @@ struct Window {
     std::vector<int64_t> store; // where the batch's rows of all streams go
     DeviceArray<int64_t> store_rows;
 
-    Window(Problem & p, int type)
-        : host(p, type), slots_k(with_one_more(host.slots_k, p.c, host.slot_head_k)),
+    Window(Problem & p, int type, InSlots in_slots)
+        : host(p, type, in_slots), slots_k(with_one_more(host.slots_k, p.c, host.slot_head_k)),
           slots_v(with_one_more(host.slots_v, p.c, host.slot_head_v)), far(host.far), exact(host.exact),
           batch_k(host.batch_k), batch_v(host.batch_v), store(targets(p.c)), store_rows(store) {}
 
@@ -182,17 +182,19 @@ std::vector<float> on_grid(const std::vector<float> & x, int head) {
     return y;
 }
 
-// The batch of a window, which a call stores in its rows of the cache: they are hidden from the queries that are computed.
+// The batch of a window, which a call stores in its rows of the cache: they are hidden from the queries that are
+// computed.
 struct StoredBatch {
     Store stores[2];
 
     StoredBatch(const AttentionCase & c, const Problem & p, const Window & window, const DeviceArray<uint8_t> & k,
                 const DeviceArray<uint8_t> & v)
-        : stores{store(c, p.k, window.batch_k, k, window.host.batch), store(c, p.v, window.batch_v, v, window.host.batch)} {}
+        : stores{store(c, p.k, window.batch_k, k, window.host.batch),
+                 store(c, p.v, window.batch_v, v, window.host.batch)} {}
 
     // Nothing but these rows has changed.
-    static void check_rows(const AttentionCase & c, const Cache & before, const std::vector<float> & batch, int64_t rows,
-                           const std::vector<uint8_t> & after) {
+    static void check_rows(const AttentionCase & c, const Cache & before, const std::vector<float> & batch,
+                           int64_t rows, const std::vector<uint8_t> & after) {
         std::vector<uint8_t> want = before.bytes;
         const float * x = batch.data();
         for (int64_t s = 0; s < c.kv_streams; ++s)
@@ -217,10 +219,13 @@ private:
 
 // slots: the type of a window's, or no_window.
 constexpr int no_window = -1;
-void conforms(const AttentionCase & c, int slots) {
+void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::third, int requests = 0) {
     const bool windowed = slots != no_window;
     const char * window_name = slots == TQ_ROW_F16 ? ", with a window in f16" : ", with a window in q8_0";
-    check::Case case_(c.name, windowed ? window_name : "");
+    const char * of = in_slots == InSlots::all           ? " of all rows"
+                      : in_slots == InSlots::all_but_one ? " of nearly all"
+                                                         : "";
+    check::Case case_(c.name, windowed ? window_name + std::string(of) : "");
     Problem p(c);
     DeviceArray<uint8_t> k_data(p.k.bytes), v_data(p.v.bytes);
     DeviceArray<float> q_data(p.q), sink_data(p.sinks);
@@ -256,18 +261,20 @@ void conforms(const AttentionCase & c, int slots) {
     a.max_bias = c.max_bias;
     a.soft_cap = c.soft_cap;
     a.sparse_v = c.sparse_v;
+    a.requests = requests;
     DeviceArray<float> dst(size_t(p.results() * c.head_v));
     a.dst = dst.get();
     std::optional<Window> window;
     if (windowed) {
         a.windowed = true;
-        a.mask = window.emplace(p, slots).far.get();
+        a.mask = window.emplace(p, slots, in_slots).far.get();
         a.exact = window->exact_rows(c);
     }
     AttentionPlan plan = {};
     const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
+    CHECK(!(plan.wide && requests > 1 && plan.columns <= 32));
     const bool in_bytes = plan.wide && c.type_k < TQ_TYPE_COUNT; // queries
     const bool rounded = in_bytes && (windowed || c.mask != Mask::none);
     std::optional<DeviceArray<float>> rounded_queries;
@@ -317,11 +324,15 @@ int main(int argc, char ** argv) {
     for (const AttentionCase & c : attention_cases()) {
         if (c.extent > extent || (argc > 2 && c.name.rfind(argv[2], 0) != 0)) continue;
         conforms(c, no_window);
+        if (c.tokens > 1 && c.group() * c.tokens > 16 && c.group() * c.tokens <= 32 && c.rows > 2048)
+            conforms(c, no_window, InSlots::third, c.tokens); // the kernel of a few columns
         covered += covers(c) && !exempt(c);
         const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
         // A far row's weight is zero beside the rows of a window, and a NaN in it counts only by chance.
-        if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1 && !(c.far && c.bad_value >= 0))
+        if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1 && !(c.far && c.bad_value >= 0)) {
             conforms(c, covered % 2 ? TQ_ROW_F16 : TQ_ROW_Q8_0);
+            if (c.rows <= 256) conforms(c, TQ_ROW_Q8_0, covered % 3 ? InSlots::all : InSlots::all_but_one);
+        }
     }
     std::printf("%d cases\n", covered);
     Attention a = {};
