@@ -434,7 +434,7 @@ inline void columns(List & list) {
                 c.kv_heads = shape.kv_heads;
                 c.rows = shape.rows;
                 c.mask = mask;
-                list.add("columns", c, Extent::usual);
+                list.add("columns", c, mask == Mask::runs || c.rows <= 300 ? Extent::usual : Extent::whole);
             }
     std::vector<Pair> pairs = turbo_pairs();
     for (const int head : {64, 128, 256})
