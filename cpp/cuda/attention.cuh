@@ -222,7 +222,7 @@ template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choi
     switch (choice.type_v) {
 #define TURBOQUANT_CASE(name)                                                                  \
     case KV::name:                                                                             \
-        if constexpr (covers_pair<TK, KV::name>)                                               \
+        if constexpr (covers_pair<TK, KV::name, D>)                                            \
             return kernel_for_types<TK, KV::name, D>(choice.windowed, choice.four);            \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)

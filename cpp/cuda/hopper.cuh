@@ -952,10 +952,10 @@ namespace {
 
 template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
     switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                \
-    case KV::name:                                                                           \
-        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name>) \
-            return hopper_kernel<TK, KV::name, D>;                                           \
+#define TURBOQUANT_CASE(name)                                                                   \
+    case KV::name:                                                                              \
+        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name, D>) \
+            return hopper_kernel<TK, KV::name, D>;                                              \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE

@@ -1016,7 +1016,7 @@ template <int D, KV TK> WideKernel wide_kernel_for(KV type_v, int operands) {
     switch (type_v) {
 #define TURBOQUANT_CASE(name)                                                                  \
     case KV::name:                                                                             \
-        if constexpr (covers_pair<TK, KV::name>) {                                             \
+        if constexpr (covers_pair<TK, KV::name, D>) {                                          \
             constexpr int most = most_operands(Kind<TK>::turbo, Kind<KV::name>::turbo, D);     \
             return operands < most ? wide_kernel<TK, KV::name, D, 1> : wide_kernel<TK, KV::name, D, most>; \
         }                                                                                      \

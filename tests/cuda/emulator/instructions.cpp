@@ -1,0 +1,348 @@
+// What instructions do; see instructions.h. A lane is 4 * quad + in_quad, as in the kernels.
+#include "instructions.h"
+
+#include "half.h"
+#include "intrinsics.h"
+
+namespace emulator {
+
+namespace {
+
+constexpr uint32_t unset = 0x7fffffff; // NaN as a float
+
+int8_t byte_of(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
+float half_of(uint32_t word, int i) { return float_of_half(uint16_t(word >> (16 * i))); }
+
+// Fills a matrix of 16 rows from the four registers of each lane, in which a word has `Count` elements. `Get` is an
+// element of a word.
+template <typename T, int Count, typename Words, typename Get>
+void fill_a(T (&a)[16][8 * Count], const Words & of_lane, const Get & get) {
+    for (int lane = 0; lane < warp_size; ++lane)
+        for (int r = 0; r < 4; ++r)
+            for (int i = 0; i < Count; ++i)
+                a[lane / 4 + 8 * (r & 1)][(lane % 4 + 4 * (r / 2)) * Count + i] = get(of_lane(lane)[r], i);
+}
+
+struct Multiply {
+    const uint32_t * a;
+    const uint32_t * b;
+    uint32_t * const * c;
+    uint32_t * const * d;
+};
+// d = c + a product of 16 x K and K x 8 elements.
+template <typename T, typename Sum, int Count, typename Get> void multiply(Multiply ** lanes, const Get & get) {
+    constexpr int K = 8 * Count;
+    T a[16][K], b[K][8];
+    fill_a<T, Count>(a, [&](int lane) { return lanes[lane]->a; }, get);
+    for (int lane = 0; lane < warp_size; ++lane)
+        for (int r = 0; r < 2; ++r)
+            for (int i = 0; i < Count; ++i)
+                b[(lane % 4 + 4 * r) * Count + i][lane / 4] = get(lanes[lane]->b[r], i);
+    for (int row = 0; row < 16; ++row) {
+        Sum sums[8] = {};
+        for (int k = 0; k < K; ++k)
+            for (int column = 0; column < 8; ++column) sums[column] += Sum(a[row][k]) * Sum(b[k][column]);
+        for (int column = 0; column < 8; ++column) {
+            const Multiply & lane = *lanes[row % 8 * 4 + column / 2];
+            const int i = row / 8 * 2 + column % 2;
+            Sum c;
+            std::memcpy(&c, lane.c[i], 4);
+            c += sums[column];
+            std::memcpy(lane.d[i], &c, 4);
+        }
+    }
+}
+void multiply_s8(Multiply ** lanes) { multiply<int8_t, int, 4>(lanes, byte_of); }
+void multiply_f16(Multiply ** lanes) { multiply<float, float, 2>(lanes, half_of); }
+void multiply_tf32(Multiply ** lanes) { // the low 13 bits are ignored
+    multiply<float, float, 1>(lanes, [](uint32_t word, int) { return bits_as<float>(word & 0xffffe000); });
+}
+
+template <void (*act)(Multiply **), typename Pointers>
+void start_multiply(Site site, const Pointers & d, const ptx::Words<4> & a, const ptx::Words<2> & b,
+                    const Pointers & c) {
+    uint32_t * to[4];
+    uint32_t * from[4];
+    for (size_t i = 0; i < 4; ++i) {
+        to[i] = reinterpret_cast<uint32_t *>(d[i]);
+        from[i] = reinterpret_cast<uint32_t *>(c[i]);
+    }
+    Multiply own = {a.data(), b.data(), from, to};
+    collective<Multiply, act>(site, own);
+}
+
+// ---- products of warpgroups
+
+// The byte at an offset from the start of a matrix, whose rows of 128 bytes have units of 16 bytes that are exchanged.
+const uint8_t * swizzled(uint64_t descriptor, uint32_t offset, size_t bytes) {
+    const uint32_t address = uint32_t(descriptor & 0x3fff) * 16 + offset;
+    return shared_at({"wgmma", 0}, address ^ (address >> 7 & 7) << 4, bytes, bytes);
+}
+
+// Elements of B, by row k and column, from shared memory. In a transposed matrix the columns of a row are adjacent, 64
+// in a row of 128 bytes.
+template <int K> void load_b(const AsyncProduct & p, float (&b)[K][128]) {
+    const uint32_t leading = uint32_t(p.b >> 16 & 0x3fff) * 16, stride = uint32_t(p.b >> 32 & 0x3fff) * 16;
+    if (p.b >> 62 != 1) stop("wgmma: a matrix without the swizzle of 128 bytes");
+    for (int k = 0; k < K; ++k)
+        for (int n = 0; n < p.columns; ++n) {
+            const uint32_t at = p.transposed
+                                    ? uint32_t(n / 64) * leading + uint32_t(k / 8) * stride + k % 8 * 128 + n % 64 * 2
+                                    : uint32_t(n / 8) * stride + n % 8 * 128 + k * (p.kind == AsyncProduct::f16 ? 2 : 1);
+            if (p.kind == AsyncProduct::f16) {
+                uint16_t bits;
+                std::memcpy(&bits, swizzled(p.b, at, 2), 2);
+                b[k][n] = float_of_half(bits);
+            } else {
+                const uint8_t byte = *swizzled(p.b, at, 1);
+                b[k][n] = p.kind == AsyncProduct::u8 ? float(byte) : float(int8_t(byte));
+            }
+        }
+}
+
+// The warp's 16 rows of a product. Sums of 32 products of bytes are exact in float32, and integers are added as such.
+template <int K> void multiply_rows(AsyncProduct ** lanes) {
+    const AsyncProduct & p = *lanes[0];
+    static thread_local float a[16][K], b[K][128];
+    constexpr int count = K == 32 ? 4 : 2;
+    fill_a<float, count>(a, [&](int lane) { return lanes[lane]->a; }, [&](uint32_t word, int i) {
+        return p.kind == AsyncProduct::f16  ? half_of(word, i)
+               : p.kind == AsyncProduct::u8 ? float(uint8_t(byte_of(word, i)))
+                                            : float(byte_of(word, i));
+    });
+    load_b<K>(p, b);
+    for (int row = 0; row < 16; ++row) {
+        float sums[128] = {};
+        for (int k = 0; k < K; ++k)
+            for (int n = 0; n < p.columns; ++n) sums[n] += a[row][k] * b[k][n];
+        for (int n = 0; n < p.columns; ++n) {
+            uint32_t * d = lanes[row % 8 * 4 + n % 8 / 2]->d[n / 8 * 4 + row / 8 * 2 + n % 2];
+            if (p.kind == AsyncProduct::f16) {
+                const float sum = (p.accumulate ? bits_as<float>(*d) : 0.0f) + sums[n];
+                *d = bits_as<uint32_t>(sum);
+            } else {
+                *d = (p.accumulate ? *d : 0u) + uint32_t(int(sums[n]));
+            }
+        }
+    }
+}
+
+void finish_products(Thread ** lanes) {
+    const size_t count = lanes[0]->products.size();
+    for (size_t i = 0; i < count; ++i) {
+        AsyncProduct * products[warp_size];
+        for (int lane = 0; lane < warp_size; ++lane) {
+            if (lanes[lane]->products.size() != count) stop("wgmma: the lanes have started different products");
+            products[lane] = &lanes[lane]->products[i];
+            if (products[lane]->b != products[0]->b) stop("wgmma: the lanes' descriptors differ");
+        }
+        if (!products[0]->committed) stop("wgmma: a wait for a product that was not committed");
+        if (products[0]->kind == AsyncProduct::f16) multiply_rows<16>(products);
+        else multiply_rows<32>(products);
+    }
+    for (int lane = 0; lane < warp_size; ++lane) lanes[lane]->products.clear();
+}
+
+template <typename Pointers>
+void start_product(int line, AsyncProduct::Kind kind, const Pointers & d, const ptx::Words<4> & a, uint64_t b, int add,
+                   bool transposed) {
+    Thread & t = *current;
+    if (!t.fenced) stop("wgmma in line %d, and no fence since the last wait", line);
+    AsyncProduct p = {};
+    p.kind = kind;
+    p.columns = int(d.size()) * 2;
+    p.accumulate = add != 0;
+    p.transposed = transposed;
+    p.b = b;
+    for (size_t i = 0; i < 4; ++i) p.a[i] = a[i];
+    for (size_t i = 0; i < d.size(); ++i) {
+        p.d[i] = reinterpret_cast<uint32_t *>(d[i]);
+        if (!add) *p.d[i] = unset; // until the wait
+    }
+    t.products.push_back(p);
+}
+
+// ---- matrices of 8 x 8 halves, of which lane 4 r + i has two of row r
+
+struct Moved {
+    uint32_t in, out;
+};
+void transpose_lanes(Moved ** lanes) {
+    const auto element = [&](int row, int column) {
+        return lanes[4 * row + column / 2]->in >> (16 * (column % 2)) & 0xffff;
+    };
+    for (int lane = 0; lane < warp_size; ++lane) {
+        const int row = lane / 4, column = lane % 4 * 2;
+        lanes[lane]->out = element(column, row) | element(column + 1, row) << 16;
+    }
+}
+
+struct LoadedMatrices {
+    const uint8_t * row;
+    uint32_t * const * d;
+    bool transposed;
+};
+void load_lanes(LoadedMatrices ** lanes) {
+    for (int m = 0; m < 4; ++m)
+        for (int lane = 0; lane < warp_size; ++lane) {
+            uint32_t word = 0;
+            for (int i = 0; i < 2; ++i) {
+                int row = lane / 4, column = lane % 4 * 2 + i;
+                if (lanes[0]->transposed) std::swap(row, column);
+                uint16_t half;
+                std::memcpy(&half, lanes[8 * m + row]->row + 2 * column, 2);
+                word |= uint32_t(half) << (16 * i);
+            }
+            *lanes[lane]->d[m] = word;
+        }
+}
+void load_matrices(Site site, const std::array<uint32_t *, 4> & d, uint32_t address, bool transposed) {
+    LoadedMatrices own = {shared_at(site, address, 16, 16), d.data(), transposed};
+    collective<LoadedMatrices, load_lanes>(site, own);
+}
+
+void vote_lanes(Vote ** lanes) {
+    unsigned all = 0;
+    for (int i = 0; i < warp_size; ++i) all |= unsigned(lanes[i]->value) << i;
+    for (int i = 0; i < warp_size; ++i) lanes[i]->lanes = all;
+}
+
+// As double, also of a float below the normal ones if the host treats these as zeros.
+double exactly(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    if (bits & 0x7f800000) return x;
+    const double magnitude = double(bits & 0x7fffff) * 0x1p-149;
+    return bits >> 31 ? -magnitude : magnitude;
+}
+
+} // namespace
+
+unsigned ballot(const char * operation, int line, bool x) {
+    Vote own = {x, 0};
+    collective<Vote, vote_lanes>({operation, line}, own);
+    return own.lanes;
+}
+
+namespace ptx {
+
+void fma_rn_f32(int, float & d, float a, float b, float c) { d = float(exactly(a) * exactly(b) + exactly(c)); }
+
+void st_shared_u16(int line, uint32_t address, uint16_t x) {
+    std::memcpy(shared_at({"st.shared", line}, address, 2, 2), &x, 2);
+}
+
+// ---- copies
+
+void cp_async_cg_shared_global_L2__128B(int line, uint32_t to, const void * from, int bytes, int valid) {
+    const Site site = {"cp.async", line};
+    if (bytes != 16 || valid < 0 || valid > 16) stop("cp.async in line %d of %d of %d bytes", line, valid, bytes);
+    if (reinterpret_cast<uintptr_t>(from) % 16) stop("cp.async in line %d from a misaligned address", line);
+    std::memset(shared_at(site, to, 16, 16), 0xff, 16);
+    current->copies.push_back({to, from, valid, current->copy_group});
+}
+void cp_async_commit_group(int) { ++current->copy_group; }
+void cp_async_wait_group(int line, int pending) {
+    Thread & t = *current;
+    size_t kept = 0;
+    for (const AsyncCopy & copy : t.copies) {
+        if (copy.group >= t.copy_group - pending) {
+            t.copies[kept++] = copy;
+            continue;
+        }
+        uint8_t * to = shared_at({"cp.async", line}, copy.to, 16, 16);
+        std::memset(to, 0, 16);
+        if (copy.valid) std::memcpy(to, copy.from, size_t(copy.valid));
+    }
+    t.copies.resize(kept);
+}
+
+void mbarrier_init_shared__cta_b64(int line, uint32_t address, int arrivals) {
+    if (arrivals < 1 || arrivals > 255) stop("mbarrier.init in line %d for %d arrivals", line, arrivals);
+    MemoryBarrier & barrier = memory_barrier({"mbarrier.init", line}, address, false);
+    barrier.parity = 0;
+    barrier.arrivals = barrier.missing = uint8_t(arrivals);
+    barrier.bytes = 0;
+}
+void mbarrier_arrive_shared__cta_b64(int line, uint32_t address) {
+    MemoryBarrier & barrier = memory_barrier({"mbarrier.arrive", line}, address);
+    if (barrier.missing == 0) stop("mbarrier.arrive in line %d: too many arrivals in a phase", line);
+    --barrier.missing;
+    barrier_changed(barrier);
+}
+void mbarrier_expect_tx_relaxed_cta_shared__cta_b64(int line, uint32_t address, int bytes) {
+    memory_barrier({"mbarrier.expect_tx", line}, address).bytes += bytes;
+}
+bool mbarrier_try_wait_parity_shared__cta_b64(int line, uint32_t address, int parity) {
+    wait_for_parity({"mbarrier.try_wait", line}, address, parity);
+    return true;
+}
+void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(int line, uint32_t to, const void * from,
+                                                                       int bytes, uint32_t barrier) {
+    const Site site = {"cp.async.bulk", line};
+    if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+        stop("cp.async.bulk in line %d of %d bytes from %p", line, bytes, from);
+    std::memset(shared_at(site, to, size_t(bytes), 16), 0xff, size_t(bytes));
+    memory_barrier(site, barrier);
+    current->block->bulk.push_back({to, uint32_t(bytes), barrier, from});
+}
+
+// ---- matrices
+
+void movmatrix_sync_aligned_m8n8_trans_b16(int line, uint32_t & d, uint32_t a) {
+    Moved own = {a, 0};
+    collective<Moved, transpose_lanes>({"movmatrix", line}, own);
+    d = own.out;
+}
+void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address) {
+    load_matrices({"ldmatrix", line}, d, address, false);
+}
+void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address) {
+    load_matrices({"ldmatrix.trans", line}, d, address, true);
+}
+void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c) {
+    start_multiply<multiply_s8>({"mma.s8", line}, d, a, b, c);
+}
+void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c) {
+    start_multiply<multiply_f16>({"mma.f16", line}, d, a, b, c);
+}
+void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c) {
+    start_multiply<multiply_tf32>({"mma.tf32", line}, d, a, b, c);
+}
+
+// ---- matrices of warpgroups
+
+void wgmma_fence_sync_aligned(int line) {
+    ballot("wgmma.fence", line, false);
+    current->fenced = true;
+}
+void wgmma_commit_group_sync_aligned(int line) {
+    ballot("wgmma.commit_group", line, false);
+    for (AsyncProduct & p : current->products) p.committed = true;
+}
+void wgmma_wait_group_sync_aligned(int line, int pending) {
+    if (pending != 0) stop("wgmma.wait_group %d in line %d is not emulated", pending, line);
+    collective<Thread, finish_products>({"wgmma.wait_group", line}, *current);
+    current->fenced = false;
+}
+void wgmma_mma_async_sync_aligned_m64n64k32_s32_u8_u8(int line, Integers<32> d, Words<4> a, uint64_t b, int add) {
+    start_product(line, AsyncProduct::u8, d, a, b, add, false);
+}
+void wgmma_mma_async_sync_aligned_m64n64k32_s32_s8_s8(int line, Integers<32> d, Words<4> a, uint64_t b, int add) {
+    start_product(line, AsyncProduct::s8, d, a, b, add, false);
+}
+static void start_halves(int line, int scale_a, int scale_b) {
+    if (scale_a != 1 || scale_b != 1) stop("wgmma in line %d with a negative operand is not emulated", line);
+}
+void wgmma_mma_async_sync_aligned_m64n128k16_f32_f16_f16(int line, Floats<64> d, Words<4> a, uint64_t b, int add,
+                                                         int scale_a, int scale_b, int transpose_b) {
+    start_halves(line, scale_a, scale_b);
+    start_product(line, AsyncProduct::f16, d, a, b, add, transpose_b != 0);
+}
+void wgmma_mma_async_sync_aligned_m64n32k16_f32_f16_f16(int line, Floats<16> d, Words<4> a, uint64_t b, int add,
+                                                        int scale_a, int scale_b, int transpose_b) {
+    start_halves(line, scale_a, scale_b);
+    start_product(line, AsyncProduct::f16, d, a, b, add, transpose_b != 0);
+}
+
+} // namespace ptx
+} // namespace emulator

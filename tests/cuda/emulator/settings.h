@@ -1,0 +1,20 @@
+// What the environment says about the emulated GPU.
+#ifndef TURBOQUANT_CUDA_EMULATOR_SETTINGS_H
+#define TURBOQUANT_CUDA_EMULATOR_SETTINGS_H
+
+#include <cstdint>
+
+namespace emulator {
+
+struct Settings {
+    int version;         // TURBOQUANT_EMULATED_VERSION: the compute capability, 90 for 9.0
+    int multiprocessors; // TURBOQUANT_EMULATED_MULTIPROCESSORS: 132, as an H200 has
+    int host_threads;    // TURBOQUANT_EMULATOR_THREADS: as many as the host has
+    uint64_t seed;       // TURBOQUANT_EMULATOR_SEED: of the order in which warps run
+    bool random_blocks;  // TURBOQUANT_EMULATOR_RANDOM_BLOCKS: whether thread blocks run in another order
+};
+const Settings & settings();
+
+} // namespace emulator
+
+#endif

@@ -1,0 +1,157 @@
+// The threads of a thread block, as fibers, and how they wait for each other.
+//
+// A thread of the host runs a thread block: warps in a random order, each of them until all its lanes wait. The lanes
+// of a warp run one after the other, from one collective operation to the next. So a thread that does not wait for
+// what it needs reads what the memory had before, in most orders.
+//
+// A kernel that makes the emulator stop, with a message and SIGABRT:
+//   - lanes of a warp that reach different collective operations, or of which some have ended
+//   - threads that wait at barriers with different numbers of threads, or forever
+//   - accesses to shared memory beyond its end, or at misaligned addresses of instructions that demand alignment
+#ifndef TURBOQUANT_CUDA_EMULATOR_THREADS_H
+#define TURBOQUANT_CUDA_EMULATOR_THREADS_H
+
+#include "fiber.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+struct uint3 {
+    unsigned x, y, z;
+};
+extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim; // of the current thread
+
+namespace emulator {
+
+constexpr int warp_size = 32;
+constexpr int most_threads = 1024;              // of a thread block
+constexpr size_t shared_capacity = 228u << 10;  // of a multiprocessor
+constexpr uint32_t shared_begin = 1024;         // the address of a thread block's shared memory: the GPU has the rest
+
+// A collective operation in the source, by its kind and line.
+struct Site {
+    const char * operation;
+    int line;
+};
+
+// A copy of 16 bytes to shared memory that a thread has started. It happens when the thread waits for its group.
+struct AsyncCopy {
+    uint32_t to;
+    const void * from;
+    int valid, group;
+};
+
+// A matrix product that a warpgroup has started. It happens when the warp waits for it.
+struct AsyncProduct {
+    enum Kind { u8, s8, f16 } kind;
+    int columns;         // of B
+    bool accumulate, transposed, committed;
+    uint32_t a[4];       // the lane's registers of A
+    uint64_t b;          // the descriptor of B
+    uint32_t * d[64];    // the lane's registers of the result
+};
+
+struct Block;
+
+struct Thread {
+    Fiber fiber;
+    Block * block;
+    uint3 index; // threadIdx
+    int number, lane, warp;
+    bool ended;
+    Site waits; // where it waits
+    int copy_group = 0;
+    std::vector<AsyncCopy> copies;
+    std::vector<AsyncProduct> products;
+    bool fenced = false; // whether products may use registers that were written before
+};
+
+struct Warp {
+    uint32_t runnable, ended, arrived; // lanes
+    Site site;                         // of the collective operation in which some have arrived
+    void * operands[warp_size];        // of that operation
+};
+
+// What threads wait for at a barrier with a number.
+struct NamedBarrier {
+    int arrived = 0, expected = 0;
+    bool any = false; // whether an argument of __syncthreads_or was true
+    bool result = false;
+    std::vector<Thread *> waiting;
+};
+
+// A barrier in shared memory, as its eight bytes.
+struct MemoryBarrier {
+    uint8_t mark, parity;      // mark: whether it was initialised
+    uint8_t arrivals, missing; // of a phase, and of the current one
+    int32_t bytes;             // that were announced and have not been copied
+};
+struct MemoryBarrierWait {
+    Thread * thread;
+    const MemoryBarrier * barrier;
+    int parity;
+};
+
+// A bulk copy that was started.
+struct BulkCopy {
+    uint32_t to, bytes, barrier;
+    const void * from;
+};
+
+struct Block {
+    uint3 index; // blockIdx
+    uint8_t * shared;               // the memory from address shared_begin on
+    size_t shared_bytes, static_bytes;
+    int threads;
+    uint64_t random; // the state of a generator
+    std::vector<Warp> warps;
+    NamedBarrier barriers[16];
+    std::vector<MemoryBarrierWait> waits;
+    std::vector<BulkCopy> bulk;
+    int live; // threads that have not ended
+};
+
+// Of the thread of the host: the thread that it runs, and the name of its kernel. (thread_local would call a function
+// at each access.)
+extern __thread Thread * current;
+extern __thread const char * kernel_name;
+
+// Stops the process with a message that names the kernel and the current thread.
+[[noreturn]] void stop(const char * format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- operations of the current thread
+
+// Waits until all lanes of the warp have arrived. The last one calls act(operands), with those of all lanes.
+void meet(Site site, void * operands, void (*act)(void ** operands));
+
+template <typename Operands, void (*act)(Operands ** lanes)> void collective(Site site, Operands & own) {
+    meet(site, &own, [](void ** operands) { act(reinterpret_cast<Operands **>(operands)); });
+}
+
+// Waits for so many threads at a barrier, or only counts the thread among them. Returns whether `any` is true for one.
+bool barrier_sync(Site site, int number, int threads, bool any = false);
+void barrier_arrive(Site site, int number, int threads);
+
+MemoryBarrier & memory_barrier(Site site, uint32_t address, bool initialised = true);
+void barrier_changed(MemoryBarrier & barrier); // ends the phase if nothing is missing
+void wait_for_parity(Site site, uint32_t address, int parity);
+
+// The bytes of shared memory from an address on, a multiple of `alignment`.
+uint8_t * shared_at(Site site, uint32_t address, size_t bytes, size_t alignment);
+uint32_t shared_address(const void * p);
+
+// ---- grids
+
+struct Grid {
+    uint3 blocks, threads;
+    size_t static_bytes, dynamic_bytes;
+    std::function<void()> run_thread; // runs the kernel for the current thread
+};
+// Runs all thread blocks, several at a time.
+void run(const Grid & grid);
+
+} // namespace emulator
+
+#endif
