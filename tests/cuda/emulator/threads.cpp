@@ -120,10 +120,21 @@ bool Worker::copy_bulk() {
     return true;
 }
 
+// Reports, for each place where threads of a warp wait, the first of them.
 void Worker::stop_waiting() {
-    for (Thread & t : threads)
-        if (t.number < block.threads && !t.ended)
-            std::fprintf(stderr, "emulator: thread %d waits at %s in line %d\n", t.number, t.waits.operation, t.waits.line);
+    const Thread * before = nullptr;
+    for (const Thread & t : threads) {
+        if (t.number >= block.threads || t.ended) continue;
+        if (before && before->warp == t.warp && before->waits.line == t.waits.line) continue;
+        before = &t;
+        std::fprintf(stderr, "emulator: warp %d, lane %d waits at %s in line %d\n", t.warp, t.lane, t.waits.operation,
+                     t.waits.line);
+        for (const MemoryBarrierWait & wait : block.waits)
+            if (wait.thread == &t)
+                std::fprintf(stderr, "    for the barrier at %zu, which misses %d arrivals and %d bytes\n",
+                             reinterpret_cast<const uint8_t *>(wait.barrier) - shared, wait.barrier->missing,
+                             wait.barrier->bytes);
+    }
     current = nullptr;
     stop("the threads of a thread block wait for each other");
 }
@@ -131,10 +142,10 @@ void Worker::stop_waiting() {
 void Worker::run_warps() {
     std::vector<int> runnable;
     while (block.live > 0) {
+        if (random_below(block, 4) == 0) copy_bulk(); // at any time, but not at once
         runnable.clear();
         for (size_t i = 0; i < block.warps.size(); ++i)
             if (block.warps[i].runnable) runnable.push_back(int(i));
-        if (random_below(block, 4) == 0) copy_bulk(); // at any time, but not at once
         if (runnable.empty()) {
             if (!copy_bulk()) stop_waiting();
             continue;
