@@ -14,7 +14,24 @@ constexpr bool selected(KV k, KV v, int head) {
         int head;
     };
     constexpr Row rows[] = {
+        // the bases of the list
         {KV::turbo4, KV::turbo4, 128},
+        {KV::turbo3, KV::turbo3, 128},
+        {KV::q8_0, KV::turbo3, 128},
+        {KV::turbo4_tcq, KV::turbo3_tcq, 128},
+        // its mixed pairs
+        {KV::turbo4, KV::turbo3, 128},
+        {KV::turbo4_tcq, KV::turbo2_tcq, 128},
+        {KV::turbo3_tcq, KV::turbo4_tcq, 64},
+        // what else the kernels distinguish
+        {KV::turbo2, KV::turbo2, 128},
+        {KV::f16, KV::turbo4, 128},
+        {KV::turbo4, KV::f16, 128},
+        {KV::turbo4, KV::q8_0, 128},
+        {KV::turbo4, KV::turbo4, 64},
+        {KV::turbo3, KV::f16, 64},
+        {KV::turbo4, KV::turbo4, 256},
+        {KV::q8_0, KV::turbo4, 256},
     };
     for (const Row & row : rows)
         if (row.k == k && row.v == v && row.head == head) return true;
