@@ -1,6 +1,8 @@
 // The emulator's threads, memory and dispatches; see emulator.h.
 #include "emulator.h"
 
+#include "fiber.h"
+
 #include <link.h>
 
 #include <cmath>
@@ -13,8 +15,6 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#else
-#include <ucontext.h>
 #endif
 
 namespace emulator {
@@ -22,39 +22,6 @@ namespace {
 
 constexpr int width = 32; // of a SIMD group
 constexpr size_t stack_bytes = 256 << 10;
-
-// ---- fibers
-
-#if defined(__x86_64__)
-extern "C" void emulator_switch(void ** from, void * to);
-asm(".text\n.globl emulator_switch\nemulator_switch:\n"
-    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
-    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
-    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
-
-struct Fiber {
-    void * at = nullptr;
-    void start(uint8_t * stack, void (*entry)()) {
-        void ** top = reinterpret_cast<void **>(stack + stack_bytes) - 3;
-        *--top = reinterpret_cast<void *>(entry); // ret enters the function with the stack aligned as after a call
-        at = top - 6;
-        std::memset(at, 0, 6 * sizeof(void *));
-    }
-};
-void switch_fiber(Fiber & from, Fiber & to) { emulator_switch(&from.at, to.at); }
-#else
-struct Fiber {
-    ucontext_t at;
-    void start(uint8_t * stack, void (*entry)()) {
-        getcontext(&at);
-        at.uc_stack.ss_sp = stack;
-        at.uc_stack.ss_size = stack_bytes;
-        at.uc_link = nullptr;
-        makecontext(&at, entry, 0);
-    }
-};
-void switch_fiber(Fiber & from, Fiber & to) { swapcontext(&from.at, &to.at); }
-#endif
 
 // ---- state
 
@@ -293,7 +260,7 @@ void run_threadgroup(const Dispatch & dispatch, uint3 group) {
         t.number = i;
         t.waiting = Waiting::no;
         t.line = t.operation = 0;
-        t.fiber.start(t.stack, run_thread);
+        t.fiber.start(t.stack, stack_bytes, run_thread);
     }
     global.epoch = 1;
     global.simd_epoch.assign(size_t(count / width), 1);
@@ -330,26 +297,6 @@ int place(int row, int column) { return row * 8 + column; } // of an element, am
 } // namespace
 
 // ---- functions of the shim
-
-float float_of_half(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 0x3ff;
-    uint32_t bits = sign | ((e + 112) << 23) | (m << 13);
-    if (e == 31) bits = sign | 0x7f800000 | (m << 13);
-    float x;
-    if (e == 0) x = float(m) * 0x1p-24f;
-    else std::memcpy(&x, &bits, 4);
-    return e == 0 && sign ? -x : x;
-}
-
-uint16_t half_of_float(float x) {
-    uint32_t b;
-    std::memcpy(&b, &x, 4);
-    const uint32_t sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
-    if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
-    if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);
-    if (a < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::fabs(x) * 0x1p24f)));
-    return uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
-}
 
 uint32_t shuffle(uint32_t x, int lane, int line) {
     Thread & t = *global.current;

@@ -18,6 +18,8 @@
 #ifndef TURBOQUANT_EMULATOR_H
 #define TURBOQUANT_EMULATOR_H
 
+#include "half.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -32,9 +34,6 @@ namespace emulator {
 struct uint3 {
     uint32_t x, y, z;
 };
-
-float float_of_half(uint16_t bits);
-uint16_t half_of_float(float x);
 
 // binary16, which rounds to nearest even.
 struct half {
