@@ -342,7 +342,8 @@ inline void shapes(List & list) {
                 c.kv_heads = kv_heads;
                 c.heads = kv_heads * (kv_heads == 3 ? 3 : kv_heads == 5 ? 1 : 4);
                 c.rows = 700;
-                list.add("groups", c, tokens == 3 && kv_heads == 2 ? Extent::brief : Extent::whole);
+                const bool brief = tokens == 3 && kv_heads == 2, usual = tokens == 3 && kv_heads == 8;
+                list.add("groups", c, brief ? Extent::brief : usual ? Extent::usual : Extent::whole);
             }
         AttentionCase c = base;
         c.heads_adjacent = false;

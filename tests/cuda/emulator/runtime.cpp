@@ -53,8 +53,7 @@ cudaError_t failed(cudaError_t error) {
 } // namespace
 
 const Settings & settings() {
-    static const Settings s = {int(number_from("TURBOQUANT_EMULATED_VERSION", EMULATED_ARCHITECTURE)),
-                               int(number_from("TURBOQUANT_EMULATED_MULTIPROCESSORS", 132)),
+    static const Settings s = {int(number_from("TURBOQUANT_EMULATED_MULTIPROCESSORS", 132)),
                                int(number_from("TURBOQUANT_EMULATOR_THREADS", std::thread::hardware_concurrency())),
                                number_from("TURBOQUANT_EMULATOR_SEED", 1),
                                number_from("TURBOQUANT_EMULATOR_RANDOM_BLOCKS", 0) != 0};
@@ -123,8 +122,8 @@ cudaError_t cudaGetDevice(int * device) {
 cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int device) {
     if (device != 0) return failed(cudaErrorInvalidValue);
     switch (attribute) {
-        case cudaDevAttrComputeCapabilityMajor: *value = settings().version / 10; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = settings().version % 10; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = EMULATED_ARCHITECTURE / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = EMULATED_ARCHITECTURE % 10; break;
         case cudaDevAttrMultiProcessorCount: *value = settings().multiprocessors; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(opt_in_shared); break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(shared_capacity); break;

@@ -7,7 +7,6 @@
 namespace emulator {
 
 struct Settings {
-    int version;         // TURBOQUANT_EMULATED_VERSION: the compute capability, 90 for 9.0
     int multiprocessors; // TURBOQUANT_EMULATED_MULTIPROCESSORS: 132, as an H200 has
     int host_threads;    // TURBOQUANT_EMULATOR_THREADS: as many as the host has
     uint64_t seed;       // TURBOQUANT_EMULATOR_SEED: of the order in which warps run

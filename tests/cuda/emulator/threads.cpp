@@ -5,12 +5,14 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <sys/mman.h>
 #include <thread>
 #if defined(__x86_64__)
@@ -56,6 +58,13 @@ struct Worker {
 
     Worker() : shared(map_memory(shared_capacity + guard_bytes)) {
         if (mprotect(shared + shared_capacity, guard_bytes, PROT_NONE) != 0) stop("no memory");
+        // Stops with a message where a fiber has accessed what it must not. The fiber's stack may be the reason.
+        const size_t bytes = 64 << 10;
+        const stack_t stack = {map_memory(bytes), 0, bytes};
+        struct sigaction action = {};
+        action.sa_handler = [](int) { stop("an access outside of the allocations, or a misaligned one"); };
+        action.sa_flags = SA_ONSTACK | SA_RESETHAND;
+        if (sigaltstack(&stack, nullptr) != 0 || sigaction(SIGSEGV, &action, nullptr) != 0) stop("no handler");
     }
     void run_block(const Grid & grid, uint64_t number, uint64_t seed);
 
@@ -224,7 +233,7 @@ public:
         if (settings().random_blocks && blocks_ > 2) { // an order that is not that of the numbers
             uint64_t state = launches_ * 0x9e3779b97f4a7c15;
             do stride_ = 1 + next_random(state) % (blocks_ - 1);
-            while (std::__gcd(stride_, blocks_) != 1);
+            while (std::gcd(stride_, blocks_) != 1);
         }
         if (blocks_ > 1) started_.notify_all();
         lock.unlock();

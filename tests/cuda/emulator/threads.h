@@ -7,7 +7,9 @@
 // A kernel that makes the emulator stop, with a message and SIGABRT:
 //   - lanes of a warp that reach different collective operations, or of which some have ended
 //   - threads that wait at barriers with different numbers of threads, or forever
-//   - accesses to shared memory beyond its end, or at misaligned addresses of instructions that demand alignment
+//   - accesses outside of the allocations and of shared memory (not all of them: what lies behind an allocation up to a
+//     multiple of 256 bytes may be read, and memory in it that belongs to something else is not distinguished)
+//   - misaligned addresses, also of vectors
 #ifndef TURBOQUANT_CUDA_EMULATOR_THREADS_H
 #define TURBOQUANT_CUDA_EMULATOR_THREADS_H
 
