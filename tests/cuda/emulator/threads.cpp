@@ -295,10 +295,13 @@ void meet(Site site, void * operands, void (*act)(void ** operands)) {
     Thread & t = *current;
     Warp & warp = t.block->warps[size_t(t.warp)];
     if (warp.ended) stop("%s in line %d, and other lanes have ended", site.operation, site.line);
-    if (!warp.arrived) warp.site = site;
-    else if (warp.site.line != site.line || std::strcmp(warp.site.operation, site.operation) != 0)
+    if (!warp.arrived) {
+        warp.site = site;
+        warp.act = act;
+    } else if (warp.site.line != site.line || warp.act != act) {
         stop("%s in line %d, and other lanes wait at %s in line %d", site.operation, site.line, warp.site.operation,
              warp.site.line);
+    }
     t.waits = site;
     warp.operands[t.lane] = operands;
     warp.arrived |= bit(t.lane);

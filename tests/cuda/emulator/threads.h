@@ -72,8 +72,10 @@ struct Thread {
 
 struct Warp {
     uint32_t runnable, ended, arrived; // lanes
-    Site site;                         // of the collective operation in which some have arrived
-    void * operands[warp_size];        // of that operation
+    // Of the collective operation in which some have arrived:
+    Site site;
+    void (*act)(void ** operands);
+    void * operands[warp_size];
 };
 
 // What threads wait for at a barrier with a number.
