@@ -86,9 +86,9 @@ template <int K> void load_b(const AsyncProduct & p, float (&b)[K][128]) {
     if (p.b >> 62 != 1) stop("wgmma: a matrix without the swizzle of 128 bytes");
     for (int k = 0; k < K; ++k)
         for (int n = 0; n < p.columns; ++n) {
-            const uint32_t at = p.transposed
-                                    ? uint32_t(n / 64) * leading + uint32_t(k / 8) * stride + k % 8 * 128 + n % 64 * 2
-                                    : uint32_t(n / 8) * stride + n % 8 * 128 + k * (p.kind == AsyncProduct::f16 ? 2 : 1);
+            const uint32_t rows = uint32_t(p.transposed ? k : n), in_row = uint32_t(p.transposed ? n % 64 : k);
+            const uint32_t at = rows / 8 * stride + rows % 8 * 128 + in_row * (p.kind == AsyncProduct::f16 ? 2 : 1) +
+                                (p.transposed ? uint32_t(n / 64) * leading : 0);
             if (p.kind == AsyncProduct::f16) {
                 uint16_t bits;
                 std::memcpy(&bits, swizzled(p.b, at, 2), 2);
@@ -105,11 +105,11 @@ template <int K> void multiply_rows(AsyncProduct ** lanes) {
     const AsyncProduct & p = *lanes[0];
     static thread_local float a[16][K], b[K][128];
     constexpr int count = K == 32 ? 4 : 2;
-    fill_a<float, count>(a, [&](int lane) { return lanes[lane]->a; }, [&](uint32_t word, int i) {
-        return p.kind == AsyncProduct::f16  ? half_of(word, i)
-               : p.kind == AsyncProduct::u8 ? float(uint8_t(byte_of(word, i)))
-                                            : float(byte_of(word, i));
-    });
+    const auto element = [&](uint32_t word, int i) {
+        if (p.kind == AsyncProduct::f16) return half_of(word, i);
+        return p.kind == AsyncProduct::u8 ? float(uint8_t(byte_of(word, i))) : float(byte_of(word, i));
+    };
+    fill_a<float, count>(a, [&](int lane) { return lanes[lane]->a; }, element);
     load_b<K>(p, b);
     for (int row = 0; row < 16; ++row) {
         float sums[128] = {};

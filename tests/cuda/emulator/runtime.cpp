@@ -55,8 +55,7 @@ cudaError_t failed(cudaError_t error) {
 const Settings & settings() {
     static const Settings s = {int(number_from("TURBOQUANT_EMULATED_MULTIPROCESSORS", 132)),
                                int(number_from("TURBOQUANT_EMULATOR_THREADS", std::thread::hardware_concurrency())),
-                               number_from("TURBOQUANT_EMULATOR_SEED", 1),
-                               number_from("TURBOQUANT_EMULATOR_RANDOM_BLOCKS", 0) != 0};
+                               number_from("TURBOQUANT_EMULATOR_SEED", 1)};
     return s;
 }
 
@@ -76,8 +75,9 @@ cudaError_t launch(const void * kernel, dim3 grid, dim3 block, size_t dynamic_by
     return cudaSuccess;
 }
 
-void enter_kernel(const char * name, bool flush) {
+void enter_kernel(const char * name, int most, bool flush) {
     kernel_name = name;
+    if (current->block->threads > most) stop("%d threads, and the bound is %d", current->block->threads, most);
 #if defined(__x86_64__)
     constexpr unsigned flush_bits = 0x8040; // results, and operands
     _mm_setcsr(flush ? _mm_getcsr() | flush_bits : _mm_getcsr() & ~flush_bits);

@@ -9,8 +9,7 @@ namespace emulator {
 struct Settings {
     int multiprocessors; // TURBOQUANT_EMULATED_MULTIPROCESSORS: 132, as an H200 has
     int host_threads;    // TURBOQUANT_EMULATOR_THREADS: as many as the host has
-    uint64_t seed;       // TURBOQUANT_EMULATOR_SEED: of the order in which warps run
-    bool random_blocks;  // TURBOQUANT_EMULATOR_RANDOM_BLOCKS: whether thread blocks run in another order
+    uint64_t seed;       // TURBOQUANT_EMULATOR_SEED: of the orders in which thread blocks and warps run
 };
 const Settings & settings();
 

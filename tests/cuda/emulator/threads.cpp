@@ -229,12 +229,9 @@ public:
         blocks_ = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
         next_ = 0;
         ++launches_;
-        stride_ = 1;
-        if (settings().random_blocks && blocks_ > 2) { // an order that is not that of the numbers
-            uint64_t state = launches_ * 0x9e3779b97f4a7c15;
-            do stride_ = 1 + next_random(state) % (blocks_ - 1);
-            while (std::gcd(stride_, blocks_) != 1);
-        }
+        uint64_t state = (settings().seed + launches_) * 0x9e3779b97f4a7c15;
+        do stride_ = 1 + next_random(state) % blocks_; // of the numbers of the blocks, one after the other
+        while (std::gcd(stride_, blocks_) != 1);
         if (blocks_ > 1) started_.notify_all();
         lock.unlock();
         take_blocks(launches_);

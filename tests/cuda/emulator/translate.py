@@ -103,28 +103,40 @@ def translate_asm(body: str, line: int) -> str:
     return f"do {{ {' '.join(call(part, values, written, line) + ';' for part in instructions)} }} while (false);"
 
 
-KERNEL = re.compile(r"(?:template\s*<(?P<parameters>[^>]*)>\s*)?__global__\s+void\s+(?P<name>\w+)\s*\(")
+CONSTRUCT = re.compile(
+    r"(?:template\s*<(?P<parameters>[^>]*)>\s*)?(?P<kernel>__global__\s+void)\b"
+    r"|\basm\b(?:\s+volatile\b)?\s*(?P<asm>\()"
+    r"|<<<(?P<configuration>.*?)>>>"
+    r"|extern\s+__shared__\s[^;]*?(?P<dynamic>\w+)\[\];"
+    r"|__shared__\s+(?:__attribute__\(\(\w+\(\d+\)\)\)\s+)?"
+    r"(?P<type>[^;]*?)\s(?P<variable>\w+)(?P<size>\[[^;]*\])?;",
+    re.DOTALL,
+)
 
 
-def kernel_of(match: re.Match[str]) -> str:
-    """A kernel's name with its template's parameters as arguments."""
-    if match["parameters"] is None:
-        return match["name"]
-    return f"{match['name']}<{', '.join(part.split()[-1] for part in match['parameters'].split(','))}>"
+def translate_kernel(text: str, start: int, parameters: str | None, flush: bool) -> tuple[str, str, int]:
+    """The head of a kernel, of which `start` is behind `void`; its name with the template's parameters as arguments,
+    and the end of the head."""
+    at, most = start, "::emulator::most_threads"
+    bounds = re.compile(r"\s*__launch_bounds__\s*\(").match(text, at)
+    if bounds:
+        at = end_of(text, bounds.end() - 1)
+        most = split(" ".join(text[bounds.end() : at - 1].split()), ",")[0]
+    name = re.compile(r"\s*(\w+)\s*\(").match(text, at)
+    opening = name and re.compile(r"\s*\{").match(text, end_of(text, name.end() - 1))
+    if not name or not opening:
+        raise Unknown(f"a kernel without a body: {text[start : start + 80]}")
+    kernel = name[1]
+    if parameters is not None:
+        kernel += f"<{', '.join(part.split()[-1] for part in parameters.split(','))}>"
+    enter = f' ::emulator::enter_kernel("{name[1]}", {most}, {str(flush).lower()});'
+    return "\n" * text.count("\n", start, at) + text[at : opening.end()] + enter, kernel, opening.end()
 
 
 def translate(text: str, line: int, flush: bool) -> str:
     """Translate text that begins in a line of a file of kernels."""
     out, at, kernel, shared_of = [], 0, None, None
-    pattern = re.compile(
-        KERNEL.pattern
-        + r"|\basm\b(?:\s+volatile\b)?\s*(?P<asm>\()"
-        + r"|<<<(?P<configuration>.*?)>>>"
-        + r"|extern\s+__shared__\s[^;]*?(?P<dynamic>\w+)\[\];"
-        + r"|__shared__\s+(?:__attribute__\(\(\w+\(\d+\)\)\)\s+)?(?P<type>[^;]*?)\s(?P<variable>\w+)(?P<size>\[[^;]*\])?;",
-        re.DOTALL,
-    )
-    while match := pattern.search(text, at):
+    while match := CONSTRUCT.search(text, at):
         out.append(text[at : match.start()])
         end = match.end()
         here = line + text.count("\n", 0, match.start())
@@ -135,16 +147,9 @@ def translate(text: str, line: int, flush: bool) -> str:
                 raise Unknown("an asm statement without a semicolon")
             new = translate_asm(text[match.end() : end - 1], here)
             end = behind.end()
-        elif match["name"]:
-            kernel = kernel_of(match)
-            opening = re.compile(r"\s*\{").match(text, end_of(text, end - 1))
-            if opening:
-                end = opening.end()
-            new = text[match.start() : end].replace("__global__", "")
-            if opening:
-                new += f' ::emulator::enter_kernel("{match["name"]}", {str(flush).lower()});'
-            out.append(new)
-            at = end
+        elif match["kernel"]:
+            head, kernel, at = translate_kernel(text, end, match["parameters"], flush)
+            out += [match[0].replace("__global__", ""), head]
             continue
         elif match["configuration"] is not None:
             new = f"->* ::emulator::Configuration({' '.join(match['configuration'].split())})"

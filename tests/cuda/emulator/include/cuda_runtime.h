@@ -8,14 +8,13 @@
 #include <functional>
 #include <tuple>
 
-// translate.py replaces __global__, __shared__, asm and <<<>>>.
+// translate.py replaces __global__, __launch_bounds__, __shared__, asm and <<<>>>.
 #define __host__
 #define __device__
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __launch_bounds__(...)
 
 struct dim3 {
     unsigned x, y, z;
@@ -90,8 +89,9 @@ inline uint8_t * dynamic_shared() {
     return block.shared + (block.static_bytes + 15) / 16 * 16;
 }
 
-// The beginning of a kernel. `flush`: whether floats below the normal ones are zeros, as nvcc's fast math has them.
-void enter_kernel(const char * name, bool flush);
+// The beginning of a kernel. most: the threads of its launch bounds. flush: whether floats below the normal ones are
+// zeros, as nvcc's fast math has them.
+void enter_kernel(const char * name, int most, bool flush);
 
 } // namespace emulator
 
