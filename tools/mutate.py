@@ -65,14 +65,6 @@ class Mutation:
         return "python" if self.tests.endswith(".py") else "cpp" if kind == "core" else kind
 
 
-#: For each kind of test: the folder of its CMakeLists.txt, how much of the lists runs, and the names of its programs.
-PROJECTS = {
-    "core": (".", "usual", "test_{}"),
-    "metal": ("tests/metal", "brief", "test_{}"),
-    "cuda": ("tests/cuda/emulator", "usual", "emulated_{}"),
-}
-PROGRAMS = {"small_gpu": "attention"}  # of tests that do not have the names of their programs
-
 ATTENTION = "cpp/src/attention.cpp"
 TILE = "cpp/src/attention_tile.h"
 METAL = "cpp/metal/attention.metal"
@@ -217,20 +209,20 @@ class Copy:
     def passes(self, tests: str) -> bool:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
-        kind = tests.split(".")[0]
-        top, extent, program = PROJECTS[kind]
-        build = self.build / kind
+        metal = tests.startswith("metal.")
+        build = self.build / ("metal" if metal else "core")
         if not (build / "build.ninja").exists():
             options = (
                 "-DTURBOQUANT_BUILD_TESTS=ON",
                 "-DTURBOQUANT_BUILD_PYTHON=OFF",
                 "-DCMAKE_BUILD_TYPE=Release",
-                f"-DTURBOQUANT_TEST_EXTENT={extent}",
+                f"-DTURBOQUANT_TEST_EXTENT={'brief' if metal else 'usual'}",
             )
-            if not self._run(["cmake", "-S", self.tree / top, "-B", build, "-G", "Ninja", *options]):
+            top = self.tree / "tests" / "metal" if metal else self.tree
+            if not self._run(["cmake", "-S", top, "-B", build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
-        name = tests.split(".")[-1] if kind == "cuda" else tests.split(".")[1]
-        if not self._run(["cmake", "--build", build, "--target", program.format(PROGRAMS.get(name, name))]):
+        program = f"test_{tests.split('.')[1]}"
+        if not self._run(["cmake", "--build", build, "--target", program]):
             return False
         ctest = ["ctest", "--test-dir", build, "-R", tests, "--no-tests=error"]
         return self._run([*ctest, "--output-on-failure", "--stop-on-failure"])
@@ -247,13 +239,13 @@ class Copy:
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
         ends = "Failed|SEGFAULT|Subprocess aborted|Timeout"
-        ctest = re.findall(rf"^\s*\d+ - ((?:core|metal|cuda)\.\S+) \((?:{ends})", self.said, re.MULTILINE)
+        ctest = re.findall(rf"^\s*\d+ - ((?:core|metal)\.\S+) \((?:{ends})", self.said, re.MULTILINE)
         case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
         pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
         emulator = re.findall(r"^emulator: .*?lane \d+: (.+)$", self.said, re.MULTILINE)
         test = (ctest + pytest or ["a crash or a timeout"])[0]
         if ctest and emulator:
-            return f"`{test}`: the emulator stops{' at a' if ctest[0].startswith('metal') else ':'} {emulator[0]}"
+            return f"`{test}`: the emulator stops at a {emulator[0]}"
         return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")
 
 
