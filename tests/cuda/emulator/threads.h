@@ -4,7 +4,7 @@
 // of a warp run one after the other, from one collective operation to the next. So a thread that does not wait for
 // what it needs reads what the memory had before, in most orders.
 //
-// A kernel that makes the emulator stop, with a message and SIGABRT:
+// What makes the emulator stop, with a message and SIGABRT:
 //   - lanes of a warp that reach different collective operations, or of which some have ended
 //   - threads that wait at barriers with different numbers of threads, or forever
 //   - accesses outside of the allocations and of shared memory (not all of them: what lies behind an allocation up to a
