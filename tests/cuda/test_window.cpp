@@ -148,11 +148,16 @@ void stores(bool half_slots, int64_t n_batch, int64_t values_k, int64_t values_v
         for (size_t i = 0; i < index.size(); ++i)
             encode_row(w->type(), w->want.data() + int64_t(i) * w->values, want.data() + index[i] * w->slot_row, w->values);
         // A value of q8_0 that lies between two levels may be rounded to either, because the scale's inverse is rounded.
+        // Relative errors are about 2^-23, so fewer than 127 * 2^-22 of the values, 3 in 100000, lie so near.
         const std::vector<uint8_t> got = (w == &k ? to_k : to_v).host();
-        int64_t differ = 0;
-        for (size_t i = 0; i < want.size(); ++i)
-            differ += half_slots ? want[i] != got[i] : std::abs(int(int8_t(want[i])) - int(int8_t(got[i]))) > 1;
+        int64_t differ = 0, between = 0;
+        for (size_t i = 0; i < want.size(); ++i) {
+            const int apart = std::abs(int(int8_t(want[i])) - int(int8_t(got[i])));
+            differ += apart > (half_slots ? 0 : 1);
+            between += apart == 1;
+        }
         CHECK_EQ(differ, int64_t(0));
+        CHECK(between * 1000 <= int64_t(want.size()));
     }
 }
 
