@@ -153,6 +153,14 @@ inline void types_and_heads(List & list) {
         c.kv_heads = 16;
         list.add("types", c); // group of 1
     }
+    for (const int type : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
+        for (const int head : {64, 128, 256}) {
+            AttentionCase c = with_types(type, type, head);
+            list.add("types", c, head == 128 ? Extent::brief : Extent::usual);
+            c.heads = 16;
+            c.rows = 517;
+            list.add("types", c);
+        }
     for (const int head : {32, 192, 512, 576}) { // further head sizes of llama.cpp's models
         AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO3, head);
         c.rows = 100;
