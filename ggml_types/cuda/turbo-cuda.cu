@@ -144,8 +144,11 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
 
 void compute_blocks(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
                     const tq::Store * stores = nullptr) {
-    turbo_count(plan.wide ? "attention by the kernel for many columns" : "attention by the decode kernel", call.tokens,
-                call.streams);
+    turbo_count(plan.hopper     ? "attention by the kernel for Hopper GPUs"
+                : plan.wide     ? "attention by the kernel for many columns"
+                : plan.gathered ? "attention by the decode kernel over gathered rows"
+                                : "attention by the decode kernel",
+                call.tokens, call.streams);
     ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
     CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores));
 }
