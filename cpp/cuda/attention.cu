@@ -417,7 +417,7 @@ struct Planner {
 
     // Plans the kernel of attention.cuh. The plan has the device, the group and the columns.
     bool decode(AttentionPlan & p) const {
-        p.wide = false;
+        p.wide = p.hopper = false;
         const int columns = p.gathered ? p.group : p.columns; // that see the same rows
         p.column_tile = columns <= 4 ? 4 : most_columns;
         p.column_tiles = (columns + p.column_tile - 1) / p.column_tile * (p.gathered ? a.tokens : 1);

@@ -273,14 +273,14 @@ bool half_supports(int device, const ggml_tensor * op) {
 // Query columns of a KV head, from which on attention by f16 is as fast as on blocks. Measured on an H200 (32 query
 // heads, 8 KV heads of 128, 32768 rows, microseconds of a layer): 512 tokens, which are 2048 columns, take 981 on
 // blocks and about 940 in ggml's kernel alone; 128 tokens take 265 on blocks. This does not concern the kernel for
-// Hopper GPUs, which is faster than f16 there.
+// Hopper GPUs, which is faster than f16 there, nor gathered rows, which are few.
 constexpr int most_block_columns = 512;
 
 // As plan_blocks. False also for calls that attention by f16 computes as fast.
 bool prefers_blocks(int device, const ggml_tensor * op, const turbo_attention & a, tq::Attention & call,
                     tq::AttentionPlan & plan) {
     return plan_blocks(a, call, plan) &&
-           (plan.columns <= most_block_columns || plan.hopper || !half_supports(device, op));
+           (plan.columns <= most_block_columns || plan.hopper || plan.gathered || !half_supports(device, op));
 }
 
 // Decodes t, a cache of any type, to the rotated domain if its type is turbo. `out` is the tensor of HalfAttention,
