@@ -275,6 +275,10 @@ const Head heads[] = {
 #undef TURBOQUANT_HEAD
 };
 
+AttentionKernel gathering_kernel(const Head & head, const KernelChoice & choice) {
+    return head.size == 128 ? gathering_kernel_128(choice) : nullptr;
+}
+
 // The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
     for (const Head & head : heads)
@@ -486,7 +490,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         return false;
     const Planner planner(a, *device, *head);
     const RowType &k = planner.k, &v = planner.v;
-    if (!(k.turbo || v.turbo) || !head->kernel({a.type_k, a.type_v, a.windowed, false, true})) return false;
+    if (!(k.turbo || v.turbo) || !head->kernel({a.type_k, a.type_v, a.windowed, true})) return false;
     if (a.windowed && !covers_exact(a)) return false;
     // The kernels read f16 in words, and all other types in half words.
     const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
@@ -497,7 +501,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     // The decode kernel computes rows of one request for few columns of others. It skips the other rows, or does not
     // even read them, if lists have those that a token sees. Bulk copies, of Hopper and newer GPUs, gather such rows.
     const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
-    const AttentionKernel gathering = head->kernel({a.type_k, a.type_v, a.windowed, true, true});
+    const AttentionKernel gathering = gathering_kernel(*head, {a.type_k, a.type_v, a.windowed, true});
     p.gathered = gathering && separate && a.n_kv > short_cache && can_list(a) && device->version >= 90 &&
                  can_overlap(reinterpret_cast<const void *>(gathering));
     if (p.gathered && planner.decode(p)) return true;
@@ -517,7 +521,8 @@ namespace {
 cudaError_t launch_attention(const Head & head, const AttentionCall & call, cudaStream_t stream) {
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
-    const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, p.gathered, p.column_tile == 4});
+    const KernelChoice choice = {a.type_k, a.type_v, a.windowed, p.column_tile == 4};
+    const AttentionKernel kernel = p.gathered ? gathering_kernel(head, choice) : head.kernel(choice);
     const cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(p.head_groups * p.column_tiles), unsigned(a.streams));

@@ -95,9 +95,6 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
 // Whether the rows are the slots of an exact window, and not a cache.
 template <KV TK, KV TV> constexpr bool is_slots = TK == KV::q8_0 && TV == KV::q8_0;
 
-// Whether there are kernels that gather rows: for the pairs and heads that most models have.
-template <KV TK, KV TV, int D> constexpr bool can_gather = Kind<TK>::turbo && Kind<TV>::turbo && D == 128;
-
 // Gathered: whether lists name the rows of each token. C: columns of a lane. Thread blocks have four or eight columns.
 template <KV TK, KV TV, int D, bool Windowed, bool Gathered, int C>
 __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
@@ -222,43 +219,37 @@ using AttentionKernel = void (*)(AttentionCall);
 
 struct KernelChoice {
     KV type_k, type_v;
-    bool windowed, gathered, four; // four: whether a thread block has four columns, not eight
+    bool windowed, four; // four: whether a thread block has four columns, not eight
 };
 
-// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its
-// own, so the instances can be compiled in parallel.
+// The kernel, or nullptr if there is none for the pair of types. The functions are in files of their own, so the
+// instances can be compiled in parallel.
 #define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
+AttentionKernel gathering_kernel_128(const KernelChoice & choice);
 
 namespace {
 
-template <KV TK, KV TV, int D, bool Windowed, bool Gathered> AttentionKernel kernel_for_columns(bool four) {
-    return four ? attention_kernel<TK, TV, D, Windowed, Gathered, 1>
-                : attention_kernel<TK, TV, D, Windowed, Gathered, 2>;
+template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(bool windowed, bool four) {
+    if (windowed)
+        return four ? attention_kernel<TK, TV, D, true, Gathered, 1> : attention_kernel<TK, TV, D, true, Gathered, 2>;
+    return four ? attention_kernel<TK, TV, D, false, Gathered, 1> : attention_kernel<TK, TV, D, false, Gathered, 2>;
 }
 
-template <KV TK, KV TV, int D> AttentionKernel kernel_for_types(const KernelChoice & choice) {
-    const bool four = choice.four;
-    if (choice.gathered) {
-        if constexpr (can_gather<TK, TV, D>)
-            return choice.windowed ? kernel_for_columns<TK, TV, D, true, true>(four)
-                                   : kernel_for_columns<TK, TV, D, false, true>(four);
-        return nullptr;
-    }
-    return choice.windowed ? kernel_for_columns<TK, TV, D, true, false>(four)
-                           : kernel_for_columns<TK, TV, D, false, false>(four);
-}
+// Whether there is a kernel that gathers rows.
+template <KV TK, KV TV> constexpr bool can_gather = Kind<TK>::turbo && Kind<TV>::turbo;
 
-template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choice) {
-    if constexpr (is_slots<TK, TK>)
+template <KV TK, int D, bool Gathered> AttentionKernel kernel_for_key(const KernelChoice & choice) {
+    if constexpr (is_slots<TK, TK> && !Gathered)
         if (choice.type_v == TK)
-            return kernel_for_columns<TK, TK, D, false, false>(choice.four);
+            return choice.four ? attention_kernel<TK, TK, D, false, false, 1>
+                               : attention_kernel<TK, TK, D, false, false, 2>;
     switch (choice.type_v) {
-#define TURBOQUANT_CASE(name)                                                                  \
-    case KV::name:                                                                             \
-        if constexpr (covers_pair<TK, KV::name>)                                               \
-            return kernel_for_types<TK, KV::name, D>(choice);                                  \
+#define TURBOQUANT_CASE(name)                                                                      \
+    case KV::name:                                                                                 \
+        if constexpr (covers_pair<TK, KV::name> && (!Gathered || can_gather<TK, KV::name>))        \
+            return kernel_for_types<TK, KV::name, D, Gathered>(choice.windowed, choice.four);      \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -266,10 +257,10 @@ template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choi
     return nullptr;
 }
 
-template <int D> AttentionKernel kernel_for(const KernelChoice & choice) {
+template <int D, bool Gathered> AttentionKernel kernel_for(const KernelChoice & choice) {
     switch (choice.type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return kernel_for_key<KV::name, D>(choice);
+    case KV::name: return kernel_for_key<KV::name, D, Gathered>(choice);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }
