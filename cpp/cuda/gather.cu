@@ -10,7 +10,7 @@ constexpr int unit = 8;         // rows whose mask a lane reads at a time
 constexpr int at_once = 8;      // units that a lane reads before it looks at them
 constexpr int most_units = 16;  // of a lane
 constexpr int rows_at_once = 32 * unit;
-constexpr uint32_t hidden = 0xfc00, both_hidden = hidden | hidden << 16; // minus infinity
+constexpr uint32_t minus_infinity = 0xfc00, both_hidden = minus_infinity | minus_infinity << 16; // binary16
 
 // A bit for each row of a unit that is seen. `biased` is set if such a row has a bias.
 __device__ __forceinline__ uint32_t seen_rows_of(const uint4 & mask, bool & biased) {
@@ -21,8 +21,8 @@ __device__ __forceinline__ uint32_t seen_rows_of(const uint4 & mask, bool & bias
 #pragma unroll
     for (int i = 0; i < unit; ++i) {
         const uint32_t value = words[i / 2] >> (i % 2 * 16) & 0xffff;
-        seen |= uint32_t(value != hidden) << i;
-        biased = biased || (value != hidden && value != 0);
+        seen |= uint32_t(value != minus_infinity) << i;
+        biased = biased || (value != minus_infinity && value != 0);
     }
     return seen;
 }
