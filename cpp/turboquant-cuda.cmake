@@ -11,6 +11,8 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/attention64.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention128.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention256.cu
+        ${TURBOQUANT_CUDA_FOLDER}/gather.cu
+        ${TURBOQUANT_CUDA_FOLDER}/gathering128.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide64.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide128.cu

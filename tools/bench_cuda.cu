@@ -240,6 +240,7 @@ int main(int argc, char ** argv) {
             a.sparse_v = 1e-6f;
             a.dst = dst;
             a.windowed = window > 0;
+            a.requests = requests;
             const auto take_layer = [&](Attention & layer, int i) {
                 layer.k = k[size_t(i)];
                 layer.v = v[size_t(i)];

@@ -1,6 +1,7 @@
 // Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
 #include "attention.cuh"
 #include "encode.cuh"
+#include "gather.h"
 #include "launch.h"
 #include "wide.h"
 
@@ -19,6 +20,11 @@ namespace {
 // 52.7 at 32768; 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel
 // counts more.
 constexpr int most_decode_columns = 32, few_columns = 16, short_cache = 2048;
+
+// Slots of an exact window that a warp computes one by one, at most. A kernel of their own computes more as tiles.
+// Measured on an H200 with 8 KV heads of 128: 8 streams of 4096 rows, whose warps have 8 slots each, take 29 us without
+// and 36 us with that kernel; a step of a model with 32 such streams, whose warps have 32, is 8% faster with it.
+constexpr int most_own_exact_rows = 16;
 
 struct Device {
     int version, multiprocessors, shared_per_block, shared_per_multiprocessor;
@@ -174,7 +180,7 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         if (group < call.stored_groups) store_exact(call.a, group, lane);
         return;
     }
-    const int parts = call.plan.parts;
+    const int parts = call.all_parts;
     const float * partial = call.partial + int64_t(row) * parts * D;
     const SoftmaxState * part_states = call.states + int64_t(row) * parts;
     if (lane == 0 && warp < parts) { // for the translations of the addresses
@@ -229,10 +235,10 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
         if (group < call.stored_groups) store_exact(call.a, group, lane);
         return;
     }
-    const int64_t first = int64_t(row) * call.plan.parts;
+    const int64_t first = int64_t(row) * call.all_parts;
     const SoftmaxState sink = sink_of_row(call, row);
     Merged<P> own(nothing_seen);
-    add_parts<D, 1>(call.partial + first * D, call.states + first, call.plan.parts, 0, 1, lane, own);
+    add_parts<D, 1>(call.partial + first * D, call.states + first, call.all_parts, 0, 1, lane, own);
     own.change_largest(fmaxf(own.largest, sink.largest));
     own.MergedSum::add(sink);
 #pragma unroll
@@ -247,9 +253,9 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
 template <int D>
 cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
     const int64_t rows = query_rows(call.a);
-    const bool few = call.plan.parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
+    const bool few = call.all_parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
     int warps = few ? few_parts_warps : std::max(D / 32, encode_warps);
-    while (parts_at_once * warps < call.plan.parts && warps < most_merge_warps) warps *= 2;
+    while (parts_at_once * warps < call.all_parts && warps < most_merge_warps) warps *= 2;
     const int64_t blocks = few ? (rows + call.stored_groups + warps - 1) / warps
                                 : rows + (call.stored_groups + warps - 1) / warps;
     return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(stores.groups + blocks)),
@@ -268,6 +274,10 @@ const Head heads[] = {
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
+
+AttentionKernel gathering_kernel(const Head & head, const KernelChoice & choice) {
+    return head.size == 128 ? gathering_kernel_128(choice) : nullptr;
+}
 
 // The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
@@ -306,40 +316,63 @@ bool kv_of_type(int type, int head, KV & kv) {
     return type == TQ_ROW_F16 || type == TQ_ROW_Q8_0;
 }
 
-bool plan_attention(const Attention & a, AttentionPlan & p) {
-    const Device * device = current_device(p.device);
-    const Head * head = head_of(a.head);
-    if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
-        a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
-        device->version < 80 || !head || !head->kernel({a.type_k, a.type_v, a.windowed, true}))
-        return false;
-    if (a.windowed && !covers_exact(a)) return false;
-    const RowType k = head->row_type(a.type_k), v = head->row_type(a.type_v);
-    // The kernels read f16 in words, and all other types in half words.
-    const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
-    const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
-    if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
+namespace {
 
-    p.group = a.heads / a.kv_heads;
-    p.columns = p.group * a.tokens;
-    // The decode kernel computes rows of one request for few columns of others, and it skips the other rows.
-    const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
-    if (p.columns > (a.n_kv > short_cache && !separate ? few_columns : most_decode_columns) &&
-        plan_wide(a, {device->multiprocessors, device->shared_per_block},
-                  pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
-                  pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))
-        return true;
-    p.wide = false;
-    if (p.columns > most_decode_columns) return false;
-    p.column_tile = p.columns <= 4 ? 4 : most_columns;
-    p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
+// The slots of an exact window as a cache.
+Attention slots_of(const Attention & a) {
+    const ExactRows & x = a.exact;
+    Attention slots = a;
+    slots.windowed = false;
+    slots.type_k = slots.type_v = x.type;
+    slots.n_kv = x.slots;
+    slots.k = x.k;
+    slots.k_row = x.k_row;
+    slots.k_head = x.k_head;
+    slots.k_stream = x.k_stream;
+    slots.v = x.v;
+    slots.v_row = x.v_row;
+    slots.v_head = x.v_head;
+    slots.v_stream = x.v_stream;
+    slots.mask = x.mask;
+    slots.mask_token = x.mask_token;
+    slots.mask_head = x.mask_head;
+    slots.mask_stream = x.mask_stream;
+    slots.mask_heads = x.mask_heads;
+    slots.mask_streams = x.mask_streams;
+    slots.sinks = nullptr; // the rows of the cache count them
+    return slots;
+}
 
-    const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
-    // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
-    // without an exact window it finishes the query rows itself, so no second kernel is launched.
-    const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
-    for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
-        if (a.kv_heads % heads) continue;
+struct Planner {
+    const Attention & a;
+    const Device & device;
+    const Head & head;
+    RowType k, v;
+
+    Planner(const Attention & a, const Device & device, const Head & head)
+        : a(a), device(device), head(head), k(head.row_type(a.type_k)), v(head.row_type(a.type_v)) {}
+
+    void columns(AttentionPlan & p) const {
+        p.group = a.heads / a.kv_heads;
+        p.columns = p.group * a.tokens;
+    }
+
+    // The shared memory of a multiprocessor for each of its thread blocks.
+    int share(const AttentionPlan & p) const {
+        const int reserved = 1024; // that CUDA takes for a thread block
+        return device.shared_per_multiprocessor / resident(p) - reserved - barrier_bytes;
+    }
+    // The thread blocks of a multiprocessor, as in the launch bounds of the kernel.
+    int resident(const AttentionPlan & p) const { return resident_blocks(a.head, p.column_tile / 4); }
+
+    // Bytes in which the warps of a thread block exchange their results.
+    int result_bytes(const AttentionPlan & p) const {
+        return p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
+    }
+
+    // Rows of all KV heads, or of each group of them, that a thread block takes.
+    bool take_heads(AttentionPlan & p, int heads) const {
+        if (a.kv_heads % heads) return false;
         p.block_heads = heads;
         p.head_groups = a.kv_heads / heads;
         // The pitches also depend on the alignment of the first head of each group.
@@ -349,51 +382,186 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
         p.pitch_v = pitch_for(a.v, a.v_row, int64_t(a.v_stream | group_v), heads * v.bytes);
         p.gapless = a.k_row == p.pitch_k && heads * k.bytes == p.pitch_k && a.v_row == p.pitch_v &&
                     heads * v.bytes == p.pitch_v;
-        // resident: the thread blocks of a multiprocessor, as in the launch bounds of the kernel. reserved: the bytes
-        // of shared memory that CUDA takes for each of them.
-        const int resident = resident_blocks(a.head, p.column_tile / 4), reserved = 1024;
-        const int share = device->shared_per_multiprocessor / resident - reserved - barrier_bytes;
-        const int most = device->shared_per_block - barrier_bytes;
-        const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
-        p.row_tiles = most_warps / heads;
-        while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > most) --p.row_tiles;
-        const int stage = p.row_tiles * row_tile;
-        if (2 * stage > most) continue;
-        p.stages = 3 * stage <= share && 3 * stage <= most ? 3 : 2;
-        p.shared_bytes = p.stages * stage;
-        const int64_t beside = int64_t(p.head_groups) * p.column_tiles * a.streams;
-        if (beside / a.streams > 65535) return false;
-        const int64_t at_once = int64_t(device->multiprocessors) * (p.shared_bytes <= share ? resident : 1);
-        const int64_t wanted = at_once / beside > 1 ? at_once / beside : 1;
-        const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
-        p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
-        p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-        // Not more chunks than the cache has rows for, unless a warp would have many exact rows. The batch's own rows
-        // do not count: a part for a single row of them costs more than a warp with two rows.
-        if (a.windowed) {
-            const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows;
-            p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
-        }
-        // A window that has a slot for each row of the cache has all rows, unless several sequences share the cache.
-        p.likely_hidden = a.windowed && a.mask && a.n_kv <= a.exact.slots && a.n_kv <= p.row_tiles * tile_rows;
-        p.parts = p.chunks * p.row_tiles;
-        p.merged = p.chunks > 1 || a.windowed;
-        if (!p.merged) { // the warps exchange their results in the memory of the stages
-            const int results = p.block_heads * p.row_tiles * p.column_tile * (a.head + 2) * int(sizeof(float));
-            p.shared_bytes = p.shared_bytes > results ? p.shared_bytes : results;
-        }
-        p.shared_bytes += barrier_bytes;
-        const size_t parts = size_t(query_rows(a)) * size_t(p.parts);
-        p.states_at = parts * size_t(a.head) * sizeof(float);
-        p.workspace_bytes = p.states_at + parts * sizeof(SoftmaxState);
-        return true;
+        const auto aligned = [&](const void * base, int64_t row, uint64_t group, int bytes) {
+            return ((reinterpret_cast<uintptr_t>(base) | uint64_t(row) | group | uint64_t(heads * bytes)) & 15) == 0;
+        };
+        return !p.gathered || (aligned(a.k, a.k_row, group_k, k.bytes) && aligned(a.v, a.v_row, group_v, v.bytes));
     }
-    return false;
+
+    // The plan of slots_of() some call: a thread block takes one KV head and merges its warps' results.
+    AttentionPlan slots(const AttentionPlan & of) const {
+        AttentionPlan p = {};
+        p.device = of.device;
+        columns(p);
+        p.column_tile = p.columns <= 4 ? 4 : most_columns;
+        p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
+        take_heads(p, 1);
+        p.gapless = false;
+        p.stages = 2;
+        const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
+        const int64_t tiles = (a.n_kv + tile_rows - 1) / tile_rows;
+        // The second stage of a single run of rows has queries alone.
+        const auto bytes = [&] {
+            const int stage = p.row_tiles * row_tile;
+            return stage + (p.row_tiles < tiles ? stage : query_scratch(a.head));
+        };
+        p.row_tiles = int(std::min<int64_t>(most_warps, tiles));
+        while (p.row_tiles > 1 && bytes() > share(p)) --p.row_tiles;
+        // The kernel of the cache starts when all of these thread blocks have, so they are resident at the same time.
+        const int64_t wanted = int64_t(device.multiprocessors) * resident(p) /
+                               (int64_t(p.head_groups) * p.column_tiles * a.streams);
+        p.chunks = int(std::max<int64_t>(1, std::min(wanted, tiles / p.row_tiles)));
+        const int64_t step = p.row_tiles * tile_rows;
+        p.chunk_rows = (a.n_kv + p.chunks * step - 1) / (p.chunks * step) * step;
+        p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+        p.parts = p.chunks;
+        p.shared_bytes = barrier_bytes + std::max(bytes(), result_bytes(p));
+        return p;
+    }
+
+    // Plans the kernel of attention.cuh. The plan has the device, the group and the columns.
+    bool decode(AttentionPlan & p) const {
+        p.wide = p.hopper = false;
+        const int columns = p.gathered ? p.group : p.columns; // that see the same rows
+        p.column_tile = columns <= 4 ? 4 : most_columns;
+        p.column_tiles = (columns + p.column_tile - 1) / p.column_tile * (p.gathered ? a.tokens : 1);
+        if (!p.gathered && p.columns > most_decode_columns) return false;
+
+        const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
+        // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
+        // without an exact window it finishes the query rows itself, so no second kernel is launched.
+        const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
+        for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
+            if (!take_heads(p, heads)) continue;
+            const int most = device.shared_per_block - barrier_bytes;
+            const int row_tile = tile_rows * (p.pitch_k + p.pitch_v);
+            p.row_tiles = most_warps / heads;
+            while (p.row_tiles > 1 && 2 * p.row_tiles * row_tile > most) --p.row_tiles;
+            const int stage = p.row_tiles * row_tile;
+            if (2 * stage > most) continue;
+            p.stages = 3 * stage <= share(p) && 3 * stage <= most ? 3 : 2;
+            p.shared_bytes = p.stages * stage;
+            const int64_t beside = int64_t(p.head_groups) * p.column_tiles * a.streams;
+            if (beside / a.streams > 65535) return false;
+            const int64_t at_once = int64_t(device.multiprocessors) * (p.shared_bytes <= share(p) ? resident(p) : 1);
+            const int64_t wanted = at_once / beside > 1 ? at_once / beside : 1;
+            const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
+            p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
+            p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+            // Not more chunks than the cache has rows for, unless a warp would have many exact rows. The batch's own
+            // rows do not count: a part for a single row of them costs more than a warp with two rows.
+            if (a.windowed) {
+                const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows;
+                p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
+            }
+            // A window that has a slot for each row of the cache has all rows, unless several sequences share the
+            // cache.
+            p.likely_hidden = a.windowed && a.mask && a.n_kv <= a.exact.slots && a.n_kv <= p.row_tiles * tile_rows;
+            p.parts = p.chunks * p.row_tiles;
+            p.merged = p.chunks > 1 || a.windowed;
+            if (!p.merged) p.shared_bytes = std::max(p.shared_bytes, result_bytes(p)); // in the memory of the stages
+            p.shared_bytes += barrier_bytes;
+            p.slot_parts = 0;
+            if (a.windowed && !p.gathered && a.exact.type == KV::q8_0 &&
+                a.exact.slots > int64_t(most_own_exact_rows) * p.parts) {
+                const Attention own = slots_of(a);
+                p.slot_parts = Planner(own, device, head).slots(p).parts;
+                p.likely_hidden = false; // this is the case of a short cache
+            }
+            const size_t parts = size_t(query_rows(a)) * size_t(p.parts + p.slot_parts);
+            p.states_at = parts * size_t(a.head) * sizeof(float);
+            p.lists_at = p.states_at + parts * sizeof(SoftmaxState);
+            p.list_lengths_at = p.lists_at + (p.gathered ? size_t(a.tokens) * size_t(a.n_kv) * sizeof(int) : 0);
+            p.workspace_bytes = p.list_lengths_at + (p.gathered ? size_t(a.tokens) * sizeof(int) : 0);
+            return true;
+        }
+        return false;
+    }
+};
+
+} // namespace
+
+bool plan_attention(const Attention & a, AttentionPlan & p) {
+    const Device * device = current_device(p.device);
+    const Head * head = head_of(a.head);
+    if (a.kv_heads < 1 || a.heads % a.kv_heads || a.tokens < 1 || a.streams < 1 || a.kv_streams < 1 ||
+        a.streams % a.kv_streams || a.n_kv < 1 || a.n_kv > 1 << 30 || a.streams > 65535 || !device ||
+        device->version < 80 || !head)
+        return false;
+    const Planner planner(a, *device, *head);
+    const RowType &k = planner.k, &v = planner.v;
+    if (!(k.turbo || v.turbo) || !head->kernel({a.type_k, a.type_v, a.windowed, true})) return false;
+    if (a.windowed && !covers_exact(a)) return false;
+    // The kernels read f16 in words, and all other types in half words.
+    const uint64_t all_k = reinterpret_cast<uintptr_t>(a.k) | uint64_t(a.k_row | a.k_head | a.k_stream);
+    const uint64_t all_v = reinterpret_cast<uintptr_t>(a.v) | uint64_t(a.v_row | a.v_head | a.v_stream);
+    if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
+
+    planner.columns(p);
+    // The decode kernel computes rows of one request for few columns of others. It skips the other rows, or does not
+    // even read them, if lists have those that a token sees. Bulk copies, of Hopper and newer GPUs, gather such rows.
+    const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
+    const AttentionKernel gathering = gathering_kernel(*head, {a.type_k, a.type_v, a.windowed, true});
+    p.gathered = gathering && separate && a.n_kv > short_cache && can_list(a) && device->version >= 90 &&
+                 can_overlap(reinterpret_cast<const void *>(gathering));
+    if (p.gathered && planner.decode(p)) return true;
+    p.gathered = false;
+    p.slot_parts = 0;
+    if (p.columns > (a.n_kv > short_cache && !separate ? few_columns : most_decode_columns) &&
+        plan_wide(a, {device->multiprocessors, device->shared_per_block},
+                  pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
+                  pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes), p))
+        return true;
+    return planner.decode(p);
 }
+
+namespace {
+
+// Launches a kernel of attention.cuh.
+cudaError_t launch_attention(const Head & head, const AttentionCall & call, cudaStream_t stream) {
+    const Attention & a = call.a;
+    const AttentionPlan & p = call.plan;
+    const KernelChoice choice = {a.type_k, a.type_v, a.windowed, p.column_tile == 4};
+    const AttentionKernel kernel = p.gathered ? gathering_kernel(head, choice) : head.kernel(choice);
+    const cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(unsigned(p.chunks), unsigned(p.head_groups * p.column_tiles), unsigned(a.streams));
+    return launch(kernel, grid, dim3(unsigned(32 * p.block_heads * p.row_tiles)), size_t(p.shared_bytes), stream, call);
+}
+
+// Launches the kernels of the lists, of the slots of an exact window, and of the cache, as far as the plan has them.
+cudaError_t launch_decode(const Head & head, const AttentionCall & call, void * workspace, cudaStream_t stream) {
+    AttentionCall cache = call;
+    if (call.plan.gathered) {
+        int * lists = reinterpret_cast<int *>(static_cast<char *>(workspace) + call.plan.lists_at);
+        int * lengths = reinterpret_cast<int *>(static_cast<char *>(workspace) + call.plan.list_lengths_at);
+        cache.lists = lists;
+        cache.list_lengths = lengths;
+        const cudaError_t error = launch_lists(call, lists, lengths, stream);
+        if (error != cudaSuccess) return error;
+    }
+    if (call.plan.slot_parts) { // before the cache, which takes longer, and does not wait for this kernel
+        AttentionCall slots = call;
+        slots.a = slots_of(call.a);
+        slots.plan = Planner(slots.a, all_devices()[size_t(call.plan.device)], head).slots(call.plan);
+        slots.triggers_late = true;
+        slots.rotates_part = head.row_type(call.a.type_v).turbo;
+        slots.first_part = call.plan.parts;
+        const cudaError_t error = launch_attention(head, slots, stream);
+        if (error != cudaSuccess) return error;
+        cache.waits_last = true;
+        ExactRows & own = cache.a.exact; // the batch's rows are left
+        own.mask = static_cast<const uint16_t *>(own.mask) + own.slots;
+        own.slots = 0;
+    }
+    return launch_attention(head, cache, stream);
+}
+
+} // namespace
 
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores) {
-    AttentionCall call;
+    AttentionCall call = {};
     call.a = a;
     call.plan = plan;
     call.partial = static_cast<float *>(workspace);
@@ -404,7 +572,8 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const Head & head = *head_of(a.head);
     call.stored_groups = stored_groups(a);
-    call.stores_beside = stores != nullptr;
+    call.all_parts = plan.parts + plan.slot_parts;
+    call.triggers_late = stores != nullptr;
     StoredBeside beside = {};
     if (stores) {
         dim3 size;
@@ -413,17 +582,8 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
         if (beside.stores.block != std::min(a.head, 128) || size.x > 1u << 30) return cudaErrorNotSupported;
         beside.groups = int(size.x);
     }
-    cudaError_t launched;
-    if (plan.wide) {
-        launched = launch_wide(call, workspace, stream);
-    } else {
-        const AttentionKernel kernel = head.kernel({a.type_k, a.type_v, a.windowed, plan.column_tile == 4});
-        launched = allow_shared(reinterpret_cast<const void *>(kernel), plan.device, plan.shared_bytes);
-        if (launched != cudaSuccess) return launched;
-        const dim3 grid(unsigned(plan.chunks), unsigned(plan.head_groups * plan.column_tiles), unsigned(a.streams));
-        launched = launch(kernel, grid, dim3(unsigned(32 * plan.block_heads * plan.row_tiles)),
-                          size_t(plan.shared_bytes), stream, call);
-    }
+    const cudaError_t launched =
+        plan.wide ? launch_wide(call, workspace, stream) : launch_decode(head, call, workspace, stream);
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;

@@ -24,19 +24,20 @@ __device__ __forceinline__ void store_part(const AttentionCall & call, const Pla
                                            const LaneColumns<C> & columns, const SoftmaxState (&state)[C],
                                            const Sums<D, C> & sums) {
     const AttentionPlan & p = call.plan;
-    const int part = blockIdx.x * p.row_tiles + place.row_tile;
+    const int part = call.first_part + blockIdx.x * p.row_tiles + place.row_tile;
 #pragma unroll
     for (int h = 0; h < C; ++h) {
         if (!columns.valid[h]) continue;
-        const int64_t at = query_row(call, place.stream, place.kv_head(), columns.number[h]) * p.parts + part;
+        const int64_t at = query_row(call, place.stream, place.kv_head(), columns.number[h]) * call.all_parts + part;
         if (place.quad == 0) call.states[at] = state[h];
         store_output<TV, D, C>(call.partial + at * D, sums, h, place.quad);
     }
 }
 
 // Finishes the query rows of a thread block that has computed all KV rows. The warps exchange their partial results in
-// shared memory, and each warp merges and finishes some of the query rows.
-template <KV TV, int D, int C>
+// shared memory, and each warp merges and finishes some of the query rows. Slots of an exact window are only a part of
+// their query rows, so these are merged, and rotated as the other parts are.
+template <bool OfSlots, KV TV, int D, int C>
 __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Place & place, uint8_t * shared,
                                             const SoftmaxState (&state)[C], const Sums<D, C> & sums) {
     const Attention & a = call.a;
@@ -55,7 +56,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
     __syncthreads();
     for (int task = place.warp; task < p.block_heads * p.column_tile; task += warps) {
         const int h = task / p.column_tile, c = task % p.column_tile, column = place.first_column + c;
-        if (column >= p.columns) continue;
+        if (column >= place.end_column) continue;
         const int kv_head = place.first_head + h;
         const SoftmaxState sink = sink_state(a.sinks, kv_head * p.group + column % p.group);
         const int first = h * p.column_tile + c, apart = p.block_heads * p.column_tile; // between row tiles
@@ -70,30 +71,43 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
                 x[j] = saw_rows(part) ? results[(first + r * apart) * D + lane + 32 * j] : 0.0f;
             row.add(part, x);
         }
-        float * out = a.dst + query_row(call, place.stream, kv_head, column) * D;
+        const int64_t query = query_row(call, place.stream, kv_head, column);
+        const int64_t part = query * call.all_parts + call.first_part + blockIdx.x;
+        if (OfSlots && lane == 0) call.states[part] = {row.largest, row.sum};
+        float * out = OfSlots ? call.partial + part * D : a.dst + query * D;
         constexpr int N = rotated_block<D>, B = N / 32;
 #pragma unroll
         for (int b = 0; b < D / N; ++b) {
             float y[B];
 #pragma unroll
             for (int j = 0; j < B; ++j) y[j] = row.y[b * B + j];
-            finish<N>(y, row.sum, Layout<TV, D>::turbo, out + b * N, lane);
+            if constexpr (OfSlots) {
+                if (call.rotates_part) transform_warp<N, false>(y);
+#pragma unroll
+                for (int j = 0; j < B; ++j) out[b * N + lane + 32 * j] = y[j];
+            } else {
+                finish<N>(y, row.sum, Layout<TV, D>::turbo, out + b * N, lane);
+            }
         }
     }
 }
 
-// C: columns of a lane. Thread blocks have four or eight columns.
-template <KV TK, KV TV, int D, bool Windowed, int C>
+// Whether the rows are the slots of an exact window, and not a cache.
+template <KV TK, KV TV> constexpr bool is_slots = TK == KV::q8_0 && TV == KV::q8_0;
+
+// Gathered: whether lists name the rows of each token. C: columns of a lane. Thread blocks have four or eight columns.
+template <KV TK, KV TV, int D, bool Windowed, bool Gathered, int C>
 __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     attention_kernel(const __grid_constant__ AttentionCall call) {
+    constexpr bool of_slots = is_slots<TK, TV>;
     extern __shared__ __align__(16) uint8_t all_shared[];
-    if (!call.stores_beside) let_next_start();
+    if (!call.triggers_late) let_next_start();
     uint8_t * shared = all_shared + barrier_bytes;
-    Place place(call);
+    Place place(call, Gathered);
     const AttentionPlan & plan = call.plan;
     const LaneColumns<C> columns(call, place);
     Mask<C> mask(call, place, columns);
-    const Stages<TK, TV, D> stages(call, place, shared);
+    const Stages<TK, TV, D, Gathered> stages(call, place, shared);
 
     stages.prefetch_rows();
     if (threadIdx.x == 0) {
@@ -103,9 +117,11 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         if constexpr (Windowed) prefetch(call.a.exact.mask);
     }
     if constexpr (Windowed) prefetch_exact(call, place);
-    wait_for_previous();
+    if (!call.waits_last) wait_for_previous();
+    if (!Windowed && call.triggers_late) let_next_start();
+    if (Gathered && !place.take_list(call)) mask.show_list(place.begin + place.length);
     uint8_t * unused = shared + (plan.stages - 1) * stages.bytes; // start() does not fill the last stage
-    uint8_t * scratch = unused + place.head_in_block * query_scratch<D>;
+    uint8_t * scratch = unused + place.head_in_block * query_scratch(D);
     SoftmaxState state[C];
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h] = {nothing_seen, 0};
@@ -129,7 +145,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     } else {
         bool needed = place.length > 0; // whether a query may see rows of the cache that the thread block has
         if (needed) own_columns.load(call, 4 * place.row_tile);
-        ExactAttention<TV, D, C> exact(call, place, columns);
+        ExactAttention<TV, D, Gathered, C> exact(call, place, columns);
         if (needed && plan.likely_hidden) {
             mask.load(first_row);
             needed = __syncthreads_or(!mask.hides_all());
@@ -149,7 +165,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         } else {
             place.length = 0;
         }
-        if (call.stores_beside) let_next_start(); // what is stored beside is complete
+        if (call.triggers_late) let_next_start();
         exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
                      sums);
     }
@@ -192,8 +208,9 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     }
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h].sum = over_quads(state[h].sum, [](float a, float b) { return a + b; });
-    if (plan.merged) store_part<TV, D, C>(call, place, columns, state, sums);
-    else finish_rows<TV, D, C>(call, place, shared, state, sums);
+    if (call.waits_last) wait_for_previous();
+    if (Windowed || (!of_slots && plan.merged)) store_part<TV, D, C>(call, place, columns, state, sums);
+    else finish_rows<of_slots, TV, D, C>(call, place, shared, state, sums);
 }
 
 } // namespace
@@ -205,25 +222,34 @@ struct KernelChoice {
     bool windowed, four; // four: whether a thread block has four columns, not eight
 };
 
-// The kernel, or nullptr if there is none for the pair of types. The function of each head size is in a file of its
-// own, so the instances can be compiled in parallel.
+// The kernel, or nullptr if there is none for the pair of types. The functions are in files of their own, so the
+// instances can be compiled in parallel.
 #define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
+AttentionKernel gathering_kernel_128(const KernelChoice & choice);
 
 namespace {
 
-template <KV TK, KV TV, int D> AttentionKernel kernel_for_types(bool windowed, bool four) {
-    if (windowed) return four ? attention_kernel<TK, TV, D, true, 1> : attention_kernel<TK, TV, D, true, 2>;
-    return four ? attention_kernel<TK, TV, D, false, 1> : attention_kernel<TK, TV, D, false, 2>;
+template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(bool windowed, bool four) {
+    if (windowed)
+        return four ? attention_kernel<TK, TV, D, true, Gathered, 1> : attention_kernel<TK, TV, D, true, Gathered, 2>;
+    return four ? attention_kernel<TK, TV, D, false, Gathered, 1> : attention_kernel<TK, TV, D, false, Gathered, 2>;
 }
 
-template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choice) {
+// Whether there is a kernel that gathers rows.
+template <KV TK, KV TV> constexpr bool can_gather = Kind<TK>::turbo && Kind<TV>::turbo;
+
+template <KV TK, int D, bool Gathered> AttentionKernel kernel_for_key(const KernelChoice & choice) {
+    if constexpr (is_slots<TK, TK> && !Gathered)
+        if (choice.type_v == TK)
+            return choice.four ? attention_kernel<TK, TK, D, false, false, 1>
+                               : attention_kernel<TK, TK, D, false, false, 2>;
     switch (choice.type_v) {
-#define TURBOQUANT_CASE(name)                                                                  \
-    case KV::name:                                                                             \
-        if constexpr (covers_pair<TK, KV::name, D>)                                            \
-            return kernel_for_types<TK, KV::name, D>(choice.windowed, choice.four);            \
+#define TURBOQUANT_CASE(name)                                                                      \
+    case KV::name:                                                                                 \
+        if constexpr (covers_pair<TK, KV::name, D> && (!Gathered || can_gather<TK, KV::name>))     \
+            return kernel_for_types<TK, KV::name, D, Gathered>(choice.windowed, choice.four);      \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
@@ -231,10 +257,10 @@ template <KV TK, int D> AttentionKernel kernel_for_key(const KernelChoice & choi
     return nullptr;
 }
 
-template <int D> AttentionKernel kernel_for(const KernelChoice & choice) {
+template <int D, bool Gathered> AttentionKernel kernel_for(const KernelChoice & choice) {
     switch (choice.type_k) {
 #define TURBOQUANT_CASE(name) \
-    case KV::name: return kernel_for_key<KV::name, D>(choice);
+    case KV::name: return kernel_for_key<KV::name, D, Gathered>(choice);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }

@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_128(const KernelChoice & choice) { return kernel_for<128>(choice); }
+AttentionKernel attention_kernel_128(const KernelChoice & choice) { return kernel_for<128, false>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_256(const KernelChoice & choice) { return kernel_for<256>(choice); }
+AttentionKernel attention_kernel_256(const KernelChoice & choice) { return kernel_for<256, false>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

@@ -4,7 +4,7 @@
 namespace turboquant {
 namespace cuda {
 
-AttentionKernel attention_kernel_64(const KernelChoice & choice) { return kernel_for<64>(choice); }
+AttentionKernel attention_kernel_64(const KernelChoice & choice) { return kernel_for<64, false>(choice); }
 
 } // namespace cuda
 } // namespace turboquant

@@ -14,6 +14,10 @@ constexpr int most_columns = 8; // maximum query columns of a thread block
 constexpr int most_warps = 8;   // of a thread block
 // Thread blocks of a multiprocessor at a time, in the launch bounds of the kernel for C columns of a lane.
 constexpr int resident_blocks(int head, int C) { return head > 128 ? 1 : 2; }
+// Bytes of shared memory for the queries of a KV head: 16 bits for each element of the columns, and their factors.
+__host__ __device__ constexpr int query_scratch(int head) {
+    return most_columns * (2 * head + int(sizeof(float)));
+}
 constexpr int barrier_bytes = 32; // of the barriers of the stages of the pipeline, in shared memory
 
 struct AttentionCall {
@@ -24,8 +28,21 @@ struct AttentionCall {
     float slope0, slope1;  // ALiBi: the bases of the slopes of heads before slope_heads, and of the other heads
     int slope_heads;       // the greatest power of two up to `heads`
     int64_t stored_groups; // of 32 values, which the merge stores in the slots of an exact window
-    bool stores_beside;    // whether the merge stores rows of the batch in blocks
+    int all_parts;         // of a query row
+    int first_part;        // of the kernel
+    // Whether the next kernel may start only when this one has waited for what precedes it, because the next one reads
+    // that without waiting for it.
+    bool triggers_late;
+    // Whether the kernel waits for the preceding one, which triggers late, only before it ends. It does not read the
+    // results of that kernel, but those who wait for this one do.
+    bool waits_last;
+    bool rotates_part; // whether a kernel of slots rotates its partial results, as those of the cache are
+    const int * lists; // [token][n_kv] rows that a token sees, if they are gathered
+    const int * list_lengths; // [token], or all_rows_biased
 };
+
+// The length of a list if the mask has biases: the list has all rows in order, and the mask is read.
+constexpr int all_rows_biased = -1;
 
 namespace {
 
@@ -43,11 +60,13 @@ struct Place {
     int head_in_block;     // the warp's KV head, counted from first_head
     int stream, kv_stream; // of the queries; of K and V
     int first_column;      // of the thread block
+    int end_column;        // the last one + 1, if all exist
     bool four;             // whether there are four columns and not eight
     int64_t begin;         // the first KV row of the thread block
     int length;            // the number of its KV rows
 
-    __device__ __forceinline__ explicit Place(const AttentionCall & call) {
+    // gathered: plan.gathered, as a constant.
+    __device__ __forceinline__ Place(const AttentionCall & call, bool gathered) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
         lane = threadIdx.x % 32;
@@ -58,12 +77,34 @@ struct Place {
         head_in_block = warp - row_tile * p.block_heads;
         const int column_tile = p.column_tiles == 1 ? 0 : blockIdx.y / p.head_groups;
         first_column = column_tile * p.column_tile;
+        end_column = min(first_column + p.column_tile, p.columns);
         first_head = (blockIdx.y - column_tile * p.head_groups) * p.block_heads;
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
         four = p.column_tile == 4;
         begin = int64_t(blockIdx.x) * p.chunk_rows;
         length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+        if (gathered) { // a thread block has columns of one token; take_list sets its rows
+            const int tiles = p.column_tiles / a.tokens, token = column_tile / tiles;
+            first_column = token * p.group + (column_tile - token * tiles) * p.column_tile;
+            end_column = min(first_column + p.column_tile, (token + 1) * p.group);
+            begin = length = 0;
+        }
+    }
+    // If rows are gathered: the token of the thread block's columns.
+    __device__ __forceinline__ int token(const AttentionCall & call) const {
+        return quotient(first_column, call.plan.group);
+    }
+    // Takes the share of the thread block in the rows of its token. Returns whether the mask must be read.
+    __device__ __forceinline__ bool take_list(const AttentionCall & call) {
+        const AttentionPlan & p = call.plan;
+        const int listed = call.list_lengths[token(call)];
+        const bool biased = listed == all_rows_biased;
+        const int all = biased ? int(call.a.n_kv) : listed, step = p.row_tiles * tile_rows;
+        const int share = (all + gridDim.x * step - 1) / (gridDim.x * step) * step;
+        begin = int64_t(blockIdx.x) * share;
+        length = max(0, min(share, all - int(begin)));
+        return biased;
     }
     __device__ __forceinline__ int kv_head() const { return first_head + head_in_block; }
 };
@@ -79,7 +120,7 @@ template <int C> struct LaneColumns {
 #pragma unroll
         for (int h = 0; h < C; ++h) {
             number[h] = place.first_column + C * place.in_quad + h;
-            valid[h] = number[h] < p.columns;
+            valid[h] = number[h] < place.end_column;
             token[h] = valid[h] ? quotient(number[h], p.group) : 0;
             head[h] = place.kv_head() * p.group + (valid[h] ? number[h] - token[h] * p.group : 0);
         }

@@ -51,6 +51,12 @@ __device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, th
 
 // A zero that the compiler does not know.
 __device__ __forceinline__ uint32_t unknown_zero() { return keep(threadIdx.x % 32) ^ threadIdx.x % 32; }
+// A constant that the compiler does not know. If registers are scarce, a multiplication computes it again.
+__device__ __forceinline__ uint32_t hidden(uint32_t constant, uint32_t zero) {
+    uint32_t r;
+    asm("mad.lo.u32 %0, %1, %1, %2;" : "=r"(r) : "r"(zero), "r"(constant));
+    return r;
+}
 
 // The sign bits of 32 elements.
 constexpr uint32_t sign_word(const uint8_t * signs, int word) {
@@ -89,6 +95,30 @@ __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b
     uint32_t r;
     asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
     return r;
+}
+
+// Shifts by a constant from 0 to 16, as products: the unit that shifts also permutes and combines bits, and is the
+// busiest of attention. Compilers cannot distribute these shifts over other operations, which would make more of them.
+__device__ __forceinline__ uint32_t shift_right(uint32_t x, int n) {
+#ifdef __CUDA_ARCH__
+    if (n == 0) return x;
+    uint32_t r;
+    if (n == 16) asm("dp2a.lo.u32.u32 %0, %1, 0x0100, 0;" : "=r"(r) : "r"(x)); // the sum of 0 and 1 times the halves
+    else asm("mul.hi.u32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(1u << (32 - n)));
+    return r;
+#else
+    return x >> n;
+#endif
+}
+__device__ __forceinline__ uint32_t shift_left(uint32_t x, int n) {
+#ifdef __CUDA_ARCH__
+    if (n == 0) return x;
+    uint32_t r;
+    asm("mul.lo.u32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(1u << n));
+    return r;
+#else
+    return x << n;
+#endif
 }
 
 // Transposes an 8 x 8 matrix of 16-bit elements. Lane 4 r + i has elements 2 i and 2 i + 1 of row r.

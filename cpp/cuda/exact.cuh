@@ -128,7 +128,7 @@ __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const
 
 // Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
 // The constructor loads the first of them, so that this overlaps with other work.
-template <KV TV, int D, int C> class ExactAttention {
+template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     static constexpr int P = D / 32;
     const AttentionCall & call;
     const Place & place;
@@ -140,7 +140,22 @@ template <KV TV, int D, int C> class ExactAttention {
     ExactRow<P> bytes;
     static constexpr uint32_t hidden = 0xfc00; // minus infinity
 
+    // Skips rows that are hidden. If each token sees rows of its own, most are hidden from the warp's only token.
+    __device__ __forceinline__ void skip_hidden() {
+#pragma unroll 1
+        for (; turn < rows.rows; turn += 32 * call.plan.parts) {
+            const int own = turn + place.lane * call.plan.parts;
+            const uint16_t * shown = exact_mask(call.a, place.stream, place.token(call), 0);
+            const uint32_t seen =
+                __ballot_sync(all_lanes, own < rows.rows && shown[rows.in_turn(own)] != hidden);
+            if (!seen) continue;
+            turn += (__ffs(int(seen)) - 1) * call.plan.parts;
+            return;
+        }
+    }
+
     __device__ __forceinline__ void load() {
+        if constexpr (Gathered) skip_hidden();
         if (turn >= rows.rows) return;
         const int row = rows.in_turn(turn);
 #pragma unroll

@@ -240,6 +240,22 @@ __device__ __forceinline__ void load_run(uint32_t shared, const Side & side, int
     for (int at = valid * side.pitch + 2 * lane; at < rows * side.pitch; at += 64) store_shared(shared + at, 0);
 }
 
+// Copies the rows that a list of length `listed` names; the rest of `rows` become zeros. Rows are aligned to 16 bytes.
+// Most of them follow each other, because a prompt's rows do. A whole warp calls this.
+__device__ __forceinline__ void load_listed(uint32_t shared, const Side & side, int rows, const int * list, int listed,
+                                            int lane, uint32_t barrier) {
+#pragma unroll 1
+    for (int r = lane; r - lane < listed; r += 32) {
+        const int row = r < listed ? list[r] : -1, first = __shfl_sync(all_lanes, row, 0);
+        const bool run = side.stride == side.pitch && __all_sync(all_lanes, row == first + lane);
+        if (row >= 0 && (!run || lane == 0))
+            copy_bulk(shared + r * side.pitch, side.base + row * side.stride, run ? 32 * side.pitch : side.chunk,
+                      barrier);
+    }
+#pragma unroll 1
+    for (int at = listed * side.pitch + 2 * lane; at < rows * side.pitch; at += 64) store_shared(shared + at, 0);
+}
+
 // The address of row r of a tile, modulo 16; `low` is that of row 0. Strides are even, so it depends only on r mod 8.
 __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) {
     return int((low + uint32_t(r) * stride) & 15);
@@ -250,7 +266,7 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
 // The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
 // compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
 // Before the stages are their barriers.
-template <KV TK, KV TV, int D> struct Stages {
+template <KV TK, KV TV, int D, bool Gathered> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     const AttentionCall & call;
@@ -302,7 +318,7 @@ template <KV TK, KV TV, int D> struct Stages {
     __device__ __forceinline__ Side values() const {
         return {v, call.a.v_row, call.plan.block_heads * LV::bytes, call.plan.pitch_v};
     }
-    __device__ __forceinline__ bool bulk() const { return bulk_copies && call.plan.gapless; }
+    __device__ __forceinline__ bool bulk() const { return bulk_copies && (Gathered || call.plan.gapless); }
     // The warp that loads a stage by bulk copies.
     __device__ __forceinline__ bool loads(int stage) const {
         return place.warp == min(stage, int(blockDim.x / 32) - 1);
@@ -314,8 +330,17 @@ template <KV TK, KV TV, int D> struct Stages {
         const uint32_t to_k = shared_address + stage * bytes, to_v = to_k + rows * call.plan.pitch_k;
         const int64_t first = place.begin + at, n_kv = call.a.n_kv;
         if (bulk()) {
-            load_run(to_k, keys(), rows, first, n_kv, place.lane, barrier(stage));
-            load_run(to_v, values(), rows, first, n_kv, place.lane, barrier(stage));
+            if constexpr (Gathered) {
+                const int * list = call.lists + place.token(call) * n_kv + first;
+                const int listed = min(rows, place.length - at);
+#pragma unroll 1
+                for (int side = 0; side < 2; ++side)
+                    load_listed(side ? to_v : to_k, side ? values() : keys(), rows, list, listed, place.lane,
+                                barrier(stage));
+            } else {
+                load_run(to_k, keys(), rows, first, n_kv, place.lane, barrier(stage));
+                load_run(to_v, values(), rows, first, n_kv, place.lane, barrier(stage));
+            }
             __syncwarp();
             if (place.lane == 0) arrive(barrier(stage));
         } else {

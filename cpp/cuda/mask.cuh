@@ -23,6 +23,12 @@ template <int C> struct Mask {
         if constexpr (C == 2) to_next = row_of(call, place, columns, 1) - row;
     }
 
+    // Only the rows of a list are read, up to number `end`, and all of them are seen.
+    __device__ __forceinline__ void show_list(int64_t end) {
+        row = nullptr;
+        n_kv = end;
+    }
+
     // Loads the mask of the tile from row `first` on. Rows from n_kv on are hidden.
     __device__ __forceinline__ void load(int64_t first) {
         if (first + tile_rows <= n_kv) {

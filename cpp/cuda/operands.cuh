@@ -34,6 +34,15 @@ template <int P, int R> struct Levels {
 
 // ---- K
 
+// The lane's crumbs for products 2 * pair and 2 * pair + 1 of a block. Blocks of 128 values have two pairs of products,
+// which share words of the path.
+template <KV TK, int D>
+__device__ __forceinline__ auto key_crumbs(const uint8_t * indices, int in_quad, int pair) {
+    using F = typename Layout<TK, D>::BlockFormat;
+    if constexpr (F::block == 128) return Crumbs<F>(indices, in_quad, pair);
+    else return Crumbs<F>(indices, in_quad);
+}
+
 // The levels of a lane's eight elements, of the 32 elements of a block that product `step` takes.
 template <KV TK, int D, typename LookUp>
 __device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t * block, int step, int in_quad) {
@@ -41,20 +50,22 @@ __device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t
     Levels<L::parts, 2> k;
     if constexpr (L::turbo) {
         uint32_t nibbles[2], signs = 0;
+        int sign_bit = 0;
         if constexpr (L::nibbles) { // half of a unit is what one load reads
             const uint8_t * unit = block + 2 + 4 * (in_quad + 4 * step);
             nibbles[0] = load_u16(unit);
             nibbles[1] = load_u16(unit + 2);
         } else {
-            const Unit unit = Crumbs<typename L::BlockFormat>(block + 2, in_quad + 4 * (step >> 1)).unit(step & 1);
+            const Unit unit = key_crumbs<TK, D>(block + 2, in_quad, step >> 1).unit(step & 1);
             nibbles[0] = unit.nibbles;
-            nibbles[1] = unit.nibbles >> 16;
+            nibbles[1] = shift_right(unit.nibbles, 16);
             signs = unit.signs;
+            sign_bit = unit.sign_bit;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             uint32_t part[L::parts];
-            look_up(nibbles[i], signs >> (16 * i), step & 1, part);
+            look_up(nibbles[i], shift_right(signs, 16 * i), sign_bit, part);
 #pragma unroll
             for (int p = 0; p < L::parts; ++p) k.x[p][i] = part[p];
         }
@@ -84,8 +95,10 @@ template <KV TV, int D> struct ValueUnits {
 // low half of out[i] is the selector of nibble 0, 4, 1, 5; the high half is that of nibble 2, 6, 3, 7.
 __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32_t (&out)[4]) {
     constexpr uint32_t low_nibbles = 0x0f0f0f0f;
-    const uint32_t even01 = select(low_nibbles, n[0], n[1] << 4), odd01 = select(low_nibbles, n[0] >> 4, n[1]);
-    const uint32_t even23 = select(low_nibbles, n[2], n[3] << 4), odd23 = select(low_nibbles, n[2] >> 4, n[3]);
+    const auto even = [](uint32_t a, uint32_t b) { return select(low_nibbles, a, shift_left(b, 4)); };
+    const auto odd = [](uint32_t a, uint32_t b) { return select(low_nibbles, shift_right(a, 4), b); };
+    const uint32_t even01 = even(n[0], n[1]), odd01 = odd(n[0], n[1]);
+    const uint32_t even23 = even(n[2], n[3]), odd23 = odd(n[2], n[3]);
     out[0] = prmt(even01, even23, interleave_low);
     out[1] = prmt(even01, even23, interleave_high);
     out[2] = prmt(odd01, odd23, interleave_low);
@@ -97,13 +110,20 @@ template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
     using Units = ValueUnits<TV, D>;
     uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
-    uint32_t first_signs[4], second_signs[4];                 // selectors, if L::signs
+    uint32_t signs[4]; // selectors, if L::signs: bits 0 and 2 for row[0-3], bits 1 and 3 for row[4-7]
 
     __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad) {
         const uint8_t * const low[4] = {row[0], row[1], row[2], row[3]};
         const uint8_t * const high[4] = {row[4], row[5], row[6], row[7]};
+        uint32_t first_signs[4], second_signs[4];
         read(low, offset + 2, quad, first, first_signs);
         read(high, offset + 2, quad, second, second_signs);
+        if constexpr (L::signs) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                first_signs[i] = select(even_bits, first_signs[i], shift_left(second_signs[i], 1));
+            transpose_nibbles(first_signs, signs);
+        }
     }
 
     // The operand A of product m of unit j. Registers 0 and 2 have one element of the unit, registers 1 and 3 another.
@@ -113,10 +133,10 @@ template <KV TV, int D> struct ValueBlock {
         for (int i = 0; i < 4; ++i) {
             if constexpr (L::turbo) { // nibbles 2m and 2m + 1
                 const int at = m / 2 + 2 * (i % 2), shift = 16 * (m % 2);
-                const uint32_t selector = (i < 2 ? first : second)[j][at] >> shift;
-                const uint32_t signs = L::signs ? (i < 2 ? first_signs : second_signs)[at] >> shift : 0;
+                const uint32_t selector = shift_right((i < 2 ? first : second)[j][at], shift);
+                const int sign_bit = (Units::count == 2 ? 2 * j : 0) + i / 2;
                 uint32_t part[L::parts];
-                look_up(selector, signs, Units::count == 2 ? j : 0, part);
+                look_up(selector, L::signs ? shift_right(signs[at], shift) : 0, sign_bit, part);
 #pragma unroll
                 for (int p = 0; p < L::parts; ++p) v.x[p][i] = part[p];
             } else { // elements 2m and 2m + 1
@@ -127,6 +147,7 @@ template <KV TV, int D> struct ValueBlock {
     }
 
 private:
+    // `signs` has those of field f in bits 2 f of the nibbles.
     static __device__ __forceinline__ void read(const uint8_t * const (&row)[4], int offset, int quad,
                                                 uint32_t (&out)[Units::count][4], uint32_t (&signs)[4]) {
         if constexpr (!L::turbo) {
@@ -134,26 +155,25 @@ private:
             for (int i = 0; i < 4; ++i) out[0][i] = load_u32(row[i] + offset + 4 * Units::unit(quad, 0));
             transpose_bytes(out[0]);
         } else {
-            uint32_t x[Units::count][4], s[4];
+            uint32_t x[Units::count][4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if constexpr (Units::count == 2 && !L::nibbles) {
                     const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
                     x[0][i] = crumbs.unit(0).nibbles;
                     x[1][i] = crumbs.unit(1).nibbles;
-                    s[i] = crumbs.unit(1).signs; // of both
+                    signs[i] = crumbs.unit(1).signs; // of both
                 } else {
 #pragma unroll
                     for (int j = 0; j < Units::count; ++j) {
                         const Unit unit = load_unit<typename L::BlockFormat>(row[i] + offset, Units::unit(quad, j));
                         x[j][i] = unit.nibbles;
-                        s[i] = unit.signs;
+                        signs[i] = unit.signs;
                     }
                 }
             }
 #pragma unroll
             for (int j = 0; j < Units::count; ++j) transpose_nibbles(x[j], out[j]);
-            if constexpr (L::signs) transpose_nibbles(s, signs);
         }
     }
 };

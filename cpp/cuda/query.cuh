@@ -42,7 +42,7 @@ template <KV TK, int D> __host__ __device__ constexpr int operand_place(int e) {
 __device__ __forceinline__ const float * query_of(const AttentionCall & call, const Place & place, int c) {
     const Attention & a = call.a;
     const int column = place.first_column + c;
-    if (c >= call.plan.column_tile || column >= call.plan.columns) return nullptr;
+    if (column >= place.end_column) return nullptr;
     const int group = call.plan.group, token = quotient(column, group);
     return reinterpret_cast<const float *>(reinterpret_cast<const char *>(a.q) + token * a.q_token +
                                            (place.kv_head() * group + column - token * group) * a.q_head +
@@ -91,9 +91,6 @@ __device__ __forceinline__ void load_columns(const AttentionCall & call, const P
         }
     }
 }
-
-// The bytes of scratch memory of a KV head: 16 bits for each element of the columns, and a factor for each column.
-template <int D> constexpr int query_scratch = 16 * D + most_columns * int(sizeof(float));
 
 // Whether the place of an element is the sum of those of its bits.
 template <KV TK, int D> constexpr bool places_add_up() {

@@ -176,7 +176,7 @@ struct Attention {
 
 // The division of a call into thread blocks, and the memory that it needs. A thread block computes some query columns
 // (query heads of a KV head, times tokens) of each of some KV heads, over a run of KV rows. There are two kernels: one
-// for up to 32 columns, and a `wide` one.
+// for up to 32 columns, or for any number if each token sees `gathered` rows of its own; and a `wide` one.
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes
@@ -193,7 +193,10 @@ struct AttentionPlan {
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32, or of buffer_rows if `wide`
-    int parts;              // partial results of a query row that are merged: chunks * row_tiles, or chunks if `wide`
+    int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`
+    int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
+    bool gathered;          // whether lists name the rows that each token sees, so that only these are read
+    size_t lists_at, list_lengths_at; // offsets of the lists in the workspace
     bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block

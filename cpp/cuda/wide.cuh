@@ -105,11 +105,12 @@ constexpr int magic_bits = 0x4b400000;
 constexpr uint32_t four_biases = 0x80808080; // signed bytes plus 128, or unsigned bytes less 128, are the exclusive or
 
 // The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes. Of
-// two parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over.
+// two parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over. sign_bit is not 3.
 template <typename LookUp, bool Signs, bool Biased>
-__device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_t nibbles, uint32_t signs, int field) {
+__device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_t nibbles, uint32_t signs,
+                                                 int sign_bit) {
     uint32_t part[LookUp::parts];
-    look_up(nibbles, signs, field, part);
+    look_up(nibbles, signs, sign_bit, part);
     if constexpr (LookUp::parts == 1) return Biased ? part[0] ^ four_biases : part[0];
     constexpr int last = LookUp::parts - 1;
     const uint32_t biased = Signs ? (part[0] ^ four_biases) + (part[last] & 0x01010101) // the last part is 0 or -1
@@ -125,8 +126,8 @@ __device__ __forceinline__ void read_levels(const uint8_t * block, int first, in
                                             uint32_t (&x)[8]) {
     using L = Layout<T, D>;
     constexpr int N = L::block;
-    const auto levels = [&](uint32_t nibbles, uint32_t signs, int field) {
-        return whole_levels<LookUp, L::signs, Biased>(look_up, nibbles, signs, field);
+    const auto levels = [&](uint32_t nibbles, uint32_t signs, int sign_bit) {
+        return whole_levels<LookUp, L::signs, Biased>(look_up, nibbles, signs, sign_bit);
     };
     if constexpr (L::nibbles) {
 #pragma unroll
@@ -142,8 +143,9 @@ __device__ __forceinline__ void read_levels(const uint8_t * block, int first, in
 #pragma unroll
             for (int field = 0; field < 2; ++field) {
                 const Unit unit = crumbs.unit(field);
-                x[2 * (i + 2 * field)] = levels(unit.nibbles, unit.signs, field);
-                x[2 * (i + 2 * field) + 1] = levels(unit.nibbles >> 16, unit.signs >> 16, field);
+                x[2 * (i + 2 * field)] = levels(unit.nibbles, unit.signs, unit.sign_bit);
+                x[2 * (i + 2 * field) + 1] =
+                    levels(shift_right(unit.nibbles, 16), shift_right(unit.signs, 16), unit.sign_bit);
             }
         }
     }

@@ -144,8 +144,11 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
 
 void compute_blocks(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
                     const tq::Store * stores = nullptr) {
-    turbo_count(plan.wide ? "attention by the kernel for many columns" : "attention by the decode kernel", call.tokens,
-                call.streams);
+    turbo_count(plan.hopper     ? "attention by the kernel for Hopper GPUs"
+                : plan.wide     ? "attention by the kernel for many columns"
+                : plan.gathered ? "attention by the decode kernel over gathered rows"
+                                : "attention by the decode kernel",
+                call.tokens, call.streams);
     ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
     CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores));
 }
@@ -270,14 +273,14 @@ bool half_supports(int device, const ggml_tensor * op) {
 // Query columns of a KV head, from which on attention by f16 is as fast as on blocks. Measured on an H200 (32 query
 // heads, 8 KV heads of 128, 32768 rows, microseconds of a layer): 512 tokens, which are 2048 columns, take 981 on
 // blocks and about 940 in ggml's kernel alone; 128 tokens take 265 on blocks. This does not concern the kernel for
-// Hopper GPUs, which is faster than f16 there.
+// Hopper GPUs, which is faster than f16 there, nor gathered rows, which are few.
 constexpr int most_block_columns = 512;
 
 // As plan_blocks. False also for calls that attention by f16 computes as fast.
 bool prefers_blocks(int device, const ggml_tensor * op, const turbo_attention & a, tq::Attention & call,
                     tq::AttentionPlan & plan) {
     return plan_blocks(a, call, plan) &&
-           (plan.columns <= most_block_columns || plan.hopper || !half_supports(device, op));
+           (plan.columns <= most_block_columns || plan.hopper || plan.gathered || !half_supports(device, op));
 }
 
 // Decodes t, a cache of any type, to the rotated domain if its type is turbo. `out` is the tensor of HalfAttention,

@@ -153,6 +153,14 @@ inline void types_and_heads(List & list) {
         c.kv_heads = 16;
         list.add("types", c); // group of 1
     }
+    for (const int type : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
+        for (const int head : {64, 128, 256}) {
+            AttentionCase c = with_types(type, type, head);
+            list.add("types", c, head == 128 ? Extent::brief : Extent::usual);
+            c.heads = 16;
+            c.rows = 517;
+            list.add("types", c);
+        }
     for (const int head : {32, 192, 512, 576}) { // further head sizes of llama.cpp's models
         AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO3, head);
         c.rows = 100;
@@ -368,6 +376,55 @@ inline void shapes(List & list) {
     }
 }
 
+// Requests that share a cache: each token sees rows of its own.
+inline void requests(List & list) {
+    struct Shape {
+        int tokens, heads;
+        Mask mask;
+        Extent extent;
+    };
+    const Shape shapes[] = {{9, 32, Mask::runs, Extent::usual},    {5, 8, Mask::alternating, Extent::usual},
+                            {3, 16, Mask::random, Extent::usual},  {4, 64, Mask::runs, Extent::whole},
+                            {3, 128, Mask::causal, Extent::whole}, {33, 32, Mask::runs, Extent::whole}};
+    const std::vector<AttentionCase> all = bases();
+    for (const AttentionCase & base : all)
+        for (const Shape & shape : shapes) {
+            AttentionCase c = base;
+            c.tokens = shape.tokens;
+            c.heads = shape.heads;
+            c.kv_heads = 8;
+            c.rows = 2120;
+            c.mask = shape.mask;
+            list.add("requests of a cache", c, &base == &all[0] ? shape.extent : Extent::whole);
+        }
+    AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4);
+    c.heads = c.kv_heads = 8;
+    c.tokens = 4;
+    c.rows = 2120;
+    c.mask = Mask::prefixes;
+    c.seen[0] = 2120;
+    c.seen[1] = 0;
+    c.seen[2] = 7;
+    for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
+        c.sinks = sinks;
+        list.add("requests of a cache", c, Extent::usual);
+    }
+    c.sinks = Sinks::none;
+    c.tokens = 2;
+    c.rows = 300000;
+    c.mask = Mask::runs;
+    list.add("requests of a cache", c);
+    for (const Pair & p : {Pair{TQ_TURBO4, TQ_TURBO4, 128, 128}, Pair{TQ_TURBO3, TQ_ROW_Q8_0, 64, 64},
+                           Pair{TQ_TURBO4, TQ_TURBO2, 256, 256}}) { // so many that a thread block has few of a stream
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.heads = 4;
+        c.kv_heads = 1;
+        c.streams = c.kv_streams = 80;
+        c.rows = 1300;
+        list.add("requests with caches of their own", c, p.head_k == 128 ? Extent::usual : Extent::whole);
+    }
+}
+
 inline void options(List & list) {
     for (const AttentionCase & base : bases()) {
         AttentionCase c = base;
@@ -555,6 +612,7 @@ inline std::vector<AttentionCase> attention_cases() {
     not_finite(list);
     row_counts(list);
     shapes(list);
+    requests(list);
     options(list);
     columns(list);
     return list.cases;

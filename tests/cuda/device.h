@@ -16,18 +16,25 @@ inline void must(cudaError_t error, const char * what) {
     std::exit(EXIT_FAILURE);
 }
 
+// The compute capability of the first device, times ten.
+inline int device_version() {
+    int major = 0, minor = 0;
+    must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "compute capability");
+    must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "compute capability");
+    return 10 * major + minor;
+}
+
 // Exits with CTest's code for a skipped test where no device can be used.
 inline void need_device(int least_version) {
-    int count = 0, major = 0, minor = 0;
+    int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
         std::printf("skipped: no CUDA device\n");
         std::exit(check::exit_skipped);
     }
-    must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "compute capability");
-    must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "compute capability");
-    if (10 * major + minor < least_version) {
-        std::printf("skipped: compute capability %d.%d is below %d.%d\n", major, minor, least_version / 10,
-                    least_version % 10);
+    const int version = device_version();
+    if (version < least_version) {
+        std::printf("skipped: compute capability %d.%d is below %d.%d\n", version / 10, version % 10,
+                    least_version / 10, least_version % 10);
         std::exit(check::exit_skipped);
     }
 }

@@ -284,6 +284,17 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
     CHECK(!(plan.wide && requests > 1 && plan.columns <= 32));
+    if (c.kv_streams == 80 && slots == TQ_ROW_Q8_0) CHECK(plan.slot_parts > 0); // read by a kernel of their own
+    if (requests > 1) { // rows are gathered where bulk copies can copy each of them
+        const auto aligned = [&](int type, int64_t row) {
+            return row % 16 == 0 && row_bytes(type, c.head_k) * size_t(c.kv_heads) % 16 == 0;
+        };
+        const bool turbo = a.type_k < KV::q8_0 && a.type_v < KV::q8_0;
+        const bool listed = device_version() >= 90 && turbo && c.head_k == 128 && c.kv_heads == 8 &&
+                            aligned(c.type_k, p.k.row) && aligned(c.type_v, p.v.row) && c.heads_adjacent &&
+                            c.rows % 8 == 0 && c.mask != Mask::none && c.mask_heads == 1;
+        CHECK_EQ(plan.gathered, listed);
+    }
     const bool in_bytes = plan.wide && c.type_k < TQ_TYPE_COUNT; // queries
     const bool rounded = in_bytes && (windowed || c.mask != Mask::none);
     std::optional<DeviceArray<float>> rounded_queries;
@@ -333,13 +344,15 @@ int main(int argc, char ** argv) {
     for (const AttentionCase & c : attention_cases()) {
         if (c.extent > extent || (argc > 2 && c.name.rfind(argv[2], 0) != 0)) continue;
         conforms(c, no_window);
-        if (c.tokens > 1 && c.group() * c.tokens > 16 && c.group() * c.tokens <= 32 && c.rows > 2048)
-            conforms(c, no_window, InSlots::third, c.tokens); // the kernel of a few columns
+        const bool shared = c.tokens > 1 && c.streams == 1 && c.rows > 2048; // perhaps by requests of a token each
+        if (shared) conforms(c, no_window, InSlots::third, c.tokens);
         covered += covers(c) && !exempt(c);
         const bool plain = c.bytes == Bytes::encoded || c.bytes == Bytes::any; // f16 has their range
         // A far row's weight is zero beside the rows of a window, and a NaN in it counts only by chance.
         if (plain && c.tokens <= c.rows && c.rows <= 5000 && c.spread == 1 && !(c.far && c.bad_value >= 0)) {
             conforms(c, covered % 2 ? TQ_ROW_F16 : TQ_ROW_Q8_0);
+            if (shared || c.kv_streams == 80)
+                for (const int type : {TQ_ROW_F16, TQ_ROW_Q8_0}) conforms(c, type, InSlots::third, c.tokens);
             if (c.rows <= 256) conforms(c, TQ_ROW_Q8_0, covered % 3 ? InSlots::all : InSlots::all_but_one);
         }
     }

@@ -41,6 +41,11 @@ inline void lop3_b32(int, uint32_t & d, uint32_t a, uint32_t b, uint32_t c, int 
         if (table >> i & 1) d |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
 }
 inline void mad_lo_u32(int, uint32_t & d, uint32_t a, uint32_t b, uint32_t c) { d = a * b + c; }
+inline void mul_lo_u32(int, uint32_t & d, uint32_t a, uint32_t b) { d = a * b; }
+inline void mul_hi_u32(int, uint32_t & d, uint32_t a, uint32_t b) { d = uint32_t(uint64_t(a) * b >> 32); }
+inline void dp2a_lo_u32_u32(int, uint32_t & d, uint32_t a, uint32_t b, uint32_t c) {
+    d = c + (a & 0xffff) * (b & 0xff) + (a >> 16) * (b >> 8 & 0xff);
+}
 inline void max_ftz_NaN_f32(int, float & d, float a, float b) { d = a != a || b != b ? a + b : a < b ? b : a; }
 void fma_rn_f32(int line, float & d, float a, float b, float c); // keeps floats below the normal ones
 inline void mov_b32(int, int & d, int a) { d = a; }

@@ -64,6 +64,7 @@ inline int __float2int_rn(float x) { // NaN becomes 0, and others are clamped
     if (!(std::fabs(x) < 2147483648.0f)) return x != x ? 0 : x < 0 ? INT32_MIN : INT32_MAX;
     return int(std::nearbyint(x));
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __brev(unsigned x) {
     unsigned out = 0;
@@ -141,6 +142,11 @@ template <typename T> T __shfl_sync(unsigned lanes, T x, int lane, EMULATOR_LINE
 template <typename T> T __shfl_xor_sync(unsigned lanes, T x, int mask, EMULATOR_LINE) {
     emulator::need_all(lanes, "__shfl_xor_sync", line);
     return emulator::shuffle("__shfl_xor_sync", line, x, (emulator::current->lane ^ mask) & 31);
+}
+template <typename T> T __shfl_up_sync(unsigned lanes, T x, int distance, EMULATOR_LINE) {
+    emulator::need_all(lanes, "__shfl_up_sync", line);
+    const int lane = emulator::current->lane, from = lane - distance;
+    return emulator::shuffle("__shfl_up_sync", line, x, from >= 0 ? from : lane);
 }
 template <typename T> T __shfl_down_sync(unsigned lanes, T x, int distance, EMULATOR_LINE) {
     emulator::need_all(lanes, "__shfl_down_sync", line);
