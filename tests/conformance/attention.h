@@ -402,14 +402,16 @@ inline void requests(List & list) {
     c.tokens = 4;
     c.rows = 2120;
     c.mask = Mask::prefixes;
-    c.seen[0] = 2120;
+    c.seen[0] = 2100;
     c.seen[1] = 0;
     c.seen[2] = 7;
+    c.last = 2099;
     for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
         c.sinks = sinks;
         list.add("requests of a cache", c, Extent::usual);
     }
     c.sinks = Sinks::none;
+    c.last = INT64_MAX;
     c.tokens = 2;
     c.rows = 300000;
     c.mask = Mask::runs;
