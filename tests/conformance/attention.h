@@ -383,7 +383,7 @@ inline void requests(List & list) {
         Mask mask;
         Extent extent;
     };
-    const Shape shapes[] = {{9, 32, Mask::runs, Extent::usual},    {5, 8, Mask::alternating, Extent::usual},
+    const Shape shapes[] = {{3, 32, Mask::runs, Extent::usual},    {9, 8, Mask::alternating, Extent::usual},
                             {3, 16, Mask::random, Extent::usual},  {4, 64, Mask::runs, Extent::whole},
                             {3, 128, Mask::causal, Extent::whole}, {33, 32, Mask::runs, Extent::whole}};
     const std::vector<AttentionCase> all = bases();
@@ -399,7 +399,7 @@ inline void requests(List & list) {
         }
     AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4);
     c.heads = c.kv_heads = 8;
-    c.tokens = 4;
+    c.tokens = 3;
     c.rows = 2120;
     c.mask = Mask::prefixes;
     c.seen[0] = 2100;
@@ -408,7 +408,7 @@ inline void requests(List & list) {
     c.last = 2099;
     for (const Sinks sinks : {Sinks::none, Sinks::normal}) {
         c.sinks = sinks;
-        list.add("requests of a cache", c, Extent::usual);
+        list.add("requests of a cache", c, sinks == Sinks::normal ? Extent::usual : Extent::whole);
     }
     c.sinks = Sinks::none;
     c.last = INT64_MAX;
@@ -419,7 +419,7 @@ inline void requests(List & list) {
     for (const Pair & p : {Pair{TQ_TURBO4, TQ_TURBO4, 128, 128}, Pair{TQ_TURBO3, TQ_ROW_Q8_0, 64, 64},
                            Pair{TQ_TURBO4, TQ_TURBO2, 256, 256}}) { // so many that a thread block has few of a stream
         AttentionCase c = with_types(p.k, p.v, p.head_k);
-        c.heads = 4;
+        c.heads = 2;
         c.kv_heads = 1;
         c.streams = c.kv_streams = 80;
         c.rows = 1300;
