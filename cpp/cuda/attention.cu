@@ -466,7 +466,6 @@ struct Planner {
                 a.exact.slots > int64_t(most_own_exact_rows) * p.parts) {
                 const Attention own = slots_of(a);
                 p.slot_parts = Planner(own, device, head).slots(p).parts;
-                p.likely_hidden = false; // this is the case of a short cache
             }
             const size_t parts = size_t(query_rows(a)) * size_t(p.parts + p.slot_parts);
             p.states_at = parts * size_t(a.head) * sizeof(float);

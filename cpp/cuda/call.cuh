@@ -41,6 +41,9 @@ struct AttentionCall {
     const int * list_lengths; // [token], or all_rows_biased
 };
 
+// What hides a row in a mask: minus infinity in binary16, and two such values.
+constexpr uint32_t minus_infinity = 0xfc00, two_infinities = minus_infinity | minus_infinity << 16;
+
 // The length of a list if the mask has biases: the list has all rows in order, and the mask is read.
 constexpr int all_rows_biased = -1;
 

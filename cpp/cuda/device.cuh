@@ -52,7 +52,7 @@ __device__ __forceinline__ int keep(int x) { return __shfl_sync(all_lanes, x, th
 // A zero that the compiler does not know.
 __device__ __forceinline__ uint32_t unknown_zero() { return keep(threadIdx.x % 32) ^ threadIdx.x % 32; }
 // A constant that the compiler does not know. If registers are scarce, a multiplication computes it again.
-__device__ __forceinline__ uint32_t hidden(uint32_t constant, uint32_t zero) {
+__device__ __forceinline__ uint32_t opaque(uint32_t constant, uint32_t zero) {
     uint32_t r;
     asm("mad.lo.u32 %0, %1, %1, %2;" : "=r"(r) : "r"(zero), "r"(constant));
     return r;

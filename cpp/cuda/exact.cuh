@@ -138,7 +138,7 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     uint32_t bias[C]; // binary16
     int turn; // the number of the loaded row, in turn
     ExactRow<P> bytes;
-    static constexpr uint32_t hidden = 0xfc00; // minus infinity
+    static constexpr uint32_t hidden = minus_infinity;
 
     // Skips rows that are hidden. If each token sees rows of its own, most are hidden from the warp's only token.
     __device__ __forceinline__ void skip_hidden() {

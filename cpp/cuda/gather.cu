@@ -10,13 +10,12 @@ constexpr int unit = 8;         // rows whose mask a lane reads at a time
 constexpr int at_once = 8;      // units that a lane reads before it looks at them
 constexpr int most_units = 16;  // of a lane
 constexpr int rows_at_once = 32 * unit;
-constexpr uint32_t minus_infinity = 0xfc00, both_hidden = minus_infinity | minus_infinity << 16; // binary16
 
 // A bit for each row of a unit that is seen. `biased` is set if such a row has a bias.
 __device__ __forceinline__ uint32_t seen_rows_of(const uint4 & mask, bool & biased) {
     const uint32_t words[4] = {mask.x, mask.y, mask.z, mask.w};
-    if (words[0] == both_hidden && words[1] == both_hidden && words[2] == both_hidden && words[3] == both_hidden)
-        return 0;
+    constexpr uint32_t hidden = two_infinities;
+    if (words[0] == hidden && words[1] == hidden && words[2] == hidden && words[3] == hidden) return 0;
     uint32_t seen = 0;
 #pragma unroll
     for (int i = 0; i < unit; ++i) {
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(32 * list_warps)
             for (int j = 0; j < at_once; ++j) {
                 const int first = begin + (i + j) * rows_at_once + lane * unit;
                 values[j] = first < end ? *reinterpret_cast<const uint4 *>(mask + 2 * int64_t(first))
-                                        : make_uint4(both_hidden, both_hidden, both_hidden, both_hidden);
+                                        : make_uint4(two_infinities, two_infinities, two_infinities, two_infinities);
             }
 #pragma unroll
             for (int j = 0; j < at_once; ++j) {

@@ -74,8 +74,8 @@ public:
 
     // If the compiler does not know that `zero` is 0, it does not load the constants again for each lookup.
     __device__ __forceinline__ explicit LookUp(uint32_t zero)
-        : low0(hidden(T::low0, zero)), high0(hidden(T::high0, zero)), ones(hidden(0xffffffff, zero)),
-          bits{hidden(first_bits(0), zero), hidden(first_bits(1), zero), ones, hidden(first_bits(3), zero)} {}
+        : low0(opaque(T::low0, zero)), high0(opaque(T::high0, zero)), ones(opaque(0xffffffff, zero)),
+          bits{opaque(first_bits(0), zero), opaque(first_bits(1), zero), ones, opaque(first_bits(3), zero)} {}
 
     __device__ __forceinline__ void operator()(uint32_t nibbles, uint32_t signs, int sign_bit,
                                                uint32_t (&part)[parts]) const {

@@ -78,7 +78,7 @@ template <int C> struct Mask {
     }
 
 private:
-    static constexpr uint32_t hidden = C == 1 ? 0xfc00 : 0xfc00fc00; // minus infinity
+    static constexpr uint32_t hidden = C == 1 ? minus_infinity : two_infinities;
 
     static __device__ __forceinline__ const char * row_of(const AttentionCall & call, const Place & place,
                                                           const LaneColumns<C> & columns, int h) {

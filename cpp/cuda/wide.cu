@@ -74,7 +74,7 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, uint32_t n
 __device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * all, int words, int tokens, uint32_t item,
                                              int lane) {
     constexpr int parts = 4; // a lane reads eight values of each, a quarter of a tile
-    constexpr uint32_t hidden = 0xfc00, both = hidden | hidden << 16;
+    constexpr uint32_t hidden = minus_infinity, both = two_infinities;
     const uint32_t row = item / uint32_t(words), before = row / uint32_t(tokens), stream = before / uint32_t(of.heads);
     const int64_t first = int64_t(item - row * words) * seen_rows + 8 * lane;
     const uint8_t * mask = of.row(int(row - before * tokens), int(before - stream * of.heads), int(stream));

@@ -630,7 +630,7 @@ template <KV TK, KV TV, int D, int M> struct WideColumns {
 #pragma unroll
                 for (int n = 0; n < tile_rows / 8; ++n) {
                     const auto at = [&](int i) {
-                        if (first + 8 * n + i >= mask.rows) return 0xfc00u;
+                        if (first + 8 * n + i >= mask.rows) return minus_infinity;
                         return mask.base ? load_u16(values + 16 * n + 2 * i) : 0u;
                     };
                     pairs[n] = at(0) | at(1) << 16;

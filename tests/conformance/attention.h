@@ -422,8 +422,10 @@ inline void requests(List & list) {
         c.heads = 2;
         c.kv_heads = 1;
         c.streams = c.kv_streams = 80;
-        c.rows = 1300;
-        list.add("requests with caches of their own", c, p.head_k == 128 ? Extent::usual : Extent::whole);
+        for (const int64_t rows : {200, 1300}) {
+            c.rows = rows;
+            list.add("requests with caches of their own", c, p.head_k == 128 ? Extent::usual : Extent::whole);
+        }
     }
 }
 

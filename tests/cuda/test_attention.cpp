@@ -284,7 +284,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
     if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
         return;
     CHECK(!(plan.wide && requests > 1 && plan.columns <= 32));
-    if (c.kv_streams == 80 && slots == TQ_ROW_Q8_0) CHECK(plan.slot_parts > 0); // read by a kernel of their own
+    if (c.kv_streams == 80 && c.rows > 1000 && slots == TQ_ROW_Q8_0) CHECK(plan.slot_parts > 0); // a kernel of its own
     if (requests > 1) { // rows are gathered where bulk copies can copy each of them
         const auto aligned = [&](int type, int64_t row) {
             return row % 16 == 0 && row_bytes(type, c.head_k) * size_t(c.kv_heads) % 16 == 0;
