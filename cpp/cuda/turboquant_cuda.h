@@ -64,6 +64,35 @@ cudaError_t decode_rows(tq_type type, const Rows & src, const Rows & dst, const 
 cudaError_t rotate_rows(int block, bool inverse, const Rows & src, const Rows & dst, const int64_t ne[4],
                         cudaStream_t stream);
 
+// ---- rotary position embeddings
+
+// The angles of pairs of values: pair i of a token turns by position * base^i / factors[i], which YaRN changes.
+struct RopeAngles {
+    int64_t tokens;
+    const int32_t * positions; // [tokens]; memory that no kernel writes
+    const float * factors;     // [values / 2], memory that no kernel writes, or nullptr
+    int first, values;         // the values of a head that turn; the others are copied
+    bool adjacent;             // whether pairs are adjacent values, else values that are values / 2 apart
+    float base;                // the angle of pair 1 at position 1
+    float scale;               // of all angles
+    float extrapolation;       // weight of the angles that are not scaled, for pairs before those of the ramp; 0 = none
+    float ramp[2];             // pairs between which this weight falls to 0
+    float magnitude;           // factor of the results
+};
+
+// Rows of one side, (head, token), whose `head` values turn. src and dst are the same rows or do not overlap.
+struct Rope {
+    Rows src, dst; // float32
+    int head, heads;
+};
+
+// Whether rope() covers the angles: up to 256 values, in pairs.
+bool rope_supports(const RopeAngles & angles);
+
+// Turns the rows of two sides, for example queries and keys. The result is cudaErrorNotSupported if the angles are not
+// covered.
+cudaError_t rope(const Rope & first, const Rope & second, const RopeAngles & angles, cudaStream_t stream);
+
 // ---- the rows of an exact window among those of a cache that was decoded to binary16
 
 // Rows of K or of V of an exact window, with the values of all heads: of each stream first the slots, in q8_0 or

@@ -6,6 +6,7 @@
 
 #include "cuda/turbo-cuda.h"
 
+#include "cuda/turbo-graph.h"
 #include "ggml/turbo-count.h"
 #include "ggml/turbo-options.h"
 
@@ -364,18 +365,15 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
-// The index of the next node after `at` that computes something, or n_nodes.
-int next_node(const ggml_cgraph * graph, int at) {
-    do {
-        ++at;
-    } while (at < graph->n_nodes && ggml_op_is_empty(graph->nodes[at]->op));
-    return at;
+// Whether no kernel of a graph computes the tensor, so that it has its values when the graph starts.
+bool is_given(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE && !t->view_src;
 }
 
 // Whether node `at` and the next one that computes something, `next`, store K and V and can share a launch.
 bool are_stores(const ggml_cgraph * graph, int at, int & next) {
     const ggml_tensor * first = graph->nodes[at];
-    next                      = next_node(graph, at);
+    next                      = turbo_next_node(graph, at);
     if (first->op != GGML_OP_SET_ROWS || !turbo_is_type(first->type) || next == graph->n_nodes) {
         return false;
     }
@@ -407,7 +405,7 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
         !(op->flags & GGML_TENSOR_FLAG_COMPUTE)) {
         return -1;
     }
-    const int store_k = next_node(graph, at), store_v = store_k < graph->n_nodes ? next_node(graph, store_k) : store_k;
+    const int store_k = turbo_next_node(graph, at), store_v = store_k < graph->n_nodes ? turbo_next_node(graph, store_k) : store_k;
     if (store_v >= graph->n_nodes) {
         return -1;
     }
@@ -447,7 +445,7 @@ int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     }
     const ggml_tensor *k = graph->nodes[at], *v = graph->nodes[next];
     const tq::Store    stores[2] = { store_of(k), store_of(v) };
-    const int          reader    = next_node(graph, next);
+    const int          reader    = turbo_next_node(graph, next);
     if (reader < graph->n_nodes) {
         const ggml_tensor * op   = graph->nodes[reader];
         const auto          reads = [&](int src, const ggml_tensor * stored) {
@@ -464,7 +462,65 @@ int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     return next - at;
 }
 
+// ---- RoPE ----------------------------------------------------------------------------------------------------------
+
+// The angles of a RoPE op, as ggml's kernels read its parameters. False if the kernel does not cover the op.
+bool describe_rope(const ggml_tensor * op, tq::RopeAngles & angles) {
+    const ggml_tensor *x = op->src[0], *positions = op->src[1], *factors = op->src[2];
+    const int32_t *    ints = op->op_params;
+    float              floats[6]; // base, scale, extrapolation, magnitude, the two limits of YaRN
+    memcpy(floats, ints + 5, sizeof(floats));
+    const int values = ints[1], mode = ints[2], n_ctx_orig = ints[4], first = ints[15];
+    // The kernel reads positions and factors while preceding kernels still run, so none of these may compute them.
+    if (x->type != GGML_TYPE_F32 || op->type != GGML_TYPE_F32 || x->ne[3] != 1 || !turbo_whole_rows(x) ||
+        !turbo_whole_rows(op) || (mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || first < 0 ||
+        first + values > x->ne[0] || positions->type != GGML_TYPE_I32 || !is_given(positions) ||
+        (factors && (factors->type != GGML_TYPE_F32 || !is_given(factors)))) {
+        return false;
+    }
+    angles = { x->ne[2],
+               (const int32_t *) positions->data,
+               factors ? (const float *) factors->data : nullptr,
+               first,
+               values,
+               mode == GGML_ROPE_TYPE_NORMAL,
+               powf(floats[0], -2.0f / values),
+               floats[1],
+               floats[2],
+               {},
+               floats[3] };
+    ggml_rope_yarn_corr_dims(values, n_ctx_orig, floats[0], floats[4], floats[5], angles.ramp);
+    return tq::rope_supports(angles);
+}
+
+tq::Rope rope_of(const ggml_tensor * op) {
+    return { rows_of(op->src[0]), rows_of(op), (int) op->ne[0], (int) op->ne[1] };
+}
+
+// RoPE of queries and of keys as one launch. Returns how many nodes after `at` are done, too.
+int fuse_ropes(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    const ggml_tensor * first = graph->nodes[at];
+    const int           next  = turbo_next_node(graph, at);
+    if (first->op != GGML_OP_ROPE || next == graph->n_nodes) {
+        return 0;
+    }
+    const ggml_tensor * second = graph->nodes[next];
+    tq::RopeAngles      angles, same;
+    if (second->op != GGML_OP_ROPE || !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || !turbo_same_angles(first, second) ||
+        !describe_rope(first, angles) || !describe_rope(second, same) || !turbo_attention_follows(graph, next) ||
+        overlap(first, second) || overlap(first, second->src[0]) || overlap(first->src[0], second)) {
+        return 0;
+    }
+    turbo_count("RoPE of queries and keys in one launch", angles.tokens, 1);
+    CUDA_CHECK(tq::rope(rope_of(first), rope_of(second), angles, ctx.stream()));
+    return next - at;
+}
+
 } // namespace
+
+void turbo_cuda_arrange(ggml_cgraph * graph, const turbo_keep & keep) {
+    turbo_arrange_ropes(graph, keep);
+}
 
 bool turbo_cuda_supports_op(int device, const ggml_tensor * op) {
     const turbo_op kind = turbo_op_kind(op);
@@ -511,6 +567,9 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     // be computed yet.
     if (ctx.curr_stream_no != 0) {
         return 0;
+    }
+    if (const int ropes = fuse_ropes(ctx, graph, at)) {
+        return ropes;
     }
     const int pair = fuse_stores(ctx, graph, at);
     return pair ? pair : std::max(0, fuse_window(ctx, graph, at, nullptr));

@@ -5,8 +5,12 @@
 
 #include "ggml/turbo-ops.h"
 
+#include <functional>
+
 struct ggml_backend_cuda_context;
 struct ggml_cgraph;
+
+using turbo_keep = std::function<void(ggml_tensor * tensor, ggml_tensor * until)>; // as in turbo-graph.h
 
 // True if op reads or writes a turbo type. Then turbo_cuda_supports_op alone determines whether it is supported.
 inline bool turbo_cuda_touches(const ggml_tensor * op) { return turbo_op_kind(op) != turbo_op::untouched; }
@@ -19,6 +23,7 @@ inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { re
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
 inline bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline int  turbo_cuda_try_fuse(ggml_backend_cuda_context &, const ggml_cgraph *, int) { return 0; }
+inline void turbo_cuda_arrange(ggml_cgraph *, const turbo_keep &) {}
 
 #else
 
@@ -33,8 +38,12 @@ bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
 bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// If node `at` and the next node that computes something store K and V in turbo types, one kernel computes both.
-// Returns the number of nodes after `at` that the caller must skip, or 0 if nothing was computed.
+// If node `at` and the next node that computes something store K and V in turbo types, or are RoPE of queries and keys
+// of a turbo type, one kernel computes both. Returns the number of nodes after `at` that the caller must skip, or 0 if nothing was computed.
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at);
+
+// turbo_arrange_ropes, so that turbo_cuda_try_fuse finds both ops. Must be called before the memory of the graph is
+// allocated.
+void turbo_cuda_arrange(ggml_cgraph * graph, const turbo_keep & keep);
 
 #endif

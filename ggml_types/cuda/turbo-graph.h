@@ -1,0 +1,85 @@
+// turbo-graph.h: the order of a graph's nodes, for the launches that compute several of them. It needs no GPU, so
+// tests/llama/arrange.cpp tests it on every machine.
+#pragma once
+
+#include "ggml/turbo-ops.h"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+// Keeps the memory of a tensor until node `until` is computed.
+using turbo_keep = std::function<void(ggml_tensor * tensor, ggml_tensor * until)>;
+
+// The index of the next node after `at` that computes something, or n_nodes.
+inline int turbo_next_node(const ggml_cgraph * graph, int at) {
+    do {
+        ++at;
+    } while (at < graph->n_nodes && ggml_op_is_empty(graph->nodes[at]->op));
+    return at;
+}
+
+// Whether the next attention after node `at` is over a turbo type, if only RoPE and stores are before it.
+inline bool turbo_attention_follows(const ggml_cgraph * graph, int at) {
+    for (; at < graph->n_nodes; at = turbo_next_node(graph, at)) {
+        const ggml_tensor * op = graph->nodes[at];
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return turbo_op_kind(op) == turbo_op::attention;
+        }
+        if (op->op != GGML_OP_ROPE && op->op != GGML_OP_SET_ROWS) {
+            break;
+        }
+    }
+    return false;
+}
+
+// Whether two RoPE ops turn by the same angles.
+inline bool turbo_same_angles(const ggml_tensor * a, const ggml_tensor * b) {
+    return a->src[1] == b->src[1] && a->src[2] == b->src[2] && a->src[0]->ne[2] == b->src[0]->ne[2] &&
+           memcmp(a->op_params, b->op_params, sizeof(a->op_params)) == 0;
+}
+
+// The index of the next RoPE op after `at` with the same angles, if node `at` can be moved to it; else -1. The nodes
+// between must not depend on node `at`.
+inline int turbo_next_rope(const ggml_cgraph * graph, int at) {
+    const ggml_tensor * rope = graph->nodes[at];
+    for (int i = at + 1; i < graph->n_nodes; ++i) {
+        const ggml_tensor * node = graph->nodes[i];
+        for (const ggml_tensor * src : node->src) {
+            if (src == rope) {
+                return -1;
+            }
+        }
+        if (node->op == GGML_OP_ROPE) {
+            return turbo_same_angles(rope, node) ? i : -1;
+        }
+        const bool writes_view = node->view_src && !ggml_op_is_empty(node->op);
+        if (writes_view || (!ggml_op_is_empty(node->op) && node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD)) {
+            return -1;
+        }
+    }
+    return -1;
+}
+
+// Moves RoPE of queries to that of keys, and keeps its source until then, if attention over a turbo type reads them.
+// Without `keep` nothing is moved.
+inline void turbo_arrange_ropes(ggml_cgraph * graph, const turbo_keep & keep) {
+    if (!keep) {
+        return;
+    }
+    for (int at = 0; at < graph->n_nodes; ++at) {
+        ggml_tensor * rope = graph->nodes[at];
+        if (rope->op != GGML_OP_ROPE || rope->view_src) {
+            continue;
+        }
+        const int other = turbo_next_rope(graph, at);
+        if (other >= 0 && turbo_attention_follows(graph, other)) {
+            std::copy(graph->nodes + at + 1, graph->nodes + other, graph->nodes + at);
+            graph->nodes[other - 1] = rope;
+            keep(rope->src[0], graph->nodes[other]);
+            at = other;
+        }
+    }
+}

@@ -1,0 +1,150 @@
+// arrange: checks how RoPE of queries is moved to that of keys in a graph (ggml_types/cuda/turbo-graph.h).
+#include "cuda/turbo-graph.h"
+
+#include <cstdio>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int head = 128, heads = 4, kv_heads = 2, tokens = 3, width = 256, rows = 32;
+
+struct Case {
+    const char * name;
+    ggml_type    cache;
+    bool         bias, bias_in_place, norm, reads, in_place;
+    float        base; // of the angles of keys
+    bool         moves;
+};
+
+struct Layer {
+    ggml_tensor *q, *k, *q_source;
+};
+
+ggml_tensor * named(ggml_tensor * t, const char * name) {
+    ggml_set_name(t, name);
+    return t;
+}
+
+Layer add_layer(ggml_context * ctx, ggml_cgraph * graph, const Case & c, ggml_tensor * x, ggml_tensor * positions) {
+    const auto weights = [&](int n) { return ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n * head); };
+    const auto turned  = [&](ggml_tensor * t, float base, bool in_place) {
+        return (in_place ? ggml_rope_ext_inplace : ggml_rope_ext)(ctx, t, positions, nullptr, head, GGML_ROPE_TYPE_NEOX,
+                                                                  4096, base, 1, 0, 1, 32, 1);
+    };
+    Layer layer;
+    layer.q_source = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, weights(heads), x), head, heads, tokens);
+    layer.q        = named(turned(layer.q_source, 10000, c.in_place), "q");
+    ggml_build_forward_expand(graph, layer.q);
+    ggml_tensor * v = named(ggml_mul_mat(ctx, weights(kv_heads), x), "v");
+    if (c.bias) {
+        v = named((c.bias_in_place ? ggml_add_inplace : ggml_add)(
+                      ctx, v, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, kv_heads * head)),
+                  "bias");
+    }
+    if (c.norm) {
+        v = named(ggml_rms_norm(ctx, v, 1e-5f), "norm");
+    }
+    if (c.reads) {
+        v = named(ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, heads * head, kv_heads * head),
+                               ggml_reshape_2d(ctx, layer.q, heads * head, tokens)),
+                  "reader");
+    }
+    ggml_build_forward_expand(graph, v);
+    layer.k = named(turned(ggml_reshape_3d(ctx, ggml_mul_mat(ctx, weights(kv_heads), x), head, kv_heads, tokens), c.base,
+                           false),
+                    "k");
+    ggml_build_forward_expand(graph, layer.k);
+    ggml_tensor * index = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, tokens);
+    ggml_tensor * cache[2];
+    for (int i = 0; i < 2; ++i) {
+        cache[i] = ggml_new_tensor_2d(ctx, c.cache, kv_heads * head, rows);
+        ggml_build_forward_expand(
+            graph, ggml_set_rows(ctx, cache[i], ggml_reshape_2d(ctx, i ? v : layer.k, kv_heads * head, tokens), index));
+        cache[i] = ggml_permute(ctx, ggml_reshape_3d(ctx, cache[i], head, kv_heads, rows), 0, 2, 1, 3);
+    }
+    ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, layer.q, 0, 2, 1, 3), cache[0], cache[1], nullptr, 0.1f,
+                                            0, 0);
+    ggml_build_forward_expand(graph, out);
+    return layer;
+}
+
+int position(const ggml_cgraph * graph, const ggml_tensor * t) {
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        if (graph->nodes[i] == t) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+// Whether every node comes after its sources.
+bool in_order(const ggml_cgraph * graph) {
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        for (const ggml_tensor * src : graph->nodes[i]->src) {
+            if (src && position(graph, src) > i) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool passes(const Case & c) {
+    ggml_init_params params{ 1 << 20, nullptr, true };
+    ggml_context *   ctx       = ggml_init(params);
+    ggml_cgraph *    graph     = ggml_new_graph(ctx);
+    ggml_tensor *    positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, tokens);
+    std::vector<Layer> layers;
+    for (int i = 0; i < 2; ++i) {
+        layers.push_back(
+            add_layer(ctx, graph, c, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, tokens), positions));
+    }
+    const std::vector<ggml_tensor *> before(graph->nodes, graph->nodes + graph->n_nodes);
+    turbo_arrange_ropes(graph, nullptr);
+    bool ok = std::equal(before.begin(), before.end(), graph->nodes);
+    std::vector<ggml_tensor *> kept;
+    const turbo_keep           keep = [&](ggml_tensor * tensor, ggml_tensor * until) {
+        kept.push_back(tensor);
+        kept.push_back(until);
+    };
+    for (int times = 0; times < 2; ++times) { // a graph may be arranged again
+        kept.clear();
+        turbo_arrange_ropes(graph, keep);
+        ok = ok && in_order(graph) && kept.size() == (c.moves ? 4 : 0);
+        for (size_t i = 0; ok && i < layers.size(); ++i) {
+            const Layer & layer = layers[i];
+            ok = !c.moves || (position(graph, layer.q) + 1 == position(graph, layer.k) && kept[2 * i] == layer.q_source &&
+                              kept[2 * i + 1] == layer.k);
+        }
+    }
+    ok = ok && (c.moves || std::equal(before.begin(), before.end(), graph->nodes));
+    std::vector<ggml_tensor *> now(graph->nodes, graph->nodes + graph->n_nodes), sorted = before;
+    std::sort(now.begin(), now.end());
+    std::sort(sorted.begin(), sorted.end());
+    ok = ok && now == sorted;
+    ggml_free(ctx);
+    return ok;
+}
+
+} // namespace
+
+int main() {
+    const Case cases[] = {
+        { "a turbo cache", GGML_TYPE_TURBO4, false, false, false, false, false, 10000, true },
+        { "a sum between", GGML_TYPE_TURBO3, true, false, false, false, false, 10000, true },
+        { "a sum in place", GGML_TYPE_TURBO3, true, true, false, false, false, 10000, false },
+        { "another cache", GGML_TYPE_Q8_0, false, false, false, false, false, 10000, false },
+        { "other angles", GGML_TYPE_TURBO4, false, false, false, false, false, 20000, false },
+        { "another op between", GGML_TYPE_TURBO4, false, false, true, false, false, 10000, false },
+        { "a reader between", GGML_TYPE_TURBO4, false, false, false, true, false, 10000, false },
+        { "RoPE in place", GGML_TYPE_TURBO4, false, false, false, false, true, 10000, false },
+    };
+    int failures = 0;
+    for (const Case & c : cases) {
+        const bool ok = passes(c);
+        std::printf("%s: %s\n", c.name, ok ? "passed" : "failed");
+        failures += !ok;
+    }
+    return failures;
+}
