@@ -282,7 +282,7 @@ def figures_of(job: Job, output: str) -> list[dict[str, Any]]:
 
 
 def paths_of(log: str) -> dict[str, int]:
-    """The attention calls that TURBOQUANT_COUNT reports at the end of a program, by kernel and shape."""
+    """The calls of kernels that TURBOQUANT_COUNT reports at the end of a program, by kernel and shape."""
     start = "turboquant: count "
     counts = [line[len(start):].split(" ", 1) for line in log.splitlines() if line.startswith(start)]
     if not counts:
@@ -586,7 +586,7 @@ def model_tables(rows: list[dict[str, Any]]) -> Iterator[str]:
             calls = sorted(row["paths"].items())
             lines.append([f"{job.part}, {job.place}, {job.name}", "; ".join(f"{n} {path}" for path, n in calls)])
     if lines:
-        yield markdown("Which code computed attention", ["run", "calls, by tokens of a stream"], lines)
+        yield markdown("Which code computed attention and RoPE", ["run", "calls, by tokens of a stream"], lines)
 
 
 def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:

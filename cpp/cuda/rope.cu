@@ -1,5 +1,5 @@
-// Rotary position embeddings (RoPE) of the queries and keys of a layer, in one launch. Positions and powers are read and
-// computed while the preceding kernel ends, and the next kernel may start at once.
+// Rotary position embeddings (RoPE) of the queries and keys of a layer, in one launch. Positions and powers are read
+// and computed while the preceding kernel ends, and the next kernel may start at once.
 //
 // The expressions are those of ggml's kernel (ggml-cuda/rope.cu), and this file is compiled with the flags of its
 // target, so that a cache of a turbo type has the same queries and keys as a cache in f16.
@@ -23,7 +23,7 @@ struct RopeCall {
     int groups[2]; // of so many heads
 };
 
-// The cosine and the sine of the angle of pair number `pair`, times the scale of the magnitude (YaRN). power: base^pair.
+// The cosine and the sine of the angle of pair number `pair`, times the magnitude. power: base^pair.
 __device__ __forceinline__ float2 rotation_of(const RopeAngles & a, int pair, int position, float power, float factor) {
     const float extrapolated = float(position) * power / factor;
     float angle = a.scale * extrapolated, magnitude = a.magnitude;

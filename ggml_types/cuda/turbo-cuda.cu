@@ -365,11 +365,6 @@ void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
 }
 
-// Whether no kernel of a graph computes the tensor, so that it has its values when the graph starts.
-bool is_given(const ggml_tensor * t) {
-    return t->op == GGML_OP_NONE && !t->view_src;
-}
-
 // Whether node `at` and the next one that computes something, `next`, store K and V and can share a launch.
 bool are_stores(const ggml_cgraph * graph, int at, int & next) {
     const ggml_tensor * first = graph->nodes[at];
@@ -405,7 +400,8 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
         !(op->flags & GGML_TENSOR_FLAG_COMPUTE)) {
         return -1;
     }
-    const int store_k = turbo_next_node(graph, at), store_v = store_k < graph->n_nodes ? turbo_next_node(graph, store_k) : store_k;
+    const int store_k = turbo_next_node(graph, at);
+    const int store_v = store_k < graph->n_nodes ? turbo_next_node(graph, store_k) : store_k;
     if (store_v >= graph->n_nodes) {
         return -1;
     }
@@ -464,6 +460,11 @@ int fuse_stores(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
 
 // ---- RoPE ----------------------------------------------------------------------------------------------------------
 
+// Whether no kernel of a graph computes the tensor, so that it has its values when the graph starts.
+bool is_given(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE && !t->view_src;
+}
+
 // The angles of a RoPE op, as ggml's kernels read its parameters. False if the kernel does not cover the op.
 bool describe_rope(const ggml_tensor * op, tq::RopeAngles & angles) {
     const ggml_tensor *x = op->src[0], *positions = op->src[1], *factors = op->src[2];
@@ -506,9 +507,10 @@ int fuse_ropes(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int a
     }
     const ggml_tensor * second = graph->nodes[next];
     tq::RopeAngles      angles, same;
-    if (second->op != GGML_OP_ROPE || !(second->flags & GGML_TENSOR_FLAG_COMPUTE) || !turbo_same_angles(first, second) ||
-        !describe_rope(first, angles) || !describe_rope(second, same) || !turbo_attention_follows(graph, next) ||
-        overlap(first, second) || overlap(first, second->src[0]) || overlap(first->src[0], second)) {
+    if (second->op != GGML_OP_ROPE || !(second->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+        !turbo_same_angles(first, second) || !describe_rope(first, angles) || !describe_rope(second, same) ||
+        !turbo_attention_follows(graph, next) || overlap(first, second) ||
+        overlap(first, second->src[0]) || overlap(first->src[0], second)) {
         return 0;
     }
     turbo_count("RoPE of queries and keys in one launch", angles.tokens, 1);

@@ -10,7 +10,8 @@
 struct ggml_backend_cuda_context;
 struct ggml_cgraph;
 
-using turbo_keep = std::function<void(ggml_tensor * tensor, ggml_tensor * until)>; // as in turbo-graph.h
+// Keeps the memory of a tensor until node `until` is computed.
+using turbo_keep = std::function<void(ggml_tensor * tensor, ggml_tensor * until)>;
 
 // True if op reads or writes a turbo type. Then turbo_cuda_supports_op alone determines whether it is supported.
 inline bool turbo_cuda_touches(const ggml_tensor * op) { return turbo_op_kind(op) != turbo_op::untouched; }
@@ -39,11 +40,12 @@ bool turbo_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, gg
 bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // If node `at` and the next node that computes something store K and V in turbo types, or are RoPE of queries and keys
-// of a turbo type, one kernel computes both. Returns the number of nodes after `at` that the caller must skip, or 0 if nothing was computed.
+// of a turbo type, one kernel computes both. Returns the number of nodes after `at` that the caller must skip, or 0 if
+// nothing was computed.
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at);
 
-// turbo_arrange_ropes, so that turbo_cuda_try_fuse finds both ops. Must be called before the memory of the graph is
-// allocated.
+// Moves the RoPE ops together that turbo_cuda_try_fuse computes in one launch (turbo-graph.h). Must be called before
+// the memory of the graph is allocated. keep: nullptr if the backend cannot keep memory; then nothing is moved.
 void turbo_cuda_arrange(ggml_cgraph * graph, const turbo_keep & keep);
 
 #endif

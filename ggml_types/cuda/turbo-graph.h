@@ -2,16 +2,12 @@
 // tests/llama/arrange.cpp tests it on every machine.
 #pragma once
 
-#include "ggml/turbo-ops.h"
+#include "cuda/turbo-cuda.h"
 
 #include "ggml-impl.h"
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
-
-// Keeps the memory of a tensor until node `until` is computed.
-using turbo_keep = std::function<void(ggml_tensor * tensor, ggml_tensor * until)>;
 
 // The index of the next node after `at` that computes something, or n_nodes.
 inline int turbo_next_node(const ggml_cgraph * graph, int at) {

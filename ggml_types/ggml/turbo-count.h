@@ -1,4 +1,4 @@
-// turbo-count.h: counts which code computes attention over the types, for benchmarks and tests. The functions are
+// turbo-count.h: counts which code computes attention over the types, and RoPE before it, for benchmarks and tests. The functions are
 // exported from ggml-base.
 #pragma once
 

@@ -51,9 +51,8 @@ Layer add_layer(ggml_context * ctx, ggml_cgraph * graph, const Case & c, ggml_te
                   "reader");
     }
     ggml_build_forward_expand(graph, v);
-    layer.k = named(turned(ggml_reshape_3d(ctx, ggml_mul_mat(ctx, weights(kv_heads), x), head, kv_heads, tokens), c.base,
-                           false),
-                    "k");
+    ggml_tensor * k = ggml_mul_mat(ctx, weights(kv_heads), x);
+    layer.k         = named(turned(ggml_reshape_3d(ctx, k, head, kv_heads, tokens), c.base, false), "k");
     ggml_build_forward_expand(graph, layer.k);
     ggml_tensor * index = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, tokens);
     ggml_tensor * cache[2];
@@ -63,9 +62,8 @@ Layer add_layer(ggml_context * ctx, ggml_cgraph * graph, const Case & c, ggml_te
             graph, ggml_set_rows(ctx, cache[i], ggml_reshape_2d(ctx, i ? v : layer.k, kv_heads * head, tokens), index));
         cache[i] = ggml_permute(ctx, ggml_reshape_3d(ctx, cache[i], head, kv_heads, rows), 0, 2, 1, 3);
     }
-    ggml_tensor * out = ggml_flash_attn_ext(ctx, ggml_permute(ctx, layer.q, 0, 2, 1, 3), cache[0], cache[1], nullptr, 0.1f,
-                                            0, 0);
-    ggml_build_forward_expand(graph, out);
+    ggml_tensor * q = ggml_permute(ctx, layer.q, 0, 2, 1, 3);
+    ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx, q, cache[0], cache[1], nullptr, 0.1f, 0, 0));
     return layer;
 }
 
@@ -114,8 +112,8 @@ bool passes(const Case & c) {
         ok = ok && in_order(graph) && kept.size() == (c.moves ? 4 : 0);
         for (size_t i = 0; ok && i < layers.size(); ++i) {
             const Layer & layer = layers[i];
-            ok = !c.moves || (position(graph, layer.q) + 1 == position(graph, layer.k) && kept[2 * i] == layer.q_source &&
-                              kept[2 * i + 1] == layer.k);
+            ok = !c.moves || (position(graph, layer.q) + 1 == position(graph, layer.k) &&
+                              kept[2 * i] == layer.q_source && kept[2 * i + 1] == layer.k);
         }
     }
     ok = ok && (c.moves || std::equal(before.begin(), before.end(), graph->nodes));
