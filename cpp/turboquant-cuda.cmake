@@ -14,6 +14,7 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/gather.cu
         ${TURBOQUANT_CUDA_FOLDER}/gathering128.cu
         ${TURBOQUANT_CUDA_FOLDER}/rope.cu
+        ${TURBOQUANT_CUDA_FOLDER}/direct128.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide64.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide128.cu

@@ -94,6 +94,15 @@ public:
     }
 };
 
+constexpr uint32_t four_biases = 0x80808080; // signed bytes plus 128, or unsigned bytes less 128, are the exclusive or
+
+// Four levels plus 128, as unsigned bytes, from the parts of LookUp. None of these sums is negative or exceeds a byte,
+// so one sum of three words gives all four.
+template <int Parts> __device__ __forceinline__ uint32_t biased_levels(const uint32_t (&part)[Parts]) {
+    if constexpr (Parts == 1) return part[0] ^ four_biases;
+    return part[0] - part[Parts - 1] + four_biases;
+}
+
 // ---- units
 
 template <typename Family> constexpr bool packs_nibbles = false; // indices of four bits, else crumbs of two and planes

@@ -1,5 +1,6 @@
-// What precedes the kernels of wide.cuh and hopper.cuh: the queries and the rows of an exact window as their operands,
-// and which tiles of KV rows a mask shows to a query.
+// What precedes the kernels of wide.cuh, hopper.cuh and direct.cuh: the queries and the rows of an exact window as
+// their operands, and which tiles of KV rows a mask shows to a query.
+#include "direct.cuh"
 #include "exact.cuh"
 #include "hopper.cuh"
 #include "wide.h"
@@ -113,21 +114,15 @@ __device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * al
     if (lane == 0) all[item] = seen;
 }
 
-// Lets the rows of a tile of an exact window be fetched to the L2 cache before the previous kernel has ended: it may
-// write the batch's rows, but not the slots.
-template <int D> __device__ __forceinline__ void prefetch_exact_tile(const WideCall & wide, int64_t item) {
-    const Attention & a = wide.call.a;
-    const ExactRows & x = a.exact;
-    const int64_t kv = item / wide.arrays.exact_tiles;
-    const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    const int lane = threadIdx.x % 32, unit = lane % 4 * 128; // bytes of a row
-    const int row = int(item - kv * wide.arrays.exact_tiles) * tile_rows + threadIdx.x / 32 + lane / 8 * prepare_warps;
-    if (row < rows.slots && unit < (x.type == KV::f16 ? 2 * D : D / 32 * 34))
-        prefetch((lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
-}
+// A tile of the rows of an exact window in shared memory.
+template <int D> struct PreparedTile {
+    half keys[tile_rows * D], values[tile_rows * D];
+};
 
-// A thread block prepares a tile of the rows of an exact window. `values` is scratch memory for the tile of V.
-template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, half * values) {
+// A thread block prepares a tile of the rows of an exact window. The previous kernel may write the batch's rows, but no
+// slots, so tiles without rows of the batch are prepared before it has ended.
+template <int D>
+__device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, PreparedTile<D> & prepared) {
     constexpr int P = D / 32;
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -135,7 +130,8 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
     const int tile = int(item - kv * wide.arrays.exact_tiles);
     const bool hopper = wide.call.plan.hopper; // of heads of 128
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    half * keys = reinterpret_cast<half *>(wide.arrays.exact_k) + item * tile_rows * D;
+    const bool early = (tile + 1) * tile_rows <= rows.slots;
+    if (!early) wait_for_previous();
     // The place of a value in `values`. Of those that a warp writes at a time, four are in a bank.
     const auto place = [](int element, int position) {
         const int of_lane = element / P;
@@ -163,10 +159,10 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
             const half2 pair = __floats2half2_rn(v[j], v[j + 1]);
             const int element = P * lane + j;
             if (hopper) {
-                *reinterpret_cast<half2 *>(values + ExactPlace::value(row, element)) = pair;
+                *reinterpret_cast<half2 *>(prepared.values + ExactPlace::value(row, element)) = pair;
             } else {
-                values[place(element, value_position(row))] = pair.x;
-                values[place(element + 1, value_position(row))] = pair.y;
+                prepared.values[place(element, value_position(row))] = pair.x;
+                prepared.values[place(element + 1, value_position(row))] = pair.y;
             }
         }
         // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
@@ -176,14 +172,18 @@ template <int D> __device__ __forceinline__ void prepare_exact(const WideCall & 
 #pragma unroll
         for (int j = 0; j < P; j += 2) {
             const int element = P * lane + j;
-            *reinterpret_cast<half2 *>(keys + (hopper ? ExactPlace::key(row, element) : row * D + element)) =
+            *reinterpret_cast<half2 *>(prepared.keys + (hopper ? ExactPlace::key(row, element) : row * D + element)) =
                 __floats2half2_rn(finite ? k[j] : nan, finite ? k[j + 1] : nan);
         }
     }
+    if (early) wait_for_previous(); // it may still use the memory of the arrays
     __syncthreads();
-    uint4 * to = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
-    for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps)
-        to[i] = *reinterpret_cast<const uint4 *>(values + (hopper ? 8 * i : place(i / 4, i % 4 * 8)));
+    uint4 *keys = reinterpret_cast<uint4 *>(wide.arrays.exact_k) + item * (D * tile_rows / 8),
+          *values = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
+    for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps) {
+        keys[i] = reinterpret_cast<const uint4 *>(prepared.keys)[i];
+        values[i] = *reinterpret_cast<const uint4 *>(prepared.values + (hopper ? 8 * i : place(i / 4, i % 4 * 8)));
+    }
 }
 
 // What prepare_kernel does: a warp has a column or a word, or a thread block has a tile of exact rows.
@@ -195,16 +195,15 @@ struct Items {
 template <KV TK, int D>
 __global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 4)
     prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
-    __shared__ __align__(16) uint8_t bytes[D * tile_rows * sizeof(half)];
+    __shared__ __align__(16) uint8_t bytes[sizeof(PreparedTile<D>)];
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
-    if (blockIdx.x >= exact_at) prefetch_exact_tile<D>(wide, blockIdx.x - exact_at);
-    wait_for_previous();
     if (blockIdx.x >= exact_at) {
-        prepare_exact<D>(wide, blockIdx.x - exact_at, reinterpret_cast<half *>(bytes));
+        prepare_exact<D>(wide, blockIdx.x - exact_at, *reinterpret_cast<PreparedTile<D> *>(bytes));
         return;
     }
+    wait_for_previous();
     int64_t item = int64_t(blockIdx.x) * prepare_warps + warp;
     if (item < items.columns) {
         prepare_column<TK, D>(wide, uint32_t(item), bytes + warp * D, lane);
@@ -313,6 +312,25 @@ const WideHead * head_of(int size) {
     return nullptr;
 }
 
+// Adds the arrays of the prepared queries to the workspace. The plan has its columns and its parts. False if the arrays
+// are too large.
+bool plan_arrays(const Attention & a, AttentionPlan & p) {
+    const WideTypes types = types_of(a.type_k, a.type_v);
+    const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
+    const size_t columns =
+        size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tiles) * size_t(p.column_tile);
+    const size_t parts = size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts);
+    p.states_at = parts * size_t(a.head) * sizeof(float);
+    p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
+    p.factors_at = p.queries_at + columns * size_t(a.head);
+    p.seen_at = after(p.factors_at + columns * sizeof(float));
+    const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
+    p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
+    p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
+    p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
+    return p.workspace_bytes >> 34 == 0; // prepare_kernel numbers words of eight bytes in 32 bits
+}
+
 } // namespace
 
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
@@ -391,19 +409,31 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.chunks = int(divided(a.n_kv, p.chunk_rows));
     p.parts = p.chunks;
     p.merged = true;
+    return plan_arrays(a, p);
+}
 
-    const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
-    const size_t columns = size_t(a.streams) * size_t(beside) * size_t(p.column_tile);
-    const size_t parts = size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts);
-    p.states_at = parts * size_t(a.head) * sizeof(float);
-    p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
-    p.factors_at = p.queries_at + columns * size_t(a.head);
-    p.seen_at = after(p.factors_at + columns * sizeof(float));
-    const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
-    p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
-    p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
-    p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
-    return p.workspace_bytes >> 34 == 0; // prepare_kernel numbers words of eight bytes in 32 bits
+bool plan_direct(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
+    if (a.head != 128 || !direct_kernel_128(a.type_k, a.type_v)) return false;
+    p.wide = p.direct = true;
+    p.hopper = false;
+    p.pitch_k = pitch_k;
+    p.pitch_v = pitch_v;
+    p.block_heads = 1;
+    p.head_groups = a.kv_heads;
+    p.row_tiles = direct_warps;
+    p.stages = direct_stages;
+    p.column_tile = direct_columns;
+    p.column_tiles = (p.columns + direct_columns - 1) / direct_columns;
+    const int64_t beside = int64_t(a.kv_heads) * p.column_tiles, tiles = (a.n_kv + tile_rows - 1) / tile_rows;
+    const int64_t chunks = device.multiprocessors / (beside * a.streams); // a thread block fills a multiprocessor
+    if (chunks == 0) return false;
+    p.chunk_rows = (tiles + chunks - 1) / chunks * tile_rows;
+    p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+    p.parts = p.chunks;
+    p.merged = true;
+    const int words = words_of(p.chunk_rows) + 1 + (a.windowed ? words_of(exact_rows(a)) : 0);
+    p.shared_bytes = int(sizeof(DirectMemory<128>)) + direct_row_bytes<128>(p) + words * int(sizeof(SeenTiles));
+    return p.shared_bytes <= device.shared_per_block && plan_arrays(a, p);
 }
 
 cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream) {
@@ -430,12 +460,16 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
     const WideHead & head = *head_of(a.head);
-    const WideKernel kernel = p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
-                                       : head.kernel(a.type_k, a.type_v, p.operands);
+    const WideKernel kernel = p.direct   ? direct_kernel_128(a.type_k, a.type_v)
+                              : p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+                                         : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
-    const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
+    const dim3 grid(unsigned(p.chunks), unsigned(p.head_groups * p.column_tiles), unsigned(a.streams));
+    if (p.direct)
+        return launch(kernel, grid, dim3(32 * direct_warps), size_t(p.shared_bytes), stream,
+                      wide);
     const int column_warps = p.column_tile / (p.operands * wide_columns);
     const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
     return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);

@@ -102,19 +102,15 @@ template <int Bytes> __device__ __forceinline__ int unit_swizzle(int row) {
 
 // An int32 that starts as these bits, and to which an integer is added, is the float magic + this integer.
 constexpr int magic_bits = 0x4b400000;
-constexpr uint32_t four_biases = 0x80808080; // signed bytes plus 128, or unsigned bytes less 128, are the exclusive or
 
-// The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes. Of
-// two parts, none exceeds 127 in magnitude, and the sums of bytes below carry nothing over. sign_bit is not 3.
-template <typename LookUp, bool Signs, bool Biased>
+// The levels of the four indices in the low 16 bits of `nibbles`, as int8 or, if Biased, plus 128 as unsigned bytes.
+template <typename LookUp, bool Biased>
 __device__ __forceinline__ uint32_t whole_levels(const LookUp & look_up, uint32_t nibbles, uint32_t signs,
                                                  int sign_bit) {
     uint32_t part[LookUp::parts];
     look_up(nibbles, signs, sign_bit, part);
-    if constexpr (LookUp::parts == 1) return Biased ? part[0] ^ four_biases : part[0];
-    constexpr int last = LookUp::parts - 1;
-    const uint32_t biased = Signs ? (part[0] ^ four_biases) + (part[last] & 0x01010101) // the last part is 0 or -1
-                                  : (part[0] | four_biases) - part[last];               // magnitudes, of which one is 0
+    if constexpr (LookUp::parts == 1 && !Biased) return part[0];
+    const uint32_t biased = biased_levels(part);
     return Biased ? biased : biased ^ four_biases;
 }
 
@@ -127,7 +123,7 @@ __device__ __forceinline__ void read_levels(const uint8_t * block, int first, in
     using L = Layout<T, D>;
     constexpr int N = L::block;
     const auto levels = [&](uint32_t nibbles, uint32_t signs, int sign_bit) {
-        return whole_levels<LookUp, L::signs, Biased>(look_up, nibbles, signs, sign_bit);
+        return whole_levels<LookUp, Biased>(look_up, nibbles, signs, sign_bit);
     };
     if constexpr (L::nibbles) {
 #pragma unroll

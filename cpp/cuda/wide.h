@@ -1,4 +1,5 @@
-// The attention of many query columns (wide.cuh), as attention.cu plans and launches it.
+// The attention of many query columns (wide.cuh, hopper.cuh) and of a few tokens (direct.cuh), as attention.cu plans
+// and launches it.
 #ifndef TURBOQUANT_CUDA_WIDE_PLAN_H
 #define TURBOQUANT_CUDA_WIDE_PLAN_H
 
@@ -14,6 +15,9 @@ struct WideDevice {
 // Plans a call, of which the plan already has the device, the group and the columns. False if the kernel does not cover
 // it. The pitches are those of a row of one head.
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & plan);
+
+// The same for the kernel of direct.cuh.
+bool plan_direct(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & plan);
 
 // Launches all kernels but the one that merges the parts.
 cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream);

@@ -145,7 +145,8 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
 
 void compute_blocks(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
                     const tq::Store * stores = nullptr) {
-    turbo_count(plan.hopper     ? "attention by the kernel for Hopper GPUs"
+    turbo_count(plan.direct     ? "attention by the kernel for a few tokens"
+                : plan.hopper   ? "attention by the kernel for Hopper GPUs"
                 : plan.wide     ? "attention by the kernel for many columns"
                 : plan.gathered ? "attention by the decode kernel over gathered rows"
                                 : "attention by the decode kernel",

@@ -52,6 +52,7 @@ struct AttentionCase {
     Bad bad = Bad::nan;
     bool alone = false; // whether the other 64 rows around the bad row are hidden
     bool far = false;   // whether the first half of the rows has almost no weight
+    bool steep = false; // whether V's scales are 2^9 times as large in the second half of the rows, not trellis-coded
     Extent extent = Extent::whole;
 
     int group() const { return heads / kv_heads; }
@@ -108,6 +109,7 @@ inline std::string described(const AttentionCase & c) {
     if (c.mask == Mask::prefixes) s << ", prefixes of " << c.seen[0] << ", " << c.seen[1] << ", " << c.seen[2];
     if (c.alone) s << " alone";
     if (c.far) s << ", first half far";
+    if (c.steep) s << ", second half of V large";
     return s.str();
 }
 
@@ -479,6 +481,60 @@ inline void options(List & list) {
     }
 }
 
+// Up to 64 query columns: drafts of speculative decoding, and a few requests.
+inline void few_tokens(List & list) {
+    for (const AttentionCase & base : bases()) {
+        if (base.type_k >= TQ_TYPE_COUNT) continue;
+        AttentionCase c = base;
+        c.tokens = 4;
+        c.rows = 2133;
+        c.mask = Mask::prefixes; // which hides no row of most tiles
+        c.seen[0] = c.rows;
+        c.seen[1] = 2000;
+        c.seen[2] = 1500;
+        c.spread = 20; // later tiles have much larger scores
+        list.add("few tokens", c, Extent::usual);
+        c.spread = 1;
+        if (c.type_v == TQ_TURBO4 || c.type_v == TQ_TURBO3) {
+            c.steep = true;
+            list.add("few tokens", c, Extent::usual);
+            c.steep = false;
+        }
+        c.bytes = Bytes::any;
+        list.add("few tokens", c, Extent::usual);
+        c.heads = 4;
+        c.kv_heads = 1;
+        c.tokens = 7;
+        c.mask = Mask::random;
+        list.add("few tokens", c, Extent::usual);
+        c.soft_cap = 3;
+        c.max_bias = 8;
+        c.heads = 3;
+        c.mask_heads = 3;
+        c.streams = c.kv_streams = 2;
+        c.tokens = 5;
+        c.rows = 200;
+        list.add("few tokens", c, Extent::usual);
+        c = base;
+        c.tokens = 3;
+        c.mask = Mask::prefixes;
+        c.seen[0] = 1;
+        c.seen[1] = 1100;
+        c.seen[2] = 2080;
+        c.last = 2079; // hidden rows have no finite scale
+        c.rows = 2112;
+        list.add("few tokens", c, Extent::usual);
+        c = base;
+        c.tokens = 4;
+        c.bad_value = c.rows - 3; // only the last tokens see it
+        list.add("few tokens", c, Extent::usual);
+        c.bad_value = -1;
+        c.heads_adjacent = false;
+        c.pad = 2;
+        list.add("few tokens", c, Extent::usual);
+    }
+}
+
 // Many query columns: prefill, and batches of several requests.
 inline void columns(List & list) {
     struct Shape {
@@ -619,6 +675,7 @@ inline std::vector<AttentionCase> attention_cases() {
     requests(list);
     options(list);
     columns(list);
+    few_tokens(list);
     return list.cases;
 }
 

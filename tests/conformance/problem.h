@@ -55,6 +55,12 @@ struct Cache {
                     uint8_t * to = bytes.data() + s * stream + i * row + h * apart;
                     std::memcpy(to, pool.bytes.data() + size_t(which) * pool.row_bytes, pool.row_bytes);
                     values.push_back(pool.values.data() + which * head);
+                    if (!key && c.steep && i >= c.rows / 2) { // the scale is binary16
+                        to[1] = uint8_t(to[1] + (9 << 2)); // of the only block
+                        own.emplace_back(size_t(head));
+                        decode_row(type, to, own.back().data(), head);
+                        values.back() = own.back().data();
+                    }
                     if (i == (key ? c.bad_key : c.bad_value)) {
                         spoil_row(type, c.bad, to, head);
                         own.emplace_back(size_t(head));

@@ -29,15 +29,16 @@ struct Multiply {
     uint32_t * const * c;
     uint32_t * const * d;
 };
-// d = c + a product of 16 x K and K x 8 elements.
-template <typename T, typename Sum, int Count, typename Get> void multiply(Multiply ** lanes, const Get & get) {
+// d = c + a product of 16 x K and K x 8 elements, those of a and of b.
+template <typename T, typename Sum, int Count, typename GetA, typename GetB>
+void multiply(Multiply ** lanes, const GetA & get_a, const GetB & get_b) {
     constexpr int K = 8 * Count;
     T a[16][K], b[K][8];
-    fill_a<T, Count>(a, [&](int lane) { return lanes[lane]->a; }, get);
+    fill_a<T, Count>(a, [&](int lane) { return lanes[lane]->a; }, get_a);
     for (int lane = 0; lane < warp_size; ++lane)
         for (int r = 0; r < 2; ++r)
             for (int i = 0; i < Count; ++i)
-                b[(lane % 4 + 4 * r) * Count + i][lane / 4] = get(lanes[lane]->b[r], i);
+                b[(lane % 4 + 4 * r) * Count + i][lane / 4] = get_b(lanes[lane]->b[r], i);
     for (int row = 0; row < 16; ++row) {
         Sum sums[8] = {};
         for (int k = 0; k < K; ++k)
@@ -52,10 +53,14 @@ template <typename T, typename Sum, int Count, typename Get> void multiply(Multi
         }
     }
 }
-void multiply_s8(Multiply ** lanes) { multiply<int8_t, int, 4>(lanes, byte_of); }
-void multiply_f16(Multiply ** lanes) { multiply<float, float, 2>(lanes, half_of); }
+void multiply_s8(Multiply ** lanes) { multiply<int8_t, int, 4>(lanes, byte_of, byte_of); }
+void multiply_u8_s8(Multiply ** lanes) {
+    multiply<int16_t, int, 4>(lanes, [](uint32_t word, int i) { return uint8_t(byte_of(word, i)); }, byte_of);
+}
+void multiply_f16(Multiply ** lanes) { multiply<float, float, 2>(lanes, half_of, half_of); }
 void multiply_tf32(Multiply ** lanes) { // the low 13 bits are ignored
-    multiply<float, float, 1>(lanes, [](uint32_t word, int) { return bits_as<float>(word & 0xffffe000); });
+    const auto value = [](uint32_t word, int) { return bits_as<float>(word & 0xffffe000); };
+    multiply<float, float, 1>(lanes, value, value);
 }
 
 template <void (*act)(Multiply **), typename Pointers>
@@ -301,6 +306,9 @@ void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, std::array<uint32_
 }
 void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c) {
     start_multiply<multiply_s8>({"mma.s8", line}, d, a, b, c);
+}
+void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c) {
+    start_multiply<multiply_u8_s8>({"mma.u8", line}, d, a, b, c);
 }
 void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c) {
     start_multiply<multiply_f16>({"mma.f16", line}, d, a, b, c);

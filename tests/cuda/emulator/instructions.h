@@ -92,6 +92,7 @@ void movmatrix_sync_aligned_m8n8_trans_b16(int line, uint32_t & d, uint32_t a);
 void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address);
 void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address);
 void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
+void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
 void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c);
 void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c);
 
