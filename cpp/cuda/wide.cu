@@ -140,12 +140,12 @@ __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t ite
 #pragma unroll 1
     for (int row = warp; row < tile_rows; row += prepare_warps) {
         float k[P] = {}, v[P] = {};
-        if (tile * tile_rows + row < rows.rows) {
+        if (tile * tile_rows + row < rows.rows) { // few of the tile with the batch exist
             const ExactRow<P> bytes(a.exact, rows, tile * tile_rows + row, lane);
             bytes.values(bytes.k, bytes.scale_k, k);
             bytes.values(bytes.v, bytes.scale_v, v);
+            if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
         }
-        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
         bool finite = true;
 #pragma unroll
         for (int j = 0; j < P; ++j) {
