@@ -149,7 +149,8 @@ enum class KV {
 bool kv_of_type(int type, int head, KV & kv);
 
 // The rows of an exact window, which attention reads in addition to the rows of the cache: the window's slots, and the
-// rows of K and V of the call's own tokens. The strides are those of rows, KV heads and KV streams.
+// rows of K and V of the call's own tokens. The strides are those of rows, KV heads and KV streams. Slots are read
+// while the preceding kernel of the stream still runs, so it must not write them.
 struct ExactRows {
     KV type;        // of the slots: q8_0 or f16
     int64_t slots;  // of a KV stream
@@ -212,28 +213,27 @@ struct AttentionPlan {
     size_t states_at;       // offset of the softmax states in the workspace, behind the partial results
     int group;              // query heads of a KV head
     int columns;            // of a KV head: group * tokens
-    int column_tile;        // columns of a thread block: 4 or 8; 16 to 256 if `wide`; 16 or 32 if `direct`
+    int column_tile;        // columns of a thread block: 4 or 8; 16 to 256 if `wide`
     int column_tiles;       // of a KV head
     int block_heads;        // KV heads of a thread block
     int head_groups;        // kv_heads / block_heads
-    // Warps of a KV head, or of a column if `wide` and not `direct`, in a thread block: they take tiles in turn.
-    int row_tiles;
+    int row_tiles;          // warps of a KV head, or of a column if `wide`, in a thread block: they take tiles in turn
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
-    int64_t chunk_rows;     // rows of a run, a multiple of row_tiles * 32, or of buffer_rows
-    int parts;              // partial results of a query row: chunks * row_tiles, or chunks if there are buffer_rows
+    int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, of 32 if `direct`
+    int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`
     int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
     bool gathered;          // whether lists name the rows that each token sees, so that only these are read
     size_t lists_at, list_lengths_at; // offsets of the lists in the workspace
     bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
-    // The kernels for which a first one prepares the queries.
+    // The kernels for which a first one prepares the queries. Their thread blocks have one KV head.
     bool wide;
-    bool direct;             // that without expanded rows. The thread blocks of the others have one KV head
-    bool hopper;             // the kernel for Hopper GPUs
+    bool direct;             // that for a few tokens
+    bool hopper;             // that for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together
     int buffer_rows;         // KV rows that are expanded together at a time
@@ -247,7 +247,7 @@ bool plan_attention(const Attention & a, AttentionPlan & plan);
 
 // Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and
 // of V, that encode_rows takes. They are made beside the call, so `exact` must have the batch, and the rows that they
-// write must be hidden from all queries.
+// write must be hidden from all queries; and the preceding kernel must not write the cache, which is read early, too.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores = nullptr);
 

@@ -317,8 +317,7 @@ const WideHead * head_of(int size) {
 bool plan_arrays(const Attention & a, AttentionPlan & p) {
     const WideTypes types = types_of(a.type_k, a.type_v);
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
-    const size_t columns =
-        size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tiles) * size_t(p.column_tile);
+    const size_t columns = size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tiles) * size_t(p.column_tile);
     const size_t parts = size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts);
     p.states_at = parts * size_t(a.head) * sizeof(float);
     p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
@@ -466,10 +465,9 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
-    const dim3 grid(unsigned(p.chunks), unsigned(p.head_groups * p.column_tiles), unsigned(a.streams));
+    const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
     if (p.direct)
-        return launch(kernel, grid, dim3(32 * direct_warps), size_t(p.shared_bytes), stream,
-                      wide);
+        return launch(kernel, grid, dim3(32 * direct_warps), size_t(p.shared_bytes), stream, wide);
     const int column_warps = p.column_tile / (p.operands * wide_columns);
     const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
     return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);
