@@ -511,7 +511,7 @@ inline void few_tokens(List & list) {
         c.max_bias = 8;
         c.heads = 3;
         c.mask_heads = 3;
-        c.streams = c.kv_streams = 2;
+        c.streams = c.kv_streams = 33; // so a thread block has several tiles of a window
         c.tokens = 5;
         c.rows = 200;
         list.add("few tokens", c, Extent::usual);
@@ -526,9 +526,11 @@ inline void few_tokens(List & list) {
         list.add("few tokens", c, Extent::usual);
         c = base;
         c.tokens = 4;
+        c.rows = 2133;
         c.bad_value = c.rows - 3; // only the last tokens see it
         list.add("few tokens", c, Extent::usual);
         c.bad_value = -1;
+        c.rows = 300;
         c.heads_adjacent = false;
         c.pad = 2;
         list.add("few tokens", c, Extent::usual);
