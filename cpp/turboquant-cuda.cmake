@@ -19,7 +19,8 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/wide64.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide128.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide256.cu
-        ${TURBOQUANT_CUDA_FOLDER}/hopper128.cu)
+        ${TURBOQUANT_CUDA_FOLDER}/hopper128.cu
+        ${TURBOQUANT_CUDA_FOLDER}/hopper_direct128.cu)
     target_include_directories(${target} PRIVATE ${TURBOQUANT_CUDA_FOLDER} ${TURBOQUANT_CUDA_FOLDER}/../include)
     # The bytes and floats must be the CPU's: no contraction and no fast math, whatever the target asks for.
     set_source_files_properties(
@@ -30,7 +31,9 @@ function(turboquant_add_cuda target)
     get_target_property(architectures ${target} CUDA_ARCHITECTURES)
     if(architectures MATCHES "(^|;)(90|native|all)")
         set(nvcc12 "$<AND:$<CUDA_COMPILER_ID:NVIDIA>,$<VERSION_GREATER_EQUAL:$<CUDA_COMPILER_VERSION>,12.0>>")
-        set_source_files_properties(${TURBOQUANT_CUDA_FOLDER}/hopper128.cu TARGET_DIRECTORY ${target} PROPERTIES
+        set_source_files_properties(
+            ${TURBOQUANT_CUDA_FOLDER}/hopper128.cu ${TURBOQUANT_CUDA_FOLDER}/hopper_direct128.cu
+            TARGET_DIRECTORY ${target} PROPERTIES
             COMPILE_OPTIONS "$<${nvcc12}:-gencode=arch=compute_90a,code=sm_90a>")
     endif()
 endfunction()

@@ -453,7 +453,8 @@ def compile_kernels(folder: Path, arch: str) -> Path:
     kernels = ROOT / "cpp" / "cuda"
     common: list[object] = [nvcc, "-std=c++17", "-O3", f"-arch={arch}", f"-I{kernels}", f"-I{ROOT / 'cpp' / 'include'}"]
     hopper = HOPPER_FLAGS if not re.search(r"release ([1-9]|1[01])\.", version) else []
-    flags = dict.fromkeys(("attention", "codec", "window"), CODEC_FLAGS) | {"hopper128": ["-use_fast_math", *hopper]}
+    flags = dict.fromkeys(("attention", "codec", "window"), CODEC_FLAGS)
+    flags |= dict.fromkeys(("hopper128", "hopper_direct128"), ["-use_fast_math", *hopper])
     objects = [folder / f"{name}.o" for name in flags]
     for compiled in objects:
         run([*common, *flags[compiled.stem], "-c", kernels / f"{compiled.stem}.cu", "-o", compiled])

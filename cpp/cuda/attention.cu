@@ -18,26 +18,25 @@ namespace {
 // Columns that attention.cuh takes at most, and those above which wide.cuh is faster. Measured on an H200 (32 query
 // heads, 8 KV heads of 128, turbo4, microseconds of a layer): 16 columns take 20.7 and 22.0 at 8192 rows, 45.7 and
 // 52.7 at 32768; 32 columns take 29.8 and 26.4, 78.8 and 60.1. Over a short cache the latency of its additional kernel
-// counts more. Where it covers a call, direct.cuh is faster than both.
+// counts more. The kernels for a few tokens are faster than both.
 constexpr int most_decode_columns = 32, few_columns = 16, short_cache = 2048;
 
-// Whether direct.cuh is faster than the other kernels, if it covers the call. Measured on an H200 (32 query heads, 8 KV
-// heads of 128, turbo4, microseconds of a layer, with this kernel / with the others). With a window of 256:
+// Whether a kernel for a few tokens (direct.cuh, hopper_direct.cuh) is faster than the others, if one covers the call.
+// Measured on an H200 (32 query heads, 8 KV heads of 128, turbo4, microseconds of a layer, with these kernels / with
+// the others). With a window of 256:
 //
 //   rows          256    2304    8192   32768    131072
-//    8 columns  16/23   17/25   21/22   38/39     86/88
-//   16          17/24   18/26   22/31   39/56     87/144
-//   32          18/31   18/25   25/29   52/58    141/138
-//   48          17/22   21/27   30/29   70/55    213/142
-//   64          18/28   21/31   34/33   81/59    259/144
+//    8 columns  14/21   15/25   18/22   33/37     79/86
+//   16          14/23   15/26   18/31   33/55     80/144
+//   32          17/30   17/23   24/27   41/53    102/138
+//   48          17/20   20/24   29/28   61/55    181/141
 //
-// Without a window the kernel that prepares the queries makes a short call longer: 16 columns take 18 / 12 at 256 rows,
-// 20 / 18 at 2048, 25 / 26 at 8192 and 45 / 58 at 32768.
+// Without a window the kernel that prepares the queries makes a short call longer: 16 columns take 15 / 12 at 256 rows,
+// 17 / 19 at 1024 and 23 / 26 at 8192.
 bool prefers_direct(const Attention & a, int columns) {
-    constexpr int short_window = 4096;
-    if (a.windowed ? columns <= 4 : columns <= most_columns || a.n_kv <= short_cache) return false;
-    if (a.n_kv <= short_window) return columns <= 64;
-    return columns > most_columns && columns <= (a.n_kv <= 65536 ? 32 : 16);
+    constexpr int shortest = 512, shorter = 4096;
+    if (columns <= 4 || (!a.windowed && a.n_kv <= shortest)) return false;
+    return columns <= (a.n_kv <= shorter ? 64 : 32);
 }
 
 // Slots of an exact window that a warp computes one by one, at most. A kernel of their own computes more as tiles.
@@ -441,6 +440,7 @@ struct Planner {
     // Plans the kernel of attention.cuh. The plan has the device, the group and the columns.
     bool decode(AttentionPlan & p) const {
         p.wide = p.direct = p.hopper = false;
+        p.eights = 0;
         const int columns = p.gathered ? p.group : p.columns; // that see the same rows
         p.column_tile = columns <= 4 ? 4 : most_columns;
         p.column_tiles = (columns + p.column_tile - 1) / p.column_tile * (p.gathered ? a.tokens : 1);
@@ -530,6 +530,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
               pitch_v = pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes);
     if (!separate && prefers_direct(a, p.columns) && plan_direct(a, of_wide, pitch_k, pitch_v, p)) return true;
     p.direct = false;
+    p.eights = 0;
     if (p.columns > (a.n_kv > short_cache && !separate ? few_columns : most_decode_columns) &&
         plan_wide(a, of_wide, pitch_k, pitch_v, p))
         return true;

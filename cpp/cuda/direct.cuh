@@ -44,8 +44,8 @@ struct DirectPlace {
         in_quad = lane % 4;
         warp = keep(threadIdx.x / 32);
         const int column_tile = quotient(blockIdx.y, a.kv_heads);
-        first_column = column_tile * direct_columns;
-        columns = min(p.columns - first_column, direct_columns);
+        first_column = column_tile * p.column_tile;
+        columns = min(p.columns - first_column, p.column_tile);
         kv_head = int(blockIdx.y) - column_tile * a.kv_heads;
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
@@ -54,83 +54,164 @@ struct DirectPlace {
     }
 };
 
-// Copies a warp's tiles of the cache to shared memory. A stage has rows of K, then the same rows of V.
-template <KV TK, KV TV, int D> struct DirectRows {
+// Bytes of a row of one head in shared memory: an odd number of units of 16 bytes, so that eight rows start in
+// different banks. A row keeps its address modulo 16.
+constexpr int direct_pitch(int bytes) { return ((bytes + 14 + 15) / 16 | 1) * 16; }
+
+// As keep(), for a pointer.
+__device__ __forceinline__ const uint8_t * keep(const uint8_t * p) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(p);
+    return reinterpret_cast<const uint8_t *>(uint64_t(uint32_t(keep(int(bits >> 32)))) << 32 |
+                                             uint32_t(keep(int(uint32_t(bits)))));
+}
+
+// Copies rows of the cache to shared memory, in steps of Step rows. A stage has rows of K, then the same rows of V, of
+// which the warp copies Own rows from row `own` on.
+template <KV TK, KV TV, int D, int Step, int Own> struct DirectRows {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
+    static constexpr int pitch_k = direct_pitch(LK::bytes), pitch_v = direct_pitch(LV::bytes);
+    static constexpr int at_v = Step * pitch_k, bytes = at_v + Step * pitch_v; // of a stage
     static constexpr int lanes = 8, units = 16 * lanes; // lanes of a row, which copy 16 bytes each, or more
+    static constexpr int apart = 32 / lanes;            // rows between those of a lane
     const AttentionCall & call;
     const DirectPlace & place;
     const uint8_t *k, *v; // row 0
-    uint8_t * memory;     // of the warp's stages
-    int bytes;            // of a stage
+    uint8_t * memory;     // of the stages
+    int own;              // the first row of a step that the warp copies, a multiple of eight
+    int step;             // the next one
     // If all rows have the same address modulo 16, a lane copies the same part of each of its rows, as long as there
     // are rows behind, whose bytes may be read.
     int64_t regular;         // rows that are copied so
-    const uint8_t * from[2]; // the part of row lane / lanes of K and V
+    const uint8_t * from[2]; // the part of row own + lane / lanes of the next step of K and V
     int to[2];               // its place in a stage; negative if the lane has no part
-    // The offsets in a stage of row `quad` of K and V, and of rows 2 * in_quad and 2 * in_quad + 1 of V.
+    // The offsets in a stage of row own + quad of K and V, and of rows 2 * in_quad and 2 * in_quad + 1 of V.
     int row_k, row_v, row_v0, row_v1;
 
-    __device__ __forceinline__ DirectRows(const AttentionCall & call, const DirectPlace & place, uint8_t * memory)
-        : call(call), place(place), memory(memory) {
+    __device__ __forceinline__ DirectRows(const AttentionCall & call, const DirectPlace & place, uint8_t * memory,
+                                          int own, int first_step)
+        : call(call), place(place), memory(memory), own(own), step(first_step) {
         const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.kv_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.kv_head * a.v_head;
-        const int at_v = tile_rows * p.pitch_k;
-        bytes = at_v + tile_rows * p.pitch_v;
         regular = (a.k_row | a.v_row) % 16 || max(LK::bytes, LV::bytes) + 15 > units ? 0 : a.n_kv - 1;
-        const int row = place.lane / lanes, unit = place.lane % lanes * 16;
+        const int row = own + place.lane / lanes, unit = place.lane % lanes * 16;
 #pragma unroll
         for (int of_v = 0; of_v < 2; ++of_v) {
             const Side of = side(of_v);
             const int offset = int(reinterpret_cast<uintptr_t>(of.base) & 15);
-            from[of_v] = of.base - offset + row * of.stride + unit;
-            to[of_v] = unit < offset + of.chunk ? of_v * at_v + row * of.pitch + unit : -1;
+            from[of_v] = keep(of.base - offset + (int64_t(first_step) * Step + row) * of.stride + unit);
+            to[of_v] = keep(unit < offset + of.chunk ? of_v * at_v + row * of.pitch + unit : -1);
         }
         const auto offset = [&](bool of_v, int r) {
             const Side of = side(of_v);
             return of_v * at_v + r * of.pitch +
                    row_offset(uint32_t(reinterpret_cast<uintptr_t>(of.base)), uint32_t(of.stride), r);
         };
-        row_k = keep(offset(false, place.quad));
-        row_v = keep(offset(true, place.quad));
+        row_k = keep(offset(false, own + place.quad));
+        row_v = keep(offset(true, own + place.quad));
         row_v0 = keep(offset(true, 2 * place.in_quad));
         row_v1 = keep(offset(true, 2 * place.in_quad + 1));
     }
     __device__ __forceinline__ Side side(bool of_v) const {
         const Attention & a = call.a;
-        const AttentionPlan & p = call.plan;
-        return of_v ? Side{v, a.v_row, LV::bytes, p.pitch_v} : Side{k, a.k_row, LK::bytes, p.pitch_k};
+        return of_v ? Side{v, a.v_row, LV::bytes, pitch_v} : Side{k, a.k_row, LK::bytes, pitch_k};
     }
 
-    // Starts to copy tile `tile` of the cache, unless there is none, and ends a group of copies.
-    __device__ __forceinline__ void load(int tile, bool exists, int stage) const {
+    // Starts to copy the warp's rows of the next step, unless it does not exist, and ends a group of copies. The step
+    // after it is `further` steps further on.
+    __device__ __forceinline__ void load(bool exists, int stage, int further) {
         if (exists) {
-            const int64_t first = int64_t(tile) * tile_rows;
-            const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory + stage * bytes));
-            if (first + tile_rows <= regular) {
+            const int64_t first = int64_t(step) * Step;
+            const uint32_t shared = uint32_t(__cvta_generic_to_shared(memory)) + stage * bytes;
+            if (first + Step <= regular) {
 #pragma unroll
                 for (int of_v = 0; of_v < 2; ++of_v) {
                     if (to[of_v] < 0) continue;
-                    const int64_t stride = of_v ? call.a.v_row : call.a.k_row;
-                    const int pitch = of_v ? call.plan.pitch_v : call.plan.pitch_k;
-                    const uint8_t * at = from[of_v] + first * stride;
+                    const int64_t stride = apart * (of_v ? call.a.v_row : call.a.k_row);
+                    const uint8_t * at = from[of_v];
 #pragma unroll
-                    for (int r = 0; r < tile_rows; r += 32 / lanes, at += 32 / lanes * stride)
-                        copy_async(shared + to[of_v] + r * pitch, at, 16);
+                    for (int r = 0; r < Own; r += apart, at += stride)
+                        copy_async(shared + to[of_v] + r * (of_v ? pitch_v : pitch_k), at, 16);
                 }
             } else {
 #pragma unroll 1
                 for (int of_v = 0; of_v < 2; ++of_v)
-                    load_rows(shared + of_v * tile_rows * call.plan.pitch_k, side(of_v), tile_rows, first, call.a.n_kv,
+                    load_rows(shared + of_v * at_v + own * side(of_v).pitch, side(of_v), Own, first + own, call.a.n_kv,
                               {unsigned(place.lane), 32});
             }
         }
         copy_commit();
+        step += further;
+        from[0] += further * Step * call.a.k_row;
+        from[1] += further * Step * call.a.v_row;
     }
 };
+
+// ---- operands
+
+// The first of the thread block's columns among those of all streams and KV heads.
+__device__ __forceinline__ int64_t first_prepared(const WideCall & wide, const DirectPlace & place) {
+    const AttentionPlan & p = wide.call.plan;
+    return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tiles * p.column_tile +
+           place.first_column;
+}
+// The number of an exact tile among those of all streams and KV heads.
+__device__ __forceinline__ int64_t exact_tile(const WideCall & wide, const DirectPlace & place, int tile) {
+    return (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * wide.arrays.exact_tiles + tile;
+}
+// The first of four words of a prepared row of an exact tile, or of prepared queries, that are a lane's.
+__device__ __forceinline__ const uint4 * exact_row(const DirectPlace & place, const uint16_t * rows, int64_t row,
+                                                   int units) {
+    return reinterpret_cast<const uint4 *>(rows) + row * units + place.in_quad;
+}
+
+// Register i of levels, plus 128 as unsigned bytes.
+template <typename L, typename Levels>
+__device__ __forceinline__ uint32_t biased_register(const Levels & levels, int i) {
+    uint32_t part[L::parts];
+#pragma unroll
+    for (int p = 0; p < L::parts; ++p) part[p] = levels.x[p][i];
+    return biased_levels(part);
+}
+// Two of the bytes level + 128 as levels in binary16. Byte 0x64 above such a byte gives 1024 + byte.
+__device__ __forceinline__ uint32_t level_halves(uint32_t bytes, uint32_t selector) {
+    const uint32_t bits = prmt(bytes, 0x64646464, selector);
+    const half2 level = __hsub2(*reinterpret_cast<const half2 *>(&bits), __floats2half2_rn(1152.0f, 1152.0f));
+    return *reinterpret_cast<const uint32_t *>(&level);
+}
+
+// Which tiles of a word any of the columns sees: of the cache, or of an exact window.
+__device__ __forceinline__ SeenTiles seen_by_columns(const WideCall & wide, const DirectPlace & place, bool of_exact,
+                                                     int word) {
+    const Attention & a = wide.call.a;
+    const MaskRows mask = of_exact ? MaskRows(a.exact, a.tokens) : MaskRows(a);
+    const SeenTiles * seen = of_exact ? wide.arrays.exact_seen : wide.arrays.seen;
+    const int words = of_exact ? wide.arrays.exact_words : wide.arrays.words;
+    SeenTiles all = {0, 0};
+    if (!mask.base) {
+        const int64_t left = mask.rows - int64_t(word) * seen_rows; // rows from the word's on
+        const int tiles = int(min(left / tile_rows, int64_t(32)));
+        all.mixed = left < seen_rows && left % tile_rows ? 1u << tiles : 0;
+        all.some = (tiles < 32 ? (1u << tiles) - 1 : ~0u) | all.mixed;
+        return all;
+    }
+    const int group = wide.call.plan.group, first = quotient(place.first_column, group),
+              tokens = quotient(place.first_column + place.columns - 1, group) + 1 - first;
+#pragma unroll 1
+    for (int i = place.lane; i < mask.heads * tokens; i += 32) {
+        const int head = quotient(i, tokens), token = first + i - head * tokens;
+        const SeenTiles one = seen[mask.number(token, head, place.stream, a.tokens) * words + word];
+        all.some |= one.some;
+        all.mixed |= one.mixed;
+    }
+#pragma unroll
+    for (int h = 16; h > 0; h /= 2) {
+        all.some |= __shfl_xor_sync(all_lanes, all.some, h);
+        all.mixed |= __shfl_xor_sync(all_lanes, all.mixed, h);
+    }
+    return all;
+}
 
 // A tile of 32 rows: of the cache, or of the rows of an exact window.
 struct DirectTile {
@@ -165,6 +246,7 @@ template <int D> __host__ __device__ __forceinline__ int direct_row_bytes(const 
 template <KV TK, KV TV, int D> struct DirectColumns {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
+    using Rows = DirectRows<TK, TV, D, tile_rows, tile_rows>;
     using Scores = float[lane_rows][direct_operands][2];
     static constexpr int N = direct_operands, steps = D / 32;
     static constexpr float of_exact = 128; // the unit of exact values: value_unit is that of 128 levels
@@ -221,13 +303,6 @@ template <KV TK, KV TV, int D> struct DirectColumns {
             reinterpret_cast<float *>(memory.factors[n])[place.lane] = wide.arrays.factors[column + place.lane];
     }
 
-    // The first of the thread block's columns among those of all streams and KV heads.
-    static __device__ __forceinline__ int64_t first_prepared(const WideCall & wide, const DirectPlace & place) {
-        const AttentionPlan & p = wide.call.plan;
-        return (int64_t(place.stream) * wide.call.a.kv_heads + place.kv_head) * p.column_tiles * direct_columns +
-               place.first_column;
-    }
-
     // Computes the scores of a tile of the cache, without the factors of the queries. `scale` has K's scales.
     __device__ __forceinline__ void compute_scores(const uint8_t * row, const float (&scale)[lane_rows],
                                                    Scores & s) const {
@@ -246,9 +321,9 @@ template <KV TK, KV TV, int D> struct DirectColumns {
 #pragma unroll
             for (int j = 0; j < lane_rows; ++j) {
                 const auto levels =
-                    key_levels<TK, D>(look_up_k, row + 8 * j * wide.call.plan.pitch_k, step, place.in_quad);
+                    key_levels<TK, D>(look_up_k, row + 8 * j * Rows::pitch_k, step, place.in_quad);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) k[j / 2][j % 2 + 2 * i] = biased<LK>(levels, i);
+                for (int i = 0; i < 2; ++i) k[j / 2][j % 2 + 2 * i] = biased_register<LK>(levels, i);
             }
             const uint4 q = memory.queries[step][place.lane];
 #pragma unroll
@@ -268,20 +343,13 @@ template <KV TK, KV TV, int D> struct DirectColumns {
         }
     }
 
-    // The first of four words of a prepared row of an exact tile, or of prepared queries, that are a lane's.
-    __device__ __forceinline__ const uint4 * exact_row(const uint16_t * rows, int64_t row, int units) const {
-        return reinterpret_cast<const uint4 *>(rows) + row * units + place.in_quad;
-    }
-    // The number of an exact tile among those of all streams and KV heads.
-    __device__ __forceinline__ int64_t exact_tile(int tile) const {
-        return (int64_t(place.kv_stream) * wide.call.a.kv_heads + place.kv_head) * wide.arrays.exact_tiles + tile;
-    }
-
     // The same for a tile of exact rows. The inner index of the products has an order in which a lane's four registers
     // of a row are adjacent elements.
     __device__ __forceinline__ void compute_exact_scores(int tile, Scores & s) const {
-        const uint4 * queries = exact_row(wide.arrays.exact_queries, first_prepared(wide, place) + place.quad, D / 8);
-        const uint4 * keys = exact_row(wide.arrays.exact_k, exact_tile(tile) * tile_rows + place.quad, D / 8);
+        const uint4 * queries =
+            exact_row(place, wide.arrays.exact_queries, first_prepared(wide, place) + place.quad, D / 8);
+        const uint4 * keys =
+            exact_row(place, wide.arrays.exact_k, exact_tile(wide, place, tile) * tile_rows + place.quad, D / 8);
         float c[2][N][4] = {};
 #pragma unroll 1
         for (int i = 0; i < D / 32; ++i) {
@@ -418,15 +486,14 @@ template <KV TK, KV TV, int D> struct DirectColumns {
 
     // Adds a tile. `first`: whether it is the warp's first one.
     __device__ __forceinline__ void add_tile(const DirectTile & tile, bool first) {
-        const AttentionPlan & p = wide.call.plan;
         float scale_k[lane_rows], scale_v[lane_rows];
 #pragma unroll
         for (int j = 0; j < lane_rows; ++j) {
             scale_k[j] = 0;
             scale_v[j] = of_exact;
             if (tile.exact) continue;
-            scale_k[j] = LK::load_block_scale(tile.row_k + 8 * j * p.pitch_k) * LK::step;
-            scale_v[j] = LV::load_block_scale(tile.row_v + 8 * j * p.pitch_v);
+            scale_k[j] = LK::load_block_scale(tile.row_k + 8 * j * Rows::pitch_k) * LK::step;
+            scale_v[j] = LV::load_block_scale(tile.row_v + 8 * j * Rows::pitch_v);
             // As in WideRows::expand, a row whose V is not finite has a score that is NaN instead.
             if (!(fabsf(scale_v[j]) <= 65504.0f)) {
                 scale_v[j] = 0;
@@ -490,7 +557,7 @@ template <KV TK, KV TV, int D> struct DirectColumns {
         const uint8_t * row[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            row[i] = (i & 2 ? tile.row_v1 : tile.row_v0) + (i / 4 * 2 + i % 2) * 8 * wide.call.plan.pitch_v;
+            row[i] = (i & 2 ? tile.row_v1 : tile.row_v0) + (i / 4 * 2 + i % 2) * 8 * Rows::pitch_v;
         const ValueBlock<TV, D> values(row, 0, place.quad);
         constexpr int products = ValueUnits<TV, D>::products;
 #pragma unroll
@@ -499,9 +566,9 @@ template <KV TK, KV TV, int D> struct DirectColumns {
             uint32_t v[2][4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const uint32_t bytes = biased<LV>(levels, i);
-                v[i / 2][i % 2] = halves(bytes, even_bytes);
-                v[i / 2][i % 2 + 2] = halves(bytes, odd_bytes);
+                const uint32_t bytes = biased_register<LV>(levels, i);
+                v[i / 2][i % 2] = level_halves(bytes, even_bytes);
+                v[i / 2][i % 2 + 2] = level_halves(bytes, odd_bytes);
             }
             multiply(m, v, weights);
         }
@@ -515,28 +582,13 @@ template <KV TK, KV TV, int D> struct DirectColumns {
             for (int half = 0; half < 2; ++half) {
                 const int of_row = Units::unit(place.quad, m / Units::products);
                 const int element = unit_element<typename LV::BlockFormat>(of_row, half) + m % Units::products;
-                row[half] = *exact_row(wide.arrays.exact_v, exact_tile(tile) * D + element, tile_rows / 8);
+                row[half] = *exact_row(place, wide.arrays.exact_v, exact_tile(wide, place, tile) * D + element,
+                                       tile_rows / 8);
             }
             const uint32_t v[2][4] = {{row[0].x, row[1].x, row[0].y, row[1].y},
                                       {row[0].z, row[1].z, row[0].w, row[1].w}};
             multiply(m, v, weights);
         }
-    }
-
-    // Register i of levels, plus 128 as unsigned bytes.
-    template <typename L, typename Levels>
-    static __device__ __forceinline__ uint32_t biased(const Levels & levels, int i) {
-        uint32_t part[L::parts];
-#pragma unroll
-        for (int p = 0; p < L::parts; ++p) part[p] = levels.x[p][i];
-        return biased_levels(part);
-    }
-    // Two of the bytes level + 128 as levels in binary16. Byte 0x64 above such a byte gives 1024 + byte.
-    static __device__ __forceinline__ uint32_t halves(uint32_t bytes, uint32_t selector) {
-        const uint32_t bits = prmt(bytes, 0x64646464, selector);
-        const half2 level =
-            __hsub2(*reinterpret_cast<const half2 *>(&bits), __floats2half2_rn(1152.0f, 1152.0f));
-        return *reinterpret_cast<const uint32_t *>(&level);
     }
 
     // Stores what the warp has.
@@ -585,38 +637,6 @@ template <KV TK, KV TV, int D> struct DirectColumns {
             reinterpret_cast<float4 *>(call.partial + at * D)[place.lane] = sum;
         }
     }
-
-    // Which tiles of a word any of the columns sees: of the cache, or of an exact window.
-    static __device__ __forceinline__ SeenTiles seen_by_columns(const WideCall & wide, const DirectPlace & place,
-                                                                bool of_exact, int word) {
-        const Attention & a = wide.call.a;
-        const MaskRows mask = of_exact ? MaskRows(a.exact, a.tokens) : MaskRows(a);
-        const SeenTiles * seen = of_exact ? wide.arrays.exact_seen : wide.arrays.seen;
-        const int words = of_exact ? wide.arrays.exact_words : wide.arrays.words;
-        SeenTiles all = {0, 0};
-        if (!mask.base) {
-            const int64_t left = mask.rows - int64_t(word) * seen_rows; // rows from the word's on
-            const int tiles = int(min(left / tile_rows, int64_t(32)));
-            all.mixed = left < seen_rows && left % tile_rows ? 1u << tiles : 0;
-            all.some = (tiles < 32 ? (1u << tiles) - 1 : ~0u) | all.mixed;
-            return all;
-        }
-        const int group = wide.call.plan.group, first = quotient(place.first_column, group),
-                  tokens = quotient(place.first_column + place.columns - 1, group) + 1 - first;
-#pragma unroll 1
-        for (int i = place.lane; i < mask.heads * tokens; i += 32) {
-            const int head = quotient(i, tokens), token = first + i - head * tokens;
-            const SeenTiles one = seen[mask.number(token, head, place.stream, a.tokens) * words + word];
-            all.some |= one.some;
-            all.mixed |= one.mixed;
-        }
-#pragma unroll
-        for (int h = 16; h > 0; h /= 2) {
-            all.some |= __shfl_xor_sync(all_lanes, all.some, h);
-            all.mixed |= __shfl_xor_sync(all_lanes, all.mixed, h);
-        }
-        return all;
-    }
 };
 
 // ---- the kernel
@@ -636,15 +656,15 @@ __global__ void __launch_bounds__(32 * direct_warps, 1) direct_kernel(const __gr
     const int words = (first_tile % 32 + tiles + 31) / 32;
     uint8_t * of_rows = shared + sizeof(Memory);
     SeenTiles * seen = reinterpret_cast<SeenTiles *>(of_rows + direct_row_bytes<D>(plan)); // and of an exact window
-    const DirectRows<TK, TV, D> rows(
-        call, place, of_rows + place.warp * direct_stages * tile_rows * (plan.pitch_k + plan.pitch_v));
 
     // The thread block's tiles are those of an exact window, then those of the cache. The warps take them in turn.
     const int exact = a.windowed ? (wide.arrays.exact_tiles - int(blockIdx.x) + plan.chunks - 1) / plan.chunks : 0;
     int item = place.warp, next = item; // next: the next one that is copied
     while (next < exact) next += direct_warps;
+    typename Columns::Rows rows(call, place, of_rows + place.warp * direct_stages * Columns::Rows::bytes, 0,
+                                first_tile + next - exact);
     const auto load = [&](int stage) {
-        rows.load(first_tile + next - exact, next < exact + tiles, stage);
+        rows.load(next < exact + tiles, stage, direct_warps);
         next += direct_warps;
     };
     const auto load_first = [&] {
@@ -662,7 +682,7 @@ __global__ void __launch_bounds__(32 * direct_warps, 1) direct_kernel(const __gr
 #pragma unroll 1
     for (int w = direct_warps - 1 - place.warp; w < all_words; w += direct_warps) { // the first warps load queries
         const SeenTiles one =
-            Columns::seen_by_columns(wide, place, w >= words, w < words ? first_tile / 32 + w : w - words);
+            seen_by_columns(wide, place, w >= words, w < words ? first_tile / 32 + w : w - words);
         if (place.lane == 0) seen[w] = one;
     }
     __syncthreads();
@@ -711,27 +731,11 @@ WideKernel direct_kernel_128(KV type_k, KV type_v);
 
 namespace {
 
-template <int D, KV TK> WideKernel direct_kernel_for(KV type_v) {
-    switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                   \
-    case KV::name:                                                                              \
-        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name, D>) \
-            return direct_kernel<TK, KV::name, D>;                                              \
-        break;
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
-    }
-    return nullptr;
-}
-
 template <int D> WideKernel direct_kernel_for(KV type_k, KV type_v) {
-    switch (type_k) {
-#define TURBOQUANT_CASE(name) \
-    case KV::name: return direct_kernel_for<D, KV::name>(type_v);
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
-    }
-    return nullptr;
+    return kernel_for_pair<D>(type_k, type_v, [](auto k, auto v) -> WideKernel {
+        if constexpr (Kind<k()>::turbo && Kind<v()>::turbo) return direct_kernel<k(), v(), D>;
+        else return nullptr;
+    });
 }
 
 } // namespace

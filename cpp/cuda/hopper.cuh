@@ -950,27 +950,11 @@ WideKernel hopper_kernel_128(KV type_k, KV type_v);
 
 namespace {
 
-template <int D, KV TK> WideKernel hopper_kernel_for(KV type_v) {
-    switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                   \
-    case KV::name:                                                                              \
-        if constexpr (Kind<TK>::turbo && Kind<KV::name>::turbo && covers_pair<TK, KV::name, D>) \
-            return hopper_kernel<TK, KV::name, D>;                                              \
-        break;
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
-    }
-    return nullptr;
-}
-
 template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
-    switch (type_k) {
-#define TURBOQUANT_CASE(name) \
-    case KV::name: return hopper_kernel_for<D, KV::name>(type_v);
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
-    }
-    return nullptr;
+    return kernel_for_pair<D>(type_k, type_v, [](auto k, auto v) -> WideKernel {
+        if constexpr (Kind<k()>::turbo && Kind<v()>::turbo) return hopper_kernel<k(), v(), D>;
+        else return nullptr;
+    });
 }
 
 } // namespace

@@ -222,7 +222,7 @@ struct AttentionPlan {
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
     int chunks;             // runs of KV rows
-    int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, of 32 if `direct`
+    int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, 32 or 64 if `direct`
     int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`
     int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
     bool gathered;          // whether lists name the rows that each token sees, so that only these are read
@@ -233,6 +233,7 @@ struct AttentionPlan {
     // The kernels for which a first one prepares the queries. Their thread blocks have one KV head.
     bool wide;
     bool direct;             // that for a few tokens
+    int eights;              // of columns of a thread block, in that for a few tokens on Hopper GPUs, else 0
     bool hopper;             // that for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together

@@ -34,8 +34,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
     return uint64_t(group_bytes >> 4 | 1u << 30) << 32 | matrix;
 }
 
-// Operand B of the scores: rows of 128 int8 values of K, or of 64 binary16 values. A product takes 32 bytes of these,
-// 32 bytes further on each time.
+// Operand B of the scores: rows of 128 int8 values of K or of queries, or of 64 binary16 values. A product takes 32
+// bytes of these, 32 bytes further on each time.
 __device__ __forceinline__ uint32_t key_matrix(uint32_t address) { return matrix_at(address, 16); }
 
 // Operand B of the output: rows of 64 binary16 values of V. The next 64 values of the rows are `apart` bytes further
@@ -124,6 +124,35 @@ __device__ __forceinline__ void multiply_exact(float (&d)[32], const uint32_t (&
 #undef TURBOQUANT_PRODUCT
 #endif
 }
+
+// Products with operands B of 2 R rows, 16 or 32, that are laid out as keys.
+#define TURBOQUANT_PRODUCTS(types, mode, end)                                                                          \
+    static_assert(R == 8 || R == 16, "16 or 32 columns");                                                              \
+    if constexpr (R == 8)                                                                                              \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n16" types " "                                                   \
+                     "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, " end                                           \
+                     : TURBOQUANT_4(mode, d, 0), TURBOQUANT_4(mode, d, 4)                                              \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                            \
+    else                                                                                                               \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32" types " "                                                   \
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, " end           \
+                     : TURBOQUANT_16(mode, d, 0)                                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// d += a product of 64 x 32 unsigned bytes of A, and 32 signed bytes of each row of B.
+template <int R>
+__device__ __forceinline__ void multiply_levels(int (&d)[R], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCTS("k32.s32.u8.s8", "+r", "1;");
+#endif
+}
+// d += a product of 64 x 16 binary16 values of A, and 16 of each row of B.
+template <int R>
+__device__ __forceinline__ void multiply_halves(float (&d)[R], const uint32_t (&a)[4], uint64_t b) {
+#if TURBOQUANT_WGMMA
+    TURBOQUANT_PRODUCTS("k16.f32.f16.f16", "+f", "1, 1, 1, 0;");
+#endif
+}
+#undef TURBOQUANT_PRODUCTS
 #undef TURBOQUANT_16
 #undef TURBOQUANT_4
 
@@ -139,6 +168,33 @@ __device__ __forceinline__ void publish_writes() {
 // A barrier for the threads of so many warpgroups. Barrier 0 is that of __syncthreads.
 __device__ __forceinline__ void sync_groups(int barrier, int groups) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(128 * groups) : "memory");
+}
+
+// A barrier for the threads of one warpgroup. Returns whether x is true for one of them.
+__device__ __forceinline__ bool any_in_group(int barrier, bool x) {
+    int any = 0;
+#if TURBOQUANT_WGMMA
+    asm volatile("{\n"
+                 ".reg .pred own, any;\n"
+                 "setp.ne.s32 own, %1, 0;\n"
+                 "barrier.cta.red.or.pred any, %2, 128, own;\n"
+                 "selp.s32 %0, 1, 0, any;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(int(x)), "r"(barrier)
+                 : "memory");
+#endif
+    return any != 0;
+}
+
+// Stores four 8 x 8 matrices of 16-bit elements to shared memory, transposed. Lane 4 r + i has elements 2 i and 2 i + 1
+// of row r, and the address of one column: that of column i % 8 of matrix i / 8, if it is lane i.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&x)[4]) {
+#if TURBOQUANT_WGMMA
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]),
+                 "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+#endif
 }
 
 // Changes the number of registers of the warpgroup's threads.

@@ -3,6 +3,7 @@
 #include "direct.cuh"
 #include "exact.cuh"
 #include "hopper.cuh"
+#include "hopper_direct.cuh"
 #include "wide.h"
 #include "wide.cuh"
 
@@ -241,10 +242,9 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     return cudaErrorNotSupported;
 }
 
-// The kernel for Hopper GPUs, or nullptr if the current device has no code for it. The kernel is empty in code for
-// other GPUs, which shows in its shared memory.
-WideKernel hopper_kernel_of(int device, KV type_k, KV type_v) {
-    const WideKernel kernel = hopper_kernel_128(type_k, type_v);
+// A kernel for Hopper GPUs, or nullptr if the device has no code for it. Such a kernel is empty in code for other GPUs,
+// which shows in its shared memory.
+WideKernel code_for(int device, WideKernel kernel) {
     if (!kernel) return nullptr;
     static thread_local std::map<std::pair<WideKernel, int>, bool> known; // the GPUs of a machine may differ
     const auto found = known.find({kernel, device});
@@ -342,7 +342,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.stages = 2;
-    p.hopper = a.head == 128 && p.columns >= least_hopper_columns && hopper_kernel_of(p.device, a.type_k, a.type_v);
+    p.hopper = a.head == 128 && p.columns >= least_hopper_columns &&
+               code_for(p.device, hopper_kernel_128(a.type_k, a.type_v));
     p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
     p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
     const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
@@ -411,27 +412,46 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     return plan_arrays(a, p);
 }
 
+// The columns of a thread block of hopper_direct.cuh, divided by eight, if it is faster than direct.cuh, else 0.
+// Measured as in attention.cu, with a window, with hopper_direct.cuh / with direct.cuh:
+//
+//   rows         256      2304     8192     16384    32768    65536    131072
+//   16 columns  14/16    15/17    18/19    23/24    33/35    51/50     86/80
+//   32          19/17    22/17    24/24    30/32    41/48    62/77    102/135
+static int faster_eights(const Attention & a, int columns) {
+    if (columns <= 16) return a.n_kv <= 49152 ? 2 : 0;
+    return columns <= 32 && a.n_kv > 8192 ? 4 : 0;
+}
+
 bool plan_direct(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
     if (a.head != 128 || !direct_kernel_128(a.type_k, a.type_v)) return false;
+    p.eights = faster_eights(a, p.columns);
+    if (p.eights > 0 && !code_for(p.device, hopper_direct_kernel_128(a.type_k, a.type_v, p.eights))) p.eights = 0;
+    const int step = p.eights > 0 ? group_rows : tile_rows; // rows that are computed at a time
     p.wide = p.direct = true;
     p.hopper = false;
     p.pitch_k = pitch_k;
     p.pitch_v = pitch_v;
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
-    p.row_tiles = direct_warps;
-    p.stages = direct_stages;
-    p.column_tile = direct_columns;
-    p.column_tiles = (p.columns + direct_columns - 1) / direct_columns;
-    const int64_t beside = int64_t(a.kv_heads) * p.column_tiles, tiles = (a.n_kv + tile_rows - 1) / tile_rows;
+    p.row_tiles = p.eights > 0 ? groups_of(p.eights) : direct_warps;
+    p.stages = p.eights > 0 ? group_stages : direct_stages;
+    p.column_tile = p.eights > 0 ? 8 * p.eights : direct_columns;
+    p.column_tiles = (p.columns + p.column_tile - 1) / p.column_tile;
+    const int64_t beside = int64_t(a.kv_heads) * p.column_tiles, steps = (a.n_kv + step - 1) / step;
     const int64_t chunks = device.multiprocessors / (beside * a.streams); // a thread block fills a multiprocessor
     if (chunks == 0) return false;
-    p.chunk_rows = (tiles + chunks - 1) / chunks * tile_rows;
+    p.chunk_rows = (steps + chunks - 1) / chunks * step;
     p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
     p.parts = p.chunks;
     p.merged = true;
     const int words = words_of(p.chunk_rows) + 1 + (a.windowed ? words_of(exact_rows(a)) : 0);
-    p.shared_bytes = int(sizeof(DirectMemory<128>)) + direct_row_bytes<128>(p) + words * int(sizeof(SeenTiles));
+    const int row = p.pitch_k + p.pitch_v;
+    if (p.eights == 0)
+        p.shared_bytes = int(sizeof(DirectMemory<128>)) + direct_row_bytes<128>(p) + words * int(sizeof(SeenTiles));
+    else if (words <= GroupMemory<128, 2>::most_words)
+        p.shared_bytes = p.eights == 2 ? GroupMemory<128, 2>::bytes(row) : GroupMemory<128, 4>::bytes(row);
+    else return false;
     return p.shared_bytes <= device.shared_per_block && plan_arrays(a, p);
 }
 
@@ -459,15 +479,17 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
     const WideHead & head = *head_of(a.head);
-    const WideKernel kernel = p.direct   ? direct_kernel_128(a.type_k, a.type_v)
-                              : p.hopper ? hopper_kernel_of(p.device, a.type_k, a.type_v)
+    const WideKernel kernel = p.eights > 0 ? hopper_direct_kernel_128(a.type_k, a.type_v, p.eights)
+                              : p.direct   ? direct_kernel_128(a.type_k, a.type_v)
+                              : p.hopper ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v))
                                          : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
     if (p.direct)
-        return launch(kernel, grid, dim3(32 * direct_warps), size_t(p.shared_bytes), stream, wide);
+        return launch(kernel, grid, dim3(p.eights > 0 ? 128 * groups_of(p.eights) : 32 * direct_warps),
+                      size_t(p.shared_bytes), stream, wide);
     const int column_warps = p.column_tile / (p.operands * wide_columns);
     const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
     return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);

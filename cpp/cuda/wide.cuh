@@ -23,6 +23,8 @@
 
 #include "mma.cuh"
 
+#include <type_traits>
+
 namespace turboquant {
 namespace cuda {
 
@@ -1010,15 +1012,24 @@ TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 
 namespace {
 
-template <int D, KV TK> WideKernel wide_kernel_for(KV type_v, int operands) {
+template <KV T> using TypeConstant = std::integral_constant<KV, T>;
+
+// What `get` returns for the constants of a pair of types that kernels cover, else nullptr.
+template <int D, KV TK, typename Get> WideKernel kernel_for_key(KV type_v, const Get & get) {
     switch (type_v) {
-#define TURBOQUANT_CASE(name)                                                                  \
-    case KV::name:                                                                             \
-        if constexpr (covers_pair<TK, KV::name, D>) {                                          \
-            constexpr int most = most_operands(Kind<TK>::turbo, Kind<KV::name>::turbo, D);     \
-            return operands < most ? wide_kernel<TK, KV::name, D, 1> : wide_kernel<TK, KV::name, D, most>; \
-        }                                                                                      \
+#define TURBOQUANT_CASE(name)                                                                                \
+    case KV::name:                                                                                           \
+        if constexpr (covers_pair<TK, KV::name, D>) return get(TypeConstant<TK>(), TypeConstant<KV::name>()); \
         break;
+        TURBOQUANT_KV(TURBOQUANT_CASE)
+#undef TURBOQUANT_CASE
+    }
+    return nullptr;
+}
+template <int D, typename Get> WideKernel kernel_for_pair(KV type_k, KV type_v, const Get & get) {
+    switch (type_k) {
+#define TURBOQUANT_CASE(name) \
+    case KV::name: return kernel_for_key<D, KV::name>(type_v, get);
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
     }
@@ -1026,13 +1037,10 @@ template <int D, KV TK> WideKernel wide_kernel_for(KV type_v, int operands) {
 }
 
 template <int D> WideKernel wide_kernel_for(KV type_k, KV type_v, int operands) {
-    switch (type_k) {
-#define TURBOQUANT_CASE(name) \
-    case KV::name: return wide_kernel_for<D, KV::name>(type_v, operands);
-        TURBOQUANT_KV(TURBOQUANT_CASE)
-#undef TURBOQUANT_CASE
-    }
-    return nullptr;
+    return kernel_for_pair<D>(type_k, type_v, [&](auto k, auto v) -> WideKernel {
+        constexpr int most = most_operands(Kind<k()>::turbo, Kind<v()>::turbo, D);
+        return operands < most ? wide_kernel<k(), v(), D, 1> : wide_kernel<k(), v(), D, most>;
+    });
 }
 
 } // namespace

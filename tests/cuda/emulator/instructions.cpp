@@ -112,7 +112,7 @@ template <int K> void multiply_rows(AsyncProduct ** lanes) {
     constexpr int count = K == 32 ? 4 : 2;
     const auto element = [&](uint32_t word, int i) {
         if (p.kind == AsyncProduct::f16) return half_of(word, i);
-        return p.kind == AsyncProduct::u8 ? float(uint8_t(byte_of(word, i))) : float(byte_of(word, i));
+        return p.kind == AsyncProduct::s8 ? float(byte_of(word, i)) : float(uint8_t(byte_of(word, i)));
     };
     fill_a<float, count>(a, [&](int lane) { return lanes[lane]->a; }, element);
     load_b<K>(p, b);
@@ -200,6 +200,18 @@ void load_lanes(LoadedMatrices ** lanes) {
             }
             *lanes[lane]->d[m] = word;
         }
+}
+struct StoredMatrices {
+    uint8_t * row;
+    const uint32_t * a;
+};
+void store_lanes(StoredMatrices ** lanes) { // transposed
+    for (int m = 0; m < 4; ++m)
+        for (int lane = 0; lane < warp_size; ++lane)
+            for (int i = 0; i < 2; ++i) {
+                const uint16_t half = uint16_t(lanes[lane]->a[m] >> (16 * i));
+                std::memcpy(lanes[8 * m + lane % 4 * 2 + i]->row + 2 * (lane / 4), &half, 2);
+            }
 }
 void load_matrices(Site site, const std::array<uint32_t *, 4> & d, uint32_t address, bool transposed) {
     LoadedMatrices own = {shared_at(site, address, 16, 16), d.data(), transposed};
@@ -304,6 +316,11 @@ void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, std::array<uint32_t *, 4
 void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address) {
     load_matrices({"ldmatrix.trans", line}, d, address, true);
 }
+void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, uint32_t address, Words<4> a) {
+    const Site site = {"stmatrix.trans", line};
+    StoredMatrices own = {shared_at(site, address, 16, 16), a.data()};
+    collective<StoredMatrices, store_lanes>(site, own);
+}
 void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c) {
     start_multiply<multiply_s8>({"mma.s8", line}, d, a, b, c);
 }
@@ -332,6 +349,12 @@ void wgmma_wait_group_sync_aligned(int line, int pending) {
     collective<Thread, finish_products>({"wgmma.wait_group", line}, *current);
     current->fenced = false;
 }
+void wgmma_mma_async_sync_aligned_m64n16k32_s32_u8_s8(int line, Integers<8> d, Words<4> a, uint64_t b, int add) {
+    start_product(line, AsyncProduct::u8_s8, d, a, b, add, false);
+}
+void wgmma_mma_async_sync_aligned_m64n32k32_s32_u8_s8(int line, Integers<16> d, Words<4> a, uint64_t b, int add) {
+    start_product(line, AsyncProduct::u8_s8, d, a, b, add, false);
+}
 void wgmma_mma_async_sync_aligned_m64n64k32_s32_u8_u8(int line, Integers<32> d, Words<4> a, uint64_t b, int add) {
     start_product(line, AsyncProduct::u8, d, a, b, add, false);
 }
@@ -343,6 +366,11 @@ static void start_halves(int line, int scale_a, int scale_b) {
 }
 void wgmma_mma_async_sync_aligned_m64n128k16_f32_f16_f16(int line, Floats<64> d, Words<4> a, uint64_t b, int add,
                                                          int scale_a, int scale_b, int transpose_b) {
+    start_halves(line, scale_a, scale_b);
+    start_product(line, AsyncProduct::f16, d, a, b, add, transpose_b != 0);
+}
+void wgmma_mma_async_sync_aligned_m64n16k16_f32_f16_f16(int line, Floats<8> d, Words<4> a, uint64_t b, int add,
+                                                        int scale_a, int scale_b, int transpose_b) {
     start_halves(line, scale_a, scale_b);
     start_product(line, AsyncProduct::f16, d, a, b, add, transpose_b != 0);
 }

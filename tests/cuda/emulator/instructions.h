@@ -77,6 +77,9 @@ inline void bar_sync(int line, int barrier, int threads) { barrier_sync({"bar.sy
 inline void barrier_cta_sync(int line, int barrier, int threads) {
     barrier_sync({"barrier.cta.sync", line}, barrier, threads);
 }
+inline bool barrier_cta_red_or_pred(int line, int barrier, int threads, int x) {
+    return barrier_sync({"barrier.cta.red", line}, barrier, threads, x != 0);
+}
 inline void barrier_cta_arrive(int line, int barrier, int threads) {
     emulator::barrier_arrive({"barrier.cta.arrive", line}, barrier, threads);
 }
@@ -91,6 +94,7 @@ inline void setmaxnreg_dec_sync_aligned_u32(int, int) {}
 void movmatrix_sync_aligned_m8n8_trans_b16(int line, uint32_t & d, uint32_t a);
 void ldmatrix_sync_aligned_m8n8_x4_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address);
 void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, std::array<uint32_t *, 4> d, uint32_t address);
+void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, uint32_t address, Words<4> a);
 void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
 void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
 void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c);
@@ -106,6 +110,10 @@ void wgmma_mma_async_sync_aligned_m64n64k32_s32_s8_s8(int line, Integers<32> d, 
 void wgmma_mma_async_sync_aligned_m64n128k16_f32_f16_f16(int line, Floats<64> d, Words<4> a, uint64_t b, int add,
                                                          int scale_a, int scale_b, int transpose_b);
 void wgmma_mma_async_sync_aligned_m64n32k16_f32_f16_f16(int line, Floats<16> d, Words<4> a, uint64_t b, int add,
+                                                        int scale_a, int scale_b, int transpose_b);
+void wgmma_mma_async_sync_aligned_m64n16k32_s32_u8_s8(int line, Integers<8> d, Words<4> a, uint64_t b, int add);
+void wgmma_mma_async_sync_aligned_m64n32k32_s32_u8_s8(int line, Integers<16> d, Words<4> a, uint64_t b, int add);
+void wgmma_mma_async_sync_aligned_m64n16k16_f32_f16_f16(int line, Floats<8> d, Words<4> a, uint64_t b, int add,
                                                         int scale_a, int scale_b, int transpose_b);
 
 } // namespace ptx

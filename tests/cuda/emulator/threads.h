@@ -47,7 +47,7 @@ struct AsyncCopy {
 
 // A matrix product that a warpgroup has started. It happens when the warp waits for it.
 struct AsyncProduct {
-    enum Kind { u8, s8, f16 } kind;
+    enum Kind { u8, s8, u8_s8, f16 } kind; // of both operands, or of A and B
     int columns;         // of B
     bool accumulate, transposed, committed;
     uint32_t a[4];       // the lane's registers of A

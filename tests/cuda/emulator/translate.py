@@ -97,6 +97,15 @@ def translate_asm(body: str, line: int) -> str:
     loop = re.fullmatch(r"\{ *\.reg \.pred (\w+); *(\w+): *(\S+) \1, ([^;]*); *@!\1 bra \2; *\}", template.strip())
     if loop:
         return f"while (!{call(f'{loop[3]} {loop[4]}', values, written, line)}) {{}}"
+    # A predicate to and from an instruction.
+    vote = re.fullmatch(
+        r"\{ *\.reg \.pred (\w+), (\w+); *setp\.ne\.s32 \1, (%\d+), 0; *(\S+) \2, ([^;]*), \1; *"
+        r"selp\.s32 (%\d+), 1, 0, \2; *\}",
+        template.strip(),
+    )
+    if vote:
+        given = call(f"{vote[4]} {vote[5]}, {vote[3]}", values, written, line)
+        return f"{values[int(vote[6][1:])]} = {given};"
     instructions = [part for part in template.split(";") if part.strip()]
     if not instructions:
         return f"::emulator::ptx::nothing({', '.join([str(line), *values])});"
