@@ -505,6 +505,19 @@ inline void few_tokens(List & list) {
         c.heads = 4;
         c.kv_heads = 1;
         c.tokens = 7;
+        if (c.type_v == TQ_TURBO4 || c.type_v == TQ_TURBO3) { // more columns over more rows have kernels of their own
+            AttentionCase more = c;
+            more.rows = more.seen[0] = 8261;
+            more.seen[1] = 4100;
+            more.seen[2] = 8200;
+            more.spread = 20;
+            list.add("few tokens", more, Extent::usual);
+            more.steep = true;
+            more.mask = Mask::random;
+            more.max_bias = 8;
+            more.soft_cap = 20;
+            list.add("few tokens", more, Extent::usual);
+        }
         c.mask = Mask::random;
         list.add("few tokens", c, Extent::usual);
         c.soft_cap = 3;
@@ -526,6 +539,10 @@ inline void few_tokens(List & list) {
         list.add("few tokens", c, Extent::usual);
         c = base;
         c.tokens = 4;
+        c.mask = Mask::none;
+        c.rows = 67 * 32; // of the last 64 rows, 32 exist
+        list.add("few tokens", c, Extent::usual);
+        c.mask = Mask::causal;
         c.rows = 2133;
         c.bad_value = c.rows - 3; // only the last tokens see it
         list.add("few tokens", c, Extent::usual);
