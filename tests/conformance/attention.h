@@ -517,6 +517,20 @@ inline void few_tokens(List & list) {
             more.max_bias = 8;
             more.soft_cap = 20;
             list.add("few tokens", more, Extent::usual);
+            AttentionCase busy = c; // a thread block of a large GPU has all rows of a head, which pass through its stages
+            busy.heads = 16;
+            busy.kv_heads = 4;
+            busy.streams = busy.kv_streams = 33;
+            busy.tokens = 4;
+            busy.rows = busy.seen[0] = 1261;
+            busy.seen[1] = 700;
+            busy.seen[2] = 1200;
+            busy.spread = 20;
+            list.add("few tokens", busy, Extent::whole);
+            busy.kv_streams = 1;
+            busy.tokens = 7;
+            busy.rows = busy.seen[0] = 8261;
+            list.add("few tokens", busy, Extent::whole);
         }
         c.mask = Mask::random;
         list.add("few tokens", c, Extent::usual);
