@@ -511,12 +511,12 @@ inline void few_tokens(List & list) {
             more.seen[1] = 4100;
             more.seen[2] = 8200;
             more.spread = 20;
-            list.add("few tokens", more, Extent::usual);
+            list.add("few tokens", more, Extent::whole);
             more.steep = true;
             more.mask = Mask::random;
             more.max_bias = 8;
             more.soft_cap = 20;
-            list.add("few tokens", more, Extent::usual);
+            list.add("few tokens", more, Extent::whole);
             AttentionCase busy = c; // a thread block of a large GPU has all rows of a head, which pass through its stages
             busy.heads = 16;
             busy.kv_heads = 4;
@@ -554,7 +554,7 @@ inline void few_tokens(List & list) {
         c = base;
         c.tokens = 4;
         c.mask = Mask::none;
-        c.rows = 67 * 32; // of the last 64 rows, 32 exist
+        c.rows = 17 * 32; // of the last 64 rows, 32 exist
         list.add("few tokens", c, Extent::usual);
         c.mask = Mask::causal;
         c.rows = 2133;
