@@ -526,11 +526,11 @@ inline void few_tokens(List & list) {
             busy.seen[1] = 700;
             busy.seen[2] = 1200;
             busy.spread = 20;
-            list.add("few tokens", busy, Extent::whole);
+            list.add("stages of a large GPU", busy, Extent::whole);
             busy.kv_streams = 1;
             busy.tokens = 7;
             busy.rows = busy.seen[0] = 8261;
-            list.add("few tokens", busy, Extent::whole);
+            list.add("stages of a large GPU", busy, Extent::whole);
         }
         c.mask = Mask::random;
         list.add("few tokens", c, Extent::usual);
