@@ -528,7 +528,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     const WideDevice of_wide = {device->multiprocessors, device->shared_per_block};
     const int pitch_k = pitch_for(a.k, a.k_row, a.k_stream | a.k_head, k.bytes),
               pitch_v = pitch_for(a.v, a.v_row, a.v_stream | a.v_head, v.bytes);
-    if (!separate && prefers_direct(a, p.columns) && plan_direct(a, of_wide, pitch_k, pitch_v, p)) return true;
+    if (!separate && prefers_direct(a, p.columns) && plan_direct(a, of_wide, k.bytes, v.bytes, p)) return true;
     p.direct = false;
     p.eights = 0;
     if (p.columns > (a.n_kv > short_cache && !separate ? few_columns : most_decode_columns) &&

@@ -213,6 +213,29 @@ __device__ __forceinline__ SeenTiles seen_by_columns(const WideCall & wide, cons
     return all;
 }
 
+// The warps of the thread block collect which of its tiles any of the columns sees: words of the cache from tile
+// `first_tile` on, then those of an exact window. The last warps begin, because the first ones load queries.
+__device__ __forceinline__ void collect_seen(const WideCall & wide, const DirectPlace & place, SeenTiles * seen,
+                                             int first_tile, int words, int warp, int warps) {
+    const int all_words = words + (wide.call.a.windowed ? wide.arrays.exact_words : 0);
+#pragma unroll 1
+    for (int w = warps - 1 - warp; w < all_words; w += warps) {
+        const SeenTiles one = seen_by_columns(wide, place, w >= words, w < words ? first_tile / 32 + w : w - words);
+        if (place.lane == 0) seen[w] = one;
+    }
+}
+
+// Stores what the thread block has of its column c, for merge_kernel: four values of each lane.
+template <int D>
+__device__ __forceinline__ void store_part(const AttentionCall & call, const DirectPlace & place, int c,
+                                           const SoftmaxState & state, const float4 & values) {
+    static_assert(D == 4 * 32, "a lane has four values");
+    const int64_t at =
+        query_row(call, place.stream, place.kv_head, place.first_column + c) * call.all_parts + blockIdx.x;
+    if (place.lane == 0) call.states[at] = state;
+    reinterpret_cast<float4 *>(call.partial + at * D)[place.lane] = values;
+}
+
 // A tile of 32 rows: of the cache, or of the rows of an exact window.
 struct DirectTile {
     int number;
@@ -613,7 +636,6 @@ template <KV TK, KV TV, int D> struct DirectColumns {
     // Merges what the warps have stored, and stores it for merge_kernel. Each warp merges some columns.
     static __device__ __forceinline__ void merge(const AttentionCall & call, const DirectPlace & place,
                                                  const DirectResults<D> * results) {
-        static_assert(D == 4 * 32, "a lane has four values");
 #pragma unroll 1
         for (int c = place.warp; c < place.columns; c += direct_warps) {
             SoftmaxState all = {nothing_seen, 0};
@@ -631,10 +653,7 @@ template <KV TK, KV TV, int D> struct DirectColumns {
                 sum.z += factor * x.z;
                 sum.w += factor * x.w;
             }
-            const int64_t at =
-                query_row(call, place.stream, place.kv_head, place.first_column + c) * call.all_parts + blockIdx.x;
-            if (place.lane == 0) call.states[at] = all;
-            reinterpret_cast<float4 *>(call.partial + at * D)[place.lane] = sum;
+            store_part<D>(call, place, c, all, sum);
         }
     }
 };
@@ -678,13 +697,7 @@ __global__ void __launch_bounds__(32 * direct_warps, 1) direct_kernel(const __gr
     let_next_start(); // now what the merge stores is complete
     if (!early) load_first();
     Columns::load_queries(wide, place, memory);
-    const int all_words = words + (a.windowed ? wide.arrays.exact_words : 0);
-#pragma unroll 1
-    for (int w = direct_warps - 1 - place.warp; w < all_words; w += direct_warps) { // the first warps load queries
-        const SeenTiles one =
-            seen_by_columns(wide, place, w >= words, w < words ? first_tile / 32 + w : w - words);
-        if (place.lane == 0) seen[w] = one;
-    }
+    collect_seen(wide, place, seen, first_tile, words, place.warp, direct_warps);
     __syncthreads();
     Columns columns(wide, place, memory, unknown_zero());
     int stage = 0;

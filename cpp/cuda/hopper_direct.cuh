@@ -561,7 +561,6 @@ template <KV TK, KV TV, int D, int N> struct GroupColumns {
     // Merges what the warpgroups have stored, and stores it for merge_kernel. Each warp merges some columns.
     static __device__ __forceinline__ void merge(const AttentionCall & call, const GroupPlace & place,
                                                  const Memory & memory) {
-        static_assert(D == 4 * 32, "a lane has four values");
 #pragma unroll 1
         for (int c = place.in_block; c < place.columns; c += Memory::warps) {
             SoftmaxState all = {nothing_seen, 0};
@@ -580,10 +579,7 @@ template <KV TK, KV TV, int D, int N> struct GroupColumns {
                 values.z += factor * x.z;
                 values.w += factor * x.w;
             }
-            const int64_t at =
-                query_row(call, place.stream, place.kv_head, place.first_column + c) * call.all_parts + blockIdx.x;
-            if (place.lane == 0) call.states[at] = all;
-            reinterpret_cast<float4 *>(call.partial + at * D)[place.lane] = values;
+            store_part<D>(call, place, c, all, values);
         }
     }
 };
@@ -632,13 +628,7 @@ __global__ void __launch_bounds__(128 * groups_of(N), 1)
     let_next_start(); // now what the merge stores is complete
     if (!early) load_first();
     Columns::load_queries(wide, place, memory);
-    const int all_words = words + (a.windowed ? wide.arrays.exact_words : 0);
-#pragma unroll 1
-    for (int w = Memory::warps - 1 - place.in_block; w < all_words; w += Memory::warps) {
-        const SeenTiles one =
-            seen_by_columns(wide, place, w >= words, w < words ? first_tile / 32 + w : w - words);
-        if (place.lane == 0) seen[w] = one;
-    }
+    collect_seen(wide, place, seen, first_tile, words, place.in_block, Memory::warps);
     publish_writes();
     __syncthreads();
     Columns columns(wide, place, memory, unknown_zero());

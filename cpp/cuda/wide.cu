@@ -423,15 +423,15 @@ static int faster_eights(const Attention & a, int columns) {
     return columns <= 32 && a.n_kv > 8192 ? 4 : 0;
 }
 
-bool plan_direct(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & p) {
+bool plan_direct(const Attention & a, const WideDevice & device, int bytes_k, int bytes_v, AttentionPlan & p) {
     if (a.head != 128 || !direct_kernel_128(a.type_k, a.type_v)) return false;
     p.eights = faster_eights(a, p.columns);
     if (p.eights > 0 && !code_for(p.device, hopper_direct_kernel_128(a.type_k, a.type_v, p.eights))) p.eights = 0;
     const int step = p.eights > 0 ? group_rows : tile_rows; // rows that are computed at a time
     p.wide = p.direct = true;
     p.hopper = false;
-    p.pitch_k = pitch_k;
-    p.pitch_v = pitch_v;
+    p.pitch_k = direct_pitch(bytes_k); // as in DirectRows
+    p.pitch_v = direct_pitch(bytes_v);
     p.block_heads = 1;
     p.head_groups = a.kv_heads;
     p.row_tiles = p.eights > 0 ? groups_of(p.eights) : direct_warps;
@@ -481,7 +481,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     const WideHead & head = *head_of(a.head);
     const WideKernel kernel = p.eights > 0 ? hopper_direct_kernel_128(a.type_k, a.type_v, p.eights)
                               : p.direct   ? direct_kernel_128(a.type_k, a.type_v)
-                              : p.hopper ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v))
+                              : p.hopper   ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v))
                                          : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, stream);

@@ -16,8 +16,8 @@ struct WideDevice {
 // it. The pitches are those of a row of one head.
 bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & plan);
 
-// The same for the kernel of direct.cuh.
-bool plan_direct(const Attention & a, const WideDevice & device, int pitch_k, int pitch_v, AttentionPlan & plan);
+// The same for the kernels for a few tokens. The bytes are those of a row of one head in the cache.
+bool plan_direct(const Attention & a, const WideDevice & device, int bytes_k, int bytes_v, AttentionPlan & plan);
 
 // Launches all kernels but the one that merges the parts.
 cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream);
