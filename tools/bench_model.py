@@ -31,12 +31,18 @@ def field(key: str, value: str | int | float) -> bytes:
 
 
 def q4_0(source: random.Random, rows: int, columns: int, gain: float) -> bytearray:
-    """A matrix that maps `columns` inputs of unit variance to outputs of standard deviation `gain`."""
+    """A matrix that maps `columns` inputs of unit variance to outputs of standard deviation `gain`.
+
+    The mean of the integers -8 ... 7 is not zero, so every other block has a negative scale. Otherwise all rows would
+    add the sum of their inputs, which grows from layer to layer, and scores of attention would be in the hundreds.
+    """
     blocks = rows * columns // 32
     data = bytearray(blocks * 18)
-    scale = struct.pack("<e", gain / columns**0.5 / 4.61)  # the standard deviation of the integers -8 ... 7
-    for i, byte in enumerate(scale):
-        data[i::18] = bytes([byte]) * blocks
+    scale = gain / columns**0.5 / 4.61  # the standard deviation of the integers
+    pair = struct.pack("<e", scale) + struct.pack("<e", -scale)
+    for block in range(2):
+        for i in range(2):
+            data[18 * block + i :: 36] = pair[2 * block + i : 2 * block + i + 1] * len(data[18 * block + i :: 36])
     for i in range(2, 18):
         data[i::18] = source.randbytes(blocks)
     return data
@@ -69,7 +75,7 @@ def write_model(folder: Path, shape: list[int], head: int) -> Path:
         raise Problem(f"heads of {head} do not divide the {kv_heads * own} values of K that --model-shape has")
     heads, kv_heads = heads * own // head, kv_heads * own // head
     name = "-".join(map(str, (layers, width, heads, kv_heads, head, ff, vocabulary)))
-    target = folder / f"bench-{name}-q4_0.gguf"
+    target = folder / f"random-{name}-q4_0.gguf"
     if target.is_file():
         return target
     fields = {

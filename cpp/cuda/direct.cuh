@@ -25,8 +25,9 @@ constexpr int direct_stages = 3;                    // tiles of a warp in shared
 
 namespace {
 
-// Weights of a tile are at most this, so that they are finite in binary16.
-constexpr float most_direct_weight = 32768;
+// Weights of a tile are at most this, so that they are finite in binary16. References are less far below the largest
+// scores than in wide.cuh, because a weight that is too large costs a second computation of the scores.
+constexpr float most_direct_weight = 32768, direct_lowered_by = 4;
 
 // The share of a warp.
 struct DirectPlace {
@@ -461,7 +462,7 @@ template <KV TK, KV TV, int D> struct DirectColumns {
                 float top = fmaxf(fmaxf(s[0][n][i], s[1][n][i]), fmaxf(s[2][n][i], s[3][n][i])) * to_log2[n][i];
                 top = over_quads(top, [](float a, float b) { return fmaxf(a, b); });
                 const float before = reference[n][i];
-                if (top > before + lowered_by) reference[n][i] = top - lowered_by;
+                if (top > before + direct_lowered_by) reference[n][i] = top - direct_lowered_by;
                 correction[n][i] = exp2f(before - reference[n][i]);
                 some = some || correction[n][i] != 1.0f;
             }

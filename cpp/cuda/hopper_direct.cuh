@@ -356,7 +356,7 @@ template <KV TK, KV TV, int D, int N> struct GroupColumns {
 #pragma unroll
                 for (int w = 1; w < group_warps; ++w) top = fmaxf(top, tops[w][column(n) + i]);
                 const float old = references[i];
-                if (top > old + lowered_by) references[i] = top - lowered_by;
+                if (top > old + direct_lowered_by) references[i] = top - direct_lowered_by;
                 const float correction = exp2f(old - references[i]);
                 sum[n][i] *= correction;
 #pragma unroll

@@ -115,93 +115,91 @@ __device__ __forceinline__ void prepare_word(const MaskRows & of, SeenTiles * al
     if (lane == 0) all[item] = seen;
 }
 
-// A tile of the rows of an exact window in shared memory.
-template <int D> struct PreparedTile {
-    half keys[tile_rows * D], values[tile_rows * D];
+// A thread block prepares some of the rows of a tile of an exact window, one with each warp, so that no row waits for
+// another one. They are those whose values are adjacent in the order of value_position.
+constexpr int exact_units = tile_rows / prepare_warps; // of a tile
+__device__ __forceinline__ int row_of_unit(int unit, int i) { return i / 2 * 8 + unit * 2 + i % 2; }
+
+// The values of such rows in shared memory, [element][row]. Those that a warp writes at a time are in eight banks.
+template <int D> struct PreparedUnit {
+    half values[D * prepare_warps];
+    static __device__ __forceinline__ int at(int element) {
+        constexpr int P = D / 32; // elements of a lane
+        return (element ^ (element / 8 & (P - 1))) * prepare_warps;
+    }
 };
 
-// A thread block prepares a tile of the rows of an exact window. The previous kernel may write the batch's rows, but no
-// slots, so tiles without rows of the batch are prepared before it has ended.
+// The previous kernel may write the batch's rows, but no slots, so these are prepared before it has ended.
 template <int D>
-__device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, PreparedTile<D> & prepared) {
+__device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, PreparedUnit<D> & prepared) {
     constexpr int P = D / 32;
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t kv = item / wide.arrays.exact_tiles;
-    const int tile = int(item - kv * wide.arrays.exact_tiles);
+    const int64_t number = item / exact_units, kv = number / wide.arrays.exact_tiles; // number: of the tile
+    const int unit = int(item - number * exact_units), tile = int(number - kv * wide.arrays.exact_tiles);
     const bool hopper = wide.call.plan.hopper; // of heads of 128
     const ExactHead rows(a, int(kv / a.kv_heads), int(kv % a.kv_heads));
-    const bool early = (tile + 1) * tile_rows <= rows.slots;
+    const bool early = tile * tile_rows + row_of_unit(unit, prepare_warps - 1) < rows.slots;
     if (!early) wait_for_previous();
-    // The place of a value in `values`. Of those that a warp writes at a time, four are in a bank.
-    const auto place = [](int element, int position) {
-        const int of_lane = element / P;
-        return (element ^ (of_lane / 4 & 1)) * tile_rows + (position ^ (of_lane % 4 * 8));
-    };
-#pragma unroll 1
-    for (int row = warp; row < tile_rows; row += prepare_warps) {
-        float k[P] = {}, v[P] = {};
-        if (tile * tile_rows + row < rows.rows) { // few of the tile with the batch exist
-            const ExactRow<P> bytes(a.exact, rows, tile * tile_rows + row, lane);
-            bytes.values(bytes.k, bytes.scale_k, k);
-            bytes.values(bytes.v, bytes.scale_v, v);
-            if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
-        }
-        bool finite = true;
-#pragma unroll
-        for (int j = 0; j < P; ++j) {
-            v[j] *= 1 / wide.value_unit;
-            const bool fits = fabsf(v[j]) < 65504.0f;
-            finite = finite && fits;
-            if (!fits) v[j] = 0;
-        }
-#pragma unroll
-        for (int j = 0; j < P; j += 2) { // pairs are adjacent in ExactPlace
-            const half2 pair = __floats2half2_rn(v[j], v[j + 1]);
-            const int element = P * lane + j;
-            if (hopper) {
-                *reinterpret_cast<half2 *>(prepared.values + ExactPlace::value(row, element)) = pair;
-            } else {
-                prepared.values[place(element, value_position(row))] = pair.x;
-                prepared.values[place(element + 1, value_position(row))] = pair.y;
-            }
-        }
-        // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in
-        // WideRows::expand, such a row has a score that is NaN instead.
-        finite = __all_sync(all_lanes, finite);
-        const float nan = __uint_as_float(0x7fc00000);
-#pragma unroll
-        for (int j = 0; j < P; j += 2) {
-            const int element = P * lane + j;
-            *reinterpret_cast<half2 *>(prepared.keys + (hopper ? ExactPlace::key(row, element) : row * D + element)) =
-                __floats2half2_rn(finite ? k[j] : nan, finite ? k[j + 1] : nan);
-        }
+    const int in_tile = row_of_unit(unit, warp), row = tile * tile_rows + in_tile;
+    float k[P] = {}, v[P] = {};
+    if (row < rows.rows) { // few of the tile with the batch exist
+        const ExactRow<P> bytes(a.exact, rows, row, lane);
+        bytes.values(bytes.k, bytes.scale_k, k);
+        bytes.values(bytes.v, bytes.scale_v, v);
+        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
     }
+    bool finite = true;
+#pragma unroll
+    for (int j = 0; j < P; ++j) {
+        v[j] *= 1 / wide.value_unit;
+        const bool fits = fabsf(v[j]) < 65504.0f;
+        finite = finite && fits;
+        if (!fits) v[j] = 0;
+    }
+    // A hidden weight is zero, but its product with a value that is not finite would be NaN. As in WideRows::expand,
+    // such a row has a score that is NaN instead.
+    finite = __all_sync(all_lanes, finite);
+    const float nan = __uint_as_float(0x7fc00000);
     if (early) wait_for_previous(); // it may still use the memory of the arrays
-    __syncthreads();
-    uint4 *keys = reinterpret_cast<uint4 *>(wide.arrays.exact_k) + item * (D * tile_rows / 8),
-          *values = reinterpret_cast<uint4 *>(wide.arrays.exact_v) + item * (D * tile_rows / 8);
-    for (int i = threadIdx.x; i < D * tile_rows / 8; i += 32 * prepare_warps) {
-        keys[i] = reinterpret_cast<const uint4 *>(prepared.keys)[i];
-        values[i] = *reinterpret_cast<const uint4 *>(prepared.values + (hopper ? 8 * i : place(i / 4, i % 4 * 8)));
+    half *keys = reinterpret_cast<half *>(wide.arrays.exact_k) + number * (D * tile_rows),
+         *values = reinterpret_cast<half *>(wide.arrays.exact_v) + number * (D * tile_rows);
+#pragma unroll
+    for (int j = 0; j < P; j += 2) { // pairs are adjacent in ExactPlace
+        const int element = P * lane + j;
+        *reinterpret_cast<half2 *>(keys + (hopper ? ExactPlace::key(in_tile, element) : in_tile * D + element)) =
+            __floats2half2_rn(finite ? k[j] : nan, finite ? k[j + 1] : nan);
+        const half2 pair = __floats2half2_rn(v[j], v[j + 1]);
+        if (hopper) {
+            *reinterpret_cast<half2 *>(values + ExactPlace::value(in_tile, element)) = pair;
+        } else {
+            prepared.values[prepared.at(element) + warp] = pair.x;
+            prepared.values[prepared.at(element + 1) + warp] = pair.y;
+        }
     }
+    if (hopper) return;
+    __syncthreads();
+    for (int e = threadIdx.x; e < D; e += 32 * prepare_warps)
+        reinterpret_cast<uint4 *>(values)[e * exact_units + unit] =
+            *reinterpret_cast<const uint4 *>(prepared.values + prepared.at(e));
 }
 
-// What prepare_kernel does: a warp has a column or a word, or a thread block has a tile of exact rows.
+// What prepare_kernel does: a warp has a column or a word, or a thread block has a unit of exact rows.
 struct Items {
-    int64_t columns, words, exact_words, exact_tiles;
+    int64_t columns, words, exact_words, exact_units;
     int64_t blocks_of_warps() const { return (columns + words + exact_words + prepare_warps - 1) / prepare_warps; }
 };
 
 template <KV TK, int D>
 __global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 4)
     prepare_kernel(const __grid_constant__ WideCall wide, const Items items, int64_t exact_at) {
-    __shared__ __align__(16) uint8_t bytes[sizeof(PreparedTile<D>)];
+    __shared__ __align__(16) uint8_t bytes[sizeof(PreparedUnit<D>)];
+    static_assert(sizeof(PreparedUnit<D>) >= prepare_warps * D, "a warp has a column in this memory");
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     let_next_start();
     if (blockIdx.x >= exact_at) {
-        prepare_exact<D>(wide, blockIdx.x - exact_at, *reinterpret_cast<PreparedTile<D> *>(bytes));
+        prepare_exact<D>(wide, blockIdx.x - exact_at, *reinterpret_cast<PreparedUnit<D> *>(bytes));
         return;
     }
     wait_for_previous();
@@ -226,10 +224,10 @@ template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t 
     if (a.mask) items.words = int64_t(a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words;
     if (a.windowed) {
         items.exact_words = int64_t(a.exact.mask_streams) * a.exact.mask_heads * a.tokens * wide.arrays.exact_words;
-        items.exact_tiles = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles;
+        items.exact_units = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles * exact_units;
     }
     const int64_t exact_at = items.blocks_of_warps();
-    const dim3 blocks(unsigned(exact_at + items.exact_tiles)), threads(32 * prepare_warps);
+    const dim3 blocks(unsigned(exact_at + items.exact_units)), threads(32 * prepare_warps);
     switch (a.type_k) {
 #define TURBOQUANT_CASE(name)                                                                                    \
     case KV::name:                                                                                               \

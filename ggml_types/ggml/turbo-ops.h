@@ -101,6 +101,14 @@ inline bool turbo_shows_batch(const ggml_tensor * op) {
     return op->op == GGML_OP_FLASH_ATTN_EXT && op->src[TURBO_SRC_EXACT_MASK] && op->op_params[TURBO_PARAM_SHOWS_BATCH];
 }
 
+// The mask of attention over a cache with turbo types, an input of the graph, is marked in its op_params, so that
+// ggml's scheduler can tell such a graph from others.
+enum { TURBO_PARAM_OF_CACHE = 0 };
+inline void turbo_mark_mask(ggml_tensor * mask) { mask->op_params[TURBO_PARAM_OF_CACHE] = GGML_TYPE_TURBO4; }
+inline bool turbo_is_mask_of_cache(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE && t->op_params[TURBO_PARAM_OF_CACHE] == GGML_TYPE_TURBO4;
+}
+
 // FLASH_ATTN_EXT over a cache with a turbo type; the base describes the cache. Pointers may be dereferenced only if the
 // tensors have memory.
 struct turbo_attention : turbo_source {

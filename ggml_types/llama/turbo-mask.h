@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ggml/turbo-count.h"
-#include "ggml/turbo-types.h"
+#include "ggml/turbo-ops.h"
 
 #include "llama.h"
 
@@ -126,20 +126,22 @@ void turbo_find_runs(const Cells & cells, const std::vector<turbo_mask_sequence<
 // attention on a GPU at long contexts, and copies the row for the other tokens of the sequence.
 //
 // mask: F16 or F32, one row for each token. The other arguments are those of set_input_kq_mask, and members of the
-// cache. The result is false, and the mask stays unchanged, if attention is not causal, has ALiBi or positions in two
-// dimensions, or if the cache has no turbo type. llama.cpp's own code then fills the mask.
+// cache. The result is false, and the mask keeps its values, if attention is not causal, has ALiBi or positions in two
+// dimensions, or if the cache has no turbo type. llama.cpp's own code then fills the mask. The mask of a cache with
+// turbo types is marked in any case.
 template <typename Ubatch, typename Layers, typename Hparams, typename Swa, typename Cells>
 bool turbo_fill_mask(ggml_tensor * mask, const Ubatch & ubatch, bool causal, const Layers & layers,
                      const Hparams & hparams, uint32_t n_swa, Swa swa_type, const std::vector<Cells> & v_cells,
                      const std::vector<uint32_t> & seq_to_stream) {
-    if (!causal || hparams.use_alibi || ubatch.is_pos_2d()) {
-        return false;
-    }
     bool turbo = false;
     for (const auto & layer : layers) {
         turbo = turbo || (layer.k && turbo_is_type(layer.k->type)) || (layer.v && turbo_is_type(layer.v->type));
     }
     if (!turbo) {
+        return false;
+    }
+    turbo_mark_mask(mask);
+    if (!causal || hparams.use_alibi || ubatch.is_pos_2d()) {
         return false;
     }
     const bool    window = swa_type != Swa(); // LLAMA_SWA_TYPE_NONE is 0

@@ -90,7 +90,7 @@ class Bench:
         model.touch()
         known = () if "--model" in args or "--models" in args else ("--models", self.folder)
         for head in (64, 128):  # they exist, so none is written
-            (self.folder / f"bench-32-4096-{4096 // head}-{1024 // head}-{head}-14336-128256-q4_0.gguf").touch()
+            (self.folder / f"random-32-4096-{4096 // head}-{1024 // head}-{head}-14336-128256-q4_0.gguf").touch()
         command = [sys.executable, TOOL, "--bin", self.folder, *known, *args]
         path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
         return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False,
@@ -143,7 +143,7 @@ def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench_model import write_model  # noqa: PLC0415
 
     file = write_model(tmp_path, [2, 256, 4, 2, 128, 512, 1000], 64)
-    assert file.name == "bench-2-256-8-4-64-512-1000-q4_0.gguf"
+    assert file.name == "random-2-256-8-4-64-512-1000-q4_0.gguf"
     reader = gguf.GGUFReader(file)
     known = {key: reader.get_field(f"llama.{key}").contents() for key in (
         "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length", "vocab_size")}
@@ -158,6 +158,8 @@ def test_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert values.shape == (rows, columns)
         # the deviation over 131072 values, with the scale in float16: 0.5%
         assert values.std() * columns**0.5 == pytest.approx(gain, rel=0.01)
+        # rows do not add the sum of their inputs: a mean of the weights, -0.5 of their integers, would give 1.7 here
+        assert abs(values.sum(axis=1).mean()) < 0.2 * gain
     written = file.stat().st_mtime_ns
     assert write_model(tmp_path, [2, 256, 4, 2, 128, 512, 1000], 64) == file
     assert file.stat().st_mtime_ns == written
@@ -180,7 +182,7 @@ def test_what_the_programs_get(bench: Bench) -> None:
     assert sum("-c 20224 -npp 4096,20000 -ntg 100 -npl 1 -no-kvu" in line for line in words) == 6
     assert sum("-c 6144 -npp 512 -ntg 100,100,100 -npl 8 -kvu" in line for line in words) == 6  # 8 times 768
     assert sum("-d 1024 -p 2,64 -n 0 -r 3" in line for line in words) == 6
-    assert sum("bench-32-4096-64-16-64-14336-128256-q4_0.gguf" in line for line in words) == 6
+    assert sum("random-32-4096-64-16-64-14336-128256-q4_0.gguf" in line for line in words) == 6
     # pairs that are compared follow each other
     assert [pair for _, pair, *_ in runs[:6]] == ["f16:f16", "q8_0:q8_0", *["turbo4:turbo4"] * 2, *["q8_0:turbo3"] * 2]
 

@@ -56,6 +56,9 @@ _BEGIN = "/* turboquant:begin {} */"
 _END = "/* turboquant:end {} */"
 _INSERTED = re.compile(rf"/\* turboquant:begin (?P<id>{_ID}) \*/(?P<text>.*?)/\* turboquant:end (?P=id) \*/", re.DOTALL)
 _MARKER = "turboquant:begin "
+_INNER = r"#if.*\n(?:(?!#if|#endif).*\n)*#endif.*\n"
+_BLOCK = rf"#if.*\n(?:{_INNER}|(?!#if|#endif).*\n)*#endif.*\n"  # conditional, which may contain others
+_FIRST_INCLUDE = rf"\A(?:{_BLOCK}|(?!#if|#include).*\n)*#include .*\n"
 _HEADER = "ggml/include/ggml.h"
 _VERSIONED = "ggml/src/ggml.c"  # check.cmake reads the hooks' version in it
 _LAST = (_VERSIONED, _HEADER)
@@ -169,7 +172,10 @@ def load_hooks(*files: Path) -> list[Hook]:
 
 
 def _include_hooks(rows: list[_Row]) -> list[Hook]:
-    """A hook for every header that hooks of a file request with `include`; it goes after the file's first #include."""
+    """A hook for every header that hooks of a file request with `include`.
+
+    It goes after the file's first #include outside of conditional blocks, such as those for Windows alone.
+    """
     wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path, row in rows:
         if "include" in row:
@@ -180,7 +186,7 @@ def _include_hooks(rows: list[_Row]) -> list[Hook]:
     hooks = []
     for (file, header), users in wanted.items():
         text = f'#include "{header}" // not found? CMake needs the argument that `turboquant patch` prints'
-        site = Site(file, r"\A(?:.*\n)*?#include .*\n", "after", text)
+        site = Site(file, _FIRST_INCLUDE, "after", text)
         name = "include-" + re.sub(r"[^a-z0-9]+", "-", file.rpartition("/")[2].lower())
         why = "Declares what the hooks of this file use."
         hooks.append(Hook(name, why, (site,), tests=all(row.get("tests", False) for row in users)))
