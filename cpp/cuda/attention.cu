@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
         return;
     }
     if (row >= query_rows) {
-        const int64_t group = int64_t(row - query_rows) * warps + warp;
+        const uint32_t stored = uint32_t(row - query_rows) * warps + warp;
         wait_for_previous();
-        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        if (stored < call.stored_rows) store_exact<D>(call.a, stored, lane);
         return;
     }
     const int parts = call.all_parts;
@@ -249,8 +249,8 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
     }
     wait_for_previous();
     if (row >= query_rows) {
-        const int64_t group = row - query_rows;
-        if (group < call.stored_groups) store_exact(call.a, group, lane);
+        const uint32_t stored = row - query_rows;
+        if (stored < call.stored_rows) store_exact<D>(call.a, stored, lane);
         return;
     }
     const int64_t first = int64_t(row) * call.all_parts;
@@ -274,8 +274,8 @@ cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores
     const bool few = call.all_parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
     int warps = few ? few_parts_warps : std::max(D / 32, encode_warps);
     while (parts_at_once * warps < call.all_parts && warps < most_merge_warps) warps *= 2;
-    const int64_t blocks = few ? (rows + call.stored_groups + warps - 1) / warps
-                                : rows + (call.stored_groups + warps - 1) / warps;
+    const int64_t blocks = few ? (rows + call.stored_rows + warps - 1) / warps
+                                : rows + (call.stored_rows + warps - 1) / warps;
     return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(stores.groups + blocks)),
                   dim3(unsigned(32 * warps)), 0, stream, call, stores, int(rows), rotated);
 }
@@ -593,7 +593,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     call.slope0 = std::pow(2.0f, -a.max_bias / float(call.slope_heads));
     call.slope1 = std::pow(2.0f, -a.max_bias / 2.0f / float(call.slope_heads));
     const Head & head = *head_of(a.head);
-    call.stored_groups = stored_groups(a);
+    call.stored_rows = stored_rows(a);
     call.all_parts = plan.parts + plan.slot_parts;
     call.triggers_late = stores != nullptr;
     StoredBeside beside = {};

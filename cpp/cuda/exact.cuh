@@ -247,6 +247,11 @@ public:
     }
 };
 
+// Rows of heads of the batch's K and V, which a warp stores at a time.
+inline int64_t stored_rows(const Attention & a) {
+    return a.windowed && a.exact.store_rows ? int64_t(2) * a.kv_streams * a.tokens * a.kv_heads : 0;
+}
+
 // The alignment of rows must be that of the words in which they are read.
 inline bool covers_exact(const Attention & a) {
     const ExactRows & x = a.exact;
@@ -258,34 +263,29 @@ inline bool covers_exact(const Attention & a) {
     const uint64_t batch = bits(x.batch_k, x.batch_k_row, x.batch_k_head, x.batch_k_stream) |
                            bits(x.batch_v, x.batch_v_row, x.batch_v_head, x.batch_v_stream);
     return (x.type == KV::q8_0 || x.type == KV::f16) && x.slots >= 0 && x.slots <= 1 << 20 && a.tokens <= 1 << 20 &&
-           (slots & 1) == 0 && (batch & 3) == 0;
+           stored_rows(a) >> 31 == 0 && (slots & 1) == 0 && (batch & 3) == 0;
 }
 
 // ---- stores
 
-// Groups of 32 values of the batch's rows of K and V, which a warp stores at a time.
-inline int64_t stored_groups(const Attention & a) {
-    return a.windowed && a.exact.store_rows ? int64_t(2) * a.kv_streams * a.tokens * a.kv_heads * (a.head / 32) : 0;
-}
-
-// Stores group number `group` in its slot, rounded to q8_0 or f16.
-__device__ __forceinline__ void store_exact(const Attention & a, int64_t group, int lane) {
+// Stores row number `number` in its slot, rounded to q8_0 or f16.
+template <int D> __device__ __forceinline__ void store_exact(const Attention & a, uint32_t number, int lane) {
     const ExactRows & x = a.exact;
-    const int per_head = a.head / 32, j = int(group % per_head);
-    group /= per_head;
-    const int kv_head = int(group % a.kv_heads);
-    group /= a.kv_heads;
-    const int64_t row = group / 2; // of all streams
-    const bool keys = group % 2 == 0;
-    const int stream = int(row / a.tokens), token = int(row % a.tokens);
+    const uint32_t of_heads = number / uint32_t(a.kv_heads), row = of_heads / 2; // row: of all streams
+    const int kv_head = int(number - of_heads * uint32_t(a.kv_heads));
+    const int stream = int(row / uint32_t(a.tokens)), token = int(row - uint32_t(stream) * uint32_t(a.tokens));
+    const bool keys = of_heads % 2 == 0;
     const char * from = keys ? reinterpret_cast<const char *>(x.batch_k) + stream * x.batch_k_stream +
                                    token * x.batch_k_row + kv_head * x.batch_k_head
                              : reinterpret_cast<const char *>(x.batch_v) + stream * x.batch_v_stream +
                                    token * x.batch_v_row + kv_head * x.batch_v_head;
-    const float value = reinterpret_cast<const float *>(from)[32 * j + lane];
+    float values[D / 32];
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) values[j] = reinterpret_cast<const float *>(from)[32 * j + lane];
     char * to = static_cast<char *>(keys ? x.store_k : x.store_v) + x.store_rows[row] * (keys ? x.k_row : x.v_row) +
                 kv_head * (keys ? x.k_head : x.v_head);
-    store_exact_values(x.type == KV::f16, to, j, value, lane);
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) store_exact_values(x.type == KV::f16, to, j, values[j], lane);
 }
 
 } // namespace

@@ -18,9 +18,9 @@ inline bool turbo_copies_from_host(ggml_backend_t backend, const ggml_tensor * f
            ggml_nbytes(from) == ggml_nbytes(to);
 }
 
-// Copies all inputs of a part of the graph to its backend, and waits for them, because their memory may change
-// afterwards. copy_of: the copy of an input. Returns false, and does nothing, if the graph is not one over a turbo
-// cache on an NVIDIA GPU, or if an input needs more than a copy from memory of the CPU.
+// Copies all inputs of a part of the graph to its backend, after the graph before, and waits for them, because their
+// memory may change afterwards. copy_of: the copy of an input. Returns false, and does nothing, if the graph is not one
+// over a turbo cache on an NVIDIA GPU, or if an input needs more than a copy from memory of the CPU.
 template <typename CopyOf>
 bool turbo_copy_inputs(ggml_backend_t backend, ggml_tensor * const * inputs, int n, const CopyOf & copy_of) {
     bool turbo = false;
@@ -36,7 +36,6 @@ bool turbo_copy_inputs(ggml_backend_t backend, ggml_tensor * const * inputs, int
             return false;
         }
     }
-    ggml_backend_synchronize(backend); // the graph before may still read the copies
     for (int i = 0; i < n; ++i) {
         ggml_backend_tensor_set_async(backend, copy_of(inputs[i]), inputs[i]->data, 0, ggml_nbytes(inputs[i]));
     }

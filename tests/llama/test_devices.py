@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -78,3 +79,20 @@ def test_a_remote_device_is_refused_unless_told_that_its_server_is_patched(fake_
     assert status == 2 and "TURBOQUANT_RPC=1" in text and "-nkvo" in text, text
     assert run(*args, TURBOQUANT_RPC="1")[0] == 0
     assert run(fake_device, prose_model, "none", "q8_0", "q8_0", -1, 1, "RPC")[0] == 0
+
+
+def test_inputs_of_a_turbo_cache_are_copied_at_once(fake_device, prose_model):
+    """With a device that calls itself CUDA, as the scheduler would copy them one by one; see turbo-inputs.h."""
+
+    def decode(type: str, registry: str) -> tuple[str, list[tuple[int, int]]]:
+        args = (fake_device, prose_model, "none", type, type, 1, 1, registry)
+        status, text = run(*args, TURBOQUANT_COUNT="1")
+        assert status == 0, text
+        steps = re.findall(r"turboquant: count (\d+) inputs copied at once, tokens (\d+),", text)
+        return re.search(r"decoded (\w+)", text)[1], [(int(count), int(inputs)) for count, inputs in steps]
+
+    (at_once, steps), (one_by_one, none) = decode("turbo4", "CUDA"), decode("turbo4", "FAKE")
+    assert at_once == one_by_one and not none
+    # the batch and three tokens; with the mask, the indices, and the window's mask and slots
+    assert len(steps) == 1 and steps[0][0] == 4 and steps[0][1] >= 6, steps
+    assert not decode("q8_0", "CUDA")[1]

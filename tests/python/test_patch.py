@@ -109,6 +109,14 @@ def test_patch_inserts_where_the_hooks_say(tree, hooks):
     assert set(states(tree, hooks)) == {"include-llama-context-cpp", "ids", "first-line", "table"}
 
 
+def test_headers_are_not_included_for_one_system_alone(tree, hooks):
+    windows = "#ifdef _WIN32\n#ifndef NOMINMAX\n#   define NOMINMAX\n#endif\n#include <windows.h>\n#endif\n\n"
+    write(tree, "src/llama-context.cpp", (windows + CONTEXT).encode())
+    engine.patch(tree, hooks)
+    context = (tree / "src/llama-context.cpp").read_text()
+    assert context.index('"llama-context.h"') < context.index('"glue.h"') < context.index("<cstdio>")
+
+
 def test_patch_twice_is_patch_once_and_writes_nothing(tree, hooks):
     engine.patch(tree, hooks)
     once = snapshot(tree)
