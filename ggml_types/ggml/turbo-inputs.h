@@ -1,5 +1,6 @@
 // turbo-inputs.h: copies the inputs of a graph over a turbo cache to an NVIDIA GPU at once. ggml's scheduler waits for
-// the GPU before and after each of them, about 9 us, and a step has eight. A template for a hook in ggml-backend.cpp.
+// the GPU before and after each of them, about 9 us, and a step has eight. A template for a hook in ggml-backend.cpp,
+// which leaves out graphs that several GPUs compute at the same time, because there the scheduler waits for less.
 #pragma once
 
 #include "ggml/turbo-count.h"
@@ -28,7 +29,8 @@ bool turbo_copy_inputs(ggml_backend_t backend, ggml_tensor * const * inputs, int
         turbo = turbo || turbo_is_mask_of_cache(inputs[i]);
     }
     const ggml_backend_dev_t device = turbo ? ggml_backend_get_device(backend) : nullptr;
-    if (!device || strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "CUDA") != 0) {
+    const ggml_backend_reg_t reg    = device ? ggml_backend_dev_backend_reg(device) : nullptr; // null: several GPUs in one
+    if (!reg || strcmp(ggml_backend_reg_name(reg), "CUDA") != 0) {
         return false;
     }
     for (int i = 0; i < n; ++i) {

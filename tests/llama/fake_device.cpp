@@ -2,7 +2,8 @@
 //
 //   fake_device MODEL OP TYPE_K TYPE_V FLASH_ATTENTION OFFLOAD_KQV REGISTRY
 //
-// OP is an op's name (SET_ROWS, ...) or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is the name of the backend.
+// OP is an op's name (SET_ROWS, ...) or "none"; FLASH_ATTENTION -1, 0 or 1; REGISTRY is the name of the backend, or
+// NONE if the device has none.
 // Loads MODEL onto the device, makes a context, decodes eight tokens and then three more, one at a time. Prints
 // "refused" (status 2), or "decoded" and a hash of the logits. An asynchronous copy is made when the device is
 // synchronized; if a graph comes first, the status is 4.
@@ -130,6 +131,9 @@ int main(int argc, char ** argv) {
     };
     device.reg = &registry;
     ggml_backend_register(&registry);
+    if (registry_name == "NONE") {
+        device.reg = nullptr; // as ggml's device for the tensors that several GPUs share
+    }
 
     llama_model_params model_params = llama_model_default_params();
     model_params.n_gpu_layers       = 99;

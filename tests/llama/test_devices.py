@@ -96,3 +96,4 @@ def test_inputs_of_a_turbo_cache_are_copied_at_once(fake_device, prose_model):
     # the batch and three tokens; with the mask, the indices, and the window's mask and slots
     assert len(steps) == 1 and steps[0][0] == 4 and steps[0][1] >= 6, steps
     assert not decode("q8_0", "CUDA")[1]
+    assert decode("turbo4", "NONE") == (one_by_one, [])
