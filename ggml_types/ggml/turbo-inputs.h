@@ -29,7 +29,7 @@ bool turbo_copy_inputs(ggml_backend_t backend, ggml_tensor * const * inputs, int
         turbo = turbo || turbo_is_mask_of_cache(inputs[i]);
     }
     const ggml_backend_dev_t device = turbo ? ggml_backend_get_device(backend) : nullptr;
-    const ggml_backend_reg_t reg    = device ? ggml_backend_dev_backend_reg(device) : nullptr; // null: several GPUs in one
+    const ggml_backend_reg_t reg    = device ? ggml_backend_dev_backend_reg(device) : nullptr; // null for several GPUs
     if (!reg || strcmp(ggml_backend_reg_name(reg), "CUDA") != 0) {
         return false;
     }

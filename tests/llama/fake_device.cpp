@@ -131,9 +131,6 @@ int main(int argc, char ** argv) {
     };
     device.reg = &registry;
     ggml_backend_register(&registry);
-    if (registry_name == "NONE") {
-        device.reg = nullptr; // as ggml's device for the tensors that several GPUs share
-    }
 
     llama_model_params model_params = llama_model_default_params();
     model_params.n_gpu_layers       = 99;
@@ -151,6 +148,9 @@ int main(int argc, char ** argv) {
     if (!context) {
         puts("refused");
         return 2;
+    }
+    if (registry_name == "NONE") {
+        device.reg = nullptr; // as ggml's device for the tensors that several GPUs share
     }
     llama_token tokens[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
     if (llama_decode(context, llama_batch_get_one(tokens, 8)) != 0) {
