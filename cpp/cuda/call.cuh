@@ -27,7 +27,7 @@ struct AttentionCall {
     SoftmaxState * states; // [query row][part]
     float slope0, slope1;  // ALiBi: the bases of the slopes of heads before slope_heads, and of the other heads
     int slope_heads;       // the greatest power of two up to `heads`
-    int64_t stored_rows; // of heads, which the merge stores in the slots of an exact window
+    int64_t stored_rows;   // of heads, which the merge stores in the slots of an exact window
     int all_parts;         // of a query row
     int first_part;        // of the kernel
     // Whether the next kernel may start only when this one has waited for what precedes it, because the next one reads

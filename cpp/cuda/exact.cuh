@@ -252,7 +252,7 @@ inline int64_t stored_rows(const Attention & a) {
     return a.windowed && a.exact.store_rows ? int64_t(2) * a.kv_streams * a.tokens * a.kv_heads : 0;
 }
 
-// The alignment of rows must be that of the words in which they are read.
+// The alignment of rows must be that of the words in which they are read, and store_exact numbers rows in 32 bits.
 inline bool covers_exact(const Attention & a) {
     const ExactRows & x = a.exact;
     const auto bits = [](const void * base, int64_t row, int64_t head, int64_t stream) {
