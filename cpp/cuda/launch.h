@@ -52,21 +52,35 @@ inline bool can_overlap(const void * kernel) {
     return can;
 }
 
-// Launches a kernel that calls wait_for_previous, and returns the error of the launch.
+// Launches a kernel that calls wait_for_previous, and returns the error of the launch. `cluster` thread blocks that
+// follow each other in y are a cluster, if it is more than 1.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                   Arguments... arguments) {
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                            cudaStream_t stream, Arguments... arguments) {
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = can_overlap(reinterpret_cast<const void *>(kernel)) ? 1 : 0;
+    config.attrs = attributes;
+    if (can_overlap(reinterpret_cast<const void *>(kernel))) {
+        cudaLaunchAttribute & overlap = attributes[config.numAttrs++];
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        cudaLaunchAttribute & size = attributes[config.numAttrs++];
+        size.id = cudaLaunchAttributeClusterDimension;
+        size.val.clusterDim.x = size.val.clusterDim.z = 1;
+        size.val.clusterDim.y = unsigned(cluster);
+    }
     return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   Arguments... arguments) {
+    return launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
 } // namespace

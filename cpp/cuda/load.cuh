@@ -158,6 +158,44 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, 
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                     ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
+
+// The thread blocks of a cluster. An address in the shared memory of another one is that of the same place in the own
+// memory, mapped; the rank of the thread block is in the upper bits of both. Nothing may reach a thread block that has
+// not started or has ended, so sync_cluster is called before the first and after the last access.
+__device__ __forceinline__ int rank_in_cluster() {
+    int rank = 0;
+    TURBOQUANT_BULK("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ uint32_t map_to(uint32_t shared, int rank) {
+    uint32_t mapped = shared;
+    TURBOQUANT_BULK("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(shared), "r"(rank));
+    return mapped;
+}
+__device__ __forceinline__ uint32_t load_mapped(uint32_t mapped) {
+    uint32_t x = 0;
+    TURBOQUANT_BULK("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(mapped) : "memory");
+    return x;
+}
+// Arrives without a fence between the thread blocks, so it may only tell that memory has been read.
+__device__ __forceinline__ void arrive_mapped(uint32_t barrier) {
+    TURBOQUANT_BULK("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Announces bytes that other thread blocks copy, and arrives.
+__device__ __forceinline__ void arrive_for_bytes(uint32_t barrier, int bytes) {
+    TURBOQUANT_BULK("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Copies bytes to another thread block, which has announced them. `from` is the own memory.
+__device__ __forceinline__ void copy_mapped(uint32_t mapped, uint32_t from, int bytes, uint32_t mapped_barrier) {
+    TURBOQUANT_BULK("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                        mapped),
+                    "r"(from), "r"(bytes), "r"(mapped_barrier) : "memory");
+}
+__device__ __forceinline__ void sync_cluster() {
+    __syncwarp();
+    TURBOQUANT_BULK("barrier.cluster.arrive.release.aligned;\n"
+                    "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Orders a thread's accesses to shared memory before later bulk copies to the same memory.
 __device__ __forceinline__ void before_bulk_copies() { TURBOQUANT_BULK("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A warp waits until all other warps of the thread block have called tell_waiting_warp with the same number, 1, 2, ...

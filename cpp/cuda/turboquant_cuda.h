@@ -235,6 +235,7 @@ struct AttentionPlan {
     bool direct;             // that for a few tokens
     int eights;              // of columns of a thread block, in that for a few tokens on Hopper GPUs, else 0
     bool hopper;             // that for Hopper GPUs
+    int cluster;             // thread blocks that share expanded rows, in that for Hopper GPUs
     int operands;            // of 16 columns, of a warp
     bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together
     int buffer_rows;         // KV rows that are expanded together at a time

@@ -25,9 +25,10 @@ namespace {
 // with number u of row r is in place u ^ r % 8.
 constexpr int matrix_alignment = 1024;
 
-// A matrix is a word with its address in units of 16 bytes, so that an offset may be added, and a distance.
-__device__ __forceinline__ uint32_t matrix_at(uint32_t address, int apart) { // addresses have less than 18 bits
-    return address >> 4 | uint32_t(apart >> 4) << 16;
+// A matrix is a word with its address in units of 16 bytes, so that an offset may be added, and a distance. An address
+// has less than 18 bits, and behind them the rank of the thread block in its cluster.
+__device__ __forceinline__ uint32_t matrix_at(uint32_t address, int apart) {
+    return (address & 0x3ffff) >> 4 | uint32_t(apart >> 4) << 16;
 }
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t matrix) {
     constexpr uint32_t group_bytes = 1024; // of eight rows

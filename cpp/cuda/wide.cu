@@ -376,6 +376,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
             p.buffer_rows = hopper_rows;
             p.row_tiles = p.columns <= group_columns ? column_groups : 1;
             p.shared_bytes = HopperMemory<128>::bytes(hopper_rows * (pitch_k + pitch_v), most_words);
+            const bool shares = p.row_tiles == 1 && p.column_tiles % most_cluster == 0;
+            p.cluster = shares && most_cluster <= device.multiprocessors ? most_cluster : 1;
             return p.shared_bytes <= device.shared_per_block;
         }
         for (int row_tiles = std::min(warps / column_warps, 8); row_tiles > 0; row_tiles /= 2)
@@ -490,7 +492,8 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
                       size_t(p.shared_bytes), stream, wide);
     const int column_warps = p.column_tile / (p.operands * wide_columns);
     const int warps = p.separate ? p.row_tiles * column_warps : wide_warps(false);
-    return launch(kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps), size_t(p.shared_bytes), stream, wide);
+    return launch_clusters(p.hopper ? p.cluster : 1, kernel, grid, dim3(p.hopper ? hopper_threads : 32 * warps),
+                           size_t(p.shared_bytes), stream, wide);
 }
 
 } // namespace cuda

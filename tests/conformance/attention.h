@@ -609,6 +609,25 @@ inline void columns(List & list) {
         c.rows = 700;
         list.add("columns", c, Extent::usual);
     }
+    for (const AttentionCase & base : bases()) { // two and four tiles of columns, whose thread blocks may share rows
+        if (base.head_k != 128 || base.type_k >= TQ_TYPE_COUNT || base.type_v >= TQ_TYPE_COUNT) continue;
+        AttentionCase c = base;
+        c.heads = 4;
+        c.kv_heads = 1;
+        c.tokens = 60;
+        c.rows = 1100;
+        for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {
+            c.mask = mask;
+            list.add("columns", c, mask == Mask::runs ? Extent::usual : Extent::whole);
+        }
+        c.tokens = 120;
+        c.mask = Mask::prefixes; // each thread block sees rows of its own
+        c.seen[0] = 1;
+        c.seen[1] = 640;
+        c.seen[2] = 1090;
+        c.last = 1089;
+        list.add("columns", c, Extent::usual);
+    }
     for (const AttentionCase & base : bases()) { // so many streams that a GPU's thread block has many rows of a stream
         AttentionCase c = base;
         c.heads = 4;

@@ -80,7 +80,8 @@ void start_multiply(Site site, const Pointers & d, const ptx::Words<4> & a, cons
 
 // The byte at an offset from the start of a matrix, whose rows of 128 bytes have units of 16 bytes that are exchanged.
 const uint8_t * swizzled(uint64_t descriptor, uint32_t offset, size_t bytes) {
-    const uint32_t address = uint32_t(descriptor & 0x3fff) * 16 + offset;
+    const uint32_t rank = uint32_t(current->block->rank) << rank_shift; // products read the own memory alone
+    const uint32_t address = (uint32_t(descriptor & 0x3fff) * 16 + offset) | rank;
     return shared_at({"wgmma", 0}, address ^ (address >> 7 & 7) << 4, bytes, bytes);
 }
 
@@ -286,6 +287,13 @@ void mbarrier_arrive_shared__cta_b64(int line, uint32_t address) {
     --barrier.missing;
     barrier_changed(barrier);
 }
+void mbarrier_arrive_shared__cluster_b64(int line, uint32_t address) {
+    mbarrier_arrive_shared__cta_b64(line, address);
+}
+void mbarrier_arrive_expect_tx_shared__cta_b64(int line, uint32_t address, int bytes) {
+    memory_barrier({"mbarrier.arrive.expect_tx", line}, address).bytes += bytes;
+    mbarrier_arrive_shared__cta_b64(line, address);
+}
 void mbarrier_expect_tx_relaxed_cta_shared__cta_b64(int line, uint32_t address, int bytes) {
     memory_barrier({"mbarrier.expect_tx", line}, address).bytes += bytes;
 }
@@ -298,9 +306,17 @@ void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(int line,
     const Site site = {"cp.async.bulk", line};
     if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         stop("cp.async.bulk in line %d of %d bytes from %p", line, bytes, from);
-    std::memset(shared_at(site, to, size_t(bytes), 16), 0xff, size_t(bytes));
-    memory_barrier(site, barrier);
-    current->block->bulk.push_back({to, uint32_t(bytes), barrier, from});
+    uint8_t * at = shared_at(site, to, size_t(bytes), 16);
+    std::memset(at, 0xff, size_t(bytes));
+    current->block->cluster->bulk.push_back({at, from, uint32_t(bytes), &memory_barrier(site, barrier)});
+}
+void cp_async_bulk_shared__cluster_shared__cta_mbarrier__complete_tx__bytes(int line, uint32_t to, uint32_t from,
+                                                                            int bytes, uint32_t barrier) {
+    cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(
+        line, to, shared_at({"cp.async.bulk", line}, from, size_t(bytes), 16), bytes, barrier);
+}
+void ld_shared__cluster_u32(int line, uint32_t & d, uint32_t address) {
+    std::memcpy(&d, shared_at({"ld.shared::cluster", line}, address, 4, 4), 4);
 }
 
 // ---- matrices

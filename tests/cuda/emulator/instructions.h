@@ -50,7 +50,11 @@ inline void max_ftz_NaN_f32(int, float & d, float a, float b) { d = a != a || b 
 void fma_rn_f32(int line, float & d, float a, float b, float c); // keeps floats below the normal ones
 inline void mov_b32(int, int & d, int a) { d = a; }
 inline void mov_u32(int, int & d, unsigned a) { d = int(a); }
+inline void mapa_shared__cluster_u32(int, uint32_t & d, uint32_t address, int rank) {
+    d = (address & ((1u << rank_shift) - 1)) | uint32_t(rank) << rank_shift;
+}
 inline unsigned tid_x() { return threadIdx.x; }
+inline int cluster_ctarank() { return current->block->rank; }
 // An empty statement, which only keeps registers.
 template <typename T> void nothing(int, T & x) { asm volatile("" : "+m"(x)); }
 
@@ -67,6 +71,13 @@ void mbarrier_expect_tx_relaxed_cta_shared__cta_b64(int line, uint32_t barrier, 
 bool mbarrier_try_wait_parity_shared__cta_b64(int line, uint32_t barrier, int parity); // waits until it is true
 void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(int line, uint32_t to, const void * from,
                                                                        int bytes, uint32_t barrier);
+void cp_async_bulk_shared__cluster_shared__cta_mbarrier__complete_tx__bytes(int line, uint32_t to, uint32_t from,
+                                                                            int bytes, uint32_t barrier);
+void mbarrier_arrive_shared__cluster_b64(int line, uint32_t barrier);
+void mbarrier_arrive_expect_tx_shared__cta_b64(int line, uint32_t barrier, int bytes);
+void ld_shared__cluster_u32(int line, uint32_t & d, uint32_t address);
+inline void barrier_cluster_arrive_release_aligned(int) {}
+inline void barrier_cluster_wait_acquire_aligned(int line) { sync_cluster({"barrier.cluster", line}); }
 // What memory the instructions see is the same for all of them here.
 inline void fence_mbarrier_init_release_cluster(int) {}
 inline void fence_proxy_async_shared__cta(int) {}

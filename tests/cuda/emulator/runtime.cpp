@@ -64,14 +64,21 @@ bool register_static_shared(const void * kernel, size_t bytes) {
     return true;
 }
 
-cudaError_t launch(const void * kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> run_thread) {
+cudaError_t launch(const void * kernel, dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes,
+                   std::function<void()> run_thread) {
     const Kernel & k = state().kernels[kernel];
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (threads == 0 || threads > uint64_t(most_threads) || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || dynamic_bytes > k.most_dynamic_bytes ||
-        k.static_bytes > usual_shared)
+        k.static_bytes > usual_shared || cluster.x != 1 || cluster.z != 1 || cluster.y < 1 ||
+        cluster.y > unsigned(most_cluster) || grid.y % cluster.y)
         return failed(cudaErrorInvalidConfiguration);
-    run({{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, k.static_bytes, dynamic_bytes, std::move(run_thread)});
+    run({{grid.x, grid.y, grid.z},
+         {block.x, block.y, block.z},
+         cluster.y,
+         k.static_bytes,
+         dynamic_bytes,
+         std::move(run_thread)});
     return cudaSuccess;
 }
 

@@ -40,7 +40,7 @@ uint64_t next_random(uint64_t & state) { // xorshift64*
     state ^= state >> 27;
     return state * 0x2545f4914f6cdd1d;
 }
-uint32_t random_below(Block & block, uint32_t n) { return uint32_t((next_random(block.random) >> 32) * n >> 32); }
+uint32_t random_below(Cluster & cluster, uint32_t n) { return uint32_t((next_random(cluster.random) >> 32) * n >> 32); }
 
 uint8_t * map_memory(size_t bytes) {
     void * memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -51,13 +51,12 @@ uint8_t * map_memory(size_t bytes) {
 // What a thread of the host needs to run thread blocks.
 struct Worker {
     Fiber scheduler;
-    std::vector<Thread> threads;
+    std::vector<Thread> threads; // of all thread blocks
     std::vector<uint8_t *> stacks;
-    uint8_t * shared;
-    Block block;
+    std::vector<uint8_t *> shared; // of each thread block
+    Cluster cluster;
 
-    Worker() : shared(map_memory(shared_capacity + guard_bytes)) {
-        if (mprotect(shared + shared_capacity, guard_bytes, PROT_NONE) != 0) stop("no memory");
+    Worker() {
         // Stops with a message where a fiber has accessed what it must not. The fiber's stack may be the reason.
         const size_t bytes = 64 << 10;
         const stack_t stack = {map_memory(bytes), 0, bytes};
@@ -66,9 +65,11 @@ struct Worker {
         action.sa_flags = SA_ONSTACK | SA_RESETHAND;
         if (sigaltstack(&stack, nullptr) != 0 || sigaction(SIGSEGV, &action, nullptr) != 0) stop("no handler");
     }
-    void run_block(const Grid & grid, uint64_t number, uint64_t seed);
+    // Runs the thread block with this number, and the others of its cluster, which follow it in y.
+    void run_cluster(const Grid & grid, uint64_t number, uint64_t seed);
 
 private:
+    void start_block(const Grid & grid, Block & block);
     void run_warps();
     bool copy_bulk();
     void stop_waiting();
@@ -79,6 +80,7 @@ thread_local Worker * worker = nullptr;
 void switch_to(Thread & to, Fiber & from) {
     current = &to;
     threadIdx = to.index;
+    blockIdx = to.block->index;
     switch_fiber(from, to.fiber);
 }
 
@@ -93,7 +95,7 @@ void wait() {
         // The next lane in turn, so that the order of the lanes differs between operations.
         const uint32_t after = warp.runnable & ~(2 * bit(t.lane) - 1);
         const int lane = __builtin_ctz(after ? after : warp.runnable);
-        switch_to(worker->threads[size_t(t.warp * warp_size + lane)], t.fiber);
+        switch_to(t.block->all_threads[t.warp * warp_size + lane], t.fiber);
     } else {
         switch_fiber(t.fiber, worker->scheduler);
     }
@@ -111,21 +113,20 @@ void thread_entry() {
     t.waits = {"the end", 0};
     warp.ended |= bit(t.lane);
     --t.block->live;
+    --t.block->cluster->live;
     wait();
     std::abort();
 }
 
 // Ends a bulk copy at random, if there is one.
 bool Worker::copy_bulk() {
-    if (block.bulk.empty()) return false;
-    const size_t i = random_below(block, uint32_t(block.bulk.size()));
-    const BulkCopy copy = block.bulk[i];
-    block.bulk.erase(block.bulk.begin() + int64_t(i));
-    const Site site = {"cp.async.bulk", 0};
-    std::memcpy(shared_at(site, copy.to, copy.bytes, 16), copy.from, copy.bytes);
-    MemoryBarrier & barrier = memory_barrier(site, copy.barrier);
-    barrier.bytes -= int32_t(copy.bytes);
-    barrier_changed(barrier);
+    if (cluster.bulk.empty()) return false;
+    const size_t i = random_below(cluster, uint32_t(cluster.bulk.size()));
+    const BulkCopy copy = cluster.bulk[i];
+    cluster.bulk.erase(cluster.bulk.begin() + int64_t(i));
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    copy.barrier->bytes -= int32_t(copy.bytes);
+    barrier_changed(*copy.barrier);
     return true;
 }
 
@@ -133,15 +134,15 @@ bool Worker::copy_bulk() {
 void Worker::stop_waiting() {
     const Thread * before = nullptr;
     for (const Thread & t : threads) {
-        if (t.number >= block.threads || t.ended) continue;
-        if (before && before->warp == t.warp && before->waits.line == t.waits.line) continue;
+        if (!t.block || t.ended) continue;
+        if (before && before->block == t.block && before->warp == t.warp && before->waits.line == t.waits.line) continue;
         before = &t;
-        std::fprintf(stderr, "emulator: warp %d, lane %d waits at %s in line %d\n", t.warp, t.lane, t.waits.operation,
-                     t.waits.line);
-        for (const MemoryBarrierWait & wait : block.waits)
+        std::fprintf(stderr, "emulator: rank %d, warp %d, lane %d waits at %s in line %d\n", t.block->rank, t.warp,
+                     t.lane, t.waits.operation, t.waits.line);
+        for (const MemoryBarrierWait & wait : cluster.waits)
             if (wait.thread == &t)
                 std::fprintf(stderr, "    for the barrier at %zu, which misses %d arrivals and %d bytes\n",
-                             reinterpret_cast<const uint8_t *>(wait.barrier) - shared, wait.barrier->missing,
+                             reinterpret_cast<const uint8_t *>(wait.barrier) - t.block->shared, wait.barrier->missing,
                              wait.barrier->bytes);
     }
     current = nullptr;
@@ -149,48 +150,35 @@ void Worker::stop_waiting() {
 }
 
 void Worker::run_warps() {
-    std::vector<int> runnable;
-    while (block.live > 0) {
-        if (random_below(block, 4) == 0) copy_bulk(); // at any time, but not at once
+    std::vector<std::pair<Block *, int>> runnable; // warps
+    while (cluster.live > 0) {
+        if (random_below(cluster, 4) == 0) copy_bulk(); // at any time, but not at once
         runnable.clear();
-        for (size_t i = 0; i < block.warps.size(); ++i)
-            if (block.warps[i].runnable) runnable.push_back(int(i));
+        for (Block & block : cluster.blocks)
+            for (size_t i = 0; i < block.warps.size(); ++i)
+                if (block.warps[i].runnable) runnable.push_back({&block, int(i)});
         if (runnable.empty()) {
             if (!copy_bulk()) stop_waiting();
             continue;
         }
-        const int warp = runnable[random_below(block, uint32_t(runnable.size()))];
-        const int lane = __builtin_ctz(block.warps[size_t(warp)].runnable);
-        switch_to(threads[size_t(warp * warp_size + lane)], scheduler);
+        const auto [block, warp] = runnable[random_below(cluster, uint32_t(runnable.size()))];
+        const int lane = __builtin_ctz(block->warps[size_t(warp)].runnable);
+        switch_to(block->all_threads[warp * warp_size + lane], scheduler);
         current = nullptr;
     }
 }
 
-void Worker::run_block(const Grid & grid, uint64_t number, uint64_t seed) {
-    worker = this;
-    const int count = int(grid.threads.x * grid.threads.y * grid.threads.z);
-    block.index = {unsigned(number % grid.blocks.x), unsigned(number / grid.blocks.x % grid.blocks.y),
-                   unsigned(number / grid.blocks.x / grid.blocks.y)};
-    blockIdx = block.index;
-    blockDim = grid.threads;
-    gridDim = grid.blocks;
+void Worker::start_block(const Grid & grid, Block & block) {
+    const int count = block.threads;
     block.static_bytes = grid.static_bytes;
     block.shared_bytes = (grid.static_bytes + 15) / 16 * 16 + grid.dynamic_bytes;
-    block.shared = shared;
-    block.threads = block.live = count;
-    block.random = (seed + 1) * 0x9e3779b97f4a7c15 ^ (number + 1) * 0xd1342543de82ef95;
+    block.shared = shared[size_t(block.rank)];
+    block.live = count;
     for (NamedBarrier & barrier : block.barriers) barrier = {};
-    block.waits.clear();
-    block.bulk.clear();
-    std::memset(shared, poison, block.shared_bytes);
-    while (stacks.size() < size_t(count)) {
-        stacks.push_back(map_memory(stack_bytes));
-        if (mprotect(stacks.back(), guard_bytes, PROT_NONE) != 0) stop("no memory");
-    }
-    threads.resize(std::max(threads.size(), size_t(count)));
+    std::memset(block.shared, poison, block.shared_bytes);
     block.warps.assign(size_t((count + warp_size - 1) / warp_size), Warp{});
     for (int i = 0; i < count; ++i) {
-        Thread & t = threads[size_t(i)];
+        Thread & t = block.all_threads[i];
         t.block = &block;
         t.number = i;
         t.lane = i % warp_size;
@@ -203,10 +191,45 @@ void Worker::run_block(const Grid & grid, uint64_t number, uint64_t seed) {
         t.copies.clear();
         t.products.clear();
         // Stacks begin at different places in a page, or they would compete for the same lines of the host's cache.
-        t.fiber.start(stacks[size_t(i)], stack_bytes - size_t(i % warp_size) * 1088, thread_entry);
+        t.fiber.start(stacks[size_t(block.rank * count + i)], stack_bytes - size_t(i % warp_size) * 1088, thread_entry);
         block.warps[size_t(t.warp)].runnable |= bit(t.lane);
     }
     for (int i = count; i % warp_size; ++i) block.warps.back().ended |= bit(i % warp_size);
+}
+
+void Worker::run_cluster(const Grid & grid, uint64_t number, uint64_t seed) {
+    worker = this;
+    const int size = int(grid.cluster), count = int(grid.threads.x * grid.threads.y * grid.threads.z);
+    blockDim = grid.threads;
+    gridDim = grid.blocks;
+    while (shared.size() < size_t(size)) {
+        shared.push_back(map_memory(shared_capacity + guard_bytes));
+        if (mprotect(shared.back() + shared_capacity, guard_bytes, PROT_NONE) != 0) stop("no memory");
+    }
+    while (stacks.size() < size_t(size * count)) {
+        stacks.push_back(map_memory(stack_bytes));
+        if (mprotect(stacks.back(), guard_bytes, PROT_NONE) != 0) stop("no memory");
+    }
+    threads.resize(std::max(threads.size(), size_t(size * count)));
+    for (Thread & t : threads) t.block = nullptr;
+    cluster.size = size;
+    cluster.live = size * count;
+    cluster.random = (seed + 1) * 0x9e3779b97f4a7c15 ^ (number + 1) * 0xd1342543de82ef95;
+    cluster.waits.clear();
+    cluster.bulk.clear();
+    cluster.barrier = {};
+    cluster.blocks.resize(size_t(size));
+    const uint3 first = {unsigned(number % grid.blocks.x), unsigned(number / grid.blocks.x % grid.blocks.y),
+                         unsigned(number / grid.blocks.x / grid.blocks.y)};
+    for (int rank = 0; rank < size; ++rank) {
+        Block & block = cluster.blocks[size_t(rank)];
+        block.index = {first.x, first.y + unsigned(rank), first.z};
+        block.rank = rank;
+        block.cluster = &cluster;
+        block.threads = count;
+        block.all_threads = threads.data() + rank * count;
+        start_block(grid, block);
+    }
 #if defined(__x86_64__)
     const unsigned mode = _mm_getcsr();
     run_warps();
@@ -226,13 +249,13 @@ public:
     void run(const Grid & grid) {
         std::unique_lock<std::mutex> lock(mutex_);
         running = &grid;
-        blocks_ = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
+        clusters_ = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z / grid.cluster;
         next_ = 0;
         ++launches_;
         uint64_t state = (settings().seed + launches_) * 0x9e3779b97f4a7c15;
-        do stride_ = 1 + next_random(state) % blocks_; // of the numbers of the blocks, one after the other
-        while (std::gcd(stride_, blocks_) != 1);
-        if (blocks_ > 1) started_.notify_all();
+        do stride_ = 1 + next_random(state) % clusters_; // of the numbers of the clusters, one after the other
+        while (std::gcd(stride_, clusters_) != 1);
+        if (clusters_ > 1) started_.notify_all();
         lock.unlock();
         take_blocks(launches_);
         lock.lock();
@@ -246,8 +269,9 @@ private:
         if (!own) own = std::make_unique<Worker>();
         for (;;) {
             const uint64_t i = next_++;
-            if (i >= blocks_) break;
-            own->run_block(*running, i * stride_ % blocks_, settings().seed + launch);
+            if (i >= clusters_) break;
+            const uint64_t x = running->blocks.x, number = i * stride_ % clusters_;
+            own->run_cluster(*running, number / x * running->cluster * x + number % x, settings().seed + launch);
         }
     }
     void serve() {
@@ -255,7 +279,7 @@ private:
         for (uint64_t seen = 0;;) {
             started_.wait(lock, [&] { return launches_ != seen; });
             seen = launches_;
-            if (next_ >= blocks_) continue;
+            if (next_ >= clusters_) continue;
             ++busy_;
             lock.unlock();
             take_blocks(seen);
@@ -267,7 +291,7 @@ private:
     std::mutex mutex_;
     std::condition_variable started_, ended_;
     std::atomic<uint64_t> next_{0};
-    uint64_t blocks_ = 0, stride_ = 1, launches_ = 0;
+    uint64_t clusters_ = 0, stride_ = 1, launches_ = 0;
     int busy_ = 0;
 };
 
@@ -346,6 +370,23 @@ bool barrier_sync(Site site, int number, int threads, bool any) {
     return barrier.result;
 }
 
+void sync_cluster(Site site) {
+    Thread & t = *current;
+    Cluster & cluster = *t.block->cluster;
+    if (cluster.live != cluster.size * t.block->threads)
+        stop("%s in line %d, and other threads have ended", site.operation, site.line);
+    NamedBarrier & barrier = cluster.barrier;
+    barrier.expected = cluster.live;
+    ++barrier.arrived;
+    t.waits = site;
+    if (barrier.arrived < barrier.expected) {
+        barrier.waiting.push_back(&t);
+        wait();
+    } else {
+        complete(barrier);
+    }
+}
+
 void barrier_arrive(Site site, int number, int threads) { complete(arrive(site, number, threads)); }
 
 MemoryBarrier & memory_barrier(Site site, uint32_t address, bool initialised) {
@@ -360,7 +401,7 @@ void barrier_changed(MemoryBarrier & barrier) {
     if (barrier.missing > 0 || barrier.bytes != 0) return;
     barrier.parity ^= 1;
     barrier.missing = barrier.arrivals;
-    auto & waits = worker->block.waits;
+    auto & waits = worker->cluster.waits;
     for (size_t i = 0; i < waits.size();)
         if (waits[i].barrier == &barrier && waits[i].parity != barrier.parity) {
             wake(*waits[i].thread);
@@ -375,12 +416,17 @@ void wait_for_parity(Site site, uint32_t address, int parity) {
     const MemoryBarrier & barrier = memory_barrier(site, address);
     if (barrier.parity != parity) return;
     current->waits = site;
-    current->block->waits.push_back({current, &barrier, parity});
+    current->block->cluster->waits.push_back({current, &barrier, parity});
     wait();
 }
 
 uint8_t * shared_at(Site site, uint32_t address, size_t bytes, size_t alignment) {
-    const Block & block = worker->block;
+    const Cluster & cluster = *current->block->cluster;
+    const uint32_t rank = address >> rank_shift;
+    if (rank >= uint32_t(cluster.size)) stop("%s in line %d: no thread block %u", site.operation, site.line, rank);
+    const Block & block = cluster.blocks[rank];
+    if (block.live == 0) stop("%s in line %d: thread block %u has ended", site.operation, site.line, rank);
+    address &= (1u << rank_shift) - 1;
     if (address < shared_begin || address - shared_begin + bytes > block.shared_bytes)
         stop("%s in line %d: address %u of %zu bytes of shared memory", site.operation, site.line,
              address - shared_begin, block.shared_bytes);
@@ -389,10 +435,10 @@ uint8_t * shared_at(Site site, uint32_t address, size_t bytes, size_t alignment)
 }
 
 uint32_t shared_address(const void * p) {
-    const Block & block = worker->block;
+    const Block & block = *current->block;
     const uint8_t * at = static_cast<const uint8_t *>(p);
     if (at < block.shared || at > block.shared + block.shared_bytes) stop("an address outside of shared memory");
-    return uint32_t(at - block.shared) + shared_begin;
+    return (uint32_t(at - block.shared) + shared_begin) | uint32_t(block.rank) << rank_shift;
 }
 
 void run(const Grid & grid) {

@@ -1,6 +1,6 @@
 // The threads of a thread block, as fibers, and how they wait for each other.
 //
-// A thread of the host runs a thread block: warps in a random order, each of them until all its lanes wait. The lanes
+// A thread of the host runs the thread blocks of a cluster, or one that has none: their warps in a random order, each of them until all its lanes wait. The lanes
 // of a warp run one after the other, from one collective operation to the next. So a thread that does not wait for
 // what it needs reads what the memory had before, in most orders.
 //
@@ -31,6 +31,8 @@ constexpr int warp_size = 32;
 constexpr int most_threads = 1024;              // of a thread block
 constexpr size_t shared_capacity = 228u << 10;  // of a multiprocessor
 constexpr uint32_t shared_begin = 1024;         // the address of a thread block's shared memory: the GPU has the rest
+constexpr int most_cluster = 8;                 // thread blocks of a cluster
+constexpr int rank_shift = 24;                  // addresses have the rank of the thread block from this bit on
 
 // A collective operation in the source, by its kind and line.
 struct Site {
@@ -100,20 +102,35 @@ struct MemoryBarrierWait {
 
 // A bulk copy that was started.
 struct BulkCopy {
-    uint32_t to, bytes, barrier;
+    uint8_t * to;
     const void * from;
+    uint32_t bytes;
+    MemoryBarrier * barrier;
 };
+
+struct Cluster;
 
 struct Block {
     uint3 index; // blockIdx
+    int rank;    // in the cluster
+    Cluster * cluster;
+    Thread * all_threads;
     uint8_t * shared;               // the memory from address shared_begin on
     size_t shared_bytes, static_bytes;
     int threads;
-    uint64_t random; // the state of a generator
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
+    int live; // threads that have not ended
+};
+
+// What the thread blocks of a cluster share.
+struct Cluster {
+    int size; // thread blocks
+    uint64_t random; // the state of a generator
+    std::vector<Block> blocks;
     std::vector<MemoryBarrierWait> waits;
     std::vector<BulkCopy> bulk;
+    NamedBarrier barrier;
     int live; // threads that have not ended
 };
 
@@ -141,8 +158,10 @@ void barrier_arrive(Site site, int number, int threads);
 MemoryBarrier & memory_barrier(Site site, uint32_t address, bool initialised = true);
 void barrier_changed(MemoryBarrier & barrier); // ends the phase if nothing is missing
 void wait_for_parity(Site site, uint32_t address, int parity);
+void sync_cluster(Site site); // all threads of the cluster
 
-// The bytes of shared memory from an address on, a multiple of `alignment`.
+// The bytes of shared memory from an address on, a multiple of `alignment`. A mapped address is that of a thread block
+// of the cluster.
 uint8_t * shared_at(Site site, uint32_t address, size_t bytes, size_t alignment);
 uint32_t shared_address(const void * p);
 
@@ -150,6 +169,7 @@ uint32_t shared_address(const void * p);
 
 struct Grid {
     uint3 blocks, threads;
+    unsigned cluster; // thread blocks, which follow each other in y
     size_t static_bytes, dynamic_bytes;
     std::function<void()> run_thread; // runs the kernel for the current thread
 };

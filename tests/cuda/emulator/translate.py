@@ -66,7 +66,7 @@ def operand(text: str, values: list[str], written: int) -> str:
     text = text.removeprefix("[").removesuffix("]")
     if re.fullmatch(r"%\d+", text):
         return values[int(text[1:])]
-    if re.fullmatch(r"%%\w+\.\w+", text):  # a special register
+    if re.fullmatch(r"%%\w+(\.\w+)?", text):  # a special register
         return f"::emulator::ptx::{text[2:].replace('.', '_')}()"
     if re.fullmatch(r"-?\d+|0x[0-9a-f]+", text):
         return text

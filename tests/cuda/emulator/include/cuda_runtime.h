@@ -23,11 +23,15 @@ struct dim3 {
 
 // ---- launches
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeProgrammaticStreamSerialization,
+    cudaLaunchAttributeClusterDimension,
+};
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
     struct {
         int programmaticStreamSerializationAllowed;
+        dim3 clusterDim;
     } val;
 };
 struct cudaLaunchConfig_t {
@@ -41,12 +45,13 @@ struct cudaLaunchConfig_t {
 namespace emulator {
 
 // Runs a kernel, unless the launch is not valid. The error is also that of cudaGetLastError.
-cudaError_t launch(const void * kernel, dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> run_thread);
+cudaError_t launch(const void * kernel, dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes,
+                   std::function<void()> run_thread);
 
 template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes,
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes,
                    const std::tuple<Parameters...> & arguments) {
-    return launch(reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes,
+    return launch(reinterpret_cast<const void *>(kernel), grid, block, cluster, dynamic_bytes,
                   [&] { std::apply(kernel, arguments); });
 }
 
@@ -68,7 +73,7 @@ struct Configuration {
 };
 template <typename... Parameters, typename... Arguments>
 void operator->*(void (*kernel)(Parameters...), const Launch<Arguments...> & l) {
-    launch(kernel, l.grid, l.block, l.dynamic_bytes, std::tuple<Parameters...>(l.arguments));
+    launch(kernel, l.grid, l.block, dim3(), l.dynamic_bytes, std::tuple<Parameters...>(l.arguments));
 }
 
 // Static shared memory of a kernel, which has at most one such variable. It precedes the dynamic one.
@@ -98,7 +103,10 @@ void enter_kernel(const char * name, int most, bool flush);
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-    return emulator::launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+    dim3 cluster;
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+        if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim;
+    return emulator::launch(kernel, config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes,
                             std::tuple<Parameters...>(arguments...));
 }
 
