@@ -185,12 +185,12 @@ __device__ __forceinline__ void arrive_mapped(uint32_t barrier) {
 __device__ __forceinline__ void arrive_for_bytes(uint32_t barrier, int bytes) {
     TURBOQUANT_BULK("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Copies bytes to another thread block, which has announced them. `from` is the own memory.
+// Copies bytes of the own memory to another thread block, which announces them for the phase of its barrier.
 __device__ __forceinline__ void copy_mapped(uint32_t mapped, uint32_t from, int bytes, uint32_t mapped_barrier) {
-    TURBOQUANT_BULK("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                        mapped),
-                    "r"(from), "r"(bytes), "r"(mapped_barrier) : "memory");
+    TURBOQUANT_BULK("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                    ::"r"(mapped), "r"(from), "r"(bytes), "r"(mapped_barrier) : "memory");
 }
+// All threads of the cluster wait for each other. The instructions count warps, so their lanes must be together.
 __device__ __forceinline__ void sync_cluster() {
     __syncwarp();
     TURBOQUANT_BULK("barrier.cluster.arrive.release.aligned;\n"

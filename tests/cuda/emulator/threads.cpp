@@ -95,7 +95,7 @@ void wait() {
         // The next lane in turn, so that the order of the lanes differs between operations.
         const uint32_t after = warp.runnable & ~(2 * bit(t.lane) - 1);
         const int lane = __builtin_ctz(after ? after : warp.runnable);
-        switch_to(t.block->all_threads[t.warp * warp_size + lane], t.fiber);
+        switch_to(t.block->first_thread[t.warp * warp_size + lane], t.fiber);
     } else {
         switch_fiber(t.fiber, worker->scheduler);
     }
@@ -135,7 +135,8 @@ void Worker::stop_waiting() {
     const Thread * before = nullptr;
     for (const Thread & t : threads) {
         if (!t.block || t.ended) continue;
-        if (before && before->block == t.block && before->warp == t.warp && before->waits.line == t.waits.line) continue;
+        const bool same = before && before->block == t.block && before->warp == t.warp;
+        if (same && before->waits.line == t.waits.line) continue;
         before = &t;
         std::fprintf(stderr, "emulator: rank %d, warp %d, lane %d waits at %s in line %d\n", t.block->rank, t.warp,
                      t.lane, t.waits.operation, t.waits.line);
@@ -163,7 +164,7 @@ void Worker::run_warps() {
         }
         const auto [block, warp] = runnable[random_below(cluster, uint32_t(runnable.size()))];
         const int lane = __builtin_ctz(block->warps[size_t(warp)].runnable);
-        switch_to(block->all_threads[warp * warp_size + lane], scheduler);
+        switch_to(block->first_thread[warp * warp_size + lane], scheduler);
         current = nullptr;
     }
 }
@@ -178,7 +179,7 @@ void Worker::start_block(const Grid & grid, Block & block) {
     std::memset(block.shared, poison, block.shared_bytes);
     block.warps.assign(size_t((count + warp_size - 1) / warp_size), Warp{});
     for (int i = 0; i < count; ++i) {
-        Thread & t = block.all_threads[i];
+        Thread & t = block.first_thread[i];
         t.block = &block;
         t.number = i;
         t.lane = i % warp_size;
@@ -227,7 +228,7 @@ void Worker::run_cluster(const Grid & grid, uint64_t number, uint64_t seed) {
         block.rank = rank;
         block.cluster = &cluster;
         block.threads = count;
-        block.all_threads = threads.data() + rank * count;
+        block.first_thread = threads.data() + rank * count;
         start_block(grid, block);
     }
 #if defined(__x86_64__)

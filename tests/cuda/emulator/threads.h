@@ -1,12 +1,13 @@
 // The threads of a thread block, as fibers, and how they wait for each other.
 //
-// A thread of the host runs the thread blocks of a cluster, or one that has none: their warps in a random order, each of them until all its lanes wait. The lanes
-// of a warp run one after the other, from one collective operation to the next. So a thread that does not wait for
-// what it needs reads what the memory had before, in most orders.
+// A thread of the host runs a thread block, or those of a cluster: warps in a random order, each of them until all its
+// lanes wait. The lanes of a warp run one after the other, from one collective operation to the next. So a thread that
+// does not wait for what it needs reads what the memory had before, in most orders.
 //
 // What makes the emulator stop, with a message and SIGABRT:
 //   - lanes of a warp that reach different collective operations, or of which some have ended
 //   - threads that wait at barriers with different numbers of threads, or forever
+//   - accesses to a thread block outside of the cluster, or that has ended
 //   - accesses outside of the allocations and of shared memory (not all of them: what lies behind an allocation up to a
 //     multiple of 256 bytes may be read, and memory in it that belongs to something else is not distinguished)
 //   - misaligned addresses, also of vectors
@@ -114,7 +115,7 @@ struct Block {
     uint3 index; // blockIdx
     int rank;    // in the cluster
     Cluster * cluster;
-    Thread * all_threads;
+    Thread * first_thread;          // the others follow it
     uint8_t * shared;               // the memory from address shared_begin on
     size_t shared_bytes, static_bytes;
     int threads;
@@ -125,7 +126,7 @@ struct Block {
 
 // What the thread blocks of a cluster share.
 struct Cluster {
-    int size; // thread blocks
+    int size;        // thread blocks
     uint64_t random; // the state of a generator
     std::vector<Block> blocks;
     std::vector<MemoryBarrierWait> waits;
