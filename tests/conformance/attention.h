@@ -618,10 +618,10 @@ inline void columns(List & list) {
         c.rows = 1100;
         for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {
             c.mask = mask;
-            list.add("columns", c, mask == Mask::runs ? Extent::usual : Extent::whole);
+            list.add("columns", c, mask == Mask::none ? Extent::whole : Extent::usual);
         }
         c.tokens = 120;
-        c.mask = Mask::prefixes; // each thread block sees rows of its own
+        c.mask = Mask::prefixes;
         c.seen[0] = 1;
         c.seen[1] = 640;
         c.seen[2] = 1090;
