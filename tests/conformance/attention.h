@@ -625,7 +625,6 @@ inline void columns(List & list) {
         c.seen[0] = 1;
         c.seen[1] = 640;
         c.seen[2] = 1090;
-        c.last = 1089;
         list.add("columns", c, Extent::usual);
     }
     for (const AttentionCase & base : bases()) { // so many streams that a GPU's thread block has many rows of a stream
