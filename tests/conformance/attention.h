@@ -610,7 +610,8 @@ inline void columns(List & list) {
         list.add("columns", c, Extent::usual);
     }
     for (const AttentionCase & base : bases()) { // two and four tiles of columns, whose thread blocks may share rows
-        if (base.head_k != 128 || base.type_k >= TQ_TYPE_COUNT || base.type_v >= TQ_TYPE_COUNT) continue;
+        if (base.type_k >= TQ_TYPE_COUNT) continue;
+        const Extent extent = base.type_k == TQ_TURBO4 ? Extent::usual : Extent::whole;
         AttentionCase c = base;
         c.heads = 4;
         c.kv_heads = 1;
@@ -618,14 +619,14 @@ inline void columns(List & list) {
         c.rows = 1100;
         for (const Mask mask : {Mask::none, Mask::causal, Mask::runs}) {
             c.mask = mask;
-            list.add("columns", c, mask == Mask::none ? Extent::whole : Extent::usual);
+            list.add("columns", c, mask == Mask::none ? Extent::whole : extent);
         }
         c.tokens = 120;
         c.mask = Mask::prefixes;
         c.seen[0] = 1;
         c.seen[1] = 640;
         c.seen[2] = 1090;
-        list.add("columns", c, Extent::usual);
+        list.add("columns", c, extent);
     }
     for (const AttentionCase & base : bases()) { // so many streams that a GPU's thread block has many rows of a stream
         AttentionCase c = base;
