@@ -355,37 +355,34 @@ static void complete(NamedBarrier & barrier) {
     barrier.arrived = 0;
 }
 
-bool barrier_sync(Site site, int number, int threads, bool any) {
-    Thread & t = *current;
-    if (number == 0 && t.block->live != t.block->threads)
-        stop("%s in line %d, and other threads have ended", site.operation, site.line);
-    NamedBarrier & barrier = arrive(site, number, threads);
-    barrier.any = barrier.any || any;
-    t.waits = site;
+// The current thread, which has arrived at the barrier, waits for the others.
+static void wait_at(Site site, NamedBarrier & barrier) {
+    current->waits = site;
     if (barrier.arrived < barrier.expected) {
-        barrier.waiting.push_back(&t);
+        barrier.waiting.push_back(current);
         wait();
     } else {
         complete(barrier);
     }
+}
+
+bool barrier_sync(Site site, int number, int threads, bool any) {
+    const Block & block = *current->block;
+    if (number == 0 && block.live != block.threads)
+        stop("%s in line %d, and other threads have ended", site.operation, site.line);
+    NamedBarrier & barrier = arrive(site, number, threads);
+    barrier.any = barrier.any || any;
+    wait_at(site, barrier);
     return barrier.result;
 }
 
 void sync_cluster(Site site) {
-    Thread & t = *current;
-    Cluster & cluster = *t.block->cluster;
-    if (cluster.live != cluster.size * t.block->threads)
+    Cluster & cluster = *current->block->cluster;
+    if (cluster.live != cluster.size * current->block->threads)
         stop("%s in line %d, and other threads have ended", site.operation, site.line);
-    NamedBarrier & barrier = cluster.barrier;
-    barrier.expected = cluster.live;
-    ++barrier.arrived;
-    t.waits = site;
-    if (barrier.arrived < barrier.expected) {
-        barrier.waiting.push_back(&t);
-        wait();
-    } else {
-        complete(barrier);
-    }
+    cluster.barrier.expected = cluster.live;
+    ++cluster.barrier.arrived;
+    wait_at(site, cluster.barrier);
 }
 
 void barrier_arrive(Site site, int number, int threads) { complete(arrive(site, number, threads)); }
