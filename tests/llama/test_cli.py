@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 from harness import TURBO, TURBO_ALL, ProbeError, Server, kld, kv_sizes
 
@@ -117,14 +118,20 @@ def test_no_flash_attention(probe, prose_model, heldout, name: str) -> None:
     with pytest.raises(ProbeError, match="no context") as refusal:
         p.context("f16", name, fa=0)
     assert "quantized V cache requires flash_attn" in refusal.value.log
-    tokens = p.tokenize(heldout[:3000])[:256]
-    p.context()
-    base = p.logits(tokens)
-    errors = []
-    for fa in (1, 0):
-        p.context(name, "f16", fa=fa)
-        errors.append(kld(base, p.logits(tokens)))
-    assert errors[1] <= 1.2 * errors[0]
+    # Over 256 tokens, the ratio of the errors varies by 0.08 (standard deviation) with how a CPU rounds.
+    tokens, chunk = p.tokenize(heldout[:12000])[:2048], 256
+    assert len(tokens) == 2048
+
+    def logits(ctk: str, fa: int) -> np.ndarray:
+        parts = []
+        for at in range(0, len(tokens), chunk):
+            p.context(ctk, "f16", fa=fa)
+            parts.append(p.logits(tokens[at : at + chunk]))
+        return np.concatenate(parts)
+
+    base = logits("f16", 1)
+    fused, separate = (kld(base, logits(name, fa)) for fa in (1, 0))
+    assert separate <= 1.2 * fused
 
 
 def test_cache_in_host_memory(build, prose_model) -> None:
