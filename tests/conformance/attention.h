@@ -53,6 +53,7 @@ struct AttentionCase {
     bool alone = false; // whether the other 64 rows around the bad row are hidden
     bool far = false;   // whether the first half of the rows has almost no weight
     bool steep = false; // whether V's scales are 2^9 times as large in the second half of the rows, not trellis-coded
+    bool many_columns = false; // for kernels of GPUs; the CPU computes a run of tokens at a time
     Extent extent = Extent::whole;
 
     int group() const { return heads / kv_heads; }
@@ -726,7 +727,9 @@ inline std::vector<AttentionCase> attention_cases() {
     shapes(list);
     requests(list);
     options(list);
+    const size_t before = list.cases.size();
     columns(list);
+    for (size_t i = before; i < list.cases.size(); ++i) list.cases[i].many_columns = true;
     few_tokens(list);
     return list.cases;
 }
