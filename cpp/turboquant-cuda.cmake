@@ -9,6 +9,7 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/window.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention64.cu
+        ${TURBOQUANT_CUDA_FOLDER}/attention96.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention128.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention256.cu
         ${TURBOQUANT_CUDA_FOLDER}/gather.cu

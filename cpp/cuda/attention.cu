@@ -322,7 +322,7 @@ cudaError_t allow_shared(const void * kernel, int device, int bytes) {
 
 bool kv_of_type(int type, int head, KV & kv) {
     if (!head_of(head)) return false;
-    const int place = block_index(head < 128 ? head : 128); // the index of the type in its family
+    const int place = block_index(block_of_head(head)); // the index of the type in its family
 #define TURBOQUANT_CASE(X, ID, name, family, bits, id) \
     if (type == TQ_##ID + place) {                     \
         kv = KV::name;                                 \
@@ -601,7 +601,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
         dim3 size;
         const cudaError_t error = describe_stores(stores, 2, beside.stores, size);
         if (error != cudaSuccess) return error;
-        if (beside.stores.block != std::min(a.head, 128) || size.x > 1u << 30) return cudaErrorNotSupported;
+        if (beside.stores.block != block_of_head(a.head) || size.x > 1u << 30) return cudaErrorNotSupported;
         beside.groups = int(size.x);
     }
     const cudaError_t launched =

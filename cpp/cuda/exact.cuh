@@ -36,11 +36,14 @@ struct ExactHead {
     }
 };
 
-// A lane's P elements of an exact row of K and of V, those from P * lane on, as they lie in memory. K and V are read at
-// the same time, and nothing is computed from them at once, so that other work can go on.
-template <int P> struct ExactRow {
+// A lane's elements of an exact row of K and of V, those of lane_element, as they lie in memory. K and V are read at the
+// same time, and nothing is computed from them at once, so that other work can go on.
+template <int D> struct ExactRow {
+    static constexpr int P = D / 32;
     enum { q8_0, f16, f32 } type;
-    uint32_t k[P], v[P]; // a float or a number in f16 in each, or two of q8_0 in each of the first ones
+    // A float or a number in f16 in each, or two of q8_0 in each of the first ones. If the lane has no run, one of q8_0
+    // in each, with the scale of its block in the upper half.
+    uint32_t k[P], v[P];
     uint32_t scale_k, scale_v;
 
     ExactRow() = default;
@@ -51,8 +54,8 @@ template <int P> struct ExactRow {
                        *from_v = head.batch_v + (row - head.slots) * x.batch_v_row;
 #pragma unroll
             for (int j = 0; j < P; ++j) {
-                k[j] = reinterpret_cast<const uint32_t *>(from_k)[P * lane + j];
-                v[j] = reinterpret_cast<const uint32_t *>(from_v)[P * lane + j];
+                k[j] = reinterpret_cast<const uint32_t *>(from_k)[lane_element<D>(lane, j)];
+                v[j] = reinterpret_cast<const uint32_t *>(from_v)[lane_element<D>(lane, j)];
             }
             return;
         }
@@ -62,8 +65,14 @@ template <int P> struct ExactRow {
         if (type == f16) {
 #pragma unroll
             for (int j = 0; j < P; ++j) {
-                k[j] = load_u16(from_k + 2 * (P * lane + j));
-                v[j] = load_u16(from_v + 2 * (P * lane + j));
+                k[j] = load_u16(from_k + 2 * lane_element<D>(lane, j));
+                v[j] = load_u16(from_v + 2 * lane_element<D>(lane, j));
+            }
+        } else if constexpr (!has_runs<D>) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) {
+                k[j] = from_k[34 * j + 2 + lane] | load_u16(from_k + 34 * j) << 16;
+                v[j] = from_v[34 * j + 2 + lane] | load_u16(from_v + 34 * j) << 16;
             }
         } else {
             const int block = P * lane / 32 * 34, at = block + 2 + P * lane % 32;
@@ -86,6 +95,9 @@ template <int P> struct ExactRow {
         } else if (type == f16) {
 #pragma unroll
             for (int j = 0; j < P; ++j) x[j] = half_value(words[j]);
+        } else if constexpr (!has_runs<D>) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) x[j] = half_value(words[j] >> 16) * float(int8_t(words[j]));
         } else {
             const float unit = half_value(scale);
 #pragma unroll
@@ -137,7 +149,7 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     float slope[C];
     uint32_t bias[C]; // binary16
     int turn; // the number of the loaded row, in turn
-    ExactRow<P> bytes;
+    ExactRow<D> bytes;
     static constexpr uint32_t hidden = minus_infinity;
 
     // Skips rows that are hidden. If each token sees rows of its own, most are hidden from the warp's only token.
@@ -160,7 +172,7 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
         const int row = rows.in_turn(turn);
 #pragma unroll
         for (int h = 0; h < C; ++h) bias[h] = mask[h] ? mask[h][row] : hidden;
-        bytes = ExactRow<P>(call.a.exact, rows, row, place.lane);
+        bytes = ExactRow<D>(call.a.exact, rows, row, place.lane);
     }
 
 public:
@@ -229,8 +241,11 @@ public:
             }
             correct_output<D, C>(sums, correction);
 
-            if constexpr (Layout<TV, D>::turbo) transform_adjacent<rotated_block<D>>(v);
-            if constexpr (P == 2) {
+            if constexpr (Layout<TV, D>::turbo) transform_row<D>(v);
+            if constexpr (!has_runs<D>) {
+#pragma unroll
+                for (int j = 0; j < P; ++j) scratch[lane_element<D>(lane, j)] = v[j];
+            } else if constexpr (P == 2) {
                 reinterpret_cast<float2 *>(scratch)[lane] = make_float2(v[0], v[1]);
             } else {
 #pragma unroll

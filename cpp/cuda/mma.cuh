@@ -163,45 +163,52 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV,
         }
     } else {
         using Units = ValueUnits<TV, D>;
+        constexpr int blocks = D / L::block;
 #pragma unroll
-        for (int b = 0; b < D / L::block; ++b) {
-            const int offset = b * L::block_bytes;
-            float w[lane_rows][C];
+        for (int b0 = 0; b0 < blocks; b0 += Units::blocks) {
+            uint32_t operand[Units::blocks][L::parts][C][2]; // the second part of a level is subtracted
+            float unit[Units::blocks][C];
 #pragma unroll
-            for (int j = 0; j < lane_rows; ++j) {
-                const float scale = L::load_block_scale(scale_row + 8 * j * pitch + offset);
+            for (int i = 0; i < Units::blocks; ++i) {
+                if (b0 + i == blocks) continue;
+                float w[lane_rows][C];
 #pragma unroll
-                for (int h = 0; h < C; ++h) w[j][h] = p[j][h] * scale;
+                for (int j = 0; j < lane_rows; ++j) {
+                    const float scale = L::load_block_scale(scale_row + 8 * j * pitch + (b0 + i) * L::block_bytes);
+#pragma unroll
+                    for (int h = 0; h < C; ++h) w[j][h] = p[j][h] * scale;
+                }
+                if (!visible) { // whatever scales hidden rows have
+#pragma unroll
+                    for (int j = 0; j < lane_rows; ++j)
+#pragma unroll
+                        for (int h = 0; h < C; ++h) w[j][h] = p[j][h] > 0 ? w[j][h] : 0.0f;
+                }
+                const Weights<C> weights(w);
+                weights.operands(1.0f, operand[i][0]);
+                if constexpr (L::parts == 2) weights.operands(-1.0f, operand[i][1]);
+#pragma unroll
+                for (int h = 0; h < C; ++h) unit[i][h] = weights.scale[h] * L::step;
             }
-            if (!visible) { // whatever scales hidden rows have
-#pragma unroll
-                for (int j = 0; j < lane_rows; ++j)
-#pragma unroll
-                    for (int h = 0; h < C; ++h) w[j][h] = p[j][h] > 0 ? w[j][h] : 0.0f;
-            }
-            Weights<C> weights(w);
-            uint32_t operand[L::parts][C][2]; // the second part of a level is subtracted
-            weights.operands(1.0f, operand[0]);
-            if constexpr (L::parts == 2) weights.operands(-1.0f, operand[1]);
-#pragma unroll
-            for (int h = 0; h < C; ++h) weights.scale[h] *= L::step;
-            const ValueBlock<TV, D> values(row, offset, quad);
+            const ValueBlock<TV, D> values(row, b0 * L::block_bytes, quad, b0 + 1 < blocks ? L::block_bytes : 0);
 #pragma unroll
             for (int j = 0; j < Units::count; ++j)
 #pragma unroll
-                for (int m = 0; m < Units::products; ++m) {
+                for (int m = 0; m < Units::blocks * Units::products; ++m) {
+                    const int i = m / Units::products, b = b0 + i;
+                    if (b == blocks) continue;
                     const auto v = values.levels(look_up, j, m);
                     int c[C][4] = {};
 #pragma unroll
                     for (int part = 0; part < L::parts; ++part)
 #pragma unroll
-                        for (int h = 0; h < C; ++h) mma_int8(c[h], v.x[part], operand[part][h]);
+                        for (int h = 0; h < C; ++h) mma_int8(c[h], v.x[part], operand[i][part][h]);
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
 #pragma unroll
                         for (int h = 0; h < C; ++h)
-                            o[(b * Units::count + j) * Units::products + m][half][h] +=
-                                float(join_bytes(c, half, h)) * weights.scale[h];
+                            o[(b * Units::count + j) * Units::products + m % Units::products][half][h] +=
+                                float(join_bytes(c, half, h)) * unit[i][h];
                 }
         }
     }

@@ -34,13 +34,13 @@ template <int P, int R> struct Levels {
 
 // ---- K
 
-// The lane's crumbs for products 2 * pair and 2 * pair + 1 of a block. Blocks of 128 values have two pairs of products,
-// which share words of the path.
-template <KV TK, int D>
-__device__ __forceinline__ auto key_crumbs(const uint8_t * indices, int in_quad, int pair) {
+// The lane's unit for product `step` of a block of crumbs. Two products share the lane's word of crumbs, and blocks of
+// 128 values have two pairs of products, which share words of the path. Blocks of 32 values have one product.
+template <KV TK, int D> __device__ __forceinline__ Unit key_unit(const uint8_t * indices, int in_quad, int step) {
     using F = typename Layout<TK, D>::BlockFormat;
-    if constexpr (F::block == 128) return Crumbs<F>(indices, in_quad, pair);
-    else return Crumbs<F>(indices, in_quad);
+    if constexpr (F::block == 128) return Crumbs<F>(indices, in_quad, step >> 1).unit(step & 1);
+    else if constexpr (F::block == 64) return Crumbs<F>(indices, in_quad).unit(step);
+    else return load_unit<F>(indices, in_quad);
 }
 
 // The levels of a lane's eight elements, of the 32 elements of a block that product `step` takes.
@@ -56,7 +56,7 @@ __device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t
             nibbles[0] = load_u16(unit);
             nibbles[1] = load_u16(unit + 2);
         } else {
-            const Unit unit = key_crumbs<TK, D>(block + 2, in_quad, step >> 1).unit(step & 1);
+            const Unit unit = key_unit<TK, D>(block + 2, in_quad, step);
             nibbles[0] = unit.nibbles;
             nibbles[1] = shift_right(unit.nibbles, 16);
             signs = unit.signs;
@@ -79,11 +79,14 @@ __device__ __forceinline__ auto key_levels(const LookUp & look_up, const uint8_t
 // ---- V
 
 // A lane computes whole units of a block of V: eight elements of a turbo type, or four of q8_0. A product takes two
-// elements of a unit.
+// elements of a unit. Blocks of 32 values of a turbo type have four units, so lanes compute halves of them: a half of a
+// block and that of the next block are computed like a unit.
 template <KV TV, int D> struct ValueUnits {
     using L = Layout<TV, D>;
-    static constexpr int count = L::turbo ? L::block / 64 : 1; // units of a lane in a block
-    static constexpr int products = L::turbo ? 4 : 2;          // of a unit
+    static constexpr bool halves = L::turbo && L::block == 32;
+    static constexpr int blocks = halves ? 2 : 1;                         // that are computed together
+    static constexpr int count = L::turbo && !halves ? L::block / 64 : 1; // units of a lane in a block
+    static constexpr int products = L::turbo && !halves ? 4 : 2;          // of a unit, or of half a unit
 
     // The number of a lane's unit j in the block.
     static __device__ __forceinline__ int unit(int quad, int j) {
@@ -105,19 +108,20 @@ __device__ __forceinline__ void transpose_nibbles(const uint32_t (&n)[4], uint32
     out[3] = prmt(odd01, odd23, interleave_high);
 }
 
-// The lane's units of a block of V in its eight rows; row[i] + offset is the block.
+// The lane's units of a block of V in its eight rows; row[i] + offset is the block, and the next one that is computed
+// with it, if there is one, is `next` bytes further on.
 template <KV TV, int D> struct ValueBlock {
     using L = Layout<TV, D>;
     using Units = ValueUnits<TV, D>;
     uint32_t first[Units::count][4], second[Units::count][4]; // of row[0-3] and row[4-7]: selectors, or for q8_0 levels
     uint32_t signs[4]; // selectors, if L::signs: bits 0 and 2 for row[0-3], bits 1 and 3 for row[4-7]
 
-    __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad) {
+    __device__ __forceinline__ ValueBlock(const uint8_t * const (&row)[8], int offset, int quad, int next = 0) {
         const uint8_t * const low[4] = {row[0], row[1], row[2], row[3]};
         const uint8_t * const high[4] = {row[4], row[5], row[6], row[7]};
         uint32_t first_signs[4], second_signs[4];
-        read(low, offset + 2, quad, first, first_signs);
-        read(high, offset + 2, quad, second, second_signs);
+        read(low, offset + 2, quad, next, first, first_signs);
+        read(high, offset + 2, quad, next, second, second_signs);
         if constexpr (L::signs) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -148,7 +152,7 @@ template <KV TV, int D> struct ValueBlock {
 
 private:
     // `signs` has those of field f in bits 2 f of the nibbles.
-    static __device__ __forceinline__ void read(const uint8_t * const (&row)[4], int offset, int quad,
+    static __device__ __forceinline__ void read(const uint8_t * const (&row)[4], int offset, int quad, int next,
                                                 uint32_t (&out)[Units::count][4], uint32_t (&signs)[4]) {
         if constexpr (!L::turbo) {
 #pragma unroll
@@ -158,7 +162,14 @@ private:
             uint32_t x[Units::count][4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if constexpr (Units::count == 2 && !L::nibbles) {
+                if constexpr (Units::halves) {
+                    using F = typename L::BlockFormat;
+                    const Unit a = load_unit<F>(row[i] + offset, quad % 4),
+                               b = load_unit<F>(row[i] + offset + next, quad % 4);
+                    const uint32_t half = quad < 4 ? low_halves : high_halves;
+                    x[0][i] = prmt(a.nibbles, b.nibbles, half);
+                    signs[i] = prmt(a.signs, b.signs, half);
+                } else if constexpr (Units::count == 2 && !L::nibbles) {
                     const Crumbs<typename L::BlockFormat> crumbs(row[i] + offset, quad);
                     x[0][i] = crumbs.unit(0).nibbles;
                     x[1][i] = crumbs.unit(1).nibbles;
@@ -189,6 +200,13 @@ __device__ __forceinline__ void for_output(Sums & o, int h, int quad, const Run 
     if constexpr (L::floats) {
 #pragma unroll
         for (int m = 0; m < D / 16; ++m) run(2 * (quad + 8 * m), o[m][0][h], o[m][1][h]);
+    } else if constexpr (ValueUnits<TV, D>::halves) {
+#pragma unroll
+        for (int b = 0; b < D / 32; ++b)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) // nibbles i and i + 2 of half a unit
+                run(b * 32 + unit_element<typename L::BlockFormat>(quad % 4, quad / 4 * 4 + i), o[2 * b][i][h],
+                    o[2 * b + 1][i][h]);
     } else if constexpr (L::turbo) {
         using Units = ValueUnits<TV, D>;
 #pragma unroll

@@ -24,9 +24,9 @@ template <KV TK, int D> __host__ __device__ constexpr int operand_place(int e) {
             step = unit / 4;
             in_quad = unit % 4;
         } else {
-            const int pair = in_block % (N / 4) / 4;
-            step = pair / 4 * 2 + in_block / (N / 4) % 2;
-            in_quad = pair % 4;
+            const int word = in_block % (N / 4) / 4, field = in_block / (N / 4) % 2;
+            step = N == 32 ? 0 : word / 4 * 2 + field;
+            in_quad = N == 32 ? 2 * word + field : word % 4;
         }
         product = e / N * steps + step;
         nibble = 2 * (e % 4) + half;
@@ -66,8 +66,8 @@ __device__ __forceinline__ bool queries_are_aligned(const Attention & a) {
     return ((reinterpret_cast<uintptr_t>(a.q) | uint64_t(a.q_token | a.q_head | a.q_stream)) & 15) == 0;
 }
 
-// Loads four columns of the thread block from number c0 on, zeros for columns that do not exist. A lane gets D / 32
-// adjacent elements of each.
+// Loads four columns of the thread block from number c0 on, zeros for columns that do not exist. A lane gets the D / 32
+// elements of each that lane_element names.
 template <int D>
 __device__ __forceinline__ void load_columns(const AttentionCall & call, const Place & place, int c0,
                                              float (&y)[4][D / 32]) {
@@ -81,6 +81,11 @@ __device__ __forceinline__ void load_columns(const AttentionCall & call, const P
 #pragma unroll
         for (int j = 0; j < P; ++j) y[i][j] = 0;
         if (!row) continue;
+        if constexpr (!has_runs<D>) {
+#pragma unroll
+            for (int j = 0; j < P; ++j) y[i][j] = row[lane_element<D>(place.lane, j)];
+            continue;
+        }
         row += P * place.lane;
         if constexpr (P == 2) {
             y[i][0] = row[0];
@@ -188,7 +193,8 @@ public:
                         }
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                const uint32_t signs = (upper ? s2_word((N / 2 + 16 * w) / 32) : s2_word(16 * w / 32)) >> lane_bits;
+                const uint32_t signs = (upper ? s2_word((N / 2 + 16 * w) / 32) >> N / 2 % 32 : s2_word(16 * w / 32)) >>
+                                       lane_bits;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     y[b][w][i] = flip_sign(c[w][i], signs, 16 * w % 32 + i / 2 * 2);
@@ -237,7 +243,6 @@ public:
 
     // Writes the columns as integers of 16 bits, or in binary16 if K is f16.
     __device__ __forceinline__ void write(const Attention & a, int c0, uint8_t * bytes) {
-        const int first = P * place.lane;
         float * factors = reinterpret_cast<float *>(bytes + 16 * D);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -248,8 +253,9 @@ public:
                 for (int j = 0; j < P; ++j) {
                     const float x = y[i][j] * a.scale;
                     const half rounded = __float2half_rn(x);
-                    halves[(place.four ? 2 * c : c) * D + first + j] = rounded;
-                    if (place.four) halves[(2 * c + 1) * D + first + j] = __float2half_rn(x - __half2float(rounded));
+                    const int at = lane_element<D>(place.lane, j);
+                    halves[(place.four ? 2 * c : c) * D + at] = rounded;
+                    if (place.four) halves[(2 * c + 1) * D + at] = __float2half_rn(x - __half2float(rounded));
                 }
             } else {
                 uint32_t largest = 0;
@@ -261,7 +267,7 @@ public:
 #pragma unroll
                 for (int j = 0; j < P; ++j) {
                     const int x = __float2int_rn(y[i][j] * inverse);
-                    uint8_t * to = bytes + c * 2 * D + operand_place<TK, D>(first + j);
+                    uint8_t * to = bytes + c * 2 * D + operand_place<TK, D>(lane_element<D>(place.lane, j));
                     to[0] = uint8_t((x + 128) >> 8);
                     to[4] = uint8_t(x);
                 }

@@ -118,12 +118,9 @@ template <int P> struct Merged : MergedSum {
     }
 };
 
-// The block length of turbo types in heads of D values.
-template <int D> constexpr int rotated_block = D < 128 ? D : 128;
-
 // The number V of values that a lane reads from a part at a time: those from V * lane + 32 * j on, where j is a
 // multiple of V.
-template <int D> constexpr int values_at_once = D / 32 < 4 ? D / 32 : 4;
+template <int D> constexpr int values_at_once = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1;
 
 // Finishes a block of a query row: divides the values by the sum of the weights, rotates them back, and stores them. A
 // lane has elements lane + 32 j.

@@ -131,8 +131,8 @@ cudaError_t store_window(const WindowRows & k, const WindowRows & v, const int64
 
 // ---- attention over a cache
 
-// X(name): the types of rows of K and V: the families of turboquant_formats.h, in blocks of min(head, 128) values, and
-// two of ggml's types.
+// X(name): the types of rows of K and V: the families of turboquant_formats.h, in the longest blocks that divide a
+// head, and two of ggml's types.
 #define TURBOQUANT_KV(X) TURBOQUANT_FAMILIES(TURBOQUANT_KV_FAMILY, X) X(q8_0) X(f16)
 #define TURBOQUANT_KV_FAMILY(X, ID, name, family, bits, id) X(name)
 enum class KV {
@@ -141,8 +141,9 @@ enum class KV {
 #undef TURBOQUANT_ENUMERATOR
 };
 
-// X(head): the numbers of values in a head.
-#define TURBOQUANT_KV_HEADS(X) X(64) X(128) X(256)
+// X(head): the numbers of values in a head, and those for which there are kernels for many columns.
+#define TURBOQUANT_KV_HEADS(X) X(64) X(96) X(128) X(256)
+#define TURBOQUANT_WIDE_HEADS(X) X(64) X(128) X(256)
 
 // Sets kv to the row type of `type`, a tq_type or TQ_ROW_..., in heads of `head` values. False if there are no kernels
 // for the type, for its block in such heads, or for the head.

@@ -144,10 +144,10 @@ __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t ite
     const int in_tile = row_of_unit(unit, warp), row = tile * tile_rows + in_tile;
     float k[P] = {}, v[P] = {};
     if (row < rows.rows) { // few of the tile with the batch exist
-        const ExactRow<P> bytes(a.exact, rows, row, lane);
+        const ExactRow<D> bytes(a.exact, rows, row, lane);
         bytes.values(bytes.k, bytes.scale_k, k);
         bytes.values(bytes.v, bytes.scale_v, v);
-        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
+        if (wide.rotated_values) transform_row<D>(v);
     }
     bool finite = true;
 #pragma unroll
@@ -301,7 +301,7 @@ struct WideHead {
 };
 const WideHead heads[] = {
 #define TURBOQUANT_HEAD(D) {D, wide_kernel_##D, launch_prepare<D>},
-    TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
+    TURBOQUANT_WIDE_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
 const WideHead * head_of(int size) {

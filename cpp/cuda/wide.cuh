@@ -1007,7 +1007,7 @@ using WideKernel = void (*)(WideCall);
 // The kernel for a pair of types and a number of operands of a warp, or nullptr if there is none. The function of each
 // head size is in a file of its own, so the instances can be compiled in parallel.
 #define TURBOQUANT_DECLARE(D) WideKernel wide_kernel_##D(KV type_k, KV type_v, int operands);
-TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
+TURBOQUANT_WIDE_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
 
 namespace {

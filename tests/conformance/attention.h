@@ -142,7 +142,7 @@ inline std::vector<Pair> turbo_pairs() {
     for (const int k : types)
         for (const int v : types)
             if (k < TQ_TYPE_COUNT || v < TQ_TYPE_COUNT)
-                for (const int head : {64, 128, 256}) pairs.push_back({k, v, head, head});
+                for (const int head : {64, 96, 128, 256}) pairs.push_back({k, v, head, head});
     return pairs;
 }
 
@@ -157,7 +157,7 @@ inline void types_and_heads(List & list) {
         list.add("types", c); // group of 1
     }
     for (const int type : {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, TQ_TURBO2_TCQ})
-        for (const int head : {64, 128, 256}) {
+        for (const int head : {64, 96, 128, 256}) {
             AttentionCase c = with_types(type, type, head);
             list.add("types", c, head == 128 ? Extent::brief : Extent::usual);
             c.heads = 16;
@@ -429,6 +429,55 @@ inline void requests(List & list) {
             c.rows = rows;
             list.add("requests with caches of their own", c, p.head_k == 128 ? Extent::usual : Extent::whole);
         }
+    }
+}
+
+// Heads of three blocks, a number that is no power of two, of which GPUs compute two together.
+inline void three_blocks(List & list) {
+    const int types[][2] = {{TQ_TURBO4, TQ_TURBO4},     {TQ_TURBO3, TQ_TURBO2},     {TQ_ROW_Q8_0, TQ_TURBO4},
+                            {TQ_TURBO2, TQ_ROW_F16},    {TQ_TURBO4_TCQ, TQ_TURBO4_TCQ}, {TQ_TURBO2_TCQ, TQ_TURBO3_TCQ}};
+    for (const auto & [k, v] : types) {
+        AttentionCase c = with_types(k, v, 96);
+        c.bytes = Bytes::any;
+        for (const int kv_heads : {2, 8}) {
+            c.heads = 8;
+            c.kv_heads = kv_heads;
+            c.tokens = 3;
+            c.rows = 700;
+            list.add("three blocks", c, Extent::usual);
+        }
+        c.heads_adjacent = false;
+        c.pad = 4;
+        c.streams = c.kv_streams = 2;
+        c.mask = Mask::random;
+        c.sinks = Sinks::normal;
+        c.max_bias = 8;
+        c.soft_cap = 3;
+        c.rows = 200;
+        list.add("three blocks", c, Extent::usual);
+        c = with_types(k, v, 96);
+        c.heads = c.kv_heads = 4; // a group of one
+        c.tokens = 8;
+        c.mask = Mask::prefixes;
+        c.seen[0] = 1;
+        c.seen[1] = 1100;
+        c.seen[2] = 2080;
+        c.last = 2079;
+        c.rows = 2133;
+        list.add("three blocks", c, Extent::usual);
+        c.last = INT64_MAX;
+        c.mask = Mask::causal;
+        for (const int64_t rows : {33, 256, 5000}) {
+            c.rows = rows;
+            list.add("three blocks", c, rows < 5000 ? Extent::usual : Extent::whole);
+        }
+        c.rows = 2100;
+        c.tokens = 3;
+        c.bad_value = c.rows - 2; // the first token does not see it
+        list.add("three blocks", c, Extent::usual);
+        c.bad_key = c.bad_value;
+        c.bad_value = -1;
+        list.add("three blocks", c, Extent::usual);
     }
 }
 
@@ -726,6 +775,7 @@ inline std::vector<AttentionCase> attention_cases() {
     row_counts(list);
     shapes(list);
     requests(list);
+    three_blocks(list);
     options(list);
     const size_t before = list.cases.size();
     columns(list);

@@ -20,10 +20,12 @@ constexpr double integers = 2e-4, halves = 2e-3, bytes = 2e-2;
 // The cases that turboquant_cuda.h lists as supported.
 bool covers(const AttentionCase & c) {
     const auto turbo = [&](int type) {
-        return type < TQ_TYPE_COUNT && tq_type_get(tq_type(type))->block == std::min(c.head_k, 128);
+        return type < TQ_TYPE_COUNT && attention_list::for_head(type, c.head_k) == type;
     };
     const auto known = [&](int type) { return turbo(type) || type == TQ_ROW_Q8_0 || type == TQ_ROW_F16; };
-    const bool head = c.head_k == c.head_v && (c.head_k == 64 || c.head_k == 128 || c.head_k == 256);
+    const bool few = c.tokens * c.group() <= 32; // columns, which the decode kernel takes
+    const bool head = c.head_k == c.head_v &&
+                      (c.head_k == 64 || c.head_k == 128 || c.head_k == 256 || (c.head_k == 96 && few));
     using attention_list::is_trellis;
     const bool pair = turbo(c.type_k) && turbo(c.type_v) ? is_trellis(c.type_k) == is_trellis(c.type_v)
                                                          : turbo(c.type_k) || turbo(c.type_v);
@@ -362,7 +364,7 @@ int main(int argc, char ** argv) {
     AttentionPlan plan;
     a.heads = a.kv_heads = a.tokens = a.streams = a.kv_streams = 1;
     a.n_kv = 32;
-    a.head = 96;
+    a.head = 80;
     CHECK(!plan_attention(a, plan));
     a.head = 128;
     a.type_k = a.type_v = KV::f16;

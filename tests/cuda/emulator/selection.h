@@ -32,6 +32,11 @@ constexpr bool selected(KV k, KV v, int head) {
         {KV::turbo3, KV::f16, 64},
         {KV::turbo4, KV::turbo4, 256},
         {KV::q8_0, KV::turbo4, 256},
+        {KV::turbo4, KV::turbo4, 96},
+        {KV::turbo3, KV::turbo2, 96},
+        {KV::q8_0, KV::turbo4, 96},
+        {KV::turbo2, KV::f16, 96},
+        {KV::turbo4_tcq, KV::turbo4_tcq, 96},
     };
     for (const Row & row : rows)
         if (row.k == k && row.v == v && row.head == head) return true;
