@@ -47,6 +47,10 @@ fails.
 |---|---|---|---|"""
 
 
+#: Programs of the CUDA emulator's tests that have another name.
+EMULATED = {"direct": "wide", "few": "attention", "small_gpu": "attention"}
+
+
 @dataclass(frozen=True)
 class Mutation:
     """A mutation. `old` occurs once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
@@ -134,6 +138,46 @@ MUTATIONS = (
              METAL, "float sum = a.has_sinks ? exp2(sink - top) : 0.0f;", "float sum = 0.0f;", "metal.attention"),
     Mutation("the merge on Metal does not wait for the parts", "attention on an Apple GPU, now and then",
              "cpp/metal/attention.cpp", "    encoder.barrier();\n", "", "metal.attention"),
+    Mutation("a CUDA encoder takes the last of equally good scales", "bytes that equal the CPU's",
+             "cpp/cuda/encode.cuh", "(other == best && other_step < step)", "(other == best && other_step > step)",
+             "cuda.emulated.codec"),
+    Mutation("slots of a window on CUDA are numbered like the batch", "windows that have been filled once",
+             "cpp/cuda/window.cu", "row_at(side.slots, index[row], 0, 0)", "row_at(side.slots, row, 0, 0)",
+             "cuda.emulated.window"),
+    Mutation("pairs of values that turn on CUDA are always adjacent", "models with RoPE of the kind neox",
+             "cpp/cuda/rope.cu", "const int apart = a.adjacent ? 1 : pairs;", "const int apart = 1;", "cuda.emulated.rope"),
+    Mutation("on CUDA a tile has the mask of the tile before", "caches of more than one tile for each warp",
+             "cpp/cuda/attention.cuh", "mask.load(place.begin + first + stages.rows); // for",
+             "mask.load(place.begin + first); // for", "cuda.emulated.attention"),
+    Mutation("all lanes of a column count an exact row on CUDA", "caches with a window",
+             "cpp/cuda/exact.cuh", "(place.quad == 0 ? weight[h] : 0.0f); // of one lane", "weight[h];",
+             "cuda.emulated.attention"),
+    Mutation("the halves of blocks of 32 values are the lower ones on CUDA", "heads of 96",
+             "cpp/cuda/operands.cuh", "quad < 4 ? low_halves : high_halves", "low_halves", "cuda.emulated.attention"),
+    Mutation("a list of seen rows on CUDA leaves out the rows of other lanes", "requests that share a cache",
+             "cpp/cuda/gather.cu", "list += sum_up_to(__popc(seen), lane) - __popc(seen);",
+             "list += lane ? __popc(seen) : 0;", "cuda.emulated.attention"),
+    Mutation("a merge of few parts on CUDA leaves out the sink", "models with attention sinks",
+             "cpp/cuda/attention.cu", "    own.MergedSum::add(sink);\n", "", "cuda.emulated.attention"),
+    Mutation("a warp does not wait for the copy of its rows", "a few tokens on GPUs before Hopper",
+             "cpp/cuda/direct.cuh", "copy_wait<direct_stages - 2>();", "copy_wait<direct_stages - 1>();",
+             "cuda.emulated.direct"),
+    Mutation("warps do not meet before rows of a step are replaced", "a few tokens on Hopper GPUs",
+             "cpp/cuda/hopper_direct.cuh", "            sync_groups(columns.barrier(), 1);\n        }", "        }",
+             "cuda.emulated.few"),
+    Mutation("a tile is hidden if its first eight values are, on CUDA", "prompts of several requests",
+             "cpp/cuda/wide.cu", "bits |= __shfl_xor_sync(all_lanes, bits, 2);", "", "cuda.emulated.wide"),
+    Mutation("a buffer is empty when the own thread block has used it", "prompts on Hopper GPUs, now and then",
+             "cpp/cuda/hopper.cuh", "arrive_mapped(map_to(memory.empty(buffer), place.lane));",
+             "arrive_mapped(map_to(memory.empty(buffer), place.rank));", "cuda.emulated.small_gpu"),
+    Mutation("the thread blocks of a cluster expand the same step", "prompts on Hopper GPUs",
+             "cpp/cuda/hopper.cuh", "load_next = next(at, place.rank);", "load_next = at;", "cuda.emulated.small_gpu"),
+    Mutation("rows are shared before all warps have expanded them", "prompts on Hopper GPUs, now and then",
+             "cpp/cuda/hopper.cuh", "        sync_groups(1 + number, 1); // all rows are there\n", "",
+             "cuda.emulated.small_gpu"),
+    Mutation("a thread block ends while another one may reach its memory", "prompts on Hopper GPUs, now and then",
+             "cpp/cuda/hopper.cuh", "    if (call.plan.cluster > 1) sync_cluster();\n#endif", "#endif",
+             "cuda.emulated.small_gpu"),
     Mutation("convert accepts predictions that are not finite", "the check that a conversion did no harm",
              "python/turboquant/convert/check.py", "(found.kld if math.isfinite(found.kld) else math.inf)", "found.kld",
              "tests/python/test_convert.py"),
@@ -209,19 +253,19 @@ class Copy:
     def passes(self, tests: str) -> bool:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
-        metal = tests.startswith("metal.")
-        build = self.build / ("metal" if metal else "core")
+        suite, test = tests.split(".")[0], tests.split(".")[-1]
+        build = self.build / suite
         if not (build / "build.ninja").exists():
             options = (
                 "-DTURBOQUANT_BUILD_TESTS=ON",
                 "-DTURBOQUANT_BUILD_PYTHON=OFF",
                 "-DCMAKE_BUILD_TYPE=Release",
-                f"-DTURBOQUANT_TEST_EXTENT={'brief' if metal else 'usual'}",
+                f"-DTURBOQUANT_TEST_EXTENT={'brief' if suite == 'metal' else 'usual'}",
             )
-            top = self.tree / "tests" / "metal" if metal else self.tree
+            top = self.tree / {"metal": "tests/metal", "cuda": "tests/cuda/emulator"}.get(suite, ".")
             if not self._run(["cmake", "-S", top, "-B", build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
-        program = f"test_{tests.split('.')[1]}"
+        program = f"emulated_{EMULATED.get(test, test)}" if suite == "cuda" else f"test_{tests.split('.')[1]}"
         if not self._run(["cmake", "--build", build, "--target", program]):
             return False
         ctest = ["ctest", "--test-dir", build, "-R", tests, "--no-tests=error"]
@@ -239,7 +283,7 @@ class Copy:
         if "error:" in self.said and "FAILED:" in self.said:
             return "does not compile"
         ends = "Failed|SEGFAULT|Subprocess aborted|Timeout"
-        ctest = re.findall(rf"^\s*\d+ - ((?:core|metal)\.\S+) \((?:{ends})", self.said, re.MULTILINE)
+        ctest = re.findall(rf"^\s*\d+ - ((?:core|metal|cuda)\.\S+) \((?:{ends})", self.said, re.MULTILINE)
         case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
         pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
         emulator = re.findall(r"^emulator: .*?lane \d+: (.+)$", self.said, re.MULTILINE)
