@@ -24,6 +24,13 @@ inline int device_version() {
     return 10 * major + minor;
 }
 
+// The greatest shared memory of a thread block, in bytes.
+inline int shared_per_block() {
+    int bytes = 0;
+    must(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "shared memory");
+    return bytes;
+}
+
 // Exits with CTest's code for a skipped test where no device can be used.
 inline void need_device(int least_version) {
     int count = 0;

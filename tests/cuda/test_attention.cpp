@@ -29,7 +29,9 @@ bool covers(const AttentionCase & c) {
     using attention_list::is_trellis;
     const bool pair = turbo(c.type_k) && turbo(c.type_v) ? is_trellis(c.type_k) == is_trellis(c.type_v)
                                                          : turbo(c.type_k) || turbo(c.type_v);
-    return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0;
+    // Two buffers of such rows of K need more shared memory than GeForce GPUs have.
+    const bool large = c.head_k == 256 && !turbo(c.type_k) && c.tokens * c.group() > 64;
+    return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0 && !(large && shared_per_block() < 128 << 10);
 }
 
 // Tensor cores multiply hidden values of f16 by zero, so hidden infinities and NaN have an effect.

@@ -22,7 +22,9 @@ uint64_t number_from(const char * name, uint64_t otherwise) {
 
 constexpr size_t page = 4096;
 constexpr size_t alignment = 256; // of device memory
-constexpr size_t opt_in_shared = 227 << 10, usual_shared = 48 << 10;
+constexpr size_t usual_shared = 48 << 10;
+size_t shared_of_multiprocessor() { return size_t(settings().shared_kibibytes) << 10; }
+size_t opt_in_shared() { return shared_of_multiprocessor() - 1024; } // CUDA takes the rest for each thread block
 constexpr uint8_t canary = 0xc3; // behind an allocation, up to the next multiple of `alignment`
 
 struct Allocation {
@@ -54,6 +56,7 @@ cudaError_t failed(cudaError_t error) {
 
 const Settings & settings() {
     static const Settings s = {int(number_from("TURBOQUANT_EMULATED_MULTIPROCESSORS", 132)),
+                               int(number_from("TURBOQUANT_EMULATED_SHARED", 228)),
                                int(number_from("TURBOQUANT_EMULATOR_THREADS", std::thread::hardware_concurrency())),
                                number_from("TURBOQUANT_EMULATOR_SEED", 1)};
     return s;
@@ -132,8 +135,8 @@ cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int de
         case cudaDevAttrComputeCapabilityMajor: *value = EMULATED_ARCHITECTURE / 10; break;
         case cudaDevAttrComputeCapabilityMinor: *value = EMULATED_ARCHITECTURE % 10; break;
         case cudaDevAttrMultiProcessorCount: *value = settings().multiprocessors; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(opt_in_shared); break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(shared_capacity); break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(opt_in_shared()); break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(shared_of_multiprocessor()); break;
     }
     return cudaSuccess;
 }
@@ -183,7 +186,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attributes, const void * 
 
 cudaError_t cudaFuncSetAttribute(const void * kernel, cudaFuncAttribute, int value) {
     Kernel & k = state().kernels[kernel];
-    if (value < 0 || size_t(value) + k.static_bytes > opt_in_shared) return failed(cudaErrorInvalidValue);
+    if (value < 0 || size_t(value) + k.static_bytes > opt_in_shared()) return failed(cudaErrorInvalidValue);
     k.most_dynamic_bytes = size_t(value);
     return cudaSuccess;
 }

@@ -30,7 +30,7 @@ namespace emulator {
 
 constexpr int warp_size = 32;
 constexpr int most_threads = 1024;              // of a thread block
-constexpr size_t shared_capacity = 228u << 10;  // of a multiprocessor
+constexpr size_t shared_capacity = 228u << 10;  // of a multiprocessor, at most
 constexpr uint32_t shared_begin = 1024;         // the address of a thread block's shared memory: the GPU has the rest
 constexpr int most_cluster = 8;                 // thread blocks of a cluster
 constexpr int rank_shift = 24;                  // addresses have the rank of the thread block from this bit on
