@@ -13,7 +13,10 @@ function(turboquant_add_cuda target)
         ${TURBOQUANT_CUDA_FOLDER}/attention128.cu
         ${TURBOQUANT_CUDA_FOLDER}/attention256.cu
         ${TURBOQUANT_CUDA_FOLDER}/gather.cu
+        ${TURBOQUANT_CUDA_FOLDER}/gathering64.cu
+        ${TURBOQUANT_CUDA_FOLDER}/gathering96.cu
         ${TURBOQUANT_CUDA_FOLDER}/gathering128.cu
+        ${TURBOQUANT_CUDA_FOLDER}/gathering256.cu
         ${TURBOQUANT_CUDA_FOLDER}/rope.cu
         ${TURBOQUANT_CUDA_FOLDER}/direct128.cu
         ${TURBOQUANT_CUDA_FOLDER}/wide.cu

@@ -285,17 +285,14 @@ struct Head {
     int size;
     RowType (*row_type)(KV type);
     AttentionKernel (*kernel)(const KernelChoice & choice);
+    AttentionKernel (*gathering)(const KernelChoice & choice);
     cudaError_t (*merge)(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream);
 };
 const Head heads[] = {
-#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, launch_merge<D>},
+#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, gathering_kernel_##D, launch_merge<D>},
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
-
-AttentionKernel gathering_kernel(const Head & head, const KernelChoice & choice) {
-    return head.size == 128 ? gathering_kernel_128(choice) : nullptr;
-}
 
 // The functions for a head size; nullptr if there are none.
 const Head * head_of(int size) {
@@ -519,7 +516,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     // The decode kernel computes rows of one request for few columns of others. It skips the other rows, or does not
     // even read them, if lists have those that a token sees. Bulk copies, of Hopper and newer GPUs, gather such rows.
     const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
-    const AttentionKernel gathering = gathering_kernel(*head, {a.type_k, a.type_v, a.windowed, true});
+    const AttentionKernel gathering = head->gathering({a.type_k, a.type_v, a.windowed, true});
     p.gathered = gathering && separate && a.n_kv > short_cache && can_list(a) && device->version >= 90 &&
                  can_overlap(reinterpret_cast<const void *>(gathering));
     if (p.gathered && planner.decode(p)) return true;
@@ -544,7 +541,7 @@ cudaError_t launch_attention(const Head & head, const AttentionCall & call, cuda
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
     const KernelChoice choice = {a.type_k, a.type_v, a.windowed, p.column_tile == 4};
-    const AttentionKernel kernel = p.gathered ? gathering_kernel(head, choice) : head.kernel(choice);
+    const AttentionKernel kernel = p.gathered ? head.gathering(choice) : head.kernel(choice);
     const cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(p.head_groups * p.column_tiles), unsigned(a.streams));

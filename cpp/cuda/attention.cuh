@@ -222,12 +222,13 @@ struct KernelChoice {
     bool windowed, four; // four: whether a thread block has four columns, not eight
 };
 
-// The kernel, or nullptr if there is none for the pair of types. The functions are in files of their own, so the
-// instances can be compiled in parallel.
-#define TURBOQUANT_DECLARE(D) AttentionKernel attention_kernel_##D(const KernelChoice & choice);
+// The kernel, or the one that gathers rows, or nullptr if there is none for the pair of types. The functions are in
+// files of their own, so the instances can be compiled in parallel.
+#define TURBOQUANT_DECLARE(D)                                      \
+    AttentionKernel attention_kernel_##D(const KernelChoice & choice); \
+    AttentionKernel gathering_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 #undef TURBOQUANT_DECLARE
-AttentionKernel gathering_kernel_128(const KernelChoice & choice);
 
 namespace {
 
@@ -237,8 +238,8 @@ template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(b
     return four ? attention_kernel<TK, TV, D, false, Gathered, 1> : attention_kernel<TK, TV, D, false, Gathered, 2>;
 }
 
-// Whether there is a kernel that gathers rows.
-template <KV TK, KV TV> constexpr bool can_gather = Kind<TK>::turbo && Kind<TV>::turbo;
+// Whether there is a kernel that gathers rows. It would serve all pairs, but these are the usual ones.
+template <KV TK, KV TV> constexpr bool can_gather = (Kind<TK>::turbo || TK == KV::q8_0) && Kind<TV>::turbo;
 
 template <KV TK, int D, bool Gathered> AttentionKernel kernel_for_key(const KernelChoice & choice) {
     if constexpr (is_slots<TK, TK> && !Gathered)

@@ -1,4 +1,4 @@
-// The instances of the attention kernel that gather rows, for heads of 128 values: those that most models have.
+// The instances of the attention kernel that gather rows, for heads of 128 values.
 #include "attention.cuh"
 
 namespace turboquant {

@@ -400,6 +400,17 @@ inline void requests(List & list) {
             c.mask = shape.mask;
             list.add("requests of a cache", c, &base == &all[0] ? shape.extent : Extent::whole);
         }
+    for (const Pair & p : {Pair{TQ_TURBO4, TQ_TURBO4, 64, 64}, Pair{TQ_TURBO3, TQ_TURBO2, 96, 96},
+                           Pair{TQ_TURBO4_TCQ, TQ_TURBO4_TCQ, 96, 96}, Pair{TQ_TURBO4, TQ_TURBO4, 256, 256}})
+        for (const Mask mask : {Mask::runs, Mask::random}) { // random masks have biases
+            AttentionCase c = with_types(p.k, p.v, p.head_k);
+            c.tokens = 3;
+            c.heads = 16;
+            c.kv_heads = p.head_k == 256 ? 4 : 8; // whose rows are multiples of 16 bytes together
+            c.rows = 2120;
+            c.mask = mask;
+            list.add("requests of a cache", c, mask == Mask::runs ? Extent::usual : Extent::whole);
+        }
     AttentionCase c = with_types(TQ_TURBO4, TQ_TURBO4);
     c.heads = c.kv_heads = 8;
     c.tokens = 3;

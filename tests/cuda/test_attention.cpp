@@ -290,13 +290,16 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
     CHECK(!(plan.wide && requests > 1 && plan.columns <= 32));
     if (c.kv_streams == 80 && c.rows > 1000 && slots == TQ_ROW_Q8_0) CHECK(plan.slot_parts > 0); // a kernel of its own
     if (requests > 1) { // rows are gathered where bulk copies can copy each of them
-        const auto aligned = [&](int type, int64_t row) {
-            return row % 16 == 0 && row_bytes(type, c.head_k) * size_t(c.kv_heads) % 16 == 0;
-        };
-        const bool turbo = a.type_k < KV::q8_0 && a.type_v < KV::q8_0;
-        const bool listed = device_version() >= 90 && turbo && c.head_k == 128 && c.kv_heads == 8 &&
-                            aligned(c.type_k, p.k.row) && aligned(c.type_v, p.v.row) && c.heads_adjacent &&
-                            c.rows % 8 == 0 && c.mask != Mask::none && c.mask_heads == 1;
+        bool aligned = false; // the rows of all heads, or of each group of them
+        for (int heads = 1; heads <= 8; ++heads) {
+            const size_t bytes = row_bytes(c.type_k, c.head_k) * size_t(heads),
+                         others = row_bytes(c.type_v, c.head_k) * size_t(heads);
+            aligned = aligned || (c.kv_heads % heads == 0 && bytes % 16 == 0 && others % 16 == 0 &&
+                                  p.k.row % 16 == 0 && p.v.row % 16 == 0);
+        }
+        const bool types_listed = a.type_k <= KV::q8_0 && a.type_v < KV::q8_0;
+        const bool listed = device_version() >= 90 && types_listed && aligned && c.heads_adjacent && c.rows % 8 == 0 &&
+                            c.mask != Mask::none && c.mask_heads == 1;
         CHECK_EQ(plan.gathered, listed);
     }
     const bool in_bytes = plan.wide && c.type_k < TQ_TYPE_COUNT; // queries
