@@ -573,8 +573,10 @@ inline void few_tokens(List & list) {
             more.seen[2] = 8200;
             more.spread = 20;
             list.add("few tokens", more, Extent::whole);
-            for (int64_t & seen : more.seen) seen /= 2; // steps that no token sees follow steps that one sees
-            list.add("few tokens", more, Extent::whole);
+            AttentionCase half = more; // steps that no token sees follow steps that one sees
+            for (int64_t & seen : half.seen) seen /= 2;
+            half.spread = 1;
+            list.add("few tokens", half, Extent::whole);
             more.steep = true;
             more.mask = Mask::random;
             more.max_bias = 8;
