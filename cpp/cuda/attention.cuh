@@ -224,7 +224,7 @@ struct KernelChoice {
 
 // The kernel, or the one that gathers rows, or nullptr if there is none for the pair of types. The functions are in
 // files of their own, so the instances can be compiled in parallel.
-#define TURBOQUANT_DECLARE(D)                                      \
+#define TURBOQUANT_DECLARE(D)                                          \
     AttentionKernel attention_kernel_##D(const KernelChoice & choice); \
     AttentionKernel gathering_kernel_##D(const KernelChoice & choice);
 TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
