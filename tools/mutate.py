@@ -47,10 +47,6 @@ fails.
 |---|---|---|---|"""
 
 
-#: Programs of the CUDA emulator's tests that have another name.
-EMULATED = {"direct": "wide", "few": "attention", "small_gpu": "attention"}
-
-
 @dataclass(frozen=True)
 class Mutation:
     """A mutation. `old` occurs once in `file`; `tests` is a regular expression for ctest, or files for pytest."""
@@ -154,28 +150,28 @@ MUTATIONS = (
              "cuda.emulated.attention"),
     Mutation("the halves of blocks of 32 values are the lower ones on CUDA", "heads of 96",
              "cpp/cuda/operands.cuh", "quad < 4 ? low_halves : high_halves", "low_halves", "cuda.emulated.attention"),
-    Mutation("a list of seen rows on CUDA leaves out the rows of other lanes", "requests that share a cache",
+    Mutation("lanes on CUDA write their seen rows over those of other lanes", "requests that share a cache",
              "cpp/cuda/gather.cu", "list += sum_up_to(__popc(seen), lane) - __popc(seen);",
              "list += lane ? __popc(seen) : 0;", "cuda.emulated.attention"),
     Mutation("a merge of few parts on CUDA leaves out the sink", "models with attention sinks",
              "cpp/cuda/attention.cu", "    own.MergedSum::add(sink);\n", "", "cuda.emulated.attention"),
-    Mutation("a warp does not wait for the copy of its rows on CUDA", "a few tokens behind a long prompt",
+    Mutation("a warp does not wait for the copy of its rows on CUDA", "a few tokens at once",
              "cpp/cuda/direct.cuh", "copy_wait<direct_stages - 2>();", "copy_wait<direct_stages - 1>();",
              "cuda.emulated.direct"),
-    Mutation("warps do not meet before rows of a step are replaced", "a few tokens behind a short prompt",
+    Mutation("CUDA warps do not meet before rows of a step are replaced", "a few tokens at once",
              "cpp/cuda/hopper_direct.cuh", "            sync_groups(columns.barrier(), 1);\n        }", "        }",
              "cuda.emulated.few"),
-    Mutation("a tile is hidden if its first eight values are, on CUDA", "prompts of several requests",
+    Mutation("a tile on CUDA is hidden if its first 16 values are", "prompts of several requests",
              "cpp/cuda/wide.cu", "bits |= __shfl_xor_sync(all_lanes, bits, 2);", "", "cuda.emulated.wide"),
-    Mutation("a buffer is empty when the own thread block has used it", "prompts on Hopper GPUs, now and then",
+    Mutation("a CUDA buffer of rows is empty when the own thread block has used it", "prompts on Hopper GPUs, now and then",
              "cpp/cuda/hopper.cuh", "arrive_mapped(map_to(memory.empty(buffer), place.lane));",
              "arrive_mapped(map_to(memory.empty(buffer), place.rank));", "cuda.emulated.small_gpu"),
-    Mutation("the thread blocks of a cluster expand the same step", "prompts on Hopper GPUs",
+    Mutation("the thread blocks of a CUDA cluster expand the same step", "prompts on Hopper GPUs",
              "cpp/cuda/hopper.cuh", "load_next = next(at, place.rank);", "load_next = at;", "cuda.emulated.small_gpu"),
-    Mutation("rows are shared before all warps have expanded them", "prompts on Hopper GPUs, now and then",
+    Mutation("a CUDA thread block shares rows before all warps have expanded them", "prompts on Hopper GPUs, now and then",
              "cpp/cuda/hopper.cuh", "        sync_groups(1 + number, 1); // all rows are there\n", "",
              "cuda.emulated.small_gpu"),
-    Mutation("a thread block ends while another one may reach its memory", "prompts on Hopper GPUs, now and then",
+    Mutation("a CUDA thread block ends while another one may reach its memory", "prompts on Hopper GPUs, now and then",
              "cpp/cuda/hopper.cuh", "    if (call.plan.cluster > 1) sync_cluster();\n#endif", "#endif",
              "cuda.emulated.small_gpu"),
     Mutation("convert accepts predictions that are not finite", "the check that a conversion did no harm",
@@ -253,7 +249,7 @@ class Copy:
     def passes(self, tests: str) -> bool:
         if tests.endswith(".py"):
             return self._run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()])
-        suite, test = tests.split(".")[0], tests.split(".")[-1]
+        suite = tests.split(".")[0]
         build = self.build / suite
         if not (build / "build.ninja").exists():
             options = (
@@ -265,8 +261,9 @@ class Copy:
             top = self.tree / {"metal": "tests/metal", "cuda": "tests/cuda/emulator"}.get(suite, ".")
             if not self._run(["cmake", "-S", top, "-B", build, "-G", "Ninja", *options]):
                 raise SystemExit(self.said)
-        program = f"emulated_{EMULATED.get(test, test)}" if suite == "cuda" else f"test_{tests.split('.')[1]}"
-        if not self._run(["cmake", "--build", build, "--target", program]):
+        # Several of the CUDA emulator's tests share a program.
+        target = [] if suite == "cuda" else ["--target", f"test_{tests.split('.')[1]}"]
+        if not self._run(["cmake", "--build", build, *target]):
             return False
         ctest = ["ctest", "--test-dir", build, "-R", tests, "--no-tests=error"]
         return self._run([*ctest, "--output-on-failure", "--stop-on-failure"])

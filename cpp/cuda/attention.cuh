@@ -238,7 +238,8 @@ template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(b
     return four ? attention_kernel<TK, TV, D, false, Gathered, 1> : attention_kernel<TK, TV, D, false, Gathered, 2>;
 }
 
-// Whether there is a kernel that gathers rows. It would serve all pairs, but these are the usual ones.
+// Whether there is a kernel that gathers rows. Any pair could have one; those with V in q8_0, or with a side in f16, are
+// rare, and each pair has four kernels for every head.
 template <KV TK, KV TV> constexpr bool can_gather = (Kind<TK>::turbo || TK == KV::q8_0) && Kind<TV>::turbo;
 
 template <KV TK, int D, bool Gathered> AttentionKernel kernel_for_key(const KernelChoice & choice) {

@@ -246,6 +246,20 @@ template <int N, int P> __device__ __forceinline__ void transform_adjacent(float
 __host__ __device__ constexpr int block_of_head(int head) { return head % 128 == 0 ? 128 : head % 64 == 0 ? 64 : 32; }
 template <int D> constexpr int rotated_block = block_of_head(D);
 
+// Rotates the blocks of a row of D values, of which lane l holds elements l, l + 32, ...
+template <int D> __device__ __forceinline__ void transform_blocks(float (&y)[D / 32]) {
+    constexpr int N = rotated_block<D>, B = N / 32;
+#pragma unroll
+    for (int b = 0; b < D / N; ++b) {
+        float part[B];
+#pragma unroll
+        for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
+        transform_warp<N, false>(part);
+#pragma unroll
+        for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
+    }
+}
+
 // Lanes share a row of D values. Value j of a lane is element lane_element<D>(lane, j): if a lane has 1, 2, 4 or 8
 // values, they are adjacent and lie in one group of 32.
 template <int D> constexpr bool has_runs = (D / 32 & (D / 32 - 1)) == 0;
@@ -255,20 +269,8 @@ template <int D> __device__ __forceinline__ int lane_element(int lane, int j) {
 
 // Rotates the blocks of such a row.
 template <int D> __device__ __forceinline__ void transform_row(float (&y)[D / 32]) {
-    constexpr int N = rotated_block<D>, B = N / 32;
-    if constexpr (has_runs<D>) {
-        transform_adjacent<N>(y);
-    } else {
-#pragma unroll
-        for (int b = 0; b < D / N; ++b) {
-            float part[B];
-#pragma unroll
-            for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
-            transform_warp<N, false>(part);
-#pragma unroll
-            for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
-        }
-    }
+    if constexpr (has_runs<D>) transform_adjacent<rotated_block<D>>(y);
+    else transform_blocks<D>(y);
 }
 
 } // namespace

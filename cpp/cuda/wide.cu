@@ -37,18 +37,7 @@ __device__ __forceinline__ void prepare_column(const WideCall & wide, uint32_t n
     float y[D / 32], plain[D / 32];
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) y[j] = plain[j] = exists ? row[lane + 32 * j] : 0.0f;
-    if constexpr (L::turbo) {
-        constexpr int B = L::block / 32;
-#pragma unroll
-        for (int b = 0; b < D / L::block; ++b) {
-            float part[B];
-#pragma unroll
-            for (int j = 0; j < B; ++j) part[j] = y[b * B + j];
-            transform_warp<L::block, false>(part);
-#pragma unroll
-            for (int j = 0; j < B; ++j) y[b * B + j] = part[j];
-        }
-    }
+    if constexpr (L::turbo) transform_blocks<D>(y);
     uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) largest = max(largest, __float_as_uint(y[j]) & 0x7fffffff);
@@ -133,6 +122,7 @@ template <int D> struct PreparedUnit {
 template <int D>
 __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t item, PreparedUnit<D> & prepared) {
     constexpr int P = D / 32;
+    static_assert(has_runs<D>, "a lane has adjacent elements");
     const Attention & a = wide.call.a;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t number = item / exact_units, kv = number / wide.arrays.exact_tiles; // number: of the tile
@@ -147,7 +137,7 @@ __device__ __forceinline__ void prepare_exact(const WideCall & wide, int64_t ite
         const ExactRow<D> bytes(a.exact, rows, row, lane);
         bytes.values(bytes.k, bytes.scale_k, k);
         bytes.values(bytes.v, bytes.scale_v, v);
-        if (wide.rotated_values) transform_row<D>(v);
+        if (wide.rotated_values) transform_adjacent<rotated_block<D>>(v);
     }
     bool finite = true;
 #pragma unroll

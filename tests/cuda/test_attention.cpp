@@ -29,9 +29,13 @@ bool covers(const AttentionCase & c) {
     using attention_list::is_trellis;
     const bool pair = turbo(c.type_k) && turbo(c.type_v) ? is_trellis(c.type_k) == is_trellis(c.type_v)
                                                          : turbo(c.type_k) || turbo(c.type_v);
-    // Two buffers of such rows of K need more shared memory than GeForce GPUs have.
-    const bool large = c.head_k == 256 && !turbo(c.type_k) && c.tokens * c.group() > 64;
-    return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0 && !(large && shared_per_block() < 128 << 10);
+    return head && known(c.type_k) && known(c.type_v) && pair && c.rows > 0;
+}
+
+// Whether the buffers of a case that is covered may need more shared memory than the GPU has. GeForce GPUs have too
+// little for some heads of 256 with K in q8_0 or f16, which depends on the alignment of rows, too.
+bool may_not_fit(const AttentionCase & c) {
+    return c.head_k == 256 && c.type_k >= TQ_TYPE_COUNT && c.tokens * c.group() > 32 && shared_per_block() < 128 << 10;
 }
 
 // Tensor cores multiply hidden values of f16 by zero, so hidden infinities and NaN have an effect.
@@ -285,8 +289,9 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         return;
     }
 #endif
-    if (!CHECK_EQ(types && c.head_k == c.head_v && plan_attention(a, plan), covers(c)) || !covers(c) || exempt(c))
-        return;
+    const bool planned = types && c.head_k == c.head_v && plan_attention(a, plan);
+    if (!planned && covers(c) && may_not_fit(c)) return;
+    if (!CHECK_EQ(planned, covers(c)) || !covers(c) || exempt(c)) return;
     CHECK(!(plan.wide && requests > 1 && plan.columns <= 32));
     if (c.kv_streams == 80 && c.rows > 1000 && slots == TQ_ROW_Q8_0) CHECK(plan.slot_parts > 0); // a kernel of its own
     if (requests > 1) { // rows are gathered where bulk copies can copy each of them

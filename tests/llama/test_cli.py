@@ -118,7 +118,7 @@ def test_no_flash_attention(probe, prose_model, heldout, name: str) -> None:
     with pytest.raises(ProbeError, match="no context") as refusal:
         p.context("f16", name, fa=0)
     assert "quantized V cache requires flash_attn" in refusal.value.log
-    # Over 256 tokens, the ratio of the errors varies by 0.08 (standard deviation) with how a CPU rounds.
+    # Over 256 tokens, the ratio of the errors has a standard deviation of 0.08 between texts and kernels.
     tokens, chunk = p.tokenize(heldout[:12000])[:2048], 256
     assert len(tokens) == 2048
 

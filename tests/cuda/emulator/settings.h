@@ -8,7 +8,7 @@ namespace emulator {
 
 struct Settings {
     int multiprocessors; // TURBOQUANT_EMULATED_MULTIPROCESSORS: 132, as an H200 has
-    int shared_kibibytes; // TURBOQUANT_EMULATED_SHARED: shared memory of a multiprocessor, 228, as an H200 has
+    int shared_kibibytes; // TURBOQUANT_EMULATED_SHARED: of a multiprocessor, 228, as an H200 has, or less
     int host_threads;    // TURBOQUANT_EMULATOR_THREADS: as many as the host has
     uint64_t seed;       // TURBOQUANT_EMULATOR_SEED: of the orders in which thread blocks and warps run
 };
