@@ -717,9 +717,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Turns the products of a step into weights. `at` is the step's first row, counted from the thread block's. Rare
-    // cases have code of their own: a mask, a soft cap, or a sum which shows that a weight may be too large for
-    // binary16.
+    // Turns the products of a step into weights, which are not rounded yet. The output of the step before may be in
+    // work. `at` is the step's first row, counted from the thread block's. Rare cases have code of their own: a mask, a
+    // soft cap, or a sum which shows that a weight may be too large for binary16.
     __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
         float added[2];
         const bool plain = !mixed && wide.call.a.soft_cap == 0;
@@ -740,16 +740,13 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             }
             float correction[2];
             raise_references<eights>(correction);
+            products_wait<0>();
+            keep_registers(output);
             correct(correction);
             weigh<eights>(added);
         }
         sum[0] += added[0];
         sum[1] += added[1];
-        round_weights<eights>();
-        keep_registers(weight[0]);
-        keep_registers(weight[1]);
-        keep_registers(weight[2]);
-        keep_registers(weight[3]);
     }
 
     // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warpgroup sees.
@@ -808,7 +805,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         for (int i = 1; i < D / 16; ++i)
             multiply_exact<false>(score, query[i], matrix_descriptor(keys + i / 4 * (half_tile / 16) + i % 4 * 2));
         products_commit();
-        products_wait();
+        products_wait<0>();
         keep_registers(score);
 #pragma unroll
         for (int i = 0; i < 4 * eights; ++i) score[i] *= score_unit;
@@ -829,7 +826,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         for (int i = 0; i < tile_rows / 16; ++i)
             multiply_values(output, weight[i], matrix_descriptor(values + 128 * i));
         products_commit();
-        products_wait();
+        products_wait<0>();
         keep_registers(output);
     }
 
@@ -854,22 +851,27 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 #pragma unroll
             for (int i = 0; i < hopper_rows / 4; ++i) weight[i / 4][i % 4] = 0;
             int buffer = turn.buffer; // whose output is added next; at first zeros
-            // The tensor cores add a step to the output and compute the products of the next one, whose weights the
-            // warps compute then. The other warpgroup's products overlap these.
+            // The tensor cores compute the products of a step, and add the step before it to the output while the warps
+            // compute weights from the products. The other warpgroup's products overlap these.
 #pragma unroll 1
             do {
                 wait_for_phase(memory.full(turn.buffer), turn.parity);
                 keep_registers(output);
                 products_fence();
-                start_output(buffer);
                 start_products(turn.buffer);
                 products_commit();
+                start_output(buffer);
+                products_commit();
                 const int next = memory.infos[turn.buffer];
-                products_wait();
-                keep_registers(output);
+                products_wait<1>();
                 keep_registers(products);
-                if (buffer != turn.buffer) release(buffer);
                 weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
+                products_wait<0>();
+                keep_registers(output);
+                if (buffer != turn.buffer) release(buffer);
+                round_weights<eights>();
+#pragma unroll
+                for (int i = 0; i < hopper_rows / 16; ++i) keep_registers(weight[i]);
                 buffer = turn.buffer;
                 turn.go_on();
                 info = next;
@@ -878,7 +880,7 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             products_fence();
             start_output(buffer);
             products_commit();
-            products_wait();
+            products_wait<0>();
             keep_registers(output);
             release(buffer);
         }

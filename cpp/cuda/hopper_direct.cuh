@@ -221,7 +221,7 @@ template <KV TK, KV TV, int D, int N> struct GroupColumns {
         for (int step = 0; step < steps; ++step)
             multiply_levels(c, k[step], matrix_descriptor(queries + 2 * step));
         products_commit();
-        products_wait();
+        products_wait<0>();
         keep_registers(c);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -527,7 +527,7 @@ template <KV TK, KV TV, int D, int N> struct GroupColumns {
         finish_output();
     }
     __device__ __forceinline__ void finish_output() {
-        products_wait();
+        products_wait<0>();
         keep_registers(output[0]);
         keep_registers(output[1]);
     }

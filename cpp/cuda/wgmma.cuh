@@ -61,10 +61,10 @@ __device__ __forceinline__ void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-// Waits until all groups are complete.
-__device__ __forceinline__ void products_wait() {
+// Waits until all groups but the last N are complete.
+template <int N> __device__ __forceinline__ void products_wait() {
 #if TURBOQUANT_WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #endif
 }
 // Keeps the compiler from moving accesses of registers that products in flight read or write.

@@ -4,6 +4,8 @@
 #include "half.h"
 #include "intrinsics.h"
 
+#include <algorithm>
+
 namespace emulator {
 
 namespace {
@@ -133,20 +135,25 @@ template <int K> void multiply_rows(AsyncProduct ** lanes) {
     }
 }
 
+// Computes the products of the groups that the warp waits for.
 void finish_products(Thread ** lanes) {
-    const size_t count = lanes[0]->products.size();
-    for (size_t i = 0; i < count; ++i) {
+    const std::vector<AsyncProduct> & first = lanes[0]->products;
+    size_t count = 0;
+    for (; count < first.size() && first[count].group < lanes[0]->awaited_groups; ++count) {
+        if (first[count].group < 0) stop("wgmma: a wait for a product that was not committed");
         AsyncProduct * products[warp_size];
         for (int lane = 0; lane < warp_size; ++lane) {
-            if (lanes[lane]->products.size() != count) stop("wgmma: the lanes have started different products");
-            products[lane] = &lanes[lane]->products[i];
-            if (products[lane]->b != products[0]->b) stop("wgmma: the lanes' descriptors differ");
+            if (lanes[lane]->products.size() != first.size()) stop("wgmma: the lanes have started different products");
+            products[lane] = &lanes[lane]->products[count];
+            if (products[lane]->b != first[count].b) stop("wgmma: the lanes' descriptors differ");
         }
-        if (!products[0]->committed) stop("wgmma: a wait for a product that was not committed");
-        if (products[0]->kind == AsyncProduct::f16) multiply_rows<16>(products);
+        if (first[count].kind == AsyncProduct::f16) multiply_rows<16>(products);
         else multiply_rows<32>(products);
     }
-    for (int lane = 0; lane < warp_size; ++lane) lanes[lane]->products.clear();
+    for (int lane = 0; lane < warp_size; ++lane) {
+        std::vector<AsyncProduct> & all = lanes[lane]->products;
+        all.erase(all.begin(), all.begin() + std::ptrdiff_t(count));
+    }
 }
 
 template <typename Pointers>
@@ -159,6 +166,7 @@ void start_product(int line, AsyncProduct::Kind kind, const Pointers & d, const 
     p.columns = int(d.size()) * 2;
     p.accumulate = add != 0;
     p.transposed = transposed;
+    p.group = -1;
     p.b = b;
     for (size_t i = 0; i < 4; ++i) p.a[i] = a[i];
     for (size_t i = 0; i < d.size(); ++i) {
@@ -358,10 +366,12 @@ void wgmma_fence_sync_aligned(int line) {
 }
 void wgmma_commit_group_sync_aligned(int line) {
     ballot("wgmma.commit_group", line, false);
-    for (AsyncProduct & p : current->products) p.committed = true;
+    for (AsyncProduct & p : current->products)
+        if (p.group < 0) p.group = current->product_groups;
+    ++current->product_groups;
 }
 void wgmma_wait_group_sync_aligned(int line, int pending) {
-    if (pending != 0) stop("wgmma.wait_group %d in line %d is not emulated", pending, line);
+    current->awaited_groups = std::max(current->awaited_groups, current->product_groups - pending);
     collective<Thread, finish_products>({"wgmma.wait_group", line}, *current);
     current->fenced = false;
 }

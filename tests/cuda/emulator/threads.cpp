@@ -188,7 +188,7 @@ void Worker::start_block(const Grid & grid, Block & block) {
         t.index = {n % grid.threads.x, n / grid.threads.x % grid.threads.y, n / grid.threads.x / grid.threads.y};
         t.ended = t.fenced = false;
         t.waits = {"the beginning", 0};
-        t.copy_group = 0;
+        t.copy_group = t.product_groups = t.awaited_groups = 0;
         t.copies.clear();
         t.products.clear();
         // Stacks begin at different places in a page, or they would compete for the same lines of the host's cache.

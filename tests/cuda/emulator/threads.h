@@ -52,7 +52,8 @@ struct AsyncCopy {
 struct AsyncProduct {
     enum Kind { u8, s8, u8_s8, f16 } kind; // of both operands, or of A and B
     int columns;         // of B
-    bool accumulate, transposed, committed;
+    bool accumulate, transposed;
+    int group; // negative: not committed
     uint32_t a[4];       // the lane's registers of A
     uint64_t b;          // the descriptor of B
     uint32_t * d[64];    // the lane's registers of the result
@@ -70,6 +71,7 @@ struct Thread {
     int copy_group = 0;
     std::vector<AsyncCopy> copies;
     std::vector<AsyncProduct> products;
+    int product_groups = 0, awaited_groups = 0; // committed; those whose products have been waited for
     bool fenced = false; // whether products may use registers that were written before
 };
 
