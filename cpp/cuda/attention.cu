@@ -445,8 +445,9 @@ struct Planner {
 
         const bool adjacent = a.k_head == k.bytes && a.v_head == v.bytes;
         // The rows of a short cache are a single run. A thread block has one KV head, all warps of which take rows, and
-        // without an exact window it finishes the query rows itself, so no second kernel is launched.
-        const bool shortest = a.n_kv <= 2 * most_warps * tile_rows;
+        // without an exact window it finishes the query rows itself, so no second kernel is launched. With a window a
+        // second tile of a warp costs more than it saves.
+        const bool shortest = a.n_kv <= (a.windowed ? 1 : 2) * most_warps * tile_rows;
         for (int heads = adjacent && !shortest ? most_warps : 1; heads >= 1; --heads) {
             if (!take_heads(p, heads)) continue;
             const int most = device.shared_per_block - barrier_bytes;
@@ -464,16 +465,25 @@ struct Planner {
             const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
             p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
             p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
-            // Not more chunks than the cache has rows for, unless a warp would have many exact rows. The batch's own
-            // rows do not count: a part for a single row of them costs more than a warp with two rows.
-            if (a.windowed) {
-                const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows;
-                p.chunks = std::max(p.chunks, int(std::min(wanted, (exact + p.row_tiles - 1) / p.row_tiles)));
-            }
             // A window that has a slot for each row of the cache has all rows, unless several sequences share the
             // cache.
             p.likely_hidden = a.windowed && a.mask && a.n_kv <= a.exact.slots && a.n_kv <= p.row_tiles * tile_rows;
+            p.first_exact = 0;
+            if (a.windowed) {
+                // The batch's own rows do not count: a part for a single row of them costs more than a warp with two
+                // rows.
+                const int64_t exact = (a.exact.slots + most_exact_rows - 1) / most_exact_rows,
+                              exact_chunks = (exact + p.row_tiles - 1) / p.row_tiles;
+                if (exact > 0 && p.chunks + exact_chunks <= wanted && !p.likely_hidden && !p.gathered) {
+                    // Thread blocks of their own take the exact rows while the others compute rows of the cache.
+                    p.first_exact = p.chunks * p.row_tiles;
+                    p.chunks += int(exact_chunks);
+                } else { // not more chunks than the cache has rows for, unless a warp would have many exact rows
+                    p.chunks = std::max(p.chunks, int(std::min(wanted, exact_chunks)));
+                }
+            }
             p.parts = p.chunks * p.row_tiles;
+            p.exact_parts = p.parts - p.first_exact;
             p.merged = p.chunks > 1 || a.windowed;
             if (!p.merged) p.shared_bytes = std::max(p.shared_bytes, result_bytes(p)); // in the memory of the stages
             p.shared_bytes += barrier_bytes;

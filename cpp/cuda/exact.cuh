@@ -126,20 +126,26 @@ __device__ __forceinline__ float sum_for_lanes(float (&x)[4], int lane) {
     return over_quads(x[0], [](float a, float b) { return a + b; });
 }
 
+// The number of the warp's part among those with exact rows; negative: it has none.
+__device__ __forceinline__ int exact_part(const AttentionCall & call, const Place & place) {
+    return int(blockIdx.x) * call.plan.row_tiles + place.row_tile - call.plan.first_exact;
+}
+
 // Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may
 // write the batch's rows, but not the slots.
 __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const Place & place) {
     const ExactHead rows(call.a, place.kv_stream, place.kv_head());
     const ExactRows & x = call.a.exact;
-    const int part = blockIdx.x * call.plan.row_tiles + place.row_tile;
-    const int row = rows.in_turn(part + place.lane / 8 * call.plan.parts);
+    const int part = exact_part(call, place);
+    if (part < 0) return;
+    const int row = rows.in_turn(part + place.lane / 8 * call.plan.exact_parts);
     const int unit = place.lane % 4 * 64; // bytes of f16, at most
     if (row < rows.slots && unit < (x.type == KV::f16 ? 2 : 1) * call.a.head)
         prefetch((place.lane & 4 ? rows.v + row * x.v_row : rows.k + row * x.k_row) + unit);
 }
 
-// Attention of a warp's columns over its exact rows: that with the number of its part, and every `parts` further on.
-// The constructor loads the first of them, so that this overlaps with other work.
+// Attention of a warp's columns over its exact rows: that with the number of its exact_part, and every `exact_parts`
+// further on. The constructor loads the first of them, so that this overlaps with other work.
 template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     static constexpr int P = D / 32;
     const AttentionCall & call;
@@ -155,13 +161,13 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     // Skips rows that are hidden. If each token sees rows of its own, most are hidden from the warp's only token.
     __device__ __forceinline__ void skip_hidden() {
 #pragma unroll 1
-        for (; turn < rows.rows; turn += 32 * call.plan.parts) {
-            const int own = turn + place.lane * call.plan.parts;
+        for (; turn < rows.rows; turn += 32 * call.plan.exact_parts) {
+            const int own = turn + place.lane * call.plan.exact_parts;
             const uint16_t * shown = exact_mask(call.a, place.stream, place.token(call), 0);
             const uint32_t seen =
                 __ballot_sync(all_lanes, own < rows.rows && shown[rows.in_turn(own)] != hidden);
             if (!seen) continue;
-            turn += (__ffs(int(seen)) - 1) * call.plan.parts;
+            turn += (__ffs(int(seen)) - 1) * call.plan.exact_parts;
             return;
         }
     }
@@ -179,7 +185,8 @@ public:
     __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place,
                                               const LaneColumns<C> & columns)
         : call(call), place(place), rows(call.a, place.kv_stream, place.kv_head()),
-          turn(blockIdx.x * call.plan.row_tiles + place.row_tile) {
+          turn(exact_part(call, place)) {
+        if (turn < 0) turn = rows.rows;
 #pragma unroll
         for (int h = 0; h < C; ++h) {
             mask[h] = columns.valid[h] ? exact_mask(call.a, place.stream, columns.token[h], columns.head[h]) : nullptr;
@@ -206,7 +213,7 @@ public:
                 own_bias[h] = __half2float(__ushort_as_half(uint16_t(bias[h])));
                 seen = seen || own_bias[h] != -INFINITY;
             }
-            turn += call.plan.parts;
+            turn += call.plan.exact_parts;
             load(); // the next row, while this one is computed
             if (!__any_sync(all_lanes, seen)) continue;
             float score[C] = {};

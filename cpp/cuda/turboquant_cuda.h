@@ -225,6 +225,8 @@ struct AttentionPlan {
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, 32 or 64 if `direct`
     int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`
+    int first_exact;        // the first part with rows of an exact window
+    int exact_parts;        // parts with such rows
     int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
     bool gathered;          // whether lists name the rows that each token sees, so that only these are read
     size_t lists_at, list_lengths_at; // offsets of the lists in the workspace
