@@ -675,10 +675,9 @@ template <KV TK, KV TV, int D> struct HopperColumns {
             correction[c] = exp2f(before - reference[c]);
         }
     }
-    __device__ __forceinline__ void correct(const float (&correction)[2]) {
+    __device__ __forceinline__ void correct_output(const float (&correction)[2]) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            sum[c] *= correction[c];
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 output[4 * n + 2 * c] *= correction[c];
@@ -717,10 +716,11 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
-    // Turns the products of a step into weights, which are not rounded yet. The output of the step before may be in
-    // work. `at` is the step's first row, counted from the thread block's. Rare cases have code of their own: a mask, a
-    // soft cap, or a sum which shows that a weight may be too large for binary16.
-    __device__ __forceinline__ void weigh_step(int buffer, int at, bool mixed) {
+    // Turns the products of a step into weights, which are not rounded yet. `at` is the step's first row, counted from
+    // the thread block's. Rare cases have code of their own: a mask, a soft cap, or a sum which shows that a weight may
+    // be too large for binary16. Then the result is true, and the caller corrects the output: here the tensor cores may
+    // still add to it, and only all warps of a warpgroup may wait for them.
+    __device__ __forceinline__ bool weigh_step(int buffer, int at, bool mixed, float (&correction)[2]) {
         float added[2];
         const bool plain = !mixed && wide.call.a.soft_cap == 0;
         bool done = false;
@@ -738,15 +738,14 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                 apply_mask<0>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile);
                 apply_mask<2 * eights>(MaskRows(wide.call.a), wide.arrays.seen, wide.arrays.words, tile + 1);
             }
-            float correction[2];
             raise_references<eights>(correction);
-            products_wait<0>();
-            keep_registers(output);
-            correct(correction);
+            sum[0] *= correction[0];
+            sum[1] *= correction[1];
             weigh<eights>(added);
         }
         sum[0] += added[0];
         sum[1] += added[1];
+        return !done;
     }
 
     // Adds the thread block's tiles of the rows of an exact window, but those that no column of the warpgroup sees.
@@ -813,10 +812,10 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         if (mixed) apply_mask<0>(MaskRows(wide.call.a.exact, wide.call.a.tokens), x.exact_seen, x.exact_words, tile);
         float added[2], correction[2];
         raise_references<eights>(correction);
-        if (__any_sync(all_lanes, correction[0] != 1.0f || correction[1] != 1.0f)) correct(correction);
+        if (__any_sync(all_lanes, correction[0] != 1.0f || correction[1] != 1.0f)) correct_output(correction);
         weigh<eights>(added);
-        sum[0] += added[0];
-        sum[1] += added[1];
+        sum[0] = sum[0] * correction[0] + added[0];
+        sum[1] = sum[1] * correction[1] + added[1];
         round_weights<eights>();
         keep_registers(output);
         keep_registers(weight[0]);
@@ -865,9 +864,11 @@ template <KV TK, KV TV, int D> struct HopperColumns {
                 const int next = memory.infos[turn.buffer];
                 products_wait<1>();
                 keep_registers(products);
-                weigh_step(turn.buffer, first_row(info), mixed(info, place.group));
+                float correction[2]; // of the output, if references were raised
+                const bool raised = weigh_step(turn.buffer, first_row(info), mixed(info, place.group), correction);
                 products_wait<0>();
                 keep_registers(output);
+                if (raised) correct_output(correction);
                 if (buffer != turn.buffer) release(buffer);
                 round_weights<eights>();
 #pragma unroll

@@ -686,6 +686,10 @@ inline void columns(List & list) {
             c.mask = mask;
             list.add("columns", c, mask == Mask::none ? Extent::whole : extent);
         }
+        c.mask = Mask::causal;
+        c.spread = 40; // later rows have much larger scores
+        list.add("columns", c, extent);
+        c.spread = 1;
         c.tokens = 120;
         c.mask = Mask::prefixes;
         c.seen[0] = 1;

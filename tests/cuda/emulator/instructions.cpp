@@ -156,10 +156,20 @@ void finish_products(Thread ** lanes) {
     }
 }
 
+// All warps of a warpgroup must execute its instructions in the same order.
+void execute_with_group(int line) {
+    Thread & t = *current;
+    if (t.lane) return;
+    std::vector<int> & lines = t.block->of_groups[size_t(t.warp / 4)];
+    if (t.of_group == lines.size()) lines.push_back(line);
+    if (lines[t.of_group++] != line) stop("wgmma in line %d, and another warp of the warpgroup is not there", line);
+}
+
 template <typename Pointers>
 void start_product(int line, AsyncProduct::Kind kind, const Pointers & d, const ptx::Words<4> & a, uint64_t b, int add,
                    bool transposed) {
     Thread & t = *current;
+    execute_with_group(line);
     if (!t.fenced) stop("wgmma in line %d, and no fence since the last wait", line);
     AsyncProduct p = {};
     p.kind = kind;
@@ -361,16 +371,19 @@ void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(int line, Floats<4> d, W
 // ---- matrices of warpgroups
 
 void wgmma_fence_sync_aligned(int line) {
+    execute_with_group(line);
     ballot("wgmma.fence", line, false);
     current->fenced = true;
 }
 void wgmma_commit_group_sync_aligned(int line) {
+    execute_with_group(line);
     ballot("wgmma.commit_group", line, false);
     for (AsyncProduct & p : current->products)
         if (p.group < 0) p.group = current->product_groups;
     ++current->product_groups;
 }
 void wgmma_wait_group_sync_aligned(int line, int pending) {
+    execute_with_group(line);
     current->awaited_groups = std::max(current->awaited_groups, current->product_groups - pending);
     collective<Thread, finish_products>({"wgmma.wait_group", line}, *current);
     current->fenced = false;

@@ -178,6 +178,7 @@ void Worker::start_block(const Grid & grid, Block & block) {
     for (NamedBarrier & barrier : block.barriers) barrier = {};
     std::memset(block.shared, poison, block.shared_bytes);
     block.warps.assign(size_t((count + warp_size - 1) / warp_size), Warp{});
+    block.of_groups.assign(block.warps.size() / 4 + 1, {});
     for (int i = 0; i < count; ++i) {
         Thread & t = block.first_thread[i];
         t.block = &block;
@@ -189,6 +190,7 @@ void Worker::start_block(const Grid & grid, Block & block) {
         t.ended = t.fenced = false;
         t.waits = {"the beginning", 0};
         t.copy_group = t.product_groups = t.awaited_groups = 0;
+        t.of_group = 0;
         t.copies.clear();
         t.products.clear();
         // Stacks begin at different places in a page, or they would compete for the same lines of the host's cache.

@@ -7,6 +7,7 @@
 // What makes the emulator stop, with a message and SIGABRT:
 //   - lanes of a warp that reach different collective operations, or of which some have ended
 //   - threads that wait at barriers with different numbers of threads, or forever
+//   - warps of a warpgroup that reach different instructions of warpgroups
 //   - accesses to a thread block outside of the cluster, or that has ended
 //   - accesses outside of the allocations and of shared memory (not all of them: what lies behind an allocation up to a
 //     multiple of 256 bytes may be read, and memory in it that belongs to something else is not distinguished)
@@ -72,6 +73,7 @@ struct Thread {
     std::vector<AsyncCopy> copies;
     std::vector<AsyncProduct> products;
     int product_groups = 0, awaited_groups = 0; // committed; those whose products have been waited for
+    size_t of_group = 0; // instructions of warpgroups that it has executed
     bool fenced = false; // whether products may use registers that were written before
 };
 
@@ -123,6 +125,7 @@ struct Block {
     int threads;
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
+    std::vector<std::vector<int>> of_groups; // the lines of the instructions that each warpgroup has executed
     int live; // threads that have not ended
 };
 
