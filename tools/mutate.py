@@ -169,7 +169,7 @@ MUTATIONS = (
              "cpp/cuda/wide.cu", "bits |= __shfl_xor_sync(all_lanes, bits, 2);", "", "cuda.emulated.wide"),
     Mutation("CUDA does not correct the output of the steps before", "prompts on Hopper GPUs, if scores rise",
              "cpp/cuda/hopper.cuh", "                keep_registers(output);\n                if (raised) correct_output(correction);\n",
-             "                keep_registers(output);\n", "cuda.emulated.attention"),
+             "                keep_registers(output);\n", "cuda.emulated.small_gpu"),
     Mutation("a warp of a CUDA warpgroup does not wait with the others", "prompts on Hopper GPUs, as PTX defines them",
              "cpp/cuda/hopper.cuh", "                products_wait<1>();", "                if (place.warp) products_wait<1>();",
              "cuda.emulated.attention"),

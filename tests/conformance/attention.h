@@ -686,8 +686,9 @@ inline void columns(List & list) {
             c.mask = mask;
             list.add("columns", c, mask == Mask::none ? Extent::whole : extent);
         }
-        c.mask = Mask::causal;
-        c.spread = 40; // later rows have much larger scores
+        c.mask = Mask::prefixes;
+        c.seen[0] = c.seen[1] = c.seen[2] = 1090;
+        c.spread = 40; // later rows, of tiles that all queries see, have much larger scores
         list.add("columns", c, extent);
         c.spread = 1;
         c.tokens = 120;
