@@ -379,6 +379,11 @@ int main(int argc, char ** argv) {
     a.head = 128;
     a.type_k = a.type_v = KV::f16;
     CHECK(!plan_attention(a, plan));
+    a.type_k = a.type_v = KV::turbo4;
+    a.n_kv = 300;
+    a.windowed = true;
+    a.exact.type = KV::q8_0; // without slots; the batch's own rows are left
+    CHECK(plan_attention(a, plan) && plan.exact_parts > 0);
     must(cudaDeviceSynchronize(), "at the end");
     return check::summary();
 }
