@@ -150,7 +150,7 @@ MUTATIONS = (
              "cuda.emulated.attention"),
     Mutation("CUDA thread blocks with rows of the cache take exact rows, too", "caches with a window",
              "cpp/cuda/exact.cuh", "place.row_tile - call.plan.first_exact;", "place.row_tile;", "cuda.emulated.attention"),
-    Mutation("a window without slots has no thread block on CUDA", "the first token of a window",
+    Mutation("a window without slots has no thread block on CUDA", "callers whose windows have no slots",
              "cpp/cuda/attention.cu", "if (exact > 0 && p.chunks", "if (p.chunks", "cuda.emulated.attention"),
     Mutation("the halves of blocks of 32 values are the lower ones on CUDA", "heads of 96",
              "cpp/cuda/operands.cuh", "quad < 4 ? low_halves : high_halves", "low_halves", "cuda.emulated.attention"),
