@@ -1,6 +1,6 @@
 // The exact window: rows of K and V with high precision, which a warp adds to its columns, before tiles of the cache if
-// it has any, while the first of these are copied to shared memory. What a batch leaves in the slots is stored by the kernel
-// that merges the parts, after all reads of the slots.
+// it has any, while the first of these are copied to shared memory. What a batch leaves in the slots is stored by the
+// kernel that merges the parts, after all reads of the slots.
 #ifndef TURBOQUANT_CUDA_EXACT_H
 #define TURBOQUANT_CUDA_EXACT_H
 
