@@ -1,8 +1,8 @@
-// Attention: plans, launches, and the kernels that merge the partial results of attention.cuh.
+// Attention: plans and launches.
 #include "attention.cuh"
-#include "encode.cuh"
 #include "gather.h"
 #include "launch.h"
+#include "merge.cuh"
 #include "wide.h"
 
 #include <algorithm>
@@ -98,195 +98,14 @@ int pitch_for(const void * base, int64_t row, int64_t stream, int chunk) {
     return (units | 1) * 16;
 }
 
-int64_t query_rows(const Attention & a) { return int64_t(a.streams) * a.tokens * a.heads; }
-
-// What the kernel that merges parts stores in blocks, in its first thread blocks: beside the preceding kernel, if that
-// reads none of these rows. It lets the merge start only when it has waited for what it reads, so the rows are
-// complete.
-struct StoredBeside {
-    Stores stores;
-    int groups; // thread blocks
-};
-
-template <int N> __device__ __forceinline__ void encode_beside(const StoredBeside & s, EncodeShared<N> & shared) {
-    if (threadIdx.x < 32 * encode_warps) encode_group(s.stores, blockIdx.x, false, shared);
-}
-
-constexpr int most_merge_warps = 32;
-constexpr int parts_at_once = 4; // that a warp of the merge loads at the same time
-
-// Adds parts first, first + apart, ... of a query row. `partial` and `states` are those of its first part; a lane has
-// the values that values_at_once describes, V at a time.
-template <int D, int V>
-__device__ __forceinline__ void add_parts(const float * partial, const SoftmaxState * states, int parts, int first,
-                                          int apart, int lane, Merged<D / 32> & own) {
-    constexpr int P = D / 32;
-#pragma unroll 1
-    for (; first < parts; first += parts_at_once * apart) {
-        SoftmaxState part[parts_at_once];
-        float x[parts_at_once][P];
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) {
-            const int i = first + b * apart;
-            part[b] = {nothing_seen, 0};
-            if (i >= parts) continue;
-            part[b] = states[i];
-            const float * from = partial + int64_t(i) * D + V * lane;
-#pragma unroll
-            for (int j = 0; j < P; j += V) {
-                if constexpr (V == 4) {
-                    const float4 four = *reinterpret_cast<const float4 *>(from + 32 * j);
-                    x[b][j] = four.x;
-                    x[b][j + 1] = four.y;
-                    x[b][j + 2] = four.z;
-                    x[b][j + 3] = four.w;
-                } else if constexpr (V == 2) {
-                    const float2 two = *reinterpret_cast<const float2 *>(from + 32 * j);
-                    x[b][j] = two.x;
-                    x[b][j + 1] = two.y;
-                } else {
-                    x[b][j] = from[32 * j];
-                }
-            }
-        }
-        float largest = own.largest;
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) largest = fmaxf(largest, part[b].largest);
-        own.change_largest(largest);
-#pragma unroll
-        for (int b = 0; b < parts_at_once; ++b) own.add(part[b], x[b]);
-    }
-}
-
-__device__ __forceinline__ SoftmaxState sink_of_row(const AttentionCall & call, int row) {
-    return sink_state(call.a.sinks, call.a.sinks ? row % call.a.heads : 0);
-}
-
-template <int D> union MergeShared {
-    struct {
-        float sums[most_merge_warps * D];
-        SoftmaxState states[most_merge_warps];
-    } merge;
-    EncodeShared<rotated_block<D>> encode;
-};
-
-// Merges the parts of a query row and its sink, with one thread block for each of the first `query_rows`. Warp w adds
-// parts w, w + warps, ..., and the first warps add what the warps have. The other thread blocks store the rows of a
-// window's batch in its slots, which no kernel reads any more.
-//
-// The launch bounds require only one thread block per multiprocessor. With the registers that two would leave, the
-// compiler loads the parts one after the other.
-template <int D>
-__global__ void __launch_bounds__(32 * most_merge_warps, 1)
-    merge_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores,
-                 int query_rows, bool rotated) {
-    constexpr int P = D / 32, V = values_at_once<D>;
-    __shared__ MergeShared<D> shared;
-    float * sums = shared.merge.sums;
-    SoftmaxState * states = shared.merge.states;
-    const int row = int(blockIdx.x) - stores.groups;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-
-    let_next_start();
-    if (row < 0) {
-        encode_beside(stores, shared.encode);
-        return;
-    }
-    if (row >= query_rows) {
-        const uint32_t stored = uint32_t(row - query_rows) * warps + warp;
-        wait_for_previous();
-        if (stored < call.stored_rows) store_exact<D>(call.a, stored, lane);
-        return;
-    }
-    const int parts = call.all_parts;
-    const float * partial = call.partial + int64_t(row) * parts * D;
-    const SoftmaxState * part_states = call.states + int64_t(row) * parts;
-    if (lane == 0 && warp < parts) { // for the translations of the addresses
-        prefetch(partial + int64_t(warp) * D);
-        prefetch(part_states + warp);
-    }
-    wait_for_previous();
-    Merged<P> own(nothing_seen);
-    add_parts<D, V>(partial, part_states, parts, warp, warps, lane, own);
-#pragma unroll
-    for (int j = 0; j < P; ++j) sums[warp * D + 32 * (j / V * V) + V * lane + j % V] = own.y[j];
-    if (lane == 0) states[warp] = {own.largest, own.sum};
-    __syncthreads();
-    constexpr int N = rotated_block<D>;
-    if (warp >= D / N) return;
-    const SoftmaxState sink = sink_of_row(call, row);
-    MergedSum all(largest_of(sink, states, 1, warps, lane)); // lane i adds what warp i has
-    const float weight = lane < warps ? all.add(states[lane]) : 0.0f;
-    float sum = all.sum, y[N / 32] = {};
-#pragma unroll
-    for (int h = 16; h > 0; h /= 2) sum += __shfl_xor_sync(all_lanes, sum, h);
-    MergedSum of_sink(all.largest);
-    of_sink.add(sink);
-    sum += of_sink.sum;
-#pragma unroll 8
-    for (int i = 0; i < warps; ++i) {
-        const float weight_of_warp = __shfl_sync(all_lanes, weight, i);
-#pragma unroll
-        for (int j = 0; j < N / 32; ++j) y[j] += weight_of_warp * sums[i * D + warp * N + lane + 32 * j];
-    }
-    finish<N>(y, sum, rotated, call.a.dst + int64_t(row) * D + warp * N, lane);
-}
-
-// As merge_kernel for few parts, with a warp for each query row, which loads all its parts at the same time.
-constexpr int few_parts_warps = 4; // of a thread block
-template <int D>
-__global__ void __launch_bounds__(32 * few_parts_warps)
-    merge_few_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores,
-                     int query_rows, bool rotated) {
-    __shared__ EncodeShared<rotated_block<D>> shared;
-    constexpr int P = D / 32, N = rotated_block<D>, B = N / 32;
-    const int lane = threadIdx.x % 32;
-    const int row = (int(blockIdx.x) - stores.groups) * few_parts_warps + int(threadIdx.x) / 32;
-    let_next_start();
-    if (row < 0) {
-        encode_beside(stores, shared);
-        return;
-    }
-    wait_for_previous();
-    if (row >= query_rows) {
-        const uint32_t stored = row - query_rows;
-        if (stored < call.stored_rows) store_exact<D>(call.a, stored, lane);
-        return;
-    }
-    const int64_t first = int64_t(row) * call.all_parts;
-    const SoftmaxState sink = sink_of_row(call, row);
-    Merged<P> own(nothing_seen);
-    add_parts<D, 1>(call.partial + first * D, call.states + first, call.all_parts, 0, 1, lane, own);
-    own.change_largest(fmaxf(own.largest, sink.largest));
-    own.MergedSum::add(sink);
-#pragma unroll
-    for (int b = 0; b < D / N; ++b) {
-        float y[B];
-#pragma unroll
-        for (int j = 0; j < B; ++j) y[j] = own.y[b * B + j];
-        finish<N>(y, own.sum, rotated, call.a.dst + int64_t(row) * D + b * N, lane);
-    }
-}
-
-template <int D>
-cudaError_t launch_merge(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
-    const int64_t rows = query_rows(call.a);
-    const bool few = call.all_parts <= parts_at_once, rotated = row_type<D>(call.a.type_v).turbo;
-    int warps = few ? few_parts_warps : std::max(D / 32, encode_warps);
-    while (parts_at_once * warps < call.all_parts && warps < most_merge_warps) warps *= 2;
-    const int64_t blocks = few ? (rows + call.stored_rows + warps - 1) / warps
-                                : rows + (call.stored_rows + warps - 1) / warps;
-    return launch(few ? merge_few_kernel<D> : merge_kernel<D>, dim3(unsigned(stores.groups + blocks)),
-                  dim3(unsigned(32 * warps)), 0, stream, call, stores, int(rows), rotated);
-}
-
 // The functions that are compiled for a head size.
 struct Head {
     int size;
     RowType (*row_type)(KV type);
     AttentionKernel (*kernel)(const KernelChoice & choice);
     AttentionKernel (*gathering)(const KernelChoice & choice);
-    cudaError_t (*merge)(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream);
+    cudaError_t (*merge)(const AttentionCall & call, const StoredBeside & stores, bool rotated, int multiprocessors,
+                         cudaStream_t stream);
 };
 const Head heads[] = {
 #define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, gathering_kernel_##D, launch_merge<D>},
@@ -590,6 +409,7 @@ cudaError_t launch_decode(const Head & head, const AttentionCall & call, void * 
 
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
                       const Store * stores) {
+    if (a.quantized && !plan.merged) return cudaErrorNotSupported;
     AttentionCall call = {};
     call.a = a;
     call.plan = plan;
@@ -616,7 +436,8 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;
-    return head.merge(call, beside, stream);
+    return head.merge(call, beside, head.row_type(a.type_v).turbo,
+                      all_devices()[size_t(plan.device)].multiprocessors, stream);
 }
 
 } // namespace cuda

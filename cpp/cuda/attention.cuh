@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         if constexpr (Windowed) prefetch(call.a.exact.mask);
     }
     if constexpr (Windowed) prefetch_exact(call, place);
+    stages.start_barriers();
     if (!call.waits_last) wait_for_previous();
     if (!Windowed && call.triggers_late) let_next_start();
     if (Gathered && !place.take_list(call)) mask.show_list(place.begin + place.length);
@@ -126,48 +127,52 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h] = {nothing_seen, 0};
     Sums<D, C> sums = {};
-    Columns<TK, D> own_columns(place);
+    float q[4][D / 32]; // the four columns, if there are not eight
+    Columns<TK, D> own_columns;
     Query<TK, D, C> query;
+    const bool alone = plan.row_tiles == 1; // the warp shares the scratch memory of its KV head with no other warp
     const int64_t first_row = place.begin + place.row_tile * tile_rows; // of the warp
+    const auto load = [&] {
+        if constexpr (C == 1) load_columns<D>(call, place, 0, q);
+        else own_columns.load(call, place);
+    };
     const auto prepare = [&] {
-        write_columns<TK, D, C>(call, place, scratch, own_columns);
+        if constexpr (C == 1) own_columns.take(place, q);
+        own_columns.template write_all<4 * C>(call, place, scratch);
         mask.load(first_row);
     };
+    const auto sync_head = [&] {
+        if (alone) __syncwarp();
+        else __syncthreads();
+    };
     const auto prepared = [&] {
-        __syncthreads();
+        sync_head();
         query = Query<TK, D, C>(place, scratch);
     };
     if constexpr (!Windowed) {
-        own_columns.load(call, 4 * place.row_tile);
+        load();
         stages.start();
         prepare();
         prepared();
     } else {
         bool needed = place.length > 0; // whether a query may see rows of the cache that the thread block has
-        if (needed) own_columns.load(call, 4 * place.row_tile);
+        if (needed || C == 1) load();
         ExactAttention<TV, D, Gathered, C> exact(call, place, columns);
         if (needed && plan.likely_hidden) {
             mask.load(first_row);
             needed = __syncthreads_or(!mask.hides_all());
         }
-        float q[4][D / 32];
         if (needed) {
             stages.start();
             prepare();
-        }
-        if constexpr (C == 1) load_columns<D>(call, place, 0, q);
-        // The only warp of a KV head shares the head's scratch memory with no other warp.
-        const bool alone = plan.row_tiles == 1;
-        if (needed) {
             prepared();
-            if (alone) __syncwarp();
-            else __syncthreads();
+            sync_head();
         } else {
             place.length = 0;
         }
         if (call.triggers_late) let_next_start();
-        exact.attend(q, reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float)), state,
-                     sums);
+        float * row = reinterpret_cast<float *>(alone ? scratch : unused + place.warp * D * sizeof(float));
+        if (exact.any()) exact.attend(q, row, state, sums);
     }
     if (stages.bulk()) before_bulk_copies();
     const uint32_t zero = unknown_zero();

@@ -50,7 +50,7 @@ constexpr int all_rows_biased = -1;
 namespace {
 
 // a / b and a % b for small a. A division takes long, and nearly all calls need none.
-__device__ __forceinline__ int quotient(int a, int b) { return a < b ? 0 : a / b; }
+__device__ __forceinline__ int quotient(int a, int b) { return a < b ? 0 : b == 1 ? a : a / b; }
 __device__ __forceinline__ int remainder_of(int a, int b) { return b == 1 ? 0 : a % b; }
 
 // The share of a thread in a call. The tensor cores distribute operands over quads, which are groups of four lanes. A
@@ -76,7 +76,7 @@ struct Place {
         quad = lane / 4;
         in_quad = lane % 4;
         warp = threadIdx.x / 32;
-        row_tile = keep(warp / p.block_heads);
+        row_tile = keep(p.row_tiles == 1 ? 0 : quotient(warp, p.block_heads));
         head_in_block = warp - row_tile * p.block_heads;
         const int column_tile = p.column_tiles == 1 ? 0 : blockIdx.y / p.head_groups;
         first_column = column_tile * p.column_tile;

@@ -339,6 +339,7 @@ __device__ __forceinline__ void encode_group(const Stores & s, unsigned group, b
     const unsigned which = group >= s.first_groups;
     group -= which ? s.first_groups : 0;
     const Store & store = s.store[which];
+    if (blockIdx.y >= store.ne[2]) return;
     const int index = s.family[which];
     shared.table.steps[threadIdx.x] = search_tables[index].steps[threadIdx.x];
     const int64_t blocks = s.blocks[which], item = int64_t(group) * encode_warps + threadIdx.x / 32;

@@ -23,6 +23,7 @@ struct ExactHead {
     // them last.
     __device__ __forceinline__ int in_turn(int i) const { return i < rows - slots ? slots + i : i - (rows - slots); }
 
+    ExactHead() = default;
     __device__ __forceinline__ ExactHead(const Attention & a, int kv_stream, int kv_head)
         : slots(int(a.exact.slots)), rows(int(a.exact.slots) + a.tokens) {
         const ExactRows & x = a.exact;
@@ -110,7 +111,8 @@ template <int D> struct ExactRow {
 __device__ __forceinline__ const uint16_t * exact_mask(const Attention & a, int stream, int token, int head) {
     const ExactRows & x = a.exact;
     return reinterpret_cast<const uint16_t *>(static_cast<const char *>(x.mask) + token * x.mask_token +
-                                          head % x.mask_heads * x.mask_head + stream % x.mask_streams * x.mask_stream);
+                                          remainder_of(head, x.mask_heads) * x.mask_head +
+                                          remainder_of(stream, x.mask_streams) * x.mask_stream);
 }
 
 // Sums each of four values over the warp, and leaves the sum of number lane % 4 in a lane.
@@ -132,8 +134,10 @@ __device__ __forceinline__ int exact_part(const AttentionCall & call, const Plac
 }
 
 // Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may
-// write the batch's rows, but not the slots.
+// write the batch's rows, but not the slots. A warp that also has rows of the cache computes its queries while it loads
+// exact rows, and needs no prefetch.
 __device__ __forceinline__ void prefetch_exact(const AttentionCall & call, const Place & place) {
+    if (place.length > 0 && !call.plan.likely_hidden) return;
     const ExactHead rows(call.a, place.kv_stream, place.kv_head());
     const ExactRows & x = call.a.exact;
     const int part = exact_part(call, place);
@@ -150,7 +154,7 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
     static constexpr int P = D / 32;
     const AttentionCall & call;
     const Place & place;
-    const ExactHead rows;
+    ExactHead rows;
     const uint16_t * mask[C]; // of the lane's columns, or nullptr
     float slope[C];
     uint32_t bias[C]; // binary16
@@ -184,9 +188,9 @@ template <KV TV, int D, bool Gathered, int C> class ExactAttention {
 public:
     __device__ __forceinline__ ExactAttention(const AttentionCall & call, const Place & place,
                                               const LaneColumns<C> & columns)
-        : call(call), place(place), rows(call.a, place.kv_stream, place.kv_head()),
-          turn(exact_part(call, place)) {
-        if (turn < 0) turn = rows.rows;
+        : call(call), place(place), turn(exact_part(call, place)) {
+        if (!any()) return;
+        rows = ExactHead(call.a, place.kv_stream, place.kv_head());
 #pragma unroll
         for (int h = 0; h < C; ++h) {
             mask[h] = columns.valid[h] ? exact_mask(call.a, place.stream, columns.token[h], columns.head[h]) : nullptr;
@@ -195,6 +199,9 @@ public:
         }
         load();
     }
+
+    // Whether the warp may have exact rows; else nothing else may be called.
+    __device__ __forceinline__ bool any() const { return turn >= 0; }
 
     // Sets what the warp has of its columns in the lanes' order of the kernel. q: what load_columns loads of the first
     // four columns, or nothing if there are eight, which would take too many registers. `scratch` takes D floats of the

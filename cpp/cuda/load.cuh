@@ -161,7 +161,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void * global, 
 
 // The thread blocks of a cluster. An address in the shared memory of another one is that of the same place in the own
 // memory, mapped; the rank of the thread block is in the upper bits of both. Nothing may reach a thread block that has
-// not started or has ended, so sync_cluster is called before the first and after the last access.
+// not started or has ended, so sync_cluster is called before the first and after the last access. The latter is not
+// needed if the accessed thread block waits for it.
 __device__ __forceinline__ int rank_in_cluster() {
     int rank = 0;
     TURBOQUANT_BULK("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -189,6 +190,11 @@ __device__ __forceinline__ void arrive_for_bytes(uint32_t barrier, int bytes) {
 __device__ __forceinline__ void copy_mapped(uint32_t mapped, uint32_t from, int bytes, uint32_t mapped_barrier) {
     TURBOQUANT_BULK("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                     ::"r"(mapped), "r"(from), "r"(bytes), "r"(mapped_barrier) : "memory");
+}
+// Stores a word in another thread block, which announces its four bytes for the phase of its barrier.
+__device__ __forceinline__ void store_mapped(uint32_t mapped, uint32_t x, uint32_t mapped_barrier) {
+    TURBOQUANT_BULK("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
+                    ::"r"(mapped), "r"(x), "r"(mapped_barrier) : "memory");
 }
 // All threads of the cluster wait for each other. The instructions count warps, so their lanes must be together.
 __device__ __forceinline__ void sync_cluster() {
@@ -390,15 +396,16 @@ template <KV TK, KV TV, int D, bool Gathered> struct Stages {
             copy_commit(); // of a group without rows as well, because copy_wait counts groups
         }
     }
-    // Starts to load all stages but the last. With bulk copies, the first warp does it: the other warps see its
-    // barriers only after a barrier of the thread block.
+    // Must be called by all threads before start().
+    __device__ __forceinline__ void start_barriers() const {
+        if (!bulk()) return;
+        if (threadIdx.x == 0)
+            for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
+        __syncthreads();
+    }
+    // Starts to load all stages but the last. With bulk copies, the first warp does it.
     __device__ __forceinline__ void start() const {
-        if (bulk()) {
-            if (place.warp > 0) return;
-            if (place.lane == 0)
-                for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
-            __syncwarp();
-        }
+        if (bulk() && place.warp > 0) return;
 #pragma unroll 1
         for (int stage = 0, at = 0; stage < call.plan.stages - 1; ++stage, at += rows)
             if (!bulk() || at < place.length) load(at, stage);

@@ -4,6 +4,7 @@
 #define TURBOQUANT_CUDA_SOFTMAX_H
 
 #include "device.cuh"
+#include "turboquant_cuda.h"
 
 namespace turboquant {
 namespace cuda {
@@ -122,16 +123,47 @@ template <int P> struct Merged : MergedSum {
 // multiple of V.
 template <int D> constexpr int values_at_once = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1;
 
-// Finishes a block of a query row: divides the values by the sum of the weights, rotates them back, and stores them. A
-// lane has elements lane + 32 j.
+// Stores B blocks of 32 values, one of each lane, rounded as by ggml's kernel for the operand of a product with
+// quantized weights (quantize_q8_1 in ggml-cuda/quantize.cu).
+template <int B> __device__ __forceinline__ void store_quantized(QuantizedValues * to, const float (&x)[B], int lane) {
+    float sum[B];
+#pragma unroll
+    for (int j = 0; j < B; ++j) sum[j] = x[j];
+    // Half of the lanes keep half of the sums. Then lane l has a sum over the lanes l % (32 / B) + 32 / B * i.
+#pragma unroll
+    for (int n = B / 2, h = 16; n > 0; n /= 2, h /= 2)
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+            const bool upper = lane & h;
+            const float other = __shfl_xor_sync(all_lanes, upper ? sum[j] : sum[j + n], h);
+            sum[j] = (upper ? sum[j + n] : sum[j]) + other;
+        }
+#pragma unroll
+    for (int h = 16 / B; h > 0; h /= 2) sum[0] += __shfl_xor_sync(all_lanes, sum[0], h);
+#pragma unroll
+    for (int j = 0; j < B; ++j) {
+        const float largest = __uint_as_float(warp_max(__float_as_uint(fabsf(x[j]))));
+        const float inverse = largest > 1e-30f ? __fdividef(127.0f, largest) : 0.0f;
+        to[j].values[lane] = int8_t(__float2int_rn(x[j] * inverse));
+        if (lane == 32 / B * j) {
+            to[j].scale = __half_as_ushort(__float2half(largest * (1.0f / 127.0f)));
+            to[j].sum = __half_as_ushort(__float2half(sum[0]));
+        }
+    }
+}
+
+// Finishes a block of a query row: divides the values by the sum of the weights, rotates them back, and stores them in
+// `out` and, if it is not nullptr, in `quantized`. A lane has elements lane + 32 j.
 template <int N>
-__device__ __forceinline__ void finish(float (&y)[N / 32], float sum, bool rotated, float * out, int lane) {
+__device__ __forceinline__ void finish(float (&y)[N / 32], float sum, bool rotated, float * out, int lane,
+                                       QuantizedValues * quantized = nullptr) {
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum; // zeros if no row was seen; a NaN stays NaN
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) y[j] *= inverse;
     if (rotated) transform_warp<N, true>(y);
 #pragma unroll
     for (int j = 0; j < N / 32; ++j) out[lane + 32 * j] = y[j];
+    if (quantized) store_quantized(quantized, y, lane);
 }
 
 } // namespace

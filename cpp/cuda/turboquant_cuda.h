@@ -178,6 +178,11 @@ struct ExactRows {
 // A row that the mask hides (-inf) from a query does not affect the query, whatever the bytes of the row are. There is
 // one exception: if V is f16, tensor cores multiply hidden values by zero. So if a query sees one of the 32 rows of a
 // tile, a value in this tile that is not finite may reach all queries that are computed together with this query.
+// 32 values, as the blocks of q8_1 by which ggml multiplies weights.
+struct QuantizedValues {
+    uint16_t scale, sum; // binary16; the sum of the 32 values before rounding
+    int8_t values[32];
+};
 struct Attention {
     KV type_k, type_v;   // at least one of the two is a turbo type; two turbo types are of one family
     int head;            // values in a head of K and of V: one of TURBOQUANT_KV_HEADS
@@ -199,6 +204,8 @@ struct Attention {
     float sparse_v; // V of a tile of 32 rows may be left out of the sum (but counts in the softmax) if its weights,
                     // relative to the largest so far, are at most this for all queries that are computed together
     float * dst;    // [streams][tokens][heads][head] without gaps
+    QuantizedValues * quantized; // if not nullptr, `dst` is written here, too, as blocks in the same order. Only plans
+                                 // that are `merged` cover it
     int requests;   // sequences whose tokens are computed, if they share a KV stream; 0 or 1 if that is not known. Each
                     // sees rows of its own, so the mask hides most rows from most queries
     bool windowed;  // whether `exact` is read

@@ -13,10 +13,14 @@
 #include "common.cuh"
 #include "convert.cuh"
 #include "fattn.cuh"
+#include "mmvq.cuh"
 
 #include "turboquant_cuda.h"
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace {
 
@@ -85,6 +89,45 @@ bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return at_a < at_b + ggml_nbytes(b) && at_b < at_a + ggml_nbytes(a);
 }
 
+// ---- the product that follows attention ----------------------------------------------------------------------------
+
+static_assert(sizeof(tq::QuantizedValues) == sizeof(block_q8_1), "attention writes the blocks of q8_1");
+
+// The output of the last attention op of a context, rounded for the product that reads it.
+struct QuantizedOutput {
+    tq::QuantizedValues * blocks = nullptr;
+    size_t                count  = 0;
+    const ggml_tensor *   weights = nullptr, *values = nullptr; // operands of the product, if it is still to come
+};
+
+std::mutex quantized_outputs_mutex;
+
+// Memory of a context's blocks stays in use by its CUDA graphs, so it is never freed: 1.1 bytes for a value of eight
+// tokens. The caller holds the mutex.
+QuantizedOutput & quantized_output(const ggml_backend_cuda_context & ctx) {
+    static std::map<std::pair<const ggml_backend_cuda_context *, int>, QuantizedOutput> outputs;
+    return outputs[{ &ctx, ctx.device }];
+}
+
+// Notes that the next attention op also writes its output in blocks for `product`, or, if it is nullptr, that it does
+// not. Returns the memory of the blocks.
+tq::QuantizedValues * expect_product(const ggml_backend_cuda_context & ctx, const ggml_tensor * product) {
+    const std::lock_guard<std::mutex> lock(quantized_outputs_mutex);
+    QuantizedOutput & output = quantized_output(ctx);
+    output.weights = output.values = nullptr;
+    if (!product) {
+        return nullptr;
+    }
+    const size_t needed = size_t(product->src[1]->ne[0] / QK8_1 * MMVQ_MAX_BATCH_SIZE);
+    if (output.count < needed) {
+        CUDA_CHECK(cudaMalloc((void **) &output.blocks, needed * sizeof(block_q8_1)));
+        output.count = needed;
+    }
+    output.weights = product->src[0];
+    output.values  = product->src[1];
+    return output.blocks;
+}
+
 // ---- attention -----------------------------------------------------------------------------------------------------
 
 // Copies the address and the strides of rows to the arguments of the kernels.
@@ -139,6 +182,7 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     call.dst          = a.out;
     call.windowed     = a.windowed;
     call.requests     = a.requests;
+    call.quantized    = nullptr;
     call.exact        = {};
     return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
 }
@@ -419,6 +463,9 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     }
     const int64_t * slots = (const int64_t *) k->src[1]->data;
     if (prefers_blocks(ctx.device, op, a, call, plan)) {
+        const ggml_tensor * product = turbo_product_of(graph, op, turbo_next_node(graph, store_v),
+                                                       MMVQ_MAX_BATCH_SIZE, MATRIX_ROW_PADDING);
+        call.quantized              = expect_product(ctx, plan.merged ? product : nullptr);
         call.exact.store_rows = slots;
         call.exact.store_k    = k->data;
         call.exact.store_v    = v->data;
@@ -426,6 +473,7 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
     } else if (stores) {
         return -1;
     } else {
+        expect_product(ctx, nullptr);
         attention_by_half(ctx, op);
         CUDA_CHECK(tq::store_window(window_of(op, true), window_of(op, false), slots, rows_of(k), rows_of(v),
                                     ctx.stream()));
@@ -521,6 +569,18 @@ int fuse_ropes(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int a
 
 } // namespace
 
+const void * turbo_cuda_quantized_output(ggml_backend_cuda_context & ctx, const ggml_tensor * weights,
+                                         const ggml_tensor * values) {
+    const std::lock_guard<std::mutex> lock(quantized_outputs_mutex);
+    QuantizedOutput & output = quantized_output(ctx);
+    if (!output.weights || weights != output.weights || values != output.values) {
+        return nullptr;
+    }
+    output.weights = output.values = nullptr;
+    turbo_count("product of attention's output, which attention has rounded", values->ne[1], 1);
+    return output.blocks;
+}
+
 void turbo_cuda_arrange(ggml_cgraph * graph, const turbo_keep & keep) {
     turbo_arrange_ropes(graph, keep);
 }
@@ -608,6 +668,7 @@ bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * ds
         return false;
     }
     GGML_ASSERT(turbo_describe_attention(dst, a));
+    expect_product(ctx, nullptr);
     tq::Attention     call;
     tq::AttentionPlan plan;
     if (prefers_blocks(ctx.device, dst, a, call, plan)) {

@@ -24,6 +24,9 @@ inline bool turbo_cuda_get_rows(ggml_backend_cuda_context &, ggml_tensor *) { re
 inline bool turbo_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
 inline bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
 inline int  turbo_cuda_try_fuse(ggml_backend_cuda_context &, const ggml_cgraph *, int) { return 0; }
+inline const void * turbo_cuda_quantized_output(ggml_backend_cuda_context &, const ggml_tensor *, const ggml_tensor *) {
+    return nullptr;
+}
 inline void turbo_cuda_arrange(ggml_cgraph *, const turbo_keep &) {}
 
 #else
@@ -43,6 +46,11 @@ bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * ds
 // of a turbo type, one kernel computes both. Returns the number of nodes after `at` that the caller must skip, or 0 if
 // nothing was computed.
 int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at);
+
+// The rows of `values` as blocks of q8_1 without gaps, if attention has written them for the product with `weights`;
+// else nullptr.
+const void * turbo_cuda_quantized_output(ggml_backend_cuda_context & ctx, const ggml_tensor * weights,
+                                         const ggml_tensor * values);
 
 // Moves the RoPE ops together that turbo_cuda_try_fuse computes in one launch (turbo-graph.h). Must be called before
 // the memory of the graph is allocated. keep: nullptr if the backend cannot keep memory; then nothing is moved.

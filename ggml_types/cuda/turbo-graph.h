@@ -1,5 +1,5 @@
-// turbo-graph.h: the order of a graph's nodes, for the launches that compute several of them. It needs no GPU, so
-// tests/llama/arrange.cpp tests it on every machine.
+// turbo-graph.h: the order of a graph's nodes, for launches that compute several of them or prepare the next one. It
+// needs no GPU, so tests/llama/arrange.cpp tests it on every machine.
 #pragma once
 
 #include "cuda/turbo-cuda.h"
@@ -29,6 +29,24 @@ inline bool turbo_attention_follows(const ggml_cgraph * graph, int at) {
         }
     }
     return false;
+}
+
+// The product of quantized weights with the output of attention `op`, if node `at` is one and has at most `most_columns`
+// columns, whose values are a multiple of `padding`; else nullptr.
+inline const ggml_tensor * turbo_product_of(const ggml_cgraph * graph, const ggml_tensor * op, int at,
+                                            int64_t most_columns, int64_t padding) {
+    const ggml_tensor * product = at < graph->n_nodes ? graph->nodes[at] : nullptr;
+    if (!product || product->op != GGML_OP_MUL_MAT || !(product->flags & GGML_TENSOR_FLAG_COMPUTE)) {
+        return nullptr;
+    }
+    const ggml_tensor *weights = product->src[0], *values = product->src[1];
+    const bool all = (values == op || values->view_src == op) && ggml_is_contiguous(values) &&
+                     ggml_nelements(values) == ggml_nelements(op);
+    const bool few = values->ne[1] <= most_columns && values->ne[2] == 1 && values->ne[3] == 1;
+    return all && few && values->type == GGML_TYPE_F32 && values->ne[0] % padding == 0 &&
+                   ggml_is_quantized(weights->type) && weights->ne[2] == 1 && weights->ne[3] == 1 ?
+               product :
+               nullptr;
 }
 
 // Whether two RoPE ops turn by the same angles.

@@ -226,6 +226,33 @@ private:
     }
 };
 
+// Checks the blocks of 32 values to which an output was rounded. Half of a unit is not exact, because the kernel may
+// divide differently.
+void check_quantized(const std::vector<QuantizedValues> & blocks, const std::vector<float> & output) {
+    constexpr double ulp = 1.0 / 1024, smallest = 6e-8; // of binary16
+    int wrong = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        const float * x = output.data() + 32 * b;
+        double largest = 0, sum = 0, all = 0;
+        bool finite = true;
+        for (int i = 0; i < 32; ++i) {
+            largest = std::max(largest, std::fabs(double(x[i])));
+            sum += double(x[i]);
+            all += std::fabs(double(x[i]));
+            finite = finite && std::isfinite(x[i]);
+        }
+        if (!finite) continue;
+        const auto half = [](const uint16_t & bits) { return half_at(reinterpret_cast<const uint8_t *>(&bits)); };
+        const double scale = largest / 127;
+        bool right = std::fabs(half(blocks[b].scale) - scale) <= ulp * scale + smallest &&
+                     std::fabs(half(blocks[b].sum) - sum) <= ulp * std::fabs(sum) + 1e-6 * all + smallest;
+        for (int i = 0; i < 32; ++i)
+            right = right && std::fabs(blocks[b].values[i] - (largest == 0 ? 0 : double(x[i]) / scale)) < 0.501;
+        wrong += !right;
+    }
+    CHECK_EQ(wrong, 0);
+}
+
 std::set<std::string> left_out; // cases whose kernels were not compiled
 
 // slots: the type of a window's, or no_window.
@@ -281,6 +308,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         a.mask = window.emplace(p, slots, in_slots).far.get();
         a.exact = window->exact_rows(c);
     }
+    DeviceArray<QuantizedValues> quantized(size_t(p.results() * c.head_v / 32));
     AttentionPlan plan = {};
     const bool types = kv_of_type(c.type_k, c.head_k, a.type_k) && kv_of_type(c.type_v, c.head_v, a.type_v);
 #ifdef TURBOQUANT_COMPILES
@@ -314,6 +342,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         p.q = on_grid(p.q, c.head_k);
         a.q = rounded_queries.emplace(p.q).get();
     }
+    if (plan.merged) a.quantized = quantized.get();
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
     std::optional<Stored> stored;
     std::optional<StoredBatch> stored_batch;
@@ -337,6 +366,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         std::printf("%-100s %.2e\n", check::where.c_str(), e);
     }
     CHECK(e <= bound);
+    if (plan.merged) check_quantized(quantized.host(), got);
     if (window) window->check_slots(c);
     if (stored) stored->check_blocks(c);
     if (stored_batch) {

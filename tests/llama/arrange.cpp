@@ -1,4 +1,5 @@
-// arrange: checks how RoPE of queries is moved to that of keys in a graph (ggml_types/cuda/turbo-graph.h).
+// arrange: checks how RoPE of queries is moved to that of keys in a graph, and which product is found behind attention
+// (ggml_types/cuda/turbo-graph.h).
 #include "cuda/turbo-graph.h"
 
 #include <cstdio>
@@ -125,6 +126,50 @@ bool passes(const Case & c) {
     return ok;
 }
 
+// Attention, and a product of weights with its output.
+struct Product {
+    const char * name;
+    ggml_type    weights;
+    int          columns;
+    bool         of_half, between; // whether it reads half of the output; whether another op is between
+    bool         found;
+};
+
+bool passes(const Product & c) {
+    constexpr int    padding = 512, most_columns = 8; // as in ggml-cuda
+    ggml_init_params params{ 1 << 20, nullptr, true };
+    ggml_context *   ctx   = ggml_init(params);
+    ggml_cgraph *    graph = ggml_new_graph(ctx);
+    ggml_tensor *    q     = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, head, c.columns, heads);
+    ggml_tensor *    cache = ggml_new_tensor_3d(ctx, GGML_TYPE_TURBO4, head, rows, kv_heads);
+    ggml_tensor *    op    = ggml_flash_attn_ext(ctx, q, cache, cache, nullptr, 0.1f, 0, 0);
+    const int        count = (c.of_half ? heads / 2 : heads) * head;
+    ggml_tensor *    values = c.of_half ? ggml_view_2d(ctx, op, count, c.columns, heads * head * sizeof(float), 0) :
+                                          ggml_reshape_2d(ctx, op, count, c.columns);
+    ggml_tensor *    product = ggml_mul_mat(ctx, ggml_new_tensor_2d(ctx, c.weights, count, width), values);
+    ggml_build_forward_expand(graph, op);
+    ggml_tensor * other = ggml_scale(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, width), 2);
+    if (c.between) {
+        ggml_build_forward_expand(graph, other);
+    }
+    ggml_build_forward_expand(graph, product);
+    for (ggml_tensor * node : { op, product, other }) {
+        node->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    }
+    const int           at   = turbo_next_node(graph, position(graph, op));
+    const ggml_tensor * found = turbo_product_of(graph, op, at, most_columns, padding);
+    const bool          ok   = found == (c.found ? product : nullptr) &&
+                    !turbo_product_of(graph, op, graph->n_nodes, most_columns, padding);
+    ggml_free(ctx);
+    return ok;
+}
+
+template <typename C> int run(const C & c) {
+    const bool ok = passes(c);
+    std::printf("%s: %s\n", c.name, ok ? "passed" : "failed");
+    return !ok;
+}
+
 } // namespace
 
 int main() {
@@ -138,11 +183,20 @@ int main() {
         { "a reader between", GGML_TYPE_TURBO4, false, false, false, true, false, 10000, false },
         { "RoPE in place", GGML_TYPE_TURBO4, false, false, false, false, true, 10000, false },
     };
+    const Product products[] = {
+        { "a product of attention's output", GGML_TYPE_Q4_0, 1, false, false, true },
+        { "a product with eight columns", GGML_TYPE_Q6_K, 8, false, false, true },
+        { "a product with nine columns", GGML_TYPE_Q4_0, 9, false, false, false },
+        { "a product of weights in f16", GGML_TYPE_F16, 1, false, false, false },
+        { "a product of half of the output", GGML_TYPE_Q4_0, 1, true, false, false },
+        { "an op before the product", GGML_TYPE_Q4_0, 1, false, true, false },
+    };
     int failures = 0;
     for (const Case & c : cases) {
-        const bool ok = passes(c);
-        std::printf("%s: %s\n", c.name, ok ? "passed" : "failed");
-        failures += !ok;
+        failures += run(c);
+    }
+    for (const Product & c : products) {
+        failures += run(c);
     }
     return failures;
 }

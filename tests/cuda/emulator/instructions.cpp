@@ -60,10 +60,6 @@ void multiply_u8_s8(Multiply ** lanes) {
     multiply<int16_t, int, 4>(lanes, [](uint32_t word, int i) { return uint8_t(byte_of(word, i)); }, byte_of);
 }
 void multiply_f16(Multiply ** lanes) { multiply<float, float, 2>(lanes, half_of, half_of); }
-void multiply_tf32(Multiply ** lanes) { // the low 13 bits are ignored
-    const auto value = [](uint32_t word, int) { return bits_as<float>(word & 0xffffe000); };
-    multiply<float, float, 1>(lanes, value, value);
-}
 
 template <void (*act)(Multiply **), typename Pointers>
 void start_multiply(Site site, const Pointers & d, const ptx::Words<4> & a, const ptx::Words<2> & b,
@@ -333,6 +329,13 @@ void cp_async_bulk_shared__cluster_shared__cta_mbarrier__complete_tx__bytes(int 
     cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(
         line, to, shared_at({"cp.async.bulk", line}, from, size_t(bytes), 16), bytes, barrier);
 }
+void st_async_shared__cluster_mbarrier__complete_tx__bytes_u32(int line, uint32_t to, uint32_t x, uint32_t barrier) {
+    const Site site = {"st.async", line};
+    std::memcpy(shared_at(site, to, 4, 4), &x, 4);
+    MemoryBarrier & changed = memory_barrier(site, barrier);
+    changed.bytes -= 4;
+    barrier_changed(changed);
+}
 void ld_shared__cluster_u32(int line, uint32_t & d, uint32_t address) {
     std::memcpy(&d, shared_at({"ld.shared::cluster", line}, address, 4, 4), 4);
 }
@@ -363,9 +366,6 @@ void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int line, Integers<4> d, Wo
 }
 void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c) {
     start_multiply<multiply_f16>({"mma.f16", line}, d, a, b, c);
-}
-void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c) {
-    start_multiply<multiply_tf32>({"mma.tf32", line}, d, a, b, c);
 }
 
 // ---- matrices of warpgroups

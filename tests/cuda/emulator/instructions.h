@@ -74,6 +74,7 @@ void cp_async_bulk_shared__cluster_global_mbarrier__complete_tx__bytes(int line,
 void cp_async_bulk_shared__cluster_shared__cta_mbarrier__complete_tx__bytes(int line, uint32_t to, uint32_t from,
                                                                             int bytes, uint32_t barrier);
 void mbarrier_arrive_shared__cluster_b64(int line, uint32_t barrier);
+void st_async_shared__cluster_mbarrier__complete_tx__bytes_u32(int line, uint32_t to, uint32_t x, uint32_t barrier);
 void mbarrier_arrive_expect_tx_shared__cta_b64(int line, uint32_t barrier, int bytes);
 void ld_shared__cluster_u32(int line, uint32_t & d, uint32_t address);
 inline void barrier_cluster_arrive_release_aligned(int) {}
@@ -109,7 +110,6 @@ void stmatrix_sync_aligned_m8n8_x4_trans_shared_b16(int line, uint32_t address, 
 void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
 void mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(int line, Integers<4> d, Words<4> a, Words<2> b, Integers<4> c);
 void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c);
-void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(int line, Floats<4> d, Words<4> a, Words<2> b, Floats<4> c);
 
 // ---- matrices of a warpgroup
 
