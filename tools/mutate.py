@@ -164,7 +164,7 @@ MUTATIONS = (
     Mutation("CUDA thread blocks that merge columns store only some KV heads' rows", "tokens of the cache, if heads are rows of their own",
              "cpp/cuda/merge.cuh", "warp = threadIdx.x / 32;\n\n    let_next_start();\n    if (row < 0) {\n", "warp = threadIdx.x / 32;\n\n    let_next_start();\n    if (row < 0) {\n        if (blockIdx.y > 0) return;\n", "cuda.emulated.attention"),
     Mutation("the sums of rounded blocks on CUDA are those of other blocks", "products of attention's output with weights that have an offset",
-             "cpp/cuda/softmax.cuh", "if (lane == 32 / B * j) {", "if (lane == j) {", "cuda.emulated.attention"),
+             "cpp/cuda/softmax.cuh", "if (lane == j) {", "if (lane == 0) {", "cuda.emulated.attention"),
     Mutation("a CUDA warp rotates the columns of its KV head's first warp", "short caches",
              "cpp/cuda/query.cuh", "own[i][j] = place.row_tile == 0 ? q[i][j] : q[columns_at_once + i][j];", "own[i][j] = q[i][j];", "cuda.emulated.attention"),
     Mutation("a warp does not wait for the copy of its rows on CUDA", "a few tokens at once",

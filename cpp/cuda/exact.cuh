@@ -115,19 +115,6 @@ __device__ __forceinline__ const uint16_t * exact_mask(const Attention & a, int 
                                           remainder_of(stream, x.mask_streams) * x.mask_stream);
 }
 
-// Sums each of four values over the warp, and leaves the sum of number lane % 4 in a lane.
-__device__ __forceinline__ float sum_for_lanes(float (&x)[4], int lane) {
-#pragma unroll
-    for (int n = 2; n > 0; n /= 2)
-#pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const bool upper = lane & n;
-            const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], n);
-            x[i] = (upper ? x[i + n] : x[i]) + other;
-        }
-    return over_quads(x[0], [](float a, float b) { return a + b; });
-}
-
 // The number of the warp's part among those with exact rows; negative: it has none.
 __device__ __forceinline__ int exact_part(const AttentionCall & call, const Place & place) {
     return int(blockIdx.x) * call.plan.row_tiles + place.row_tile - call.plan.first_exact;

@@ -29,6 +29,21 @@ template <typename Combine> __device__ __forceinline__ float over_quads(float x,
     return x;
 }
 
+// Sums each of B values over the warp, and leaves the sum of number lane % B in a lane. B is a power of two.
+template <int B> __device__ __forceinline__ float sum_for_lanes(float (&x)[B], int lane) {
+#pragma unroll
+    for (int n = B / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool upper = lane & n;
+            const float other = __shfl_xor_sync(all_lanes, upper ? x[i] : x[i + n], n);
+            x[i] = (upper ? x[i + n] : x[i]) + other;
+        }
+#pragma unroll
+    for (int h = B; h < 32; h *= 2) x[0] += __shfl_xor_sync(all_lanes, x[0], h);
+    return x[0];
+}
+
 // The largest score of each of a lane's columns in a tile.
 template <int R, int C>
 __device__ __forceinline__ void largest_scores(const float (&s)[R][C], float (&top)[C]) {
@@ -126,28 +141,18 @@ template <int D> constexpr int values_at_once = D % 128 == 0 ? 4 : D % 64 == 0 ?
 // Stores B blocks of 32 values, one of each lane, rounded as by ggml's kernel for the operand of a product with
 // quantized weights (quantize_q8_1 in ggml-cuda/quantize.cu).
 template <int B> __device__ __forceinline__ void store_quantized(QuantizedValues * to, const float (&x)[B], int lane) {
-    float sum[B];
+    float sums[B];
 #pragma unroll
-    for (int j = 0; j < B; ++j) sum[j] = x[j];
-    // Half of the lanes keep half of the sums. Then lane l has a sum over the lanes l % (32 / B) + 32 / B * i.
-#pragma unroll
-    for (int n = B / 2, h = 16; n > 0; n /= 2, h /= 2)
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-            const bool upper = lane & h;
-            const float other = __shfl_xor_sync(all_lanes, upper ? sum[j] : sum[j + n], h);
-            sum[j] = (upper ? sum[j + n] : sum[j]) + other;
-        }
-#pragma unroll
-    for (int h = 16 / B; h > 0; h /= 2) sum[0] += __shfl_xor_sync(all_lanes, sum[0], h);
+    for (int j = 0; j < B; ++j) sums[j] = x[j];
+    const float sum = sum_for_lanes(sums, lane);
 #pragma unroll
     for (int j = 0; j < B; ++j) {
         const float largest = __uint_as_float(warp_max(__float_as_uint(fabsf(x[j]))));
         const float inverse = largest > 1e-30f ? __fdividef(127.0f, largest) : 0.0f;
         to[j].values[lane] = int8_t(__float2int_rn(x[j] * inverse));
-        if (lane == 32 / B * j) {
+        if (lane == j) {
             to[j].scale = __half_as_ushort(__float2half(largest * (1.0f / 127.0f)));
-            to[j].sum = __half_as_ushort(__float2half(sum[0]));
+            to[j].sum = __half_as_ushort(__float2half(sum));
         }
     }
 }
