@@ -284,6 +284,7 @@ struct Planner {
             const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
             p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
             p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+            p.kept = p.gathered || p.chunk_rows >= least_kept_tiles * step;
             // A window that has a slot for each row of the cache has all rows, unless several sequences share the
             // cache.
             p.likely_hidden = a.windowed && a.mask && a.n_kv <= a.exact.slots && a.n_kv <= p.row_tiles * tile_rows;
@@ -342,6 +343,7 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
     if (all_k & (k.floats ? 3 : 1) || all_v & (v.floats ? 3 : 1)) return false;
 
     planner.columns(p);
+    p.kept = false;
     // The decode kernel computes rows of one request for few columns of others. It skips the other rows, or does not
     // even read them, if lists have those that a token sees. Bulk copies, of Hopper and newer GPUs, gather such rows.
     const bool separate = a.requests > 1 && 2 * a.requests > a.tokens;
@@ -366,10 +368,15 @@ bool plan_attention(const Attention & a, AttentionPlan & p) {
 namespace {
 
 // Launches a kernel of attention.cuh.
-cudaError_t launch_attention(const Head & head, const AttentionCall & call, cudaStream_t stream) {
+cudaError_t launch_attention(const Head & head, AttentionCall call, cudaStream_t stream) {
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
-    const KernelChoice choice = {a.type_k, a.type_v, a.windowed, p.column_tile == 4};
+    call.stage_rows = p.row_tiles * tile_rows;
+    call.stage_bytes = call.stage_rows * (p.pitch_k + p.pitch_v);
+    call.one_mask_row = a.mask_heads == 1 && (a.tokens == 1 || p.group % p.column_tile == 0 || p.gathered);
+    const bool runs = p.gapless && p.block_heads == most_warps && p.row_tiles == 1;
+    const Loop loop = !p.kept ? Loop::simple : runs ? Loop::runs : Loop::kept;
+    const KernelChoice choice = {a.type_k, a.type_v, a.windowed, p.column_tile == 4, loop};
     const AttentionKernel kernel = p.gathered ? head.gathering(choice) : head.kernel(choice);
     const cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error != cudaSuccess) return error;

@@ -14,6 +14,8 @@
 #include "mma.cuh"
 #include "query.cuh"
 
+#include <type_traits>
+
 namespace turboquant {
 namespace cuda {
 namespace {
@@ -24,13 +26,13 @@ __device__ __forceinline__ void store_part(const AttentionCall & call, const Pla
                                            const LaneColumns<C> & columns, const SoftmaxState (&state)[C],
                                            const Sums<D, C> & sums) {
     const AttentionPlan & p = call.plan;
-    const int part = call.first_part + blockIdx.x * p.row_tiles + place.row_tile;
+    const int part = call.first_part + blockIdx.x * place.row_tiles + place.row_tile;
 #pragma unroll
     for (int h = 0; h < C; ++h) {
         if (!columns.valid[h]) continue;
         const int64_t at = query_row(call, place.stream, place.kv_head(), columns.number[h]) * call.all_parts + part;
         if (place.quad == 0) call.states[at] = state[h];
-        store_output<TV, D, C>(call.partial + at * D, sums, h, place.quad);
+        store_output_global<TV, D, C>(call.partial + at * D, sums, h, place.quad);
     }
 }
 
@@ -54,17 +56,17 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
         if (saw_rows(state[h])) store_output<TV, D, C>(results + row * D, sums, h, place.quad);
     }
     __syncthreads();
-    for (int task = place.warp; task < p.block_heads * p.column_tile; task += warps) {
+    for (int task = place.warp; task < place.block_heads * p.column_tile; task += warps) {
         const int h = task / p.column_tile, c = task % p.column_tile, column = place.first_column + c;
         if (column >= place.end_column) continue;
         const int kv_head = place.first_head + h;
         const SoftmaxState sink = sink_state(a.sinks, kv_head * p.group + column % p.group);
-        const int first = h * p.column_tile + c, apart = p.block_heads * p.column_tile; // between row tiles
-        Merged<D / 32> row(largest_of(sink, states + first, apart, p.row_tiles, lane));
+        const int first = h * p.column_tile + c, apart = place.block_heads * p.column_tile; // between row tiles
+        Merged<D / 32> row(largest_of(sink, states + first, apart, place.row_tiles, lane));
         row.MergedSum::add(sink);
 #pragma unroll
         for (int r = 0; r < most_warps; ++r) {
-            const SoftmaxState part = r < p.row_tiles ? states[first + r * apart] : SoftmaxState{nothing_seen, 0};
+            const SoftmaxState part = r < place.row_tiles ? states[first + r * apart] : SoftmaxState{nothing_seen, 0};
             float x[D / 32];
 #pragma unroll
             for (int j = 0; j < D / 32; ++j)
@@ -95,19 +97,31 @@ __device__ __forceinline__ void finish_rows(const AttentionCall & call, const Pl
 // Whether the rows are the slots of an exact window, and not a cache.
 template <KV TK, KV TV> constexpr bool is_slots = TK == KV::q8_0 && TV == KV::q8_0;
 
+// The loop over the tiles of a warp.
+enum class Loop {
+    simple, // for few tiles, where the code that a warp executes once takes longest, and for eight columns
+    kept,   // products are kept over tiles (KeptProducts)
+    runs    // the same, where the rows of a thread block's heads are runs (Stages)
+};
+constexpr int least_kept_tiles = 3; // of a warp
+
+// Whether there are kernels with the other loops. Products of more than a block of V, or of eight columns, would take
+// too many registers.
+template <KV TV, int D> constexpr bool keeps_products = Layout<TV, D>::turbo && Layout<TV, D>::block == D;
+
 // Gathered: whether lists name the rows of each token. C: columns of a lane. Thread blocks have four or eight columns.
-template <KV TK, KV TV, int D, bool Windowed, bool Gathered, int C>
+template <KV TK, KV TV, int D, bool Windowed, bool Gathered, int C, Loop L>
 __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     attention_kernel(const __grid_constant__ AttentionCall call) {
-    constexpr bool of_slots = is_slots<TK, TV>;
+    constexpr bool of_slots = is_slots<TK, TV>, keeps = L != Loop::simple;
     extern __shared__ __align__(16) uint8_t all_shared[];
     if (!call.triggers_late) let_next_start();
     uint8_t * shared = all_shared + barrier_bytes;
-    Place place(call, Gathered);
+    Place place(call, Gathered, L == Loop::runs);
     const AttentionPlan & plan = call.plan;
     const LaneColumns<C> columns(call, place);
     Mask<C> mask(call, place, columns);
-    const Stages<TK, TV, D, Gathered> stages(call, place, shared);
+    const Stages<TK, TV, D, Gathered, L == Loop::runs> stages(call, place, shared);
 
     stages.prefetch_rows();
     if (threadIdx.x == 0) {
@@ -130,8 +144,12 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     float q[4][D / 32]; // the four columns, if there are not eight
     Columns<TK, D> own_columns;
     Query<TK, D, C> query;
-    const bool alone = plan.row_tiles == 1; // the warp shares the scratch memory of its KV head with no other warp
+    const bool alone = place.row_tiles == 1; // the warp shares the scratch memory of its KV head with no other warp
     const int64_t first_row = place.begin + place.row_tile * tile_rows; // of the warp
+    // Loads the masks of the warp's tiles from the step on that begins with `row`.
+    const auto load_masks = [&](int row) {
+        mask.load(call, place, first_row + row, stages.rows, place.length - row);
+    };
     const auto load = [&] {
         if constexpr (C == 1) load_columns<D>(call, place, 0, q);
         else own_columns.load(call, place);
@@ -139,7 +157,6 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     const auto prepare = [&] {
         if constexpr (C == 1) own_columns.take(place, q);
         own_columns.template write_all<4 * C>(call, place, scratch);
-        mask.load(first_row);
     };
     const auto sync_head = [&] {
         if (alone) __syncwarp();
@@ -150,17 +167,19 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         query = Query<TK, D, C>(place, scratch);
     };
     if constexpr (!Windowed) {
+        load_masks(0);
         load();
         stages.start();
         prepare();
         prepared();
     } else {
         bool needed = place.length > 0; // whether a query may see rows of the cache that the thread block has
+        if (needed) load_masks(0);
         if (needed || C == 1) load();
         ExactAttention<TV, D, Gathered, C> exact(call, place, columns);
         if (needed && plan.likely_hidden) {
-            mask.load(first_row);
-            needed = __syncthreads_or(!mask.hides_all());
+            mask.examine();
+            needed = __syncthreads_or(!mask.hides_next());
         }
         if (needed) {
             stages.start();
@@ -180,6 +199,8 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
     const typename Layout<TV, D>::LookUpLevels look_up_values(zero);
 
     const int ahead = (plan.stages - 1) * stages.rows; // rows that are loaded in advance
+    mask.examine();
+    [[maybe_unused]] std::conditional_t<keeps, KeptProducts<TV, D>, int> kept;
     int stage = -1, parity = 1;
     for (int row = 0; row < place.length; row += stages.rows) {
         stage = stages.after(stage);
@@ -187,16 +208,32 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         stages.advance(row, stage, parity, ahead);
         const int first = row + place.row_tile * tile_rows; // row of the warp's tile
         if (first >= place.length) continue;
-        const bool visible = mask.is_zero(), hidden = !visible && mask.hides_all();
-        const uint8_t * memory = shared + stage * stages.bytes;
-        float score[lane_rows][C];
-        if (!hidden) {
-            scores<TK, D, C>(query, look_up_keys, memory + stages.k_row, plan.pitch_k, place.in_quad, score);
-            scale_scores<C>(call.a.soft_cap, query.factor, score);
-            if (!visible) mask.apply(call, columns, score);
+        if (!mask.examined()) {
+            load_masks(row);
+            mask.examine();
+            if constexpr (keeps) kept.choose_again(sums);
         }
-        if (first + stages.rows < place.length) mask.load(place.begin + first + stages.rows); // for the next step
+        const bool visible = mask.shows_next(), hidden = mask.hides_next();
+        mask.advance();
         if (hidden) continue;
+        const auto memory = [&](int offset) { return shared_pointer(stage * stages.bytes + offset); };
+        float score[lane_rows][C];
+        scores<TK, D, C>(query, look_up_keys, memory(stages.k_row), stages.pitch_k, place.in_quad, score);
+        scale_scores<C>(call.a.soft_cap, query.factor, score);
+        if constexpr (keeps) {
+            float scale[lane_rows];
+            kept.load_scales(memory(stages.v_row), stages.pitch_v, scale);
+            if (!visible) {
+                mask.apply(call, columns, place.begin + first, score);
+#pragma unroll
+                for (int j = 0; j < lane_rows; ++j) // whatever scales hidden rows have
+                    scale[j] = score[j][0] == -INFINITY ? 0.0f : scale[j];
+            }
+            kept.add(sums, state, look_up_values, score, scale, call.a.sparse_v, memory(stages.v_row0),
+                     memory(stages.v_row1), stages.pitch_v, place.quad);
+            continue;
+        }
+        if (!visible) mask.apply(call, columns, place.begin + first, score);
         float largest[C], correction[C];
         float(&weight)[lane_rows][C] = score;
         largest_scores(score, largest);
@@ -208,9 +245,10 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         for (int h = 0; h < C; ++h)
             needed = needed || (columns.valid[h] && !(exp2f(largest[h] - state[h].largest) <= call.a.sparse_v));
         if (!__any_sync(all_lanes, needed)) continue;
-        output<TV, D, C>(sums, look_up_values, weight, visible, memory + stages.v_row, memory + stages.v_row0,
-                         memory + stages.v_row1, plan.pitch_v, place.quad);
+        output<TV, D, C>(sums, look_up_values, weight, visible, memory(stages.v_row), memory(stages.v_row0),
+                         memory(stages.v_row1), stages.pitch_v, place.quad);
     }
+    if constexpr (keeps) kept.choose_again(sums);
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h].sum = over_quads(state[h].sum, [](float a, float b) { return a + b; });
     if (call.waits_last) wait_for_previous();
@@ -225,6 +263,7 @@ using AttentionKernel = void (*)(AttentionCall);
 struct KernelChoice {
     KV type_k, type_v;
     bool windowed, four; // four: whether a thread block has four columns, not eight
+    Loop loop;           // of four columns, if there are kernels with it
 };
 
 // The kernel, or the one that gathers rows, or nullptr if there is none for the pair of types. The functions are in
@@ -237,10 +276,23 @@ TURBOQUANT_KV_HEADS(TURBOQUANT_DECLARE)
 
 namespace {
 
-template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(bool windowed, bool four) {
-    if (windowed)
-        return four ? attention_kernel<TK, TV, D, true, Gathered, 1> : attention_kernel<TK, TV, D, true, Gathered, 2>;
-    return four ? attention_kernel<TK, TV, D, false, Gathered, 1> : attention_kernel<TK, TV, D, false, Gathered, 2>;
+template <KV TK, KV TV, int D, bool Windowed, bool Gathered>
+AttentionKernel kernel_for_loop(const KernelChoice & choice) {
+    if (!choice.four) return attention_kernel<TK, TV, D, Windowed, Gathered, 2, Loop::simple>;
+    if constexpr (keeps_products<TV, D>) {
+        if constexpr (Kind<TK>::turbo)
+            if (choice.loop == Loop::runs) return attention_kernel<TK, TV, D, Windowed, Gathered, 1, Loop::runs>;
+        if (Gathered || choice.loop != Loop::simple)
+            return attention_kernel<TK, TV, D, Windowed, Gathered, 1, Loop::kept>;
+    }
+    if constexpr (!Gathered || !keeps_products<TV, D>)
+        return attention_kernel<TK, TV, D, Windowed, Gathered, 1, Loop::simple>;
+    return nullptr;
+}
+
+template <KV TK, KV TV, int D, bool Gathered> AttentionKernel kernel_for_types(const KernelChoice & choice) {
+    return choice.windowed ? kernel_for_loop<TK, TV, D, true, Gathered>(choice)
+                           : kernel_for_loop<TK, TV, D, false, Gathered>(choice);
 }
 
 // Whether there is a kernel that gathers rows. Any pair could have one; those with V in q8_0, or with a side in f16, are
@@ -250,13 +302,13 @@ template <KV TK, KV TV> constexpr bool can_gather = (Kind<TK>::turbo || TK == KV
 template <KV TK, int D, bool Gathered> AttentionKernel kernel_for_key(const KernelChoice & choice) {
     if constexpr (is_slots<TK, TK> && !Gathered)
         if (choice.type_v == TK)
-            return choice.four ? attention_kernel<TK, TK, D, false, false, 1>
-                               : attention_kernel<TK, TK, D, false, false, 2>;
+            return choice.four ? attention_kernel<TK, TK, D, false, false, 1, Loop::simple>
+                               : attention_kernel<TK, TK, D, false, false, 2, Loop::simple>;
     switch (choice.type_v) {
 #define TURBOQUANT_CASE(name)                                                                      \
     case KV::name:                                                                                 \
         if constexpr (covers_pair<TK, KV::name, D> && (!Gathered || can_gather<TK, KV::name>))     \
-            return kernel_for_types<TK, KV::name, D, Gathered>(choice.windowed, choice.four);      \
+            return kernel_for_types<TK, KV::name, D, Gathered>(choice);                              \
         break;
         TURBOQUANT_KV(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE

@@ -30,6 +30,8 @@ struct AttentionCall {
     int64_t stored_rows;   // of heads, which the merge stores in the slots of an exact window
     int all_parts;         // of a query row
     int first_part;        // of the kernel
+    int stage_rows, stage_bytes; // of the pipeline that copies rows to shared memory
+    bool one_mask_row; // whether the columns of a thread block have the same row of the mask
     // Whether the next kernel may start only when this one has waited for what precedes it, because the next one reads
     // that without waiting for it.
     bool triggers_late;
@@ -58,6 +60,7 @@ __device__ __forceinline__ int remainder_of(int a, int b) { return b == 1 ? 0 : 
 // 2 * in_quad + 1 if there are eight. Its scores are those of rows quad, quad + 8, quad + 16 and quad + 24 of a tile.
 struct Place {
     int lane, quad, in_quad, warp; // in_quad: the number of the lane in its quad
+    int row_tiles, block_heads; // of the plan
     int row_tile;          // the warp's tile among those of its KV head in a stage
     int first_head;        // the first KV head of the thread block
     int head_in_block;     // the warp's KV head, counted from first_head
@@ -68,20 +71,22 @@ struct Place {
     int64_t begin;         // the first KV row of the thread block
     int length;            // the number of its KV rows
 
-    // gathered: plan.gathered, as a constant.
-    __device__ __forceinline__ Place(const AttentionCall & call, bool gathered) {
+    // gathered, runs: those of the plan, as constants.
+    __device__ __forceinline__ Place(const AttentionCall & call, bool gathered, bool runs) {
         const Attention & a = call.a;
         const AttentionPlan & p = call.plan;
-        lane = threadIdx.x % 32;
-        quad = lane / 4;
-        in_quad = lane % 4;
+        lane = keep(threadIdx.x % 32) & 31; // compilers combine stores if they know the range
+        quad = lane >> 2;
+        in_quad = lane & 3;
         warp = threadIdx.x / 32;
-        row_tile = keep(p.row_tiles == 1 ? 0 : quotient(warp, p.block_heads));
-        head_in_block = warp - row_tile * p.block_heads;
+        row_tiles = runs ? 1 : p.row_tiles;
+        block_heads = runs ? most_warps : p.block_heads;
+        row_tile = runs ? 0 : keep(row_tiles == 1 ? 0 : quotient(warp, block_heads));
+        head_in_block = warp - row_tile * block_heads;
         const int column_tile = p.column_tiles == 1 ? 0 : blockIdx.y / p.head_groups;
         first_column = column_tile * p.column_tile;
         end_column = min(first_column + p.column_tile, p.columns);
-        first_head = (blockIdx.y - column_tile * p.head_groups) * p.block_heads;
+        first_head = (blockIdx.y - column_tile * p.head_groups) * block_heads;
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
         four = p.column_tile == 4;
@@ -103,7 +108,7 @@ struct Place {
         const AttentionPlan & p = call.plan;
         const int listed = call.list_lengths[token(call)];
         const bool biased = listed == all_rows_biased;
-        const int all = biased ? int(call.a.n_kv) : listed, step = p.row_tiles * tile_rows;
+        const int all = biased ? int(call.a.n_kv) : listed, step = row_tiles * tile_rows;
         const int share = (all + gridDim.x * step - 1) / (gridDim.x * step) * step;
         begin = int64_t(blockIdx.x) * share;
         length = max(0, min(share, all - int(begin)));

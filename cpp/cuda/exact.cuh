@@ -117,7 +117,7 @@ __device__ __forceinline__ const uint16_t * exact_mask(const Attention & a, int 
 
 // The number of the warp's part among those with exact rows; negative: it has none.
 __device__ __forceinline__ int exact_part(const AttentionCall & call, const Place & place) {
-    return int(blockIdx.x) * call.plan.row_tiles + place.row_tile - call.plan.first_exact;
+    return int(blockIdx.x) * place.row_tiles + place.row_tile - call.plan.first_exact;
 }
 
 // Lets the exact rows of the warp's KV head be fetched to the L2 cache before the previous kernel has ended: it may

@@ -305,23 +305,31 @@ __device__ __forceinline__ int row_offset(uint32_t low, uint32_t stride, int r) 
     return int((low + uint32_t(r) * stride) & 15);
 }
 
+// The address of shared memory as a pointer. Compilers compute that of `shared` again where they need it, for lack of
+// registers, but not one that was computed from an address.
+__device__ __forceinline__ const uint8_t * shared_pointer(uint32_t address) {
+    return static_cast<const uint8_t *>(__cvta_shared_to_generic(address));
+}
+
 // ---- the pipeline
 
 // The pipeline: the rows of K and V of a thread block pass through plan.stages stages in shared memory. While the warps
 // compute with the rows of one stage, the other stages are loaded. A stage has rows of K, then the same rows of V.
 // Before the stages are their barriers.
-template <KV TK, KV TV, int D, bool Gathered> struct Stages {
+//
+// Runs: whether a thread block has most_warps KV heads whose rows are runs of bytes, as those of many models are. Then
+// the distances between rows are constants, which instructions need not compute.
+template <KV TK, KV TV, int D, bool Gathered, bool Runs> struct Stages {
     using LK = Layout<TK, D>;
     using LV = Layout<TV, D>;
     const AttentionCall & call;
     const Place & place;
     const uint8_t *k, *v; // row 0 of the thread block's heads
-    int rows;             // of a stage
-    int bytes;            // of a stage
     uint32_t barriers, shared_address; // of the first stage
-    // The offsets in a stage of a lane's rows of its warp's tile: row `quad`, and for the levels of V rows 2 * in_quad
-    // and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
+    // Addresses in the first stage, in blocks of the lane's rows of its warp's tile: row `quad`, and for the levels of V
+    // rows 2 * in_quad and 2 * in_quad + 1. The lane's other rows are 8, 16 and 24 rows further on.
     int k_row, v_row, v_row0, v_row1;
+    int pitch_k, pitch_v, rows, bytes; // of the plan; rows and bytes are those of a stage
 
     // shared: where the stages begin.
     __device__ __forceinline__ Stages(const AttentionCall & call, const Place & place, const uint8_t * shared)
@@ -330,23 +338,27 @@ template <KV TK, KV TV, int D, bool Gathered> struct Stages {
         const AttentionPlan & p = call.plan;
         k = static_cast<const uint8_t *>(a.k) + place.kv_stream * a.k_stream + place.first_head * a.k_head;
         v = static_cast<const uint8_t *>(a.v) + place.kv_stream * a.v_stream + place.first_head * a.v_head;
-        rows = p.row_tiles * tile_rows;
-        bytes = rows * (p.pitch_k + p.pitch_v);
+        pitch_k = Runs ? most_warps * LK::bytes : p.pitch_k;
+        pitch_v = Runs ? most_warps * LV::bytes : p.pitch_v;
+        rows = Runs ? tile_rows : call.stage_rows;
+        bytes = Runs ? tile_rows * (pitch_k + pitch_v) : call.stage_bytes;
         shared_address = uint32_t(__cvta_generic_to_shared(shared));
-        barriers = shared_address - barrier_bytes;
+        // Without the lane the compiler would know that all lanes have the same address, and compute it in every step.
+        barriers = uint32_t(keep(int(shared_address - barrier_bytes) + place.lane)) - place.lane;
         // A step advances by a multiple of 32 rows, so the addresses of later tiles are the same modulo 16.
         const uint32_t row = uint32_t(place.begin + place.row_tile * tile_rows);
         const uint32_t k_stride = uint32_t(a.k_row), v_stride = uint32_t(a.v_row);
+        const auto offset = [](uint32_t low, uint32_t stride, int r) { return Runs ? 0 : row_offset(low, stride, r); };
         const uint32_t k_low = uint32_t(reinterpret_cast<uintptr_t>(k)) + row * k_stride,
                        v_low = uint32_t(reinterpret_cast<uintptr_t>(v)) + row * v_stride;
-        const int k_at = place.row_tile * tile_rows * p.pitch_k + place.head_in_block * LK::bytes;
+        const int k_at = place.row_tile * tile_rows * pitch_k + place.head_in_block * LK::bytes;
         const int v_at =
-            rows * p.pitch_k + place.row_tile * tile_rows * p.pitch_v + place.head_in_block * LV::bytes;
+            rows * pitch_k + place.row_tile * tile_rows * pitch_v + place.head_in_block * LV::bytes;
         const int quad = place.quad, even = 2 * place.in_quad, odd = even + 1;
-        k_row = keep(k_at + quad * p.pitch_k + row_offset(k_low, k_stride, quad));
-        v_row = keep(v_at + quad * p.pitch_v + row_offset(v_low, v_stride, quad));
-        v_row0 = keep(v_at + even * p.pitch_v + row_offset(v_low, v_stride, even));
-        v_row1 = keep(v_at + odd * p.pitch_v + row_offset(v_low, v_stride, odd));
+        k_row = keep(int(shared_address) + k_at + quad * pitch_k + offset(k_low, k_stride, quad));
+        v_row = keep(int(shared_address) + v_at + quad * pitch_v + offset(v_low, v_stride, quad));
+        v_row0 = keep(int(shared_address) + v_at + even * pitch_v + offset(v_low, v_stride, even));
+        v_row1 = keep(int(shared_address) + v_at + odd * pitch_v + offset(v_low, v_stride, odd));
     }
 
     // Prefetches the rows of the first stage. The preceding kernel may still be running and store some of them.
@@ -357,12 +369,12 @@ template <KV TK, KV TV, int D, bool Gathered> struct Stages {
     }
 
     __device__ __forceinline__ Side keys() const {
-        return {k, call.a.k_row, call.plan.block_heads * LK::bytes, call.plan.pitch_k};
+        return {k, call.a.k_row, place.block_heads * LK::bytes, pitch_k};
     }
     __device__ __forceinline__ Side values() const {
-        return {v, call.a.v_row, call.plan.block_heads * LV::bytes, call.plan.pitch_v};
+        return {v, call.a.v_row, place.block_heads * LV::bytes, pitch_v};
     }
-    __device__ __forceinline__ bool bulk() const { return bulk_copies && (Gathered || call.plan.gapless); }
+    __device__ __forceinline__ bool bulk() const { return bulk_copies && (Gathered || Runs || call.plan.gapless); }
     // The warp that loads a stage by bulk copies.
     __device__ __forceinline__ bool loads(int stage) const {
         return place.warp == min(stage, int(blockDim.x / 32) - 1);
@@ -371,7 +383,7 @@ template <KV TK, KV TV, int D, bool Gathered> struct Stages {
 
     // Starts to load the thread block's rows from `at` on into a stage. One warp calls this for bulk copies, else all.
     __device__ __forceinline__ void load(int at, int stage) const {
-        const uint32_t to_k = shared_address + stage * bytes, to_v = to_k + rows * call.plan.pitch_k;
+        const uint32_t to_k = barriers + barrier_bytes + stage * bytes, to_v = to_k + rows * pitch_k;
         const int64_t first = place.begin + at, n_kv = call.a.n_kv;
         if (bulk()) {
             if constexpr (Gathered) {
@@ -399,8 +411,7 @@ template <KV TK, KV TV, int D, bool Gathered> struct Stages {
     // Must be called by all threads before start().
     __device__ __forceinline__ void start_barriers() const {
         if (!bulk()) return;
-        if (threadIdx.x == 0)
-            for (int stage = 0; stage < call.plan.stages; ++stage) start_barrier(barrier(stage), 1);
+        if (int(threadIdx.x) < call.plan.stages) start_barrier(barrier(int(threadIdx.x)), 1);
         __syncthreads();
     }
     // Starts to load all stages but the last. With bulk copies, the first warp does it.

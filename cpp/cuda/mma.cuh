@@ -123,6 +123,14 @@ __device__ __forceinline__ void correct_output(Sums<D, C> & sums, const float (&
             for (int h = 0; h < C; ++h) sums[m][half][h] *= correction[h];
 }
 
+// The eight rows of a tile whose values a lane computes. The order is that of weight_operands: a register of a lane has
+// two rows of 2 * in_quad + 8 j, then two of 2 * in_quad + 1 + 8 j.
+__device__ __forceinline__ void rows_of_lane(const uint8_t * row0, const uint8_t * row1, int pitch,
+                                             const uint8_t * (&row)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row[i] = (i & 2 ? row1 : row0) + (i / 4 * 2 + i % 2) * 8 * pitch;
+}
+
 // o += V times weights of the 32 rows of a tile. p has the weights of the lane's rows, quad + 8 j, some of which may be
 // hidden unless `visible`. scale_row is row `quad`; row0 and row1 are rows 2 * in_quad and 2 * in_quad + 1, whose
 // values and those of the rows 8, 16 and 24 further on the lane computes. store_output maps the elements of o to those
@@ -132,11 +140,8 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV,
                                        const float (&p)[lane_rows][C], bool visible, const uint8_t * scale_row,
                                        const uint8_t * row0, const uint8_t * row1, int pitch, int quad) {
     using L = Layout<TV, D>;
-    // The order of the inner index is that of Weights: a register of a lane has two rows of 2 * in_quad + 8 j, then two
-    // of 2 * in_quad + 1 + 8 j.
     const uint8_t * row[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) row[i] = (i & 2 ? row1 : row0) + (i / 4 * 2 + i % 2) * 8 * pitch;
+    rows_of_lane(row0, row1, pitch, row);
     if constexpr (L::floats) {
         uint32_t b[4];
 #pragma unroll
@@ -184,11 +189,17 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV,
 #pragma unroll
                         for (int h = 0; h < C; ++h) w[j][h] = p[j][h] > 0 ? w[j][h] : 0.0f;
                 }
-                const Weights<C> weights(w);
-                weights.operands(1.0f, operand[i][0]);
-                if constexpr (L::parts == 2) weights.operands(-1.0f, operand[i][1]);
+                float factor[C];
 #pragma unroll
-                for (int h = 0; h < C; ++h) unit[i][h] = weights.scale[h] * L::step;
+                for (int h = 0; h < C; ++h) {
+                    float top = 0;
+#pragma unroll
+                    for (int j = 0; j < lane_rows; ++j) top = greater_magnitude(top, w[j][h]);
+                    top = over_quads(top, greater_magnitude);
+                    factor[h] = integers_of(top);
+                    unit[i][h] = top * (L::step / largest_integer);
+                }
+                weight_operands(w, factor, operand[i]);
             }
             const ValueBlock<TV, D> values(row, b0 * L::block_bytes, quad, b0 + 1 < blocks ? L::block_bytes : 0);
 #pragma unroll
@@ -213,6 +224,101 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV,
         }
     }
 }
+
+// The softmax of a warp's columns over tiles, whose weights are relative to references that stay until a later weight
+// is too large for them. So the products of V and weights are sums of integers over many tiles, and most tiles need no
+// values of other lanes. The integers of a tile are small if its weights are. Their error is at most a half, which is
+// headroom / (2 * largest_integer) of the greatest weight times V's scale in the tile that chose the references.
+template <KV TV, int D> struct KeptProducts {
+    using L = Layout<TV, D>;
+    static constexpr float headroom = 8;      // by which a weight may exceed those that chose the unit
+    static constexpr float largest_sum = 1e6; // of a lane's weights in a tile
+
+    int c[D / 16][1][4] = {}; // in the order of Sums; for high and low bytes of weights
+    float limit = 0;          // of weights times V's scales
+    float factor[1], unit;    // from these to integers, and from integer products to the output
+    bool chosen = false;      // whether there are references
+
+    // Adds the sums since the references were chosen to the output.
+    __device__ __forceinline__ void flush(Sums<D, 1> & o) {
+#pragma unroll
+        for (int m = 0; m < D / 16; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                int(&sums)[4] = c[m][0];
+                o[m][half][0] += (float(sums[2 * half]) * 256.0f + float(sums[2 * half + 1])) * unit;
+                sums[2 * half] = sums[2 * half + 1] = 0;
+            }
+    }
+
+    // Chooses the references again in the next tile.
+    __device__ __forceinline__ void choose_again(Sums<D, 1> & o) {
+        if (chosen) flush(o);
+        chosen = false;
+        limit = 0;
+    }
+
+    // The scales of V of the lane's rows, of which the first one is `row`.
+    __device__ __forceinline__ void load_scales(const uint8_t * row, int pitch, float (&scale)[lane_rows]) const {
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) scale[j] = L::load_block_scale(row + 8 * j * pitch);
+    }
+
+    // Adds the 32 rows of a tile, whose scores are s, as add_scores and output do.
+    __device__ __forceinline__ void add(Sums<D, 1> & o, SoftmaxState (&state)[1],
+                                        const typename L::LookUpLevels & look_up, const float (&s)[lane_rows][1],
+                                        const float (&scale)[lane_rows], float sparse_v, const uint8_t * row0,
+                                        const uint8_t * row1, int pitch, int quad) {
+        float w[lane_rows][1], sum, top;
+        const auto weigh = [&] {
+#pragma unroll
+            for (int j = 0; j < lane_rows; ++j) {
+                const float weight = exp2f(s[j][0] - state[0].largest);
+                w[j][0] = weight * scale[j];
+                sum = j == 0 ? weight : sum + weight;
+                top = j == 0 ? fabsf(w[0][0]) : greater_magnitude(top, w[j][0]);
+            }
+        };
+        bool fits = chosen;
+        if (fits) {
+            weigh();
+            fits = !__any_sync(all_lanes, !(top <= limit && sum <= largest_sum));
+        }
+        if (!fits) {
+            if (chosen) flush(o);
+            chosen = true;
+            float largest[1];
+            largest_scores(s, largest);
+            const float before = state[0].largest;
+            state[0].largest = fmaxf(before, largest[0]);
+            const float correction[1] = {exp2f(before - state[0].largest)};
+            state[0].sum *= correction[0];
+            correct_output<D, 1>(o, correction);
+            weigh();
+            limit = greater_magnitude(limit * correction[0], headroom * over_quads(top, greater_magnitude));
+            factor[0] = integers_of(limit);
+            unit = limit * (L::step / largest_integer);
+        }
+        state[0].sum += sum;
+        // A lane's weights are not greater than their sum. A NaN keeps the tile.
+        if (!__any_sync(all_lanes, !(sum <= sparse_v))) return;
+        uint32_t operand[L::parts][1][2]; // the second part of a level is subtracted
+        weight_operands(w, factor, operand);
+        const uint8_t * row[8];
+        rows_of_lane(row0, row1, pitch, row);
+        using Units = ValueUnits<TV, D>;
+        const ValueBlock<TV, D> values(row, 0, quad);
+#pragma unroll
+        for (int j = 0; j < Units::count; ++j)
+#pragma unroll
+            for (int m = 0; m < Units::products; ++m) {
+                const auto v = values.levels(look_up, j, m);
+#pragma unroll
+                for (int part = 0; part < L::parts; ++part)
+                    mma_int8(c[j * Units::products + m][0], v.x[part], operand[part][0]);
+            }
+    }
+};
 
 } // namespace
 } // namespace cuda

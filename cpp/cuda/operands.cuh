@@ -230,6 +230,13 @@ __device__ __forceinline__ void store_run(float * out, float a, float b) {
 __device__ __forceinline__ void store_run(float * out, float a, float b, float c, float d) {
     *reinterpret_cast<float4 *>(out) = make_float4(a, b, c, d);
 }
+__device__ __forceinline__ void store_run_global(float * out, float a, float b) {
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(out), "r"(__float_as_uint(a)), "r"(__float_as_uint(b)) : "memory");
+}
+__device__ __forceinline__ void store_run_global(float * out, float a, float b, float c, float d) {
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(out), "r"(__float_as_uint(a)), "r"(__float_as_uint(b)),
+                 "r"(__float_as_uint(c)), "r"(__float_as_uint(d)) : "memory");
+}
 __device__ __forceinline__ void add_run(const float * v, float w, float & a, float & b) {
     const float2 two = *reinterpret_cast<const float2 *>(v);
     a += w * two.x;
@@ -247,6 +254,12 @@ __device__ __forceinline__ void add_run(const float * v, float w, float & a, flo
 template <KV TV, int D, int C>
 __device__ __forceinline__ void store_output(float * out, const Sums<D, C> & o, int h, int quad) {
     for_output<TV, D>(o, h, quad, [&](int at, auto &... x) { store_run(out + at, x...); });
+}
+// The same, to global memory, in as few stores. Compilers may divide those of store_run, and four stores that each write
+// a quarter of all sectors take long.
+template <KV TV, int D, int C>
+__device__ __forceinline__ void store_output_global(float * out, const Sums<D, C> & o, int h, int quad) {
+    for_output<TV, D>(o, h, quad, [&](int at, auto &... x) { store_run_global(out + at, x...); });
 }
 
 // Adds w times a row of V, in the domain of its type, to the sums of the lane's column h.
@@ -279,54 +292,49 @@ __device__ __forceinline__ void to_operand(const uint32_t (&x)[2], uint32_t (&b)
     for (int r = 0; r < 2; ++r) b[r] = transpose_matrix(x[r]);
 }
 
-// Weights times V's scales, which may be negative, as 16-bit integers with a common scale. If there are four columns,
-// two columns of the operand have the high and the low bytes of one; else high and low bytes are two operands. If a
-// scale of V is NaN, the common scale is NaN.
-template <int C> struct Weights {
-    float w[lane_rows][C], inverse[C];
-    float scale[C]; // of the integers
+// Weights times V's scales, which may be negative, become 16-bit integers with a common scale.
+constexpr float largest_integer = 32512.0f; // 127 * 256
+// The factor that makes the largest integer of `magnitude`, which is that of the scale. 0 for a NaN.
+__device__ __forceinline__ float integers_of(float magnitude) {
+    return magnitude > 1e-30f ? __fdividef(largest_integer, magnitude) : 0.0f;
+}
 
-    __device__ __forceinline__ explicit Weights(const float (&weights)[lane_rows][C]) {
-#pragma unroll
-        for (int h = 0; h < C; ++h) {
-            float top = 0;
-#pragma unroll
-            for (int j = 0; j < lane_rows; ++j) {
-                w[j][h] = weights[j][h];
-                top = greater_magnitude(top, w[j][h]);
-            }
-            top = over_quads(top, greater_magnitude);
-            inverse[h] = top > 1e-30f ? __fdividef(32512.0f, top) : 0.0f; // 127 * 256
-            scale[h] = top * (1.0f / 32512.0f);
-        }
-    }
-
-    // The operands for the integers times `sign`.
-    __device__ __forceinline__ void operands(float sign, uint32_t (&b)[C][2]) const {
-        uint32_t x[C][2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            uint32_t bytes[C]; // of two rows, high ones first; the low ones are 128 too large
-#pragma unroll
-            for (int h = 0; h < C; ++h)
-                bytes[h] = prmt(rounded(2 * r, h, sign), rounded(2 * r + 1, h, sign), high_and_low_bytes);
-            if constexpr (C == 1) {
-                x[0][r] = bytes[0] ^ 0x80800000;
-            } else {
-                x[0][r] = prmt(bytes[0], bytes[1], low_halves);
-                x[1][r] = prmt(bytes[0], bytes[1], high_halves) ^ 0x80808080;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < C; ++i) to_operand(x[i], b[i]);
-    }
-
-private:
+// The operands for the integers, which are numbers times `factor`. If there are four columns, two columns of the
+// operand have the high and the low bytes of one; else high and low bytes are two operands.
+template <int C>
+__device__ __forceinline__ void weight_operands(const float (&w)[lane_rows][C], const float (&factor)[C],
+                                                uint32_t (&b)[C][2]) {
     // The integer plus 128, so that its second byte is the rounded high byte.
-    __device__ __forceinline__ uint32_t rounded(int j, int h, float sign) const {
-        return __float_as_uint(w[j][h] * (sign * inverse[h]) + (magic + 128));
+    const auto rounded = [&](int j, int h) { return __float_as_uint(w[j][h] * factor[h] + (magic + 128)); };
+    uint32_t x[C][2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        uint32_t bytes[C]; // of two rows, high ones first; the low ones are 128 too large
+#pragma unroll
+        for (int h = 0; h < C; ++h) bytes[h] = prmt(rounded(2 * r, h), rounded(2 * r + 1, h), high_and_low_bytes);
+        if constexpr (C == 1) {
+            x[0][r] = bytes[0] ^ 0x80800000;
+        } else {
+            x[0][r] = prmt(bytes[0], bytes[1], low_halves);
+            x[1][r] = prmt(bytes[0], bytes[1], high_halves) ^ 0x80808080;
+        }
     }
-};
+#pragma unroll
+    for (int i = 0; i < C; ++i) to_operand(x[i], b[i]);
+}
+
+// The operands for levels of so many parts, of which the second one is subtracted.
+template <int Parts, int C>
+__device__ __forceinline__ void weight_operands(const float (&w)[lane_rows][C], const float (&factor)[C],
+                                                uint32_t (&b)[Parts][C][2]) {
+    weight_operands(w, factor, b[0]);
+    if constexpr (Parts == 2) {
+        float negative[C];
+#pragma unroll
+        for (int h = 0; h < C; ++h) negative[h] = -factor[h];
+        weight_operands(w, negative, b[1]);
+    }
+}
 
 } // namespace
 } // namespace cuda

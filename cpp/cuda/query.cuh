@@ -143,8 +143,8 @@ template <KV TK, int D> class Columns {
     }
 
     // The warps of a KV head take columns in turn.
-    static __device__ __forceinline__ int first(const Place & place, const AttentionCall & call, int turn) {
-        return columns_at_once * (place.row_tile + turn * call.plan.row_tiles);
+    static __device__ __forceinline__ int first(const Place & place, int turn) {
+        return columns_at_once * (place.row_tile + turn * place.row_tiles);
     }
 
 public:
@@ -160,21 +160,21 @@ public:
     }
     // Loads the first columns of the warp, so that this overlaps with other work.
     __device__ __forceinline__ void load(const AttentionCall & call, const Place & place) {
-        load_columns<D>(call, place, first(place, call, 0), own);
-        load_columns<D>(call, place, first(place, call, 1), next);
+        load_columns<D>(call, place, first(place, 0), own);
+        load_columns<D>(call, place, first(place, 1), next);
     }
 
     // Writes the warp's share of all columns of the thread block to the scratch memory of its KV head.
     template <int Count>
     __device__ __forceinline__ void write_all(const AttentionCall & call, const Place & place, uint8_t * bytes) {
 #pragma unroll 1
-        for (int turn = 0; first(place, call, turn) < Count; ++turn) {
-            write(call.a, place, first(place, call, turn), bytes);
+        for (int turn = 0; first(place, turn) < Count; ++turn) {
+            write(call.a, place, first(place, turn), bytes);
 #pragma unroll
             for (int i = 0; i < columns_at_once; ++i)
 #pragma unroll
                 for (int j = 0; j < P; ++j) own[i][j] = next[i][j];
-            if constexpr (Count > 2 * columns_at_once) load_columns<D>(call, place, first(place, call, turn + 2), next);
+            if constexpr (Count > 2 * columns_at_once) load_columns<D>(call, place, first(place, turn + 2), next);
         }
     }
 };

@@ -229,6 +229,7 @@ struct AttentionPlan {
     int stages;             // of the pipeline that copies rows to shared memory: 2 or 3
     int pitch_k, pitch_v;   // bytes of a row in shared memory
     bool gapless;           // whether a thread block's rows of K are one run of bytes, and those of V too
+    bool kept;              // whether integer products are kept over the tiles of a warp, if there are four columns
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, 32 or 64 if `direct`
     int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`

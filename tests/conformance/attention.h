@@ -443,6 +443,35 @@ inline void requests(List & list) {
     }
 }
 
+// Several caches of eight KV heads, so that a warp of a GPU has many tiles of a cache.
+inline void many_tiles(List & list) {
+    const Pair pairs[] = {{TQ_TURBO4, TQ_TURBO4, 128, 128}, {TQ_TURBO3, TQ_TURBO2, 64, 64},
+                          {TQ_TURBO4_TCQ, TQ_TURBO3_TCQ, 128, 128}, {TQ_ROW_Q8_0, TQ_TURBO4, 128, 128}};
+    for (const Pair & p : pairs) {
+        AttentionCase c = with_types(p.k, p.v, p.head_k);
+        c.heads = 16;
+        c.kv_heads = 8;
+        c.streams = c.kv_streams = 24;
+        c.rows = 1400;
+        const Extent extent = p.k == TQ_TURBO4 ? Extent::usual : Extent::whole;
+        c.spread = 5; // later weights are far greater
+        list.add("many tiles", c, extent);
+        c.spread = 1;
+        c.tokens = 2; // with masks of their own
+        c.mask = Mask::prefixes;
+        c.seen[0] = 1300;
+        c.seen[1] = 40;
+        list.add("many tiles", c, extent);
+        c.tokens = 1;
+        c.mask = Mask::random;
+        c.bytes = Bytes::any;
+        c.soft_cap = 3;
+        c.max_bias = 8;
+        c.sparse_v = 1e-4f;
+        list.add("many tiles", c, extent);
+    }
+}
+
 // Heads of three blocks, a number that is no power of two, of which GPUs compute two together.
 inline void three_blocks(List & list) {
     const int types[][2] = {{TQ_TURBO4, TQ_TURBO4},     {TQ_TURBO3, TQ_TURBO2},     {TQ_ROW_Q8_0, TQ_TURBO4},
@@ -795,6 +824,7 @@ inline std::vector<AttentionCase> attention_cases() {
     row_counts(list);
     shapes(list);
     requests(list);
+    many_tiles(list);
     three_blocks(list);
     options(list);
     const size_t before = list.cases.size();

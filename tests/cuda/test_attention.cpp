@@ -14,8 +14,10 @@ namespace {
 
 // Rounding errors: queries and weights are integers of 15 bits; with f16 and eight columns they have 11 bits. With
 // many columns weights and V have 11 bits, and so have queries, or 8 if K is turbo. Most such queries are already
-// rounded to what the kernel makes of them, so that the bound is the smaller one. Sums are float32.
-constexpr double integers = 2e-4, halves = 2e-3, bytes = 2e-2;
+// rounded to what the kernel makes of them, so that the bound is the smaller one. Sums are float32. If a warp has four
+// columns, its weights over turbo types in heads of one block are integers with one scale for many tiles, which is
+// chosen so that later weights may be larger.
+constexpr double integers = 2e-4, kept_integers = 1e-3, halves = 2e-3, bytes = 2e-2;
 
 // The cases that turboquant_cuda.h lists as supported.
 bool covers(const AttentionCase & c) {
@@ -343,6 +345,8 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         a.q = rounded_queries.emplace(p.q).get();
     }
     if (plan.merged) a.quantized = quantized.get();
+    static int turn = 0;
+    plan.kept = plan.kept || ++turn % 2; // plans keep products only where warps have many tiles, so in few cases
     DeviceArray<uint8_t> workspace(plan.workspace_bytes);
     std::optional<Stored> stored;
     std::optional<StoredBatch> stored_batch;
@@ -358,7 +362,9 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
     const std::vector<float> got = dst.host();
     const double e = relative_error(got.data(), want.data(), int64_t(want.size()));
     const bool half = a.type_k == KV::f16 || a.type_v == KV::f16;
-    const double bound = (in_bytes && !rounded ? bytes : plan.wide || half ? halves : integers) +
+    const bool kept = plan.kept && plan.column_tile == 4 && c.type_v < TQ_TYPE_COUNT && c.head_v % 96 && c.head_v < 256;
+    const double bound =
+        (in_bytes && !rounded ? bytes : plan.wide || half ? halves : kept ? kept_integers : integers) +
                          double(c.sparse_v) * double(c.rows);
     static double worst = 0;
     if (e > worst || !(e <= bound)) {

@@ -8,6 +8,7 @@
 #include "threads.h"
 
 #include <array>
+#include <cstring>
 
 namespace emulator {
 namespace ptx {
@@ -61,6 +62,8 @@ template <typename T> void nothing(int, T & x) { asm volatile("" : "+m"(x)); }
 // ---- memory
 
 inline void prefetch_global_L2(int, const void *) {}
+inline void st_global_v2_b32(int, void * to, Words<2> x) { std::memcpy(to, x.data(), sizeof(x)); }
+inline void st_global_v4_b32(int, void * to, Words<4> x) { std::memcpy(to, x.data(), sizeof(x)); }
 void st_shared_u16(int line, uint32_t address, uint16_t x);
 void cp_async_cg_shared_global_L2__128B(int line, uint32_t to, const void * from, int bytes, int valid);
 void cp_async_commit_group(int line);

@@ -85,6 +85,10 @@ inline size_t __cvta_generic_to_shared(const void * p) { return emulator::shared
 
 #define EMULATOR_LINE int line = __builtin_LINE()
 
+inline void * __cvta_shared_to_generic(size_t address, EMULATOR_LINE) {
+    return emulator::shared_at({"__cvta_shared_to_generic", line}, uint32_t(address), 1, 1);
+}
+
 namespace emulator {
 
 inline void need_all(unsigned lanes, const char * operation, int line) {
