@@ -53,7 +53,7 @@ struct AttentionCase {
     bool alone = false; // whether the other 64 rows around the bad row are hidden
     bool far = false;   // whether the first half of the rows has almost no weight
     bool steep = false; // whether V's scales are 2^9 times as large in the second half of the rows, not trellis-coded
-    bool many_columns = false; // for kernels of GPUs; the CPU computes a run of tokens at a time
+    bool for_gpus = false; // the CPU has no code of its own for so many tokens or caches
     Extent extent = Extent::whole;
 
     int group() const { return heads / kv_heads; }
@@ -824,12 +824,12 @@ inline std::vector<AttentionCase> attention_cases() {
     row_counts(list);
     shapes(list);
     requests(list);
-    many_tiles(list);
     three_blocks(list);
     options(list);
     const size_t before = list.cases.size();
     columns(list);
-    for (size_t i = before; i < list.cases.size(); ++i) list.cases[i].many_columns = true;
+    many_tiles(list);
+    for (size_t i = before; i < list.cases.size(); ++i) list.cases[i].for_gpus = true;
     few_tokens(list);
     return list.cases;
 }

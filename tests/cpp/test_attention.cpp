@@ -231,7 +231,7 @@ int main(int argc, char ** argv) {
         std::set<std::string> names;
         for (const AttentionCase & c : attention_cases()) {
             if (!CHECK(names.insert(c.name).second)) std::fprintf(stderr, "twice: %s\n", c.name.c_str());
-            if (c.extent > extent || (c.many_columns && extent < Extent::whole)) continue;
+            if (c.extent > extent || (c.for_gpus && extent < Extent::whole)) continue;
             conforms(c);
             if (c.mask == Mask::alternating) counts_as_if_finite(c);
             if (c.mask == Mask::prefixes && c.last < c.rows) rows_behind_all_prefixes(c);
