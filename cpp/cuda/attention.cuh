@@ -25,7 +25,6 @@ template <KV TV, int D, int C>
 __device__ __forceinline__ void store_part(const AttentionCall & call, const Place & place,
                                            const LaneColumns<C> & columns, const SoftmaxState (&state)[C],
                                            const Sums<D, C> & sums) {
-    const AttentionPlan & p = call.plan;
     const int part = call.first_part + blockIdx.x * place.row_tiles + place.row_tile;
 #pragma unroll
     for (int h = 0; h < C; ++h) {

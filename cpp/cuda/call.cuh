@@ -105,7 +105,6 @@ struct Place {
     }
     // Takes the share of the thread block in the rows of its token. Returns whether the mask must be read.
     __device__ __forceinline__ bool take_list(const AttentionCall & call) {
-        const AttentionPlan & p = call.plan;
         const int listed = call.list_lengths[token(call)];
         const bool biased = listed == all_rows_biased;
         const int all = biased ? int(call.a.n_kv) : listed, step = row_tiles * tile_rows;
