@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         if (!mask.examined()) {
             load_masks(row);
             mask.examine();
+            // Else the integers of all later tiles could be small beside one great weight.
             if constexpr (keeps) kept.choose_again(sums);
         }
         const bool visible = mask.shows_next(), hidden = mask.hides_next();

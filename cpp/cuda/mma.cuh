@@ -287,12 +287,9 @@ template <KV TV, int D> struct KeptProducts {
         if (!fits) {
             if (chosen) flush(o);
             chosen = true;
-            float largest[1];
+            float largest[1], correction[1];
             largest_scores(s, largest);
-            const float before = state[0].largest;
-            state[0].largest = fmaxf(before, largest[0]);
-            const float correction[1] = {exp2f(before - state[0].largest)};
-            state[0].sum *= correction[0];
+            raise_largest(state, largest, correction);
             correct_output<D, 1>(o, correction);
             weigh();
             limit = greater_magnitude(limit * correction[0], headroom * over_quads(top, greater_magnitude));

@@ -56,18 +56,28 @@ __device__ __forceinline__ void largest_scores(const float (&s)[R][C], float (&t
     }
 }
 
-// Replaces the lane's scores of a tile by weights. `top` is the largest score of each column in the tile. A state has
-// the largest score of its column, and the sum over the lane's rows. `correction` is set to the factor of all earlier
-// sums.
-template <int R, int C>
-__device__ __forceinline__ void add_scores(SoftmaxState (&state)[C], const float (&top)[C], float (&s)[R][C],
-                                           float (&correction)[C]) {
+// Makes the largest score of each column at least `top`. `correction` is set to the factor of all earlier sums, and that
+// of the weights is corrected.
+template <int C>
+__device__ __forceinline__ void raise_largest(SoftmaxState (&state)[C], const float (&top)[C], float (&correction)[C]) {
 #pragma unroll
     for (int h = 0; h < C; ++h) {
         const float before = state[h].largest;
         state[h].largest = fmaxf(before, top[h]);
         correction[h] = exp2f(before - state[h].largest);
         state[h].sum *= correction[h];
+    }
+}
+
+// Replaces the lane's scores of a tile by weights. `top` is the largest score of each column in the tile. A state has
+// the largest score of its column, and the sum over the lane's rows. `correction` is set to the factor of all earlier
+// sums.
+template <int R, int C>
+__device__ __forceinline__ void add_scores(SoftmaxState (&state)[C], const float (&top)[C], float (&s)[R][C],
+                                           float (&correction)[C]) {
+    raise_largest(state, top, correction);
+#pragma unroll
+    for (int h = 0; h < C; ++h) {
 #pragma unroll
         for (int j = 0; j < R; ++j) {
             s[j][h] = exp2f(s[j][h] - state[h].largest);
