@@ -315,9 +315,8 @@ struct Planner {
             }
             const size_t parts = size_t(query_rows(a)) * size_t(p.parts + p.slot_parts);
             p.states_at = parts * size_t(a.head) * sizeof(float);
-            p.lists_at = p.states_at + parts * sizeof(SoftmaxState);
-            p.list_lengths_at = p.lists_at + (p.gathered ? size_t(a.tokens) * size_t(a.n_kv) * sizeof(int) : 0);
-            p.workspace_bytes = p.list_lengths_at + (p.gathered ? size_t(a.tokens) * sizeof(int) : 0);
+            p.notes_bytes = p.gathered ? list_bytes(a) : 0;
+            p.workspace_bytes = p.states_at + parts * sizeof(SoftmaxState) + p.notes_bytes;
             return true;
         }
         return false;
@@ -385,14 +384,14 @@ cudaError_t launch_attention(const Head & head, AttentionCall call, cudaStream_t
 }
 
 // Launches the kernels of the lists, of the slots of an exact window, and of the cache, as far as the plan has them.
-cudaError_t launch_decode(const Head & head, const AttentionCall & call, void * workspace, cudaStream_t stream) {
+cudaError_t launch_decode(const Head & head, const AttentionCall & call, MaskNotes notes, cudaStream_t stream) {
     AttentionCall cache = call;
     if (call.plan.gathered) {
-        int * lists = reinterpret_cast<int *>(static_cast<char *>(workspace) + call.plan.lists_at);
-        int * lengths = reinterpret_cast<int *>(static_cast<char *>(workspace) + call.plan.list_lengths_at);
+        int * lists = static_cast<int *>(notes.memory);
+        int * lengths = lists + call.a.tokens * call.a.n_kv;
         cache.lists = lists;
         cache.list_lengths = lengths;
-        const cudaError_t error = launch_lists(call, lists, lengths, stream);
+        const cudaError_t error = notes.written ? cudaSuccess : launch_lists(call, lists, lengths, stream);
         if (error != cudaSuccess) return error;
     }
     if (call.plan.slot_parts) { // before the cache, which takes longer, and does not wait for this kernel
@@ -414,9 +413,23 @@ cudaError_t launch_decode(const Head & head, const AttentionCall & call, void * 
 
 } // namespace
 
+MaskNotesKey notes_key(const Attention & a, const AttentionPlan & p) {
+    const auto address = [](const void * mask) { return int64_t(reinterpret_cast<uintptr_t>(mask)); };
+    MaskNotesKey key = {int64_t(p.notes_bytes), p.gathered, p.device, a.tokens,
+                        address(a.mask), a.n_kv, a.mask_token, a.mask_head, a.mask_stream, a.mask_heads,
+                        a.mask_streams};
+    if (!p.wide || !a.windowed) return key; // the notes are of the cache's mask alone
+    const ExactRows & x = a.exact;
+    const MaskNotesKey exact = {address(x.mask), x.slots, x.mask_token, x.mask_head, x.mask_stream, x.mask_heads,
+                                x.mask_streams};
+    std::copy_n(exact.begin(), 7, key.end() - 7);
+    return key;
+}
+
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
-                      const Store * stores) {
+                      const Store * stores, MaskNotes notes) {
     if (a.quantized && !plan.merged) return cudaErrorNotSupported;
+    if (!notes.memory) notes = {static_cast<char *>(workspace) + plan.workspace_bytes - plan.notes_bytes, false};
     AttentionCall call = {};
     call.a = a;
     call.plan = plan;
@@ -439,7 +452,7 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
         beside.groups = int(size.x);
     }
     const cudaError_t launched =
-        plan.wide ? launch_wide(call, workspace, stream) : launch_decode(head, call, workspace, stream);
+        plan.wide ? launch_wide(call, workspace, notes, stream) : launch_decode(head, call, notes, stream);
     if (launched != cudaSuccess) return launched;
     if (!plan.merged) // the first kernel has written the output
         return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;

@@ -115,6 +115,8 @@ bool can_list(const Attention & a) {
            ((reinterpret_cast<uintptr_t>(a.mask) | uint64_t(a.mask_token)) & 15) == 0;
 }
 
+size_t list_bytes(const Attention & a) { return size_t(a.tokens) * size_t(a.n_kv + 1) * sizeof(int); }
+
 cudaError_t launch_lists(const AttentionCall & call, int * lists, int * lengths, cudaStream_t stream) {
     return launch(list_kernel, dim3(unsigned(call.a.tokens)), dim3(32 * list_warps), 0, stream, call, lists, lengths);
 }

@@ -12,6 +12,9 @@ namespace cuda {
 // are a multiple of eight. The mask of an exact window has a row for each token, too.
 bool can_list(const Attention & a);
 
+// Bytes of the lists and, behind them, of their lengths.
+size_t list_bytes(const Attention & a);
+
 // Writes the lists of call.lists and their lengths.
 cudaError_t launch_lists(const AttentionCall & call, int * lists, int * lengths, cudaStream_t stream);
 

@@ -14,6 +14,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -218,6 +219,7 @@ struct Attention {
 struct AttentionPlan {
     int device;             // the current device when the plan was made
     size_t workspace_bytes; // of device memory, aligned to 16 bytes
+    size_t notes_bytes;     // of these the last ones, for notes of masks; they are not used if `notes` has memory
     size_t states_at;       // offset of the softmax states in the workspace, behind the partial results
     int group;              // query heads of a KV head
     int columns;            // of a KV head: group * tokens
@@ -237,7 +239,6 @@ struct AttentionPlan {
     int exact_parts;        // parts with such rows
     int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
     bool gathered;          // whether lists name the rows that each token sees, so that only these are read
-    size_t lists_at, list_lengths_at; // offsets of the lists in the workspace
     bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
     bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
     int shared_bytes;       // dynamic shared memory of a thread block
@@ -250,7 +251,7 @@ struct AttentionPlan {
     int operands;            // of 16 columns, of a warp
     bool separate;           // whether each row tile expands rows of its own, else a thread block expands rows together
     int buffer_rows;         // KV rows that are expanded together at a time
-    size_t queries_at, factors_at, seen_at, exact_at, exact_rows_at; // offsets in the workspace
+    size_t queries_at, factors_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
 // Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
@@ -258,11 +259,26 @@ struct AttentionPlan {
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
+// Notes of masks: what attention finds out about its masks before it reads rows. They are the rows that each token sees
+// if these are `gathered`, the tiles of rows that each query sees if the plan is `wide`, and nothing in other plans. The
+// layers of a model have the same masks, so they can share notes.
+struct MaskNotes {
+    void * memory; // notes_bytes of the plan, aligned to 16 bytes, or nullptr: the notes are in the workspace
+    // Whether the call reads the notes of an earlier call, and does not write them. The earlier call had the same
+    // memory, an equal notes_key, and the same values in its masks, and no other call has written to the memory since.
+    // It was made in the same stream, and each kernel in between waits for the preceding one before it ends.
+    bool written;
+};
+
+// What the notes of a call depend on, but for the values of the masks: kind and size, and layout of the masks.
+using MaskNotesKey = std::array<int64_t, 18>;
+MaskNotesKey notes_key(const Attention & a, const AttentionPlan & plan);
+
 // Computes attention with the plan of the same call for the current device. `stores`: nullptr, or two stores, of K and
 // of V, that encode_rows takes. They are made beside the call, so `exact` must have the batch, and the rows that they
 // write must be hidden from all queries; and the preceding kernel must not write the cache, which is read early, too.
 cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * workspace, cudaStream_t stream,
-                      const Store * stores = nullptr);
+                      const Store * stores = nullptr, MaskNotes notes = {});
 
 } // namespace cuda
 } // namespace turboquant

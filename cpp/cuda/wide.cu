@@ -206,16 +206,28 @@ __global__ void __launch_bounds__(32 * prepare_warps, D > 128 ? 3 : 4)
                      uint32_t(item - items.words), lane);
 }
 
-template <int D> cudaError_t launch_prepare(const WideCall & wide, cudaStream_t stream) {
+int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
+int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
+
+// Words of all rows of the masks, of the cache and of an exact window.
+int64_t all_words(const Attention & a) {
+    return a.mask ? int64_t(a.mask_streams) * a.mask_heads * a.tokens * words_of(a.n_kv) : 0;
+}
+int64_t all_exact_words(const Attention & a) {
+    return a.windowed ? int64_t(a.exact.mask_streams) * a.exact.mask_heads * a.tokens * words_of(exact_rows(a)) : 0;
+}
+
+// notes_written: whether there are words already.
+template <int D> cudaError_t launch_prepare(const WideCall & wide, bool notes_written, cudaStream_t stream) {
     const Attention & a = wide.call.a;
     const AttentionPlan & p = wide.call.plan;
     Items items = {};
     items.columns = int64_t(a.streams) * a.kv_heads * p.column_tile * p.column_tiles;
-    if (a.mask) items.words = int64_t(a.mask_streams) * a.mask_heads * a.tokens * wide.arrays.words;
-    if (a.windowed) {
-        items.exact_words = int64_t(a.exact.mask_streams) * a.exact.mask_heads * a.tokens * wide.arrays.exact_words;
-        items.exact_units = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles * exact_units;
+    if (!notes_written) {
+        items.words = all_words(a);
+        items.exact_words = all_exact_words(a);
     }
+    if (a.windowed) items.exact_units = int64_t(a.kv_streams) * a.kv_heads * wide.arrays.exact_tiles * exact_units;
     const int64_t exact_at = items.blocks_of_warps();
     const dim3 blocks(unsigned(exact_at + items.exact_units)), threads(32 * prepare_warps);
     switch (a.type_k) {
@@ -251,18 +263,12 @@ WideKernel code_for(int device, WideKernel kernel) {
 // been compared.
 constexpr int least_hopper_columns = 17;
 
-int words_of(int64_t rows) { return int((rows + seen_rows - 1) / seen_rows); }
-int64_t exact_rows(const Attention & a) { return a.exact.slots + a.tokens; }
 int exact_tiles_of(const Attention & a) { return int((exact_rows(a) + tile_rows - 1) / tile_rows); }
 
-// Bytes of the exact rows of K or of V, and of all arrays of an exact window but the queries.
+// Bytes of the exact rows of K or of V.
 size_t exact_side_bytes(const Attention & a) {
     return size_t(a.kv_streams) * size_t(a.kv_heads) * size_t(exact_tiles_of(a)) * tile_rows * size_t(a.head) *
            sizeof(half);
-}
-size_t exact_bytes(const Attention & a) {
-    const size_t mask_rows = size_t(a.exact.mask_streams) * size_t(a.exact.mask_heads) * size_t(a.tokens);
-    return 2 * exact_side_bytes(a) + mask_rows * size_t(words_of(exact_rows(a))) * sizeof(SeenTiles);
 }
 
 // What plans and launches need of types that are known only at run time.
@@ -287,7 +293,7 @@ WideTypes types_of(KV type_k, KV type_v) {
 struct WideHead {
     int size;
     WideKernel (*kernel)(KV type_k, KV type_v, int operands);
-    cudaError_t (*prepare)(const WideCall & wide, cudaStream_t stream);
+    cudaError_t (*prepare)(const WideCall & wide, bool notes_written, cudaStream_t stream);
 };
 const WideHead heads[] = {
 #define TURBOQUANT_HEAD(D) {D, wide_kernel_##D, launch_prepare<D>},
@@ -310,11 +316,10 @@ bool plan_arrays(const Attention & a, AttentionPlan & p) {
     p.states_at = parts * size_t(a.head) * sizeof(float);
     p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
     p.factors_at = p.queries_at + columns * size_t(a.head);
-    p.seen_at = after(p.factors_at + columns * sizeof(float));
-    const size_t mask_rows = a.mask ? size_t(a.mask_streams) * size_t(a.mask_heads) * size_t(a.tokens) : 0;
-    p.exact_at = after(p.seen_at + mask_rows * size_t(words_of(a.n_kv)) * sizeof(SeenTiles));
+    p.exact_at = after(p.factors_at + columns * sizeof(float));
     p.exact_rows_at = p.exact_at + (a.windowed || !types.turbo_k ? columns * size_t(a.head) * sizeof(half) : 0);
-    p.workspace_bytes = p.exact_rows_at + (a.windowed ? exact_bytes(a) : 0);
+    p.notes_bytes = size_t(all_words(a) + all_exact_words(a)) * sizeof(SeenTiles);
+    p.workspace_bytes = p.exact_rows_at + (a.windowed ? 2 * exact_side_bytes(a) : 0) + p.notes_bytes;
     return p.workspace_bytes >> 34 == 0; // prepare_kernel numbers words of eight bytes in 32 bits
 }
 
@@ -445,7 +450,7 @@ bool plan_direct(const Attention & a, const WideDevice & device, int bytes_k, in
     return p.shared_bytes <= device.shared_per_block && plan_arrays(a, p);
 }
 
-cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream) {
+cudaError_t launch_wide(const AttentionCall & call, void * workspace, MaskNotes notes, cudaStream_t stream) {
     const Attention & a = call.a;
     const AttentionPlan & p = call.plan;
     char * bytes = static_cast<char *>(workspace);
@@ -457,14 +462,14 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
     wide.least_weight = lowered_by + std::log2(a.sparse_v);
     wide.arrays.queries = reinterpret_cast<int8_t *>(bytes + p.queries_at);
     wide.arrays.factors = reinterpret_cast<float *>(bytes + p.factors_at);
-    wide.arrays.seen = reinterpret_cast<SeenTiles *>(bytes + p.seen_at);
+    wide.arrays.seen = static_cast<SeenTiles *>(notes.memory);
     wide.arrays.words = words_of(a.n_kv);
     wide.arrays.exact_queries = reinterpret_cast<uint16_t *>(bytes + p.exact_at);
     if (a.windowed) {
         const size_t side = exact_side_bytes(a);
         wide.arrays.exact_k = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at);
         wide.arrays.exact_v = reinterpret_cast<uint16_t *>(bytes + p.exact_rows_at + side);
-        wide.arrays.exact_seen = reinterpret_cast<SeenTiles *>(bytes + p.exact_rows_at + 2 * side);
+        wide.arrays.exact_seen = wide.arrays.seen + all_words(a);
         wide.arrays.exact_words = words_of(exact_rows(a));
         wide.arrays.exact_tiles = exact_tiles_of(a);
     }
@@ -474,7 +479,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream
                               : p.hopper   ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v))
                                          : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
-    if (error == cudaSuccess) error = head.prepare(wide, stream);
+    if (error == cudaSuccess) error = head.prepare(wide, notes.written, stream);
     if (error != cudaSuccess) return error;
     const dim3 grid(unsigned(p.chunks), unsigned(a.kv_heads * p.column_tiles), unsigned(a.streams));
     if (p.direct)

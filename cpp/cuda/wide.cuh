@@ -38,7 +38,7 @@ struct __align__(8) SeenTiles {
     uint32_t mixed; // the mask is not zero everywhere in the tile
 };
 
-// The arrays that prepare_wide fills.
+// The arrays that prepare_kernel fills.
 struct WideArrays {
     int8_t * queries;      // [stream][KV head][column of all column tiles][head], in the order of operand_position
     float * factors;       // [stream][KV head][column of all column tiles]: from products to scores, times log2e

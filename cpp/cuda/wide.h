@@ -19,8 +19,8 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
 // The same for the kernels for a few tokens. The bytes are those of a row of one head in the cache.
 bool plan_direct(const Attention & a, const WideDevice & device, int bytes_k, int bytes_v, AttentionPlan & plan);
 
-// Launches all kernels but the one that merges the parts.
-cudaError_t launch_wide(const AttentionCall & call, void * workspace, cudaStream_t stream);
+// Launches all kernels but the one that merges the parts. `notes` has memory.
+cudaError_t launch_wide(const AttentionCall & call, void * workspace, MaskNotes notes, cudaStream_t stream);
 
 // Permits the kernel to use so much shared memory. CUDA requires this once per kernel and device for more than 48 KB.
 cudaError_t allow_shared(const void * kernel, int device, int bytes);

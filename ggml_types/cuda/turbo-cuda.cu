@@ -100,7 +100,7 @@ struct QuantizedOutput {
     const ggml_tensor *   weights = nullptr, *values = nullptr; // operands of the product, if it is still to come
 };
 
-std::mutex quantized_outputs_mutex;
+std::mutex contexts_mutex; // of what is kept of contexts
 
 // Memory of a context's blocks stays in use by its CUDA graphs, so it is never freed: 1.1 bytes for a value of eight
 // tokens. The caller holds the mutex.
@@ -112,7 +112,7 @@ QuantizedOutput & quantized_output(const ggml_backend_cuda_context & ctx) {
 // Notes that the next attention op also writes its output in blocks for `product`, or, if it is nullptr, that it does
 // not. Returns the memory of the blocks.
 tq::QuantizedValues * expect_product(const ggml_backend_cuda_context & ctx, const ggml_tensor * product) {
-    const std::lock_guard<std::mutex> lock(quantized_outputs_mutex);
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
     QuantizedOutput & output = quantized_output(ctx);
     output.weights = output.values = nullptr;
     if (!product) {
@@ -187,16 +187,94 @@ bool plan_blocks(const turbo_attention & a, tq::Attention & call, tq::AttentionP
     return (!a.windowed || describe_exact(a, call.exact)) && tq::plan_attention(call, plan);
 }
 
-void compute_blocks(ggml_backend_cuda_context & ctx, const tq::Attention & call, const tq::AttentionPlan & plan,
-                    const tq::Store * stores = nullptr) {
+// The notes of masks of a context.
+struct ContextNotes {
+    turbo_notes<tq::MaskNotesKey> notes;
+    const ggml_cgraph *           graph = nullptr; // if its node `at`, which is attention, is computed next
+    int                           at    = 0;
+};
+
+// The memory of notes, too, stays in use by the context's CUDA graphs, so it is never freed. It is at least doubled if
+// it must grow, so what is not used any more is no more than what is. The caller holds the mutex.
+ContextNotes & context_notes(const ggml_backend_cuda_context & ctx) {
+    static std::map<std::pair<const ggml_backend_cuda_context *, int>, ContextNotes> all;
+    return all[{ &ctx, ctx.device }];
+}
+
+// The notes that attention `op` reads or writes. graph: nullptr, or the graph that is computed, whose node `at` is `op`.
+tq::MaskNotes notes_for(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at,
+                        const ggml_tensor * op, const tq::Attention & call, const tq::AttentionPlan & plan) {
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
+    auto &                            notes = context_notes(ctx).notes;
+    notes.forget(op);
+    if (!graph || plan.notes_bytes == 0) {
+        return {};
+    }
+    const tq::MaskNotesKey key = tq::notes_key(call, plan);
+    if (const auto * found = notes.find(graph, at, key)) {
+        turbo_count("notes of masks that an earlier layer has written", call.tokens, call.streams);
+        return { found->memory, true };
+    }
+    auto * entry = notes.choose(graph, at, plan.notes_bytes);
+    if (!entry) {
+        return {};
+    }
+    entry->writer = nullptr;
+    if (entry->bytes < plan.notes_bytes) {
+        const size_t bytes  = std::max(plan.notes_bytes, 2 * entry->bytes);
+        void *       memory = nullptr;
+        if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+            (void) cudaGetLastError(); // so that no later check finds this error
+            return {};
+        }
+        entry->memory = memory;
+        entry->bytes  = bytes;
+    }
+    entry->writer = op;
+    entry->index  = at;
+    entry->key    = key;
+    return { entry->memory, false };
+}
+
+// Of attention that does not call notes_for.
+void forget_notes(const ggml_backend_cuda_context & ctx, const ggml_tensor * op) {
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
+    context_notes(ctx).notes.forget(op);
+}
+
+// Node `at` of the graph is computed next. If it is attention, the function that computes it asks for the graph, which
+// it does not get from ggml.
+void expect_attention(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at) {
+    if (turbo_op_kind(graph->nodes[at]) != turbo_op::attention) {
+        return;
+    }
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
+    ContextNotes &                    notes = context_notes(ctx);
+    notes.graph = graph;
+    notes.at    = at;
+}
+
+// The graph of which `op` is node `at`, or nullptr if that is not known.
+const ggml_cgraph * expected_graph(const ggml_backend_cuda_context & ctx, const ggml_tensor * op, int & at) {
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
+    ContextNotes &                    notes = context_notes(ctx);
+    const ggml_cgraph *               graph = std::exchange(notes.graph, nullptr);
+    at                                      = notes.at;
+    return graph && graph->nodes[at] == op ? graph : nullptr;
+}
+
+// Attention `op`, which is node `at` of the graph, if this is not nullptr.
+void compute_blocks(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at, const ggml_tensor * op,
+                    const tq::Attention & call, const tq::AttentionPlan & plan, const tq::Store * stores = nullptr) {
     turbo_count(plan.direct     ? "attention by the kernel for a few tokens"
                 : plan.hopper   ? "attention by the kernel for Hopper GPUs"
                 : plan.wide     ? "attention by the kernel for many columns"
                 : plan.gathered ? "attention by the decode kernel over gathered rows"
                                 : "attention by the decode kernel",
                 call.tokens, call.streams);
-    ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes);
-    CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores));
+    const tq::MaskNotes        notes = notes_for(ctx, graph, at, op, call, plan);
+    ggml_cuda_pool_alloc<char> workspace(ctx.pool(), plan.workspace_bytes - (notes.memory ? plan.notes_bytes : 0));
+    CUDA_CHECK(tq::attention(call, plan, workspace.get(), ctx.stream(), stores, notes));
 }
 
 // K or V of an exact window.
@@ -373,6 +451,7 @@ void take_exact_rows(const ggml_tensor * op, const ggml_tensor * cache, bool key
 
 // Computes attention with ggml's kernels, on K and V in f16.
 void attention_by_half(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    forget_notes(ctx, dst);
     const ggml_tensor *         q = dst->src[0], *k = dst->src[1], *v = dst->src[2];
     turbo_count("attention by ggml's kernels over f16", q->ne[1], q->ne[3]);
     cudaStream_t                stream = ctx.stream();
@@ -469,7 +548,7 @@ int fuse_window(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int 
         call.exact.store_rows = slots;
         call.exact.store_k    = k->data;
         call.exact.store_v    = v->data;
-        compute_blocks(ctx, call, plan, stores);
+        compute_blocks(ctx, graph, at, op, call, plan, stores);
     } else if (stores) {
         return -1;
     } else {
@@ -571,7 +650,7 @@ int fuse_ropes(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int a
 
 const void * turbo_cuda_quantized_output(ggml_backend_cuda_context & ctx, const ggml_tensor * weights,
                                          const ggml_tensor * values) {
-    const std::lock_guard<std::mutex> lock(quantized_outputs_mutex);
+    const std::lock_guard<std::mutex> lock(contexts_mutex);
     QuantizedOutput & output = quantized_output(ctx);
     if (!output.weights || weights != output.weights || values != output.values) {
         return nullptr;
@@ -635,7 +714,11 @@ int turbo_cuda_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
         return ropes;
     }
     const int pair = fuse_stores(ctx, graph, at);
-    return pair ? pair : std::max(0, fuse_window(ctx, graph, at, nullptr));
+    const int done = pair ? pair : std::max(0, fuse_window(ctx, graph, at, nullptr));
+    if (!done) {
+        expect_attention(ctx, graph, at);
+    }
+    return done;
 }
 
 bool turbo_cuda_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -669,10 +752,12 @@ bool turbo_cuda_flash_attn_ext(ggml_backend_cuda_context & ctx, ggml_tensor * ds
     }
     GGML_ASSERT(turbo_describe_attention(dst, a));
     expect_product(ctx, nullptr);
-    tq::Attention     call;
-    tq::AttentionPlan plan;
+    int                 at    = 0;
+    const ggml_cgraph * graph = expected_graph(ctx, dst, at);
+    tq::Attention       call;
+    tq::AttentionPlan   plan;
     if (prefers_blocks(ctx.device, dst, a, call, plan)) {
-        compute_blocks(ctx, call, plan);
+        compute_blocks(ctx, graph, at, dst, call, plan);
     } else {
         attention_by_half(ctx, dst);
     }

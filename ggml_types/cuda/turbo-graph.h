@@ -1,5 +1,5 @@
-// turbo-graph.h: the order of a graph's nodes, for launches that compute several of them or prepare the next one. It
-// needs no GPU, so tests/llama/arrange.cpp tests it on every machine.
+// turbo-graph.h: the order of a graph's nodes, for launches that compute several of them, prepare the next one, or use
+// what an earlier one has found out. It needs no GPU, so tests/llama/arrange.cpp tests it on every machine.
 #pragma once
 
 #include "cuda/turbo-cuda.h"
@@ -48,6 +48,62 @@ inline const ggml_tensor * turbo_product_of(const ggml_cgraph * graph, const ggm
                product :
                nullptr;
 }
+
+// Notes of masks (turboquant_cuda.h) that attention ops have written, for later ops of the same evaluation of a graph.
+// Each attention op over a turbo type is passed to forget() before it is computed. Nodes are computed in order, so
+// notes are of the present one if their writer is before the op in its graph: in an earlier evaluation, the writer would
+// have been forgotten since, and have written again. A graph does not write to a mask between the ops that read it.
+template <typename Key> struct turbo_notes {
+    struct Entry {
+        const ggml_tensor * writer = nullptr; // may not exist any more, if it is not a node of the graph
+        int                 index  = 0;       // of the writer in its graph
+        Key                 key    = {};
+        void *              memory = nullptr;
+        size_t              bytes  = 0;
+    };
+    Entry entries[4]; // as many different masks of a graph have notes; most models have one or two
+
+    void forget(const ggml_tensor * op) {
+        for (Entry & entry : entries) {
+            entry.writer = entry.writer == op ? nullptr : entry.writer;
+        }
+    }
+
+    // Whether node `at` of the graph may read the entry's notes, if its masks are the writer's.
+    static bool is_current(const Entry & entry, const ggml_cgraph * graph, int at) {
+        const ggml_tensor * op = entry.writer;
+        return op && entry.index < at && graph->nodes[entry.index] == op && !ggml_is_empty(op) &&
+               (op->flags & GGML_TENSOR_FLAG_COMPUTE) && turbo_op_kind(op) == turbo_op::attention;
+    }
+
+    // The notes of `key` that node `at` may read, or nullptr.
+    const Entry * find(const ggml_cgraph * graph, int at, const Key & key) const {
+        const ggml_tensor * op = graph->nodes[at];
+        for (const Entry & entry : entries) {
+            if (is_current(entry, graph, at) && entry.key == key && entry.writer->src[3] == op->src[3] &&
+                entry.writer->src[TURBO_SRC_EXACT_MASK] == op->src[TURBO_SRC_EXACT_MASK]) {
+                return &entry;
+            }
+        }
+        return nullptr;
+    }
+
+    // The entry in which node `at` may write notes: the smallest one with enough memory that no later node may read,
+    // else the largest one. nullptr if there is none.
+    Entry * choose(const ggml_cgraph * graph, int at, size_t bytes) {
+        Entry * best = nullptr;
+        for (Entry & entry : entries) {
+            if (is_current(entry, graph, at)) {
+                continue;
+            }
+            const bool fits = entry.bytes >= bytes, best_fits = best && best->bytes >= bytes;
+            if (!best || (fits != best_fits ? fits : fits == (entry.bytes < best->bytes))) {
+                best = &entry;
+            }
+        }
+        return best;
+    }
+};
 
 // Whether two RoPE ops turn by the same angles.
 inline bool turbo_same_angles(const ggml_tensor * a, const ggml_tensor * b) {

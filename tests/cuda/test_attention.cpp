@@ -5,6 +5,8 @@
 #include "turboquant_cuda.h"
 #include "window.h"
 
+#include <algorithm>
+#include <map>
 #include <optional>
 #include <set>
 
@@ -257,6 +259,99 @@ void check_quantized(const std::vector<QuantizedValues> & blocks, const std::vec
 
 std::set<std::string> left_out; // cases whose kernels were not compiled
 
+// Whether notes_key differs for calls that have different notes, and only for these.
+void check_keys(const Attention & a, const AttentionPlan & plan) {
+    const auto differs = [&](auto change) {
+        Attention b = a;
+        AttentionPlan p = plan;
+        change(b, p);
+        return notes_key(b, p) != notes_key(a, plan);
+    };
+    CHECK(!differs([](Attention & b, AttentionPlan & p) {
+        b.q = b.dst;
+        b.k = b.v = nullptr;
+        b.scale *= 2;
+        b.exact.k = b.exact.v = nullptr;
+        p.chunks += 1;
+    }));
+    const bool of_exact = plan.wide && a.windowed;
+    const auto other = [](const void * mask) { return static_cast<const char *>(mask) + 16; };
+    CHECK(differs([&](Attention & b, AttentionPlan &) { b.mask = other(b.mask); }));
+    CHECK_EQ(differs([&](Attention & b, AttentionPlan &) { b.exact.mask = other(b.exact.mask); }), of_exact);
+    CHECK_EQ(differs([](Attention & b, AttentionPlan &) { b.exact.slots += 1; }), of_exact);
+    CHECK_EQ(differs([](Attention & b, AttentionPlan &) { b.windowed = !b.windowed; }), of_exact);
+    CHECK(differs([](Attention & b, AttentionPlan &) { b.n_kv += 8; }));
+    CHECK(differs([](Attention & b, AttentionPlan &) { b.tokens += 1; }));
+    for (int64_t Attention::*stride : {&Attention::mask_token, &Attention::mask_head, &Attention::mask_stream})
+        CHECK(differs([&](Attention & b, AttentionPlan &) { b.*stride += 16; }));
+    for (int64_t ExactRows::*stride : {&ExactRows::mask_token, &ExactRows::mask_head, &ExactRows::mask_stream})
+        CHECK_EQ(differs([&](Attention & b, AttentionPlan &) { b.exact.*stride += 16; }), of_exact);
+    for (int Attention::*count : {&Attention::mask_heads, &Attention::mask_streams})
+        CHECK(differs([&](Attention & b, AttentionPlan &) { b.*count += 1; }));
+    for (int ExactRows::*count : {&ExactRows::mask_heads, &ExactRows::mask_streams})
+        CHECK_EQ(differs([&](Attention & b, AttentionPlan &) { b.exact.*count += 1; }), of_exact);
+    CHECK(differs([](Attention &, AttentionPlan & p) { p.notes_bytes = 0; }));
+    CHECK(differs([](Attention &, AttentionPlan & p) { p.gathered = !p.gathered; }));
+    CHECK(differs([](Attention &, AttentionPlan & p) { p.device += 1; }));
+}
+
+// Notes of masks that an earlier call has written, whose other operands were different.
+struct SharedNotes {
+    DeviceArray<uint8_t> memory; // and some bytes behind the notes
+    std::vector<float> blind;    // the result of a call that reads notes that no row is seen
+
+    SharedNotes(const Attention & a, const AttentionPlan & plan, const Problem & p) : memory(plan.notes_bytes + behind) {
+        const DeviceArray<uint8_t> k(std::vector<uint8_t>(p.k.bytes.size())), v(std::vector<uint8_t>(p.v.bytes.size()));
+        const DeviceArray<float> q(std::vector<float>(p.q.size(), 1));
+        Attention other = a;
+        other.k = k.get();
+        other.v = v.get();
+        other.q = q.get();
+        const auto set = [&](int value) { must(cudaMemset(memory.get(), value, plan.notes_bytes), "cudaMemset"); };
+        result(other, plan, false);
+        const std::vector<uint8_t> written = memory.host();
+        CHECK(std::all_of(written.end() - behind, written.end(), [](uint8_t x) { return x == poison; }));
+        set(0);
+        blind = result(a, plan, true);
+        const std::vector<uint8_t> kept = memory.host();
+        CHECK(std::all_of(kept.begin(), kept.end() - behind, [](uint8_t x) { return x == 0; }));
+        set(poison);
+        result(other, plan, false);
+        CHECK(memory.host() == written);
+    }
+    MaskNotes notes(bool written) const { return {memory.get(), written}; }
+
+private:
+    static constexpr int behind = 64;
+
+    // The call stores nothing.
+    std::vector<float> result(Attention a, const AttentionPlan & plan, bool written) const {
+        const DeviceArray<uint8_t> workspace(plan.workspace_bytes - plan.notes_bytes);
+        const DeviceArray<float> dst(size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(a.head));
+        a.dst = dst.get();
+        a.quantized = nullptr;
+        a.exact.store_rows = nullptr;
+        must(attention(a, plan, workspace.get(), nullptr, nullptr, notes(written)), "attention");
+        must(cudaDeviceSynchronize(), "attention");
+        return dst.host();
+    }
+};
+
+std::map<std::string, int> sharing; // by kind of plan: the calls that read notes of an earlier one
+
+// Whether the case is one of the first of its kind of plan in which queries see some of the rows.
+bool shares_notes(const AttentionCase & c, const Attention & a, const AttentionPlan & plan) {
+    const bool usual = (c.mask == Mask::causal || c.mask == Mask::alternating || c.mask == Mask::runs) && c.rows > 64 &&
+                       c.first == 0 && c.last == INT64_MAX && c.bad_key < 0 && c.bad_value < 0 && !c.far;
+    if (plan.notes_bytes == 0 || !usual) return false;
+    const char * kind = plan.gathered     ? "gathered rows"
+                        : plan.eights > 0 ? "few tokens on Hopper GPUs"
+                        : plan.direct     ? "few tokens"
+                        : plan.hopper     ? "Hopper GPUs"
+                                          : "many columns";
+    return ++sharing[kind + std::string(a.windowed ? " with a window" : "")] <= 3;
+}
+
 // slots: the type of a window's, or no_window.
 constexpr int no_window = -1;
 void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::third, int requests = 0) {
@@ -344,6 +439,12 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         p.q = on_grid(p.q, c.head_k);
         a.q = rounded_queries.emplace(p.q).get();
     }
+    CHECK_EQ(plan.notes_bytes > 0, plan.gathered || (plan.wide && (a.mask || windowed)));
+    std::optional<SharedNotes> shared;
+    if (shares_notes(c, a, plan)) {
+        check_keys(a, plan);
+        shared.emplace(a, plan, p);
+    }
     if (plan.merged) a.quantized = quantized.get();
     static int turn = 0;
     plan.kept = plan.kept || ++turn % 2; // plans keep products only where warps have many tiles, so in few cases
@@ -355,7 +456,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         else stored.emplace(c);
     }
     const Store * stores = stored ? stored->stores : stored_batch ? stored_batch->stores : nullptr;
-    must(attention(a, plan, workspace.get(), nullptr, stores), "attention");
+    must(attention(a, plan, workspace.get(), nullptr, stores, shared ? shared->notes(true) : MaskNotes{}), "attention");
     must(cudaDeviceSynchronize(), "attention");
 
     const std::vector<double> want = p.want(p.q);
@@ -372,6 +473,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         std::printf("%-100s %.2e\n", check::where.c_str(), e);
     }
     CHECK(e <= bound);
+    if (shared) CHECK(shared->blind != got);
     if (plan.merged) check_quantized(quantized.host(), got);
     if (window) window->check_slots(c);
     if (stored) stored->check_blocks(c);
@@ -405,6 +507,8 @@ int main(int argc, char ** argv) {
         }
     }
     std::printf("%d cases\n", covered);
+    for (const auto & [kind, calls] : sharing)
+        std::printf("%d calls with notes of an earlier one: %s\n", std::min(calls, 3), kind.c_str());
     if (!left_out.empty()) std::printf("%zu of them skipped: their kernels are not compiled\n", left_out.size());
     Attention a = {};
     AttentionPlan plan;

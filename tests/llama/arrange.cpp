@@ -1,8 +1,9 @@
-// arrange: checks how RoPE of queries is moved to that of keys in a graph, and which product is found behind attention
-// (ggml_types/cuda/turbo-graph.h).
+// arrange: checks how RoPE of queries is moved to that of keys in a graph, which product is found behind attention, and
+// which attention ops share notes of masks (ggml_types/cuda/turbo-graph.h).
 #include "cuda/turbo-graph.h"
 
 #include <cstdio>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -164,6 +165,135 @@ bool passes(const Product & c) {
     return ok;
 }
 
+// Layers of a model, whose attention ops share notes of masks. An evaluation has a letter for each op that is computed:
+// w if it writes notes, r if it reads those of an op that is computed before it, - if there is no memory for them.
+class Layers {
+  public:
+    ggml_cgraph *               graph;
+    std::vector<ggml_tensor *>  ops;
+    std::map<ggml_tensor *, int> keys;    // 0 if it is not here
+    ggml_tensor *               by_half = nullptr; // an op that the kernels do not cover
+    turbo_notes<int>            notes;
+
+    // masks: a letter for each layer, which names its mask, and one for its exact mask.
+    Layers(const std::string & masks, const std::string & exact) : ctx_(ggml_init({ 1 << 20, nullptr, true })) {
+        graph = ggml_new_graph(ctx_);
+        for (size_t i = 0; i < masks.size(); ++i) {
+            ggml_tensor * q     = ggml_new_tensor_3d(ctx_, GGML_TYPE_F32, head, tokens, heads);
+            ggml_tensor * cache = ggml_new_tensor_3d(ctx_, GGML_TYPE_TURBO4, head, rows, kv_heads);
+            ggml_tensor * op    = ggml_flash_attn_ext(ctx_, q, cache, cache, mask(masks[i]), 0.1f, 0, 0);
+            op->src[TURBO_SRC_EXACT_MASK] = mask(exact[i]);
+            ggml_build_forward_expand(graph, ggml_scale(ctx_, op, 2)); // so that not every node is attention
+            ops.push_back(op);
+            op->flags |= GGML_TENSOR_FLAG_COMPUTE;
+        }
+    }
+    Layers(const Layers &) = delete;
+    ~Layers() { ggml_free(ctx_); }
+
+    std::string evaluate(const ggml_cgraph * part) {
+        std::string                       letters;
+        std::vector<const ggml_tensor *> computed;
+        for (int at = 0; at < part->n_nodes; ++at) {
+            ggml_tensor * op = part->nodes[at];
+            if (turbo_op_kind(op) != turbo_op::attention || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) ||
+                ggml_is_empty(op)) {
+                continue;
+            }
+            notes.forget(op);
+            if (op == by_half) {
+                continue;
+            }
+            const int key = keys[op];
+            if (const auto * found = notes.find(part, at, key)) {
+                letters += std::count(computed.begin(), computed.end(), found->writer) == 1 ? 'r' : '!';
+            } else if (auto * entry = notes.choose(part, at, 1)) {
+                entry->writer = op;
+                entry->index  = at;
+                entry->key    = key;
+                letters += 'w';
+            } else {
+                letters += '-';
+            }
+            computed.push_back(op);
+        }
+        return letters;
+    }
+    std::string evaluate() { return evaluate(graph); }
+
+  private:
+    ggml_context *                  ctx_;
+    std::map<char, ggml_tensor *> masks_;
+
+    ggml_tensor * mask(char name) {
+        ggml_tensor *& t = masks_[name];
+        t                = t ? t : ggml_new_tensor_2d(ctx_, GGML_TYPE_F16, rows, tokens);
+        return t;
+    }
+};
+
+int expect(const char * name, const std::string & found, const std::string & wanted) {
+    std::printf("%s: %s\n", name, found == wanted ? "passed" : ("failed: " + found).c_str());
+    return found != wanted;
+}
+
+int shared_notes() {
+    int     failures   = 0;
+    int64_t no_streams = 0;
+    {
+        Layers layers("aaa", "xxx");
+        failures += expect("notes of the first layer", layers.evaluate(), "wrr");
+        failures += expect("the next evaluation writes them again", layers.evaluate(), "wrr");
+        ggml_cgraph part = ggml_graph_view(layers.graph, 1, layers.graph->n_nodes); // from the scale on
+        failures += expect("a view of later nodes", layers.evaluate(&part), "wr");
+        failures += expect("the graph after its view", layers.evaluate(), "wrr");
+        layers.ops[0]->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+        failures += expect("a first op that is not computed", layers.evaluate(), "wr");
+        layers.ops[0]->flags |= GGML_TENSOR_FLAG_COMPUTE;
+        failures += expect("and is computed again", layers.evaluate(), "wrr");
+        std::swap(layers.ops[0]->ne[3], no_streams);
+        failures += expect("a first op without streams", layers.evaluate(), "wr");
+        std::swap(layers.ops[0]->ne[3], no_streams);
+        failures += expect("and with streams", layers.evaluate(), "wrr");
+        layers.by_half = layers.ops[0];
+        failures += expect("a first op that ggml computes", layers.evaluate(), "wr");
+        layers.by_half = nullptr;
+        failures += expect("and that does not any more", layers.evaluate(), "wrr");
+        layers.ops[0]->op = GGML_OP_ADD;
+        failures += expect("another op where the first one was", layers.evaluate(), "wr");
+    }
+    {
+        Layers layers("abab", "xxxx");
+        failures += expect("two masks", layers.evaluate(), "wwrr");
+        failures += expect("two masks again", layers.evaluate(), "wwrr");
+    }
+    {
+        Layers layers("aaaa", "xyyx");
+        failures += expect("two exact masks", layers.evaluate(), "wwrr");
+    }
+    {
+        Layers layers("aaa", "xxx");
+        layers.keys[layers.ops[1]] = 1;
+        failures += expect("another key", layers.evaluate(), "wwr");
+    }
+    {
+        Layers layers("abcdeae", "xxxxxxx");
+        failures += expect("more masks than entries", layers.evaluate(), "wwww-r-");
+        failures += expect("more masks than entries again", layers.evaluate(), "wwww-r-");
+    }
+    {
+        Layers layers("aa", "xx");
+        auto & entries   = layers.notes.entries;
+        entries[1].bytes = 5;
+        entries[2].bytes = 3;
+        const auto chosen = [&](size_t bytes) {
+            return std::to_string(layers.notes.choose(layers.graph, 0, bytes) - entries);
+        };
+        failures += expect("the smallest memory that suffices, else the largest", chosen(2) + chosen(4) + chosen(6), "211");
+    }
+    return failures;
+}
+
 template <typename C> int run(const C & c) {
     const bool ok = passes(c);
     std::printf("%s: %s\n", c.name, ok ? "passed" : "failed");
@@ -191,7 +321,7 @@ int main() {
         { "a product of half of the output", GGML_TYPE_Q4_0, 1, true, false, false },
         { "an op before the product", GGML_TYPE_Q4_0, 1, false, true, false },
     };
-    int failures = 0;
+    int failures = shared_notes();
     for (const Case & c : cases) {
         failures += run(c);
     }
