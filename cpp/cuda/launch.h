@@ -16,8 +16,8 @@ namespace cuda {
 
 namespace {
 
-// Waits until the preceding kernels in the stream have ended and their writes are visible. Older GPUs start the kernel
-// only then.
+// Waits until the preceding kernels in the stream have ended and their writes are visible: the last one has waited for
+// those before it. Older GPUs start the kernel only then.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -259,14 +259,14 @@ struct AttentionPlan {
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 
-// Notes of masks: what attention finds out about its masks before it reads rows. They are the rows that each token sees
-// if these are `gathered`, the tiles of rows that each query sees if the plan is `wide`, and nothing in other plans. The
-// layers of a model have the same masks, so they can share notes.
+// Notes of masks: what attention finds out about its masks before it reads rows. They are the rows that each token
+// sees if these are `gathered`, the tiles of rows that each query sees if the plan is `wide`, and nothing in other
+// plans. The layers of a model have the same masks, so they can share notes.
 struct MaskNotes {
     void * memory; // notes_bytes of the plan, aligned to 16 bytes, or nullptr: the notes are in the workspace
-    // Whether the call reads the notes of an earlier call, and does not write them. The earlier call had the same
-    // memory, an equal notes_key, and the same values in its masks, and no other call has written to the memory since.
-    // It was made in the same stream, and each kernel in between waits for the preceding one before it ends.
+    // Whether the call reads notes and does not write them. The last call that has written to the memory must have had
+    // an equal notes_key and the same values in its masks. Both must be in one stream, and each kernel between them must
+    // wait for the preceding one before it ends (wait_for_previous), so that the notes are visible.
     bool written;
 };
 

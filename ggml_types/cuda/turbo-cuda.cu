@@ -194,14 +194,14 @@ struct ContextNotes {
     int                           at    = 0;
 };
 
-// The memory of notes, too, stays in use by the context's CUDA graphs, so it is never freed. It is at least doubled if
-// it must grow, so what is not used any more is no more than what is. The caller holds the mutex.
+// The memory of notes, too, stays in use by the context's CUDA graphs, so it is never freed. If it must grow, it is
+// replaced by at least twice as much, so no more is lost than is in use. The caller holds the mutex.
 ContextNotes & context_notes(const ggml_backend_cuda_context & ctx) {
     static std::map<std::pair<const ggml_backend_cuda_context *, int>, ContextNotes> all;
     return all[{ &ctx, ctx.device }];
 }
 
-// The notes that attention `op` reads or writes. graph: nullptr, or the graph that is computed, whose node `at` is `op`.
+// The notes that attention `op` reads or writes. graph: nullptr, or the graph that is computed, of which it is node `at`.
 tq::MaskNotes notes_for(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int at,
                         const ggml_tensor * op, const tq::Attention & call, const tq::AttentionPlan & plan) {
     const std::lock_guard<std::mutex> lock(contexts_mutex);

@@ -50,9 +50,9 @@ inline const ggml_tensor * turbo_product_of(const ggml_cgraph * graph, const ggm
 }
 
 // Notes of masks (turboquant_cuda.h) that attention ops have written, for later ops of the same evaluation of a graph.
-// Each attention op over a turbo type is passed to forget() before it is computed. Nodes are computed in order, so
-// notes are of the present one if their writer is before the op in its graph: in an earlier evaluation, the writer would
-// have been forgotten since, and have written again. A graph does not write to a mask between the ops that read it.
+// Each attention op over a turbo type must be passed to forget() before it is computed. So if the writer is a node that
+// this evaluation computes before the op, it has written its notes in this evaluation: those of an earlier one were
+// forgotten. A graph does not write to a mask between the ops that read it.
 template <typename Key> struct turbo_notes {
     struct Entry {
         const ggml_tensor * writer = nullptr; // may not exist any more, if it is not a node of the graph

@@ -300,7 +300,8 @@ struct SharedNotes {
     DeviceArray<uint8_t> memory; // and some bytes behind the notes
     std::vector<float> blind;    // the result of a call that reads notes that no row is seen
 
-    SharedNotes(const Attention & a, const AttentionPlan & plan, const Problem & p) : memory(plan.notes_bytes + behind) {
+    SharedNotes(const Attention & a, const AttentionPlan & plan, const Problem & p)
+        : memory(plan.notes_bytes + behind) {
         const DeviceArray<uint8_t> k(std::vector<uint8_t>(p.k.bytes.size())), v(std::vector<uint8_t>(p.v.bytes.size()));
         const DeviceArray<float> q(std::vector<float>(p.q.size(), 1));
         Attention other = a;

@@ -289,7 +289,8 @@ int shared_notes() {
         const auto chosen = [&](size_t bytes) {
             return std::to_string(layers.notes.choose(layers.graph, 0, bytes) - entries);
         };
-        failures += expect("the smallest memory that suffices, else the largest", chosen(2) + chosen(4) + chosen(6), "211");
+        failures += expect("the smallest memory that suffices, else the largest", chosen(2) + chosen(4) + chosen(6),
+                           "211");
     }
     return failures;
 }
