@@ -247,10 +247,19 @@ struct Planner {
         p.chunks = int(std::max<int64_t>(1, std::min(wanted, tiles / p.row_tiles)));
         const int64_t step = p.row_tiles * tile_rows;
         p.chunk_rows = (a.n_kv + p.chunks * step - 1) / (p.chunks * step) * step;
-        p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+        p.chunks = p.long_chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
         p.parts = p.chunks;
         p.shared_bytes = barrier_bytes + std::max(bytes(), result_bytes(p));
         return p;
+    }
+
+    // Divides the rows into as many runs as are wanted, if half of the thread blocks or more can have a step less.
+    static void divide_evenly(AttentionPlan & p, int64_t wanted, int64_t steps) {
+        const int64_t least = steps / wanted, rest = steps % wanted; // steps of a run, and those that are left
+        if (p.gathered || least == 0 || rest == 0 || 2 * rest > wanted) return;
+        p.chunks = int(wanted);
+        p.long_chunks = int(rest);
+        p.short_chunks = int(wanted - rest);
     }
 
     // Plans the kernel of attention.cuh. The plan has the device, the group and the columns.
@@ -283,7 +292,8 @@ struct Planner {
             const int64_t wanted = at_once / beside > 1 ? at_once / beside : 1;
             const int64_t step = int64_t(p.row_tiles) * tile_rows, steps = (a.n_kv + step - 1) / step;
             p.chunk_rows = (shortest ? steps : (steps + wanted - 1) / wanted) * step;
-            p.chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+            p.chunks = p.long_chunks = int((a.n_kv + p.chunk_rows - 1) / p.chunk_rows);
+            p.short_chunks = 0;
             p.kept = p.gathered || p.chunk_rows >= least_kept_tiles * step;
             // A window that has a slot for each row of the cache has all rows, unless several sequences share the
             // cache.
@@ -298,9 +308,13 @@ struct Planner {
                     // Thread blocks of their own take the exact rows while the others compute rows of the cache.
                     p.first_exact = p.chunks * p.row_tiles;
                     p.chunks += int(exact_chunks);
-                } else { // not more chunks than the cache has rows for, unless a warp would have many exact rows
+                } else {
+                    divide_evenly(p, wanted, steps);
+                    // Not more chunks than the cache has rows for, unless a warp would have many exact rows.
                     p.chunks = std::max(p.chunks, int(std::min(wanted, exact_chunks)));
                 }
+            } else {
+                divide_evenly(p, wanted, steps);
             }
             p.parts = p.chunks * p.row_tiles;
             p.exact_parts = p.parts - p.first_exact;

@@ -103,6 +103,7 @@ enum class Loop {
     runs    // the same, where the rows of a thread block's heads are runs (Stages)
 };
 constexpr int least_kept_tiles = 3; // of a warp
+constexpr int kept_rows = 1024;     // of a thread block, after which its warps choose the unit of products again
 
 // Whether there are kernels with the other loops. Products of more than a block of V, or of eight columns, would take
 // too many registers.
@@ -210,8 +211,8 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         if (!mask.examined()) {
             load_masks(row);
             mask.examine();
-            // Else the integers of all later tiles could be small beside one great weight.
-            if constexpr (keeps) kept.choose_again(sums);
+            if constexpr (keeps)
+                if (row % kept_rows < 8 * stages.rows) kept.choose_again();
         }
         const bool visible = mask.shows_next(), hidden = mask.hides_next();
         mask.advance();
@@ -220,20 +221,13 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         float score[lane_rows][C];
         scores<TK, D, C>(query, look_up_keys, memory(stages.k_row), stages.pitch_k, place.in_quad, score);
         scale_scores<C>(call.a.soft_cap, query.factor, score);
+        if (!visible) mask.apply(call, columns, place.begin + first, score);
         if constexpr (keeps) {
-            float scale[lane_rows];
-            kept.load_scales(memory(stages.v_row), stages.pitch_v, scale);
-            if (!visible) {
-                mask.apply(call, columns, place.begin + first, score);
-#pragma unroll
-                for (int j = 0; j < lane_rows; ++j) // whatever scales hidden rows have
-                    scale[j] = score[j][0] == -INFINITY ? 0.0f : scale[j];
-            }
-            kept.add(sums, state, look_up_values, score, scale, call.a.sparse_v, memory(stages.v_row0),
+            if (!kept.weigh(sums, state, score, call.a.sparse_v)) continue;
+            kept.add(sums, score, visible, look_up_values, memory(stages.v_row), memory(stages.v_row0),
                      memory(stages.v_row1), stages.pitch_v, place.quad);
             continue;
         }
-        if (!visible) mask.apply(call, columns, place.begin + first, score);
         float largest[C], correction[C];
         float(&weight)[lane_rows][C] = score;
         largest_scores(score, largest);
@@ -248,7 +242,7 @@ __global__ void __launch_bounds__(32 * most_warps, resident_blocks(D, C))
         output<TV, D, C>(sums, look_up_values, weight, visible, memory(stages.v_row), memory(stages.v_row0),
                          memory(stages.v_row1), stages.pitch_v, place.quad);
     }
-    if constexpr (keeps) kept.choose_again(sums);
+    if constexpr (keeps) kept.flush(sums);
 #pragma unroll
     for (int h = 0; h < C; ++h) state[h].sum = over_quads(state[h].sum, [](float a, float b) { return a + b; });
     if (call.waits_last) wait_for_previous();

@@ -90,8 +90,14 @@ struct Place {
         stream = blockIdx.z;
         kv_stream = a.streams == a.kv_streams ? stream : stream / (a.streams / a.kv_streams);
         four = p.column_tile == 4;
-        begin = int64_t(blockIdx.x) * p.chunk_rows;
-        length = int(begin + p.chunk_rows < a.n_kv ? p.chunk_rows : a.n_kv - begin);
+        // Half of the streams begin with their short runs: a multiprocessor often has thread blocks with the same number
+        // of two streams.
+        const int chunk = blockIdx.x, step = row_tiles * tile_rows;
+        const bool short_first = gridDim.z > 1 && 2 * blockIdx.z >= gridDim.z;
+        const int short_before = short_first ? min(chunk, p.short_chunks) : max(0, chunk - p.long_chunks);
+        const bool is_short = short_first ? chunk < p.short_chunks : chunk >= p.long_chunks;
+        begin = chunk * p.chunk_rows - short_before * step;
+        length = int(min(p.chunk_rows - (is_short ? step : 0), a.n_kv - begin));
         if (gathered) { // a thread block has columns of one token; take_list sets its rows
             const int tiles = p.column_tiles / a.tokens, token = column_tile / tiles;
             first_column = token * p.group + (column_tile - token * tiles) * p.column_tile;

@@ -225,21 +225,21 @@ __device__ __forceinline__ void output(Sums<D, C> & o, const typename Layout<TV,
     }
 }
 
-// The softmax of a warp's columns over tiles, whose weights are relative to references that stay until a later weight
-// is too large for them. So the products of V and weights are sums of integers over many tiles, and most tiles need no
-// values of other lanes. The integers of a tile are small if its weights are. Their error is at most a half, which is
-// headroom / (2 * largest_integer) of the greatest weight times V's scale in the tile that chose the references.
+// The softmax of a warp's columns over tiles, and the products of V and its weights. Weights are relative to a reference
+// score, and the integers that they become to a unit, and both stay until a later weight is too large for them. So the
+// products are sums of integers over many tiles, and most tiles need no values of other lanes. The integers of a tile are
+// small if its weights are. Their error is at most a half, which is headroom / (2 * largest_integer) of the greatest
+// weight times V's scale in the tile that chose the unit.
 template <KV TV, int D> struct KeptProducts {
     using L = Layout<TV, D>;
-    static constexpr float headroom = 8;      // by which a weight may exceed those that chose the unit
+    static constexpr float headroom = 8;      // by which a weight times V's scale may exceed those that chose the unit
     static constexpr float largest_sum = 1e6; // of a lane's weights in a tile
 
-    int c[D / 16][1][4] = {}; // in the order of Sums; for high and low bytes of weights
-    float limit = 0;          // of weights times V's scales
-    float factor[1], unit;    // from these to integers, and from integer products to the output
-    bool chosen = false;      // whether there are references
+    int c[D / 16][1][4] = {};  // in the order of Sums; for high and low bytes of weights
+    float limit = -1;          // of weights times V's scales; -1: the next tile chooses the unit
+    float factor[1], unit = 0; // from these to integers, and from integer products to the output
 
-    // Adds the sums since the references were chosen to the output.
+    // Adds the integer sums to the output.
     __device__ __forceinline__ void flush(Sums<D, 1> & o) {
 #pragma unroll
         for (int m = 0; m < D / 16; ++m)
@@ -251,54 +251,58 @@ template <KV TV, int D> struct KeptProducts {
             }
     }
 
-    // Chooses the references again in the next tile.
-    __device__ __forceinline__ void choose_again(Sums<D, 1> & o) {
-        if (chosen) flush(o);
-        chosen = false;
-        limit = 0;
-    }
+    // Lets the next tile choose the unit. Else the integers of all later tiles could be small beside one great weight.
+    __device__ __forceinline__ void choose_again() { limit = -1; }
 
-    // The scales of V of the lane's rows, of which the first one is `row`.
-    __device__ __forceinline__ void load_scales(const uint8_t * row, int pitch, float (&scale)[lane_rows]) const {
-#pragma unroll
-        for (int j = 0; j < lane_rows; ++j) scale[j] = L::load_block_scale(row + 8 * j * pitch);
-    }
-
-    // Adds the 32 rows of a tile, whose scores are s, as add_scores and output do.
-    __device__ __forceinline__ void add(Sums<D, 1> & o, SoftmaxState (&state)[1],
-                                        const typename L::LookUpLevels & look_up, const float (&s)[lane_rows][1],
-                                        const float (&scale)[lane_rows], float sparse_v, const uint8_t * row0,
-                                        const uint8_t * row1, int pitch, int quad) {
-        float w[lane_rows][1], sum, top;
-        const auto weigh = [&] {
+    // Replaces the scores of a tile by weights, and adds these to the state. All products of earlier tiles must have
+    // been added, and those of this tile must be the next ones. False if V of the tile may be left out.
+    __device__ __forceinline__ bool weigh(Sums<D, 1> & o, SoftmaxState (&state)[1], float (&s)[lane_rows][1],
+                                          float sparse_v) {
+        float weight[lane_rows], sum;
+        const auto exponentials = [&] {
 #pragma unroll
             for (int j = 0; j < lane_rows; ++j) {
-                const float weight = exp2f(s[j][0] - state[0].largest);
-                w[j][0] = weight * scale[j];
-                sum = j == 0 ? weight : sum + weight;
-                top = j == 0 ? fabsf(w[0][0]) : greater_magnitude(top, w[j][0]);
+                weight[j] = exp2f(s[j][0] - state[0].largest);
+                sum = j == 0 ? weight[0] : sum + weight[j];
             }
         };
-        bool fits = chosen;
-        if (fits) {
-            weigh();
-            fits = !__any_sync(all_lanes, !(top <= limit && sum <= largest_sum));
-        }
-        if (!fits) {
-            if (chosen) flush(o);
-            chosen = true;
+        exponentials();
+        if (__any_sync(all_lanes, !(sum <= largest_sum))) {
+            flush(o);
             float largest[1], correction[1];
             largest_scores(s, largest);
             raise_largest(state, largest, correction);
             correct_output<D, 1>(o, correction);
-            weigh();
-            limit = greater_magnitude(limit * correction[0], headroom * over_quads(top, greater_magnitude));
+            exponentials();
+            choose_again();
+        }
+        state[0].sum += sum;
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) s[j][0] = weight[j];
+        // A lane's weights are not greater than their sum. A NaN keeps the tile.
+        return __any_sync(all_lanes, !(sum <= sparse_v));
+    }
+
+    // Adds the products of V and the weights of a tile, some of whose rows may be hidden unless `visible`. The rows are
+    // those of output().
+    __device__ __forceinline__ void add(Sums<D, 1> & o, const float (&weight)[lane_rows][1], bool visible,
+                                        const typename L::LookUpLevels & look_up, const uint8_t * scale_row,
+                                        const uint8_t * row0, const uint8_t * row1, int pitch, int quad) {
+        float w[lane_rows][1], top;
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) w[j][0] = weight[j][0] * L::load_block_scale(scale_row + 8 * j * pitch);
+        if (!visible) { // whatever scales hidden rows have
+#pragma unroll
+            for (int j = 0; j < lane_rows; ++j) w[j][0] = weight[j][0] == 0 ? 0.0f : w[j][0];
+        }
+#pragma unroll
+        for (int j = 0; j < lane_rows; ++j) top = j == 0 ? fabsf(w[0][0]) : greater_magnitude(top, w[j][0]);
+        if (__any_sync(all_lanes, !(top <= limit))) {
+            flush(o);
+            limit = headroom * over_quads(top, greater_magnitude);
             factor[0] = integers_of(limit);
             unit = limit * (L::step / largest_integer);
         }
-        state[0].sum += sum;
-        // A lane's weights are not greater than their sum. A NaN keeps the tile.
-        if (!__any_sync(all_lanes, !(sum <= sparse_v))) return;
         uint32_t operand[L::parts][1][2]; // the second part of a level is subtracted
         weight_operands(w, factor, operand);
         const uint8_t * row[8];

@@ -234,6 +234,8 @@ struct AttentionPlan {
     bool kept;              // whether integer products are kept over the tiles of a warp, if there are four columns
     int chunks;             // runs of KV rows
     int64_t chunk_rows;     // rows of a run: a multiple of row_tiles * 32, of buffer_rows if `wide`, 32 or 64 if `direct`
+    int long_chunks;        // runs of so many rows, unless `wide`; the short ones have row_tiles * 32 rows less
+    int short_chunks;
     int parts;              // partial results of a query row: chunks * row_tiles, or chunks if `wide`
     int first_exact;        // the first part with rows of an exact window
     int exact_parts;        // parts with such rows
