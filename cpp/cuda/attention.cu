@@ -106,9 +106,11 @@ struct Head {
     AttentionKernel (*gathering)(const KernelChoice & choice);
     cudaError_t (*merge)(const AttentionCall & call, const StoredBeside & stores, bool rotated, int multiprocessors,
                          cudaStream_t stream);
+    cudaError_t (*store)(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream);
 };
 const Head heads[] = {
-#define TURBOQUANT_HEAD(D) {D, row_type<D>, attention_kernel_##D, gathering_kernel_##D, launch_merge<D>},
+#define TURBOQUANT_HEAD(D) \
+    {D, row_type<D>, attention_kernel_##D, gathering_kernel_##D, launch_merge<D>, launch_store<D>},
     TURBOQUANT_KV_HEADS(TURBOQUANT_HEAD)
 #undef TURBOQUANT_HEAD
 };
@@ -468,8 +470,10 @@ cudaError_t attention(const Attention & a, const AttentionPlan & plan, void * wo
     const cudaError_t launched =
         plan.wide ? launch_wide(call, workspace, notes, stream) : launch_decode(head, call, notes, stream);
     if (launched != cudaSuccess) return launched;
-    if (!plan.merged) // the first kernel has written the output
-        return stores ? encode_rows(stores[0], stores[1], stream) : cudaSuccess;
+    if (!plan.merged) // the kernel has written the output
+        return plan.hopper ? head.store(call, beside, stream)
+               : stores    ? encode_rows(stores[0], stores[1], stream)
+                           : cudaSuccess;
     return head.merge(call, beside, head.row_type(a.type_v).turbo,
                       all_devices()[size_t(plan.device)].multiprocessors, stream);
 }

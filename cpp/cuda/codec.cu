@@ -18,10 +18,11 @@ constexpr int64_t most_yz = 65535;
 
 // ---- encode
 
-template <int N> __global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
-    __shared__ EncodeShared<N> shared;
+template <int N, typename Shared>
+__global__ void __launch_bounds__(32 * encode_warps) encode_kernel(const __grid_constant__ Stores s) {
+    __shared__ Shared shared;
     let_next_start();
-    encode_group(s, blockIdx.x, true, shared);
+    encode_group<N>(s, blockIdx.x, true, shared);
 }
 
 // ---- decode
@@ -224,8 +225,10 @@ cudaError_t encode(const Store * stores, int count, cudaStream_t stream) {
     const cudaError_t error = describe_stores(stores, count, s, size);
     if (error != cudaSuccess || size.x == 0) return error;
     switch (s.block) {
-#define TURBOQUANT_CASE(N) \
-    case N: return launch(encode_kernel<N>, size, 32 * encode_warps, 0, stream, s);
+#define TURBOQUANT_CASE(N)                                                                                           \
+    case N:                                                                                                          \
+        return launch(has_trellis(s) ? encode_kernel<N, EncodeShared<N>> : encode_kernel<N, ScalarShared>, size,     \
+                      32 * encode_warps, 0, stream, s);
         TURBOQUANT_BLOCKS(TURBOQUANT_CASE)
 #undef TURBOQUANT_CASE
         default: return cudaErrorNotSupported;

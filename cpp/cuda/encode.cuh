@@ -58,6 +58,9 @@ template <int Bits> constexpr SearchTable make_search_table() {
 
 static_assert(search_steps == 8, "a table entry has eight bytes");
 
+template <typename Family> struct IsTrellis : std::false_type {};
+template <int Bits> struct IsTrellis<Trellis<Bits>> : std::true_type {};
+
 // The index of a family in TURBOQUANT_FAMILIES.
 template <typename Family> constexpr int find_family() {
     int index = 0;
@@ -81,6 +84,16 @@ __device__ const SearchTable search_tables[] = { // by family
     TURBOQUANT_FAMILIES(TURBOQUANT_TABLE, )
 #undef TURBOQUANT_TABLE
 };
+
+// Whether a type of the stores is trellis-coded.
+inline bool has_trellis(const Stores & s) {
+    constexpr bool trellis[] = { // by family
+#define TURBOQUANT_IS_TRELLIS(X, ID, name, family, bits, id) IsTrellis<family<bits>>::value,
+        TURBOQUANT_FAMILIES(TURBOQUANT_IS_TRELLIS, )
+#undef TURBOQUANT_IS_TRELLIS
+    };
+    return trellis[s.family[0]] || trellis[s.family[1]];
+}
 
 // The scale of the centroids with the least squared error. Lanes s, s + 8, ... compute step s.
 template <int P>
@@ -223,16 +236,20 @@ template <typename F> __device__ __forceinline__ double exact_scale(const Units<
            double(__uint_as_float(uint32_t(127 + units.k) << 23));
 }
 
-// The memory that the warps of a thread block use to encode blocks of one family.
+// The memory that the warps of a thread block use to encode blocks of one family, and that of a thread block without
+// trellis-coded types.
 template <int N> union EncodeShared {
     SearchTable table;
     TrellisScratch<N> trellis[encode_warps];
+};
+struct ScalarShared {
+    SearchTable table;
 };
 
 // Encodes a block with a warp, in the steps of FORMAT.md, "Encoder".
 template <int Bits, int N>
 __device__ __forceinline__ void encode_block(Format<LloydMax<Bits>, N>, const float * x, uint8_t * dst, int lane,
-                                             EncodeShared<N> & shared) {
+                                             const SearchTable & search_table) {
     using F = Format<LloydMax<Bits>, N>;
     using T = Table<typename F::family>;
     constexpr int P = N / 32, M = F::half_levels;
@@ -243,7 +260,7 @@ __device__ __forceinline__ void encode_block(Format<LloydMax<Bits>, N>, const fl
         int magnitude[P];
 #pragma unroll
         for (int j = 0; j < P; ++j) magnitude[j] = abs(units.z[j]);
-        const float scale = search_scale(magnitude, lane, shared.table);
+        const float scale = search_scale(magnitude, lane, search_table);
         int a = 0;
         int m[P] = {};
 #pragma unroll
@@ -275,10 +292,9 @@ __device__ __forceinline__ void encode_block(Format<LloydMax<Bits>, N>, const fl
 // In the steps of FORMAT.md, "Encoder of the trellis-coded types".
 template <int Bits, int N>
 __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const float * x, uint8_t * dst, int lane,
-                                             EncodeShared<N> & shared) {
+                                             TrellisScratch<N> & scratch) {
     using F = Format<Trellis<Bits>, N>;
     constexpr int P = N / 32, limit = Grid<Bits>::limit, halves = (2 + N / 8) / 2;
-    TrellisScratch<N> & scratch = shared.trellis[threadIdx.x / 32];
     const GridTable<Bits> & table = grid_table<Bits>;
     const Branches branches(lane); // loaded early
     const Units<N> units = to_units<N>(x, lane);
@@ -331,9 +347,11 @@ __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const flo
 }
 
 // Encodes group number `group` of the stores with the first encode_warps warps of a thread block. With `wait`, the
-// preceding kernel may still compute the rows.
-template <int N>
-__device__ __forceinline__ void encode_group(const Stores & s, unsigned group, bool wait, EncodeShared<N> & shared) {
+// preceding kernel may still compute the rows. Shared: EncodeShared<N>, or ScalarShared if no type is trellis-coded, with
+// which threads need half of the registers.
+template <int N, typename Shared>
+__device__ __forceinline__ void encode_group(const Stores & s, unsigned group, bool wait, Shared & shared) {
+    constexpr bool with_trellis = std::is_same<Shared, EncodeShared<N>>::value;
     static_assert(32 * encode_warps == sizeof(shared.table.steps) / sizeof(shared.table.steps[0]),
                   "a thread to an entry");
     const unsigned which = group >= s.first_groups;
@@ -358,11 +376,16 @@ __device__ __forceinline__ void encode_group(const Stores & s, unsigned group, b
                 reinterpret_cast<uint8_t *>(row_at(store.dst, row_of(store.index, i1, i2, i3), i2, i3));
             const int lane = threadIdx.x % 32;
             switch (index) {
-#define TURBOQUANT_CASE(X, ID, name, family, bits, id)                                                             \
-    case family_index<family<bits>>:                                                                               \
-        if constexpr (has_kernels<family<bits>>)                                                                   \
-            encode_block(Format<family<bits>, N>(), x, row + b * Format<family<bits>, N>::bytes, lane, shared);    \
-        break;
+#define TURBOQUANT_CASE(X, ID, name, family, bits, id)                                                            \
+    case family_index<family<bits>>: {                                                                            \
+        using F = Format<family<bits>, N>;                                                                        \
+        if constexpr (!has_kernels<family<bits>>) break;                                                          \
+        else if constexpr (!IsTrellis<family<bits>>::value)                                                       \
+            encode_block(F(), x, row + b * F::bytes, lane, shared.table);                                         \
+        else if constexpr (with_trellis)                                                                          \
+            encode_block(F(), x, row + b * F::bytes, lane, shared.trellis[threadIdx.x / 32]);                     \
+        break;                                                                                                    \
+    }
                 TURBOQUANT_FAMILIES(TURBOQUANT_CASE, )
 #undef TURBOQUANT_CASE
             }

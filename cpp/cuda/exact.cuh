@@ -295,13 +295,28 @@ template <int D> __device__ __forceinline__ void store_exact(const Attention & a
                                    token * x.batch_k_row + kv_head * x.batch_k_head
                              : reinterpret_cast<const char *>(x.batch_v) + stream * x.batch_v_stream +
                                    token * x.batch_v_row + kv_head * x.batch_v_head;
-    float values[D / 32];
-#pragma unroll
-    for (int j = 0; j < D / 32; ++j) values[j] = reinterpret_cast<const float *>(from)[32 * j + lane];
     char * to = static_cast<char *>(keys ? x.store_k : x.store_v) + x.store_rows[row] * (keys ? x.k_row : x.v_row) +
                 kv_head * (keys ? x.k_head : x.v_head);
+    const float * values = reinterpret_cast<const float *>(from);
+    constexpr int P = D / 32;
+    if constexpr (P % 2 == 0) {
+        float own[P];
+        const bool aligned = (reinterpret_cast<uintptr_t>(from) & 15) == 0;
+        if constexpr (P == 2) {
+            own[0] = values[2 * lane];
+            own[1] = values[2 * lane + 1];
+        } else {
 #pragma unroll
-    for (int j = 0; j < D / 32; ++j) store_exact_values(x.type == KV::f16, to, j, values[j], lane);
+            for (int j = 0; j < P; j += 4) load_four(values + P * lane + j, aligned, own + j);
+        }
+        store_exact_row(x.type == KV::f16, to, own, lane);
+    } else {
+        float own[P];
+#pragma unroll
+        for (int j = 0; j < P; ++j) own[j] = values[32 * j + lane];
+#pragma unroll
+        for (int j = 0; j < P; ++j) store_exact_values(x.type == KV::f16, to, j, own[j], lane);
+    }
 }
 
 } // namespace

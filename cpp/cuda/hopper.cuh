@@ -929,21 +929,100 @@ template <KV TK, KV TV, int D> struct HopperColumns {
         }
     }
 
+    __device__ __forceinline__ void add_sums() {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
+            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
+        }
+    }
+
+    // The lane's first element in unit 0; it has the next one, too, and both at the same places of the other units.
+    static __device__ __forceinline__ int first_element(const Place & place) {
+        return place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
+    }
+
+    // Finishes the query rows, if the thread block has all their rows of K and V: adds the sinks, divides by the sums,
+    // rotates the values back, and stores them.
+    __device__ __forceinline__ void finish() {
+        const AttentionCall & call = wide.call;
+        const Place place(call);
+        add_sums();
+        int64_t row[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const bool exists = place.column(c) < call.plan.columns;
+            row[c] = exists ? query_row(call, place.stream, place.kv_head, place.column(c)) : -1;
+            const SoftmaxState own = {reference[c], sum[c]},
+                               sink = sink_state(exists ? call.a.sinks : nullptr, int(row[c] % call.a.heads));
+            MergedSum all(fmaxf(own.largest, sink.largest));
+            float factor = all.add(own);
+            all.add(sink);
+            factor *= all.sum == 0 ? 0.0f : value_unit<TV> / all.sum; // zeros if no row was seen; a NaN stays NaN
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float & x = output[4 * n + 2 * c + i];
+                    x = flip_sign((saw_rows(own) ? x : 0.0f) * factor, s2_word(n / 4) >> first_element(place),
+                                  n % 4 * 4 + i);
+                }
+        }
+        // The bits of an index of `output` are those of the element, except for the columns', and those of the lane.
+#pragma unroll
+        for (int h = 1; h < D / 2; h *= 2) {
+            if (h == 2) continue;
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i)
+                if (!(i & h)) {
+                    const float a = output[i], b = output[i + h];
+                    output[i] = a + b;
+                    output[i + h] = a - b;
+                }
+        }
+        const bool upper = place.in_quad & 1;
+        const float sign1 = upper ? -1.0f : 1.0f, sign2 = place.in_quad & 2 ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i)
+            output[i] = sign2 * output[i] + __shfl_xor_sync(all_lanes, output[i], 2);
+        // Two lanes have two elements each of all fours. Each takes every other four, so that they store whole sectors.
+        const int first = place.in_quad / 2 * 16 + place.in_quad % 2 * 4;
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int n = 0; n < D / 8; n += 2) {
+                float four[4];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float low = output[4 * n + 2 * c + i], high = output[4 * n + 4 + 2 * c + i];
+                    const float own = upper ? high : low,
+                                other = __shfl_xor_sync(all_lanes, upper ? low : high, 1);
+                    four[i] = own + other;
+                    four[2 + i] = sign1 * (own - other);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    four[i] = flip_sign(four[i] * Block<D>::one_over_sqrt_n, s1_word(n / 4) >> first, n % 4 * 4 + i);
+                if (row[c] >= 0)
+                    *reinterpret_cast<float4 *>(call.a.dst + row[c] * D + value_element(n) + first) =
+                        make_float4(four[0], four[1], four[2], four[3]);
+            }
+    }
+
     // Stores the results for merge_kernel, which reads no values of columns that have seen no row.
     __device__ __forceinline__ void store() {
         const AttentionCall & call = wide.call;
         const Place place(call);
         constexpr float to_value = value_unit<TV>;
+        add_sums();
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 1);
-            sum[c] += __shfl_xor_sync(all_lanes, sum[c], 2);
             if (place.column(c) >= call.plan.columns) continue;
             const int64_t row = query_row(call, place.stream, place.kv_head, place.column(c));
             const int64_t at = row * call.plan.parts + blockIdx.x;
             if (place.in_quad == 0) call.states[at] = {reference[c], sum[c]};
             if (reference[c] == nothing_seen) continue;
-            float * to = call.partial + at * D + place.in_quad / 2 * 16 + place.in_quad % 2 * 2;
+            float * to = call.partial + at * D + first_element(place);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
                 *reinterpret_cast<float2 *>(to + value_element(n)) =
@@ -954,7 +1033,8 @@ template <KV TK, KV TV, int D> struct HopperColumns {
 
 // ---- the kernel
 
-template <KV TK, KV TV, int D>
+// Merged: whether another kernel merges the results. A choice at run time makes the loop over the rows 1% slower.
+template <KV TK, KV TV, int D, bool Merged>
 __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_constant__ WideCall wide) {
 #if TURBOQUANT_WGMMA
     extern __shared__ __align__(16) uint8_t shared[];
@@ -974,7 +1054,7 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
     for (int i = threadIdx.x; i < Memory::constants / 4; i += hopper_threads) constants[i] = constant_byte * 0x01010101;
     publish_writes();
     wait_for_previous();
-    let_next_start(); // now what the merge stores is complete
+    let_next_start(); // now what the next kernel stores is complete, and the slots of a window have been read
     const int first_tile = int(place.begin / tile_rows % 32);
     const int words = (first_tile + (place.length + tile_rows - 1) / tile_rows + 31) / 32;
     collect_steps(wide, place, memory, words);
@@ -997,7 +1077,10 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
         columns.load_queries();
         columns.add_all(infos[hopper_buffers], turn);
         if (call.plan.row_tiles > 1) columns.merge_groups();
-        if (call.plan.row_tiles == 1 || place.group == 0) columns.store();
+        if (call.plan.row_tiles == 1 || place.group == 0) {
+            if constexpr (Merged) columns.store();
+            else columns.finish();
+        }
     }
     if (call.plan.cluster > 1) sync_cluster();
 #endif
@@ -1005,14 +1088,15 @@ __global__ void __launch_bounds__(hopper_threads, 1) hopper_kernel(const __grid_
 
 } // namespace
 
-// The kernel for a pair of types, or nullptr if there is none.
-WideKernel hopper_kernel_128(KV type_k, KV type_v);
+// The kernel for a pair of types, or nullptr if there is none. merged: whether its results are merged, as in the plan.
+WideKernel hopper_kernel_128(KV type_k, KV type_v, bool merged);
 
 namespace {
 
-template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v) {
-    return kernel_for_pair<D>(type_k, type_v, [](auto k, auto v) -> WideKernel {
-        if constexpr (Kind<k()>::turbo && Kind<v()>::turbo) return hopper_kernel<k(), v(), D>;
+template <int D> WideKernel hopper_kernel_for(KV type_k, KV type_v, bool merged) {
+    return kernel_for_pair<D>(type_k, type_v, [merged](auto k, auto v) -> WideKernel {
+        if constexpr (Kind<k()>::turbo && Kind<v()>::turbo)
+            return merged ? hopper_kernel<k(), v(), D, true> : hopper_kernel<k(), v(), D, false>;
         else return nullptr;
     });
 }

@@ -4,7 +4,9 @@
 namespace turboquant {
 namespace cuda {
 
-WideKernel hopper_kernel_128(KV type_k, KV type_v) { return hopper_kernel_for<128>(type_k, type_v); }
+WideKernel hopper_kernel_128(KV type_k, KV type_v, bool merged) {
+    return hopper_kernel_for<128>(type_k, type_v, merged);
+}
 
 } // namespace cuda
 } // namespace turboquant

@@ -23,8 +23,9 @@ struct StoredBeside {
     int groups; // thread blocks
 };
 
-template <int N> __device__ __forceinline__ void encode_beside(const StoredBeside & s, EncodeShared<N> & shared) {
-    if (threadIdx.x < 32 * encode_warps) encode_group(s.stores, blockIdx.x, false, shared);
+template <int N, typename Shared>
+__device__ __forceinline__ void encode_beside(const StoredBeside & s, Shared & shared) {
+    if (threadIdx.x < 32 * encode_warps) encode_group<N>(s.stores, blockIdx.x, false, shared);
 }
 
 // Adds parts first, first + apart, ... of a query row, of which AtOnce are loaded at the same time. `partial` and
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(32 * most_merge_warps, 1)
 
     let_next_start();
     if (row < 0) {
-        encode_beside(stores, shared.encode);
+        encode_beside<rotated_block<D>>(stores, shared.encode);
         return;
     }
     if (row >= query_rows) {
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(32 * few_parts_warps)
     const int row = (int(blockIdx.x) - stores.groups) * few_parts_warps + int(threadIdx.x) / 32;
     let_next_start();
     if (row < 0) {
-        encode_beside(stores, shared);
+        encode_beside<rotated_block<D>>(stores, shared);
         return;
     }
     wait_for_previous();
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(32 * column_warps)
 
     let_next_start();
     if (row < 0) {
-        encode_beside(stores, shared.encode);
+        encode_beside<rotated_block<D>>(stores, shared.encode);
         return;
     }
     if (row >= query_rows) {
@@ -301,6 +302,33 @@ __global__ void __launch_bounds__(32 * column_warps)
     call.a.dst[at + lane] = y;
     const float rounded[1] = {y};
     if (call.a.quantized) store_quantized(call.a.quantized + at / 32, rounded, lane);
+}
+
+// Stores what merge_kernel stores, beside a kernel for Hopper GPUs that finishes its query rows itself, on
+// multiprocessors that this leaves idle. What is stored is complete, and the slots have been read, when this kernel
+// starts. It must not end before the other one, for which the next kernel would not wait.
+template <int D, typename Shared>
+__global__ void __launch_bounds__(32 * encode_warps, std::is_same<Shared, ScalarShared>::value ? 10 : 1)
+    store_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ StoredBeside stores) {
+    __shared__ Shared shared;
+    let_next_start();
+    const int group = int(blockIdx.x) - stores.groups;
+    if (group < 0) {
+        encode_beside<rotated_block<D>>(stores, shared);
+    } else {
+        const uint32_t stored = uint32_t(group) * encode_warps + threadIdx.x / 32;
+        if (stored < call.stored_rows) store_exact<D>(call.a, stored, threadIdx.x % 32);
+    }
+    if (blockIdx.x == gridDim.x - 1) wait_for_previous();
+}
+
+template <int D>
+cudaError_t launch_store(const AttentionCall & call, const StoredBeside & stores, cudaStream_t stream) {
+    const int64_t blocks = stores.groups + (call.stored_rows + encode_warps - 1) / encode_warps;
+    if (blocks == 0) return cudaSuccess;
+    const auto kernel = stores.groups && has_trellis(stores.stores) ? store_kernel<D, EncodeShared<rotated_block<D>>>
+                                                                    : store_kernel<D, ScalarShared>;
+    return launch(kernel, dim3(unsigned(blocks)), dim3(32 * encode_warps), 0, stream, call, stores);
 }
 
 template <int D>

@@ -242,7 +242,7 @@ struct AttentionPlan {
     int slot_parts;         // further ones: of the slots of an exact window, if a kernel of their own reads them
     bool gathered;          // whether lists name the rows that each token sees, so that only these are read
     bool likely_hidden;     // whether the queries probably see all rows in the exact window, and none in the cache
-    bool merged;            // whether a second kernel merges them; else the thread block that computed all rows does
+    bool merged;            // whether a second kernel merges them; else a query has one thread block for all rows
     int shared_bytes;       // dynamic shared memory of a thread block
     // The kernels for which a first one prepares the queries. Their thread blocks have one KV head.
     bool wide;
@@ -256,8 +256,8 @@ struct AttentionPlan {
     size_t queries_at, factors_at, exact_at, exact_rows_at; // offsets in the workspace
 };
 
-// Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K and V. The
-// result is false if attention() does not cover the call: because of the device (compute capability below 8.0), the
+// Plans a call on the current device. It reads no device memory, but the plan depends on the alignment of K, V and dst.
+// The result is false if attention() does not cover the call: because of the device (compute capability below 8.0), the
 // types, shapes or alignment, or because the rows do not fit into shared memory.
 bool plan_attention(const Attention & a, AttentionPlan & plan);
 

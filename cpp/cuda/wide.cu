@@ -312,7 +312,7 @@ bool plan_arrays(const Attention & a, AttentionPlan & p) {
     const WideTypes types = types_of(a.type_k, a.type_v);
     const auto after = [](size_t end) { return (end + 15) / 16 * 16; };
     const size_t columns = size_t(a.streams) * size_t(a.kv_heads) * size_t(p.column_tiles) * size_t(p.column_tile);
-    const size_t parts = size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts);
+    const size_t parts = p.merged ? size_t(a.streams) * size_t(a.tokens) * size_t(a.heads) * size_t(p.parts) : 0;
     p.states_at = parts * size_t(a.head) * sizeof(float);
     p.queries_at = after(p.states_at + parts * sizeof(SoftmaxState));
     p.factors_at = p.queries_at + columns * size_t(a.head);
@@ -336,7 +336,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.head_groups = a.kv_heads;
     p.stages = 2;
     p.hopper = a.head == 128 && p.columns >= least_hopper_columns &&
-               code_for(p.device, hopper_kernel_128(a.type_k, a.type_v));
+               code_for(p.device, hopper_kernel_128(a.type_k, a.type_v, true));
     p.operands = p.columns <= 4 * wide_columns ? 1 : most_operands(types.turbo_k, types.turbo_v, a.head);
     p.separate = !p.hopper && separate_groups(types.turbo_k, a.head, p.operands);
     const int warp_columns = p.operands * wide_columns, warps = wide_warps(p.separate);
@@ -403,7 +403,7 @@ bool plan_wide(const Attention & a, const WideDevice & device, int pitch_k, int 
     p.chunk_rows = divided(units, chosen) * unit;
     p.chunks = int(divided(a.n_kv, p.chunk_rows));
     p.parts = p.chunks;
-    p.merged = true;
+    p.merged = !p.hopper || p.chunks > 1 || (reinterpret_cast<uintptr_t>(a.dst) & 15);
     return plan_arrays(a, p);
 }
 
@@ -476,7 +476,7 @@ cudaError_t launch_wide(const AttentionCall & call, void * workspace, MaskNotes 
     const WideHead & head = *head_of(a.head);
     const WideKernel kernel = p.eights > 0 ? hopper_direct_kernel_128(a.type_k, a.type_v, p.eights)
                               : p.direct   ? direct_kernel_128(a.type_k, a.type_v)
-                              : p.hopper   ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v))
+                              : p.hopper   ? code_for(p.device, hopper_kernel_128(a.type_k, a.type_v, p.merged))
                                          : head.kernel(a.type_k, a.type_v, p.operands);
     cudaError_t error = allow_shared(reinterpret_cast<const void *>(kernel), p.device, p.shared_bytes);
     if (error == cudaSuccess) error = head.prepare(wide, notes.written, stream);
