@@ -339,6 +339,7 @@ private:
 };
 
 std::map<std::string, int> sharing; // by kind of plan: the calls that read notes of an earlier one
+int finished = 0;                   // calls whose query rows the kernel for Hopper GPUs finishes
 
 // Whether the case is one of the first of its kind of plan in which queries see some of the rows.
 bool shares_notes(const AttentionCase & c, const Attention & a, const AttentionPlan & plan) {
@@ -440,6 +441,7 @@ void conforms(const AttentionCase & c, int slots, InSlots in_slots = InSlots::th
         p.q = on_grid(p.q, c.head_k);
         a.q = rounded_queries.emplace(p.q).get();
     }
+    finished += plan.hopper && !plan.merged;
     CHECK_EQ(plan.notes_bytes > 0, plan.gathered || (plan.wide && (a.mask || windowed)));
     std::optional<SharedNotes> shared;
     if (shares_notes(c, a, plan)) {
@@ -510,6 +512,7 @@ int main(int argc, char ** argv) {
     std::printf("%d cases\n", covered);
     for (const auto & [kind, calls] : sharing)
         std::printf("%d calls with notes of an earlier one: %s\n", std::min(calls, 3), kind.c_str());
+    std::printf("%d calls that the kernel for Hopper GPUs finishes\n", finished);
     if (!left_out.empty()) std::printf("%zu of them skipped: their kernels are not compiled\n", left_out.size());
     Attention a = {};
     AttentionPlan plan;
