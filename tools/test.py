@@ -6,6 +6,8 @@ from PyPI if they are missing, and, as root on Debian and Ubuntu, installs the p
 compiler or clang. A suite whose tools cannot be installed is skipped, and the output gives the reason. Builds are kept
 in the cache folder (~/.cache/turboquant), so a second run takes minutes.
 
+Suites that use one core run beside the others. Their output is printed when they have ended.
+
 The last line has the counts over all suites: "N passed, N failed, N skipped". The exit status is 0 if nothing failed.
 """
 
@@ -20,13 +22,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 FUZZ_SECONDS = 60
@@ -65,6 +69,10 @@ class Context:
     python: Path | None = None  # of the virtual environment, once it is there
     apt_updated: bool = False
     path: str = field(default_factory=lambda: os.environ.get("PATH", ""))
+    out: TextIO | None = None  # the output of a suite; None is the terminal
+
+    def say(self, *lines: object) -> None:
+        print(*lines, sep="\n", file=self.out, flush=True)
 
     def environment(self) -> dict[str, str]:
         """The caller's environment without variables that would change the results."""
@@ -76,36 +84,63 @@ class Context:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
+class Processes:
+    """The running processes of all threads, so that one signal ends them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal may arrive while this thread has it
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self, words: list[str], environment: dict[str, str], out: TextIO | None) -> int:
+        """Run a command to its end; returns its status. Raises Broken if it takes too long."""
+        with self._lock:
+            if self._stopped:
+                raise Broken("stopped")
+            errors = None if out is None else subprocess.STDOUT
+            process = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=errors
+            )
+            self._running.add(process)
+        try:
+            return process.wait(timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise Broken(f"`{' '.join(words)}` took more than {TIME_LIMIT // 60} minutes and was stopped") from None
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    def stop(self) -> None:
+        """End all processes, and start no other one."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+PROCESSES = Processes()
+
+
 def run(context: Context, command: Sequence[object], *, log: Path | None = None, show: bool = False) -> None:
-    """Run a command to its end, with its output on the terminal (`show`) or in `log`. Raises Broken if it fails."""
+    """Run a command to its end, with its output in that of the suite (`show`) or in `log`. Raises Broken if it fails."""
     words = [str(word) for word in command]
     if show:
-        status = _wait(subprocess.Popen(words, cwd=ROOT, env=context.environment(), stdin=subprocess.DEVNULL), words)
+        status = PROCESSES.run(words, context.environment(), context.out)
         if status != 0:
             raise Broken(f"`{' '.join(words)}` ended with status {status}")
         return
     with tempfile.TemporaryFile("w+", errors="replace") if log is None else log.open("w+", errors="replace") as out:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=context.environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
-        )
-        status = _wait(process, words)
+        status = PROCESSES.run(words, context.environment(), out)
         if status != 0:
             out.seek(0)
             tail = "\n".join(out.read().splitlines()[-60:])
             raise Broken(f"`{' '.join(words)}` ended with status {status}\n{tail}")
-
-
-def _wait(process: subprocess.Popen[bytes], words: list[str]) -> int:
-    try:
-        return process.wait(timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise Broken(f"`{' '.join(words)}` took more than {TIME_LIMIT // 60} minutes and was stopped") from None
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
 
 
 def works(context: Context, *command: object) -> bool:
@@ -136,6 +171,8 @@ def junit(path: Path) -> Count:
 
 # ---- requirements ----------------------------------------------------------------------------------------------------
 
+APT = threading.Lock()
+
 
 def require_packages(context: Context, ready: Callable[[], bool], *packages: str) -> None:
     """Install Debian packages until `ready()` is true, if this is permitted; otherwise raise Skip with the reason."""
@@ -148,16 +185,17 @@ def require_packages(context: Context, ready: Callable[[], bool], *packages: str
         raise Skip(f"needs {names} (not installed because of --no-packages)")
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         raise Skip(f"needs {names}; as root: apt-get install {names}")
-    print(f"installing {names} ...", flush=True)
     os.environ["DEBIAN_FRONTEND"] = "noninteractive"
-    try:
-        if not context.apt_updated:
-            run(context, ["apt-get", "update", "-q"])
-            context.apt_updated = True
-        known = [name for name in packages if works(context, "apt-cache", "show", name)]
-        run(context, ["apt-get", "install", "-q", "-y", "--no-install-recommends", *known])
-    except Broken as problem:
-        raise Skip(f"needs {names}, which apt-get could not install: {problem}") from None
+    with APT:
+        context.say(f"installing {names} ...")
+        try:
+            if not context.apt_updated:
+                run(context, ["apt-get", "update", "-q"])
+                context.apt_updated = True
+            known = [name for name in packages if works(context, "apt-cache", "show", name)]
+            run(context, ["apt-get", "install", "-q", "-y", "--no-install-recommends", *known])
+        except Broken as problem:
+            raise Skip(f"needs {names}, which apt-get could not install: {problem}") from None
     if not ready():
         raise Skip(f"needs {names}; they are installed, but do not work together")
 
@@ -222,7 +260,7 @@ def install(context: Context) -> Count:
         run(context, [*pip, f"{ROOT}[test]", *needed])
         stamp.write_text(state)
     else:
-        print("nothing has changed since the last run")
+        context.say("nothing has changed since the last run")
     context.path = f"{executable.parent}{os.pathsep}{context.path}"
     run(context, [executable, "-c", "import turboquant"])
     context.python = executable
@@ -307,7 +345,7 @@ def fuzz(context: Context) -> Count:
     command = [programs[0], f"-max_total_time={FUZZ_SECONDS}", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
     run(context, [*command, corpus], log=folder / "fuzz.log")
     printed = (folder / "fuzz.log").read_text(errors="replace").splitlines()
-    print(*(line for line in printed if "executed_units" in line), sep="\n")
+    context.say(*(line for line in printed if "executed_units" in line))
     return Count(passed=1)
 
 
@@ -329,9 +367,9 @@ def cuda(context: Context) -> Count:
     count = run_ctest(context, folder)
     if on_gpu:
         return count
-    print("There is no NVIDIA GPU, so the tests ran in the emulator.")
+    context.say("There is no NVIDIA GPU, so the tests ran in the emulator.")
     if not nvcc:
-        print("nvcc did not compile the kernels, because it is not installed.")
+        context.say("nvcc did not compile the kernels, because it is not installed.")
         return count + Count(skipped=1)
     compile_kernels(context, nvcc, folder)
     return count + Count(passed=1)
@@ -395,7 +433,7 @@ def python_tests(context: Context) -> Count:
         try:
             wanted(context)
         except Skip as reason:
-            print(f"some tests will be skipped: {reason}", flush=True)
+            context.say(f"some tests will be skipped: {reason}")
     return run_pytest(context, "tests/python")
 
 
@@ -417,19 +455,24 @@ class Suite:
     name: str
     run: Callable[[Context], Count]
     needs: tuple[str, ...] = ()
+    beside: bool = False  # uses one core for most of its time
+
+    @property
+    def title(self) -> str:
+        return f"==== {self.name}: {(self.run.__doc__ or '').strip()}"
 
 
 SUITES = (
     Suite("install", install),
     Suite("cpp", cpp, ("install",)),
+    Suite("builds", builds, ("install",)),  # early, because `llama` waits for it
     Suite("sanitized", sanitized, ("install",)),
     Suite("neon", neon, ("install",)),
-    Suite("fuzz", fuzz, ("install",)),
     Suite("cuda", cuda, ("install",)),
     Suite("metal", metal, ("install",)),
-    Suite("python", python_tests, ("install",)),
-    Suite("builds", builds, ("install",)),
-    Suite("llama", llama, ("install", "builds")),
+    Suite("python", python_tests, ("install",), beside=True),
+    Suite("fuzz", fuzz, ("install",), beside=True),
+    Suite("llama", llama, ("install", "builds"), beside=True),
 )
 
 
@@ -451,7 +494,8 @@ def cache_folder() -> Path:
 
 
 def _stop(*_: object) -> None:
-    """End as with Ctrl-C, so that children are stopped and temporary files removed."""
+    """End with temporary files removed."""
+    PROCESSES.stop()
     raise KeyboardInterrupt
 
 
@@ -462,8 +506,90 @@ def perform(suite: Suite, context: Context) -> tuple[Count, str]:
     except Skip as reason:
         return Count(skipped=1), str(reason)
     except (Broken, OSError, subprocess.SubprocessError) as problem:
-        print(problem, flush=True)
+        context.say(problem)
         return Count(failed=1), ""
+
+
+class Session:
+    """A run of suites by two threads: the main one, whose suites print to the terminal, and one for suites that run beside
+    these. The main thread also takes the latter when it has no other ones left.
+    """
+
+    def __init__(self, context: Context, suites: Sequence[Suite], keep_going: bool) -> None:
+        self.context, self.keep_going = context, keep_going
+        self.counts: dict[str, Count] = {}  # of the suites that have ended
+        self.lines: dict[str, str] = {}
+        self._pending = list(suites)
+        self._main: Suite | None = None  # at work in the main thread
+        self._logs: list[Path] = []  # output of suites that ran beside others, not printed yet
+        self._changed = threading.Condition()
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(self._work, True) if (os.cpu_count() or 1) > 1 else None
+            try:
+                self._work(False)
+                if beside and not beside.done():
+                    print("\nwaiting for the suite that ran beside the others", flush=True)
+                if beside:
+                    beside.result()
+            finally:
+                with self._changed:
+                    self._pending.clear()
+                    self._changed.notify_all()
+        self._print_logs()
+
+    def _work(self, beside: bool) -> None:
+        while suite := self._take(beside):
+            if not beside:
+                self._print_logs()
+                print(f"\n{suite.title}", flush=True)
+                self._perform(suite, self.context)
+                continue
+            log = self.context.cache / "tests" / f"{suite.name}.log"
+            with log.open("w", errors="replace") as out:
+                print(f"\n{suite.title}", file=out, flush=True)
+                self._perform(suite, replace(self.context, out=out))
+            self._logs.append(log)
+
+    def _take(self, beside: bool) -> Suite | None:
+        """The next suite of a thread, once those that it needs have ended."""
+        with self._changed:
+            while True:
+                own = [suite for suite in self._pending if suite.beside == beside]
+                if beside and not self._main and own == self._pending:
+                    return None
+                candidates = own if beside or own else self._pending
+                if not candidates:
+                    return None
+                for suite in candidates:
+                    if all(name in self.counts for name in suite.needs):
+                        self._pending.remove(suite)
+                        self._main = self._main if beside else suite
+                        return suite
+                self._changed.wait()
+
+    def _perform(self, suite: Suite, context: Context) -> None:
+        began = time.monotonic()
+        bad = [name for name, count in self.counts.items() if count.failed]
+        missing = [name for name in suite.needs if name in bad]
+        if missing:
+            count, reason = Count(skipped=1), f"needs {', '.join(missing)}, which failed"
+        elif bad and not self.keep_going:
+            count, reason = Count(skipped=1), "an earlier suite failed (--keep-going runs this one all the same)"
+        else:
+            count, reason = perform(suite, context)
+        text = f"{suite.name:10} {count} in {duration(time.monotonic() - began)}"
+        with self._changed:
+            self.counts[suite.name] = count
+            self.lines[suite.name] = f"{text}{f'  (skipped: {reason})' if reason else ''}"
+            self._main = None if suite is self._main else self._main
+            self._changed.notify_all()
+        context.say(f"==== {self.lines[suite.name]}")
+
+    def _print_logs(self) -> None:
+        while self._logs:
+            print(self._logs.pop(0).read_text(errors="replace"), end="", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -488,27 +614,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     context.cache.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)  # CI ends jobs with SIGTERM
     # A shell starts background jobs with SIGINT ignored, and children inherit this, so tests of Ctrl-C would never end.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _stop)
 
     start = time.monotonic()
-    total, lines, bad = Count(), [], set()
-    for suite in (suite for suite in SUITES if suite.name in wanted):
-        print(f"\n==== {suite.name}: {(suite.run.__doc__ or '').strip()}", flush=True)
-        began = time.monotonic()
-        missing = [name for name in suite.needs if name in bad]
-        if missing:
-            count, reason = Count(skipped=1), f"needs {', '.join(missing)}, which failed"
-        elif bad and not given.keep_going:
-            count, reason = Count(skipped=1), "an earlier suite failed (--keep-going runs this one all the same)"
-        else:
-            count, reason = perform(suite, context)
-        if count.failed:
-            bad.add(suite.name)
-        total += count
-        text = f"{suite.name:10} {count} in {duration(time.monotonic() - began)}"
-        lines.append(f"{text}{f'  (skipped: {reason})' if reason else ''}")
-        print(f"==== {lines[-1]}", flush=True)
-
+    chosen = [suite for suite in SUITES if suite.name in wanted]
+    session = Session(context, chosen, given.keep_going)
+    session.run()
+    total = sum(session.counts.values(), Count())
+    lines = [session.lines[suite.name] for suite in chosen]
     print(f"\nall suites, {duration(time.monotonic() - start)}:", *lines, sep="\n")
     print(total, flush=True)
     return 1 if total.failed else 0
