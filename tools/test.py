@@ -66,6 +66,7 @@ class Context:
     cache: Path
     install_packages: bool
     pytest_args: list[str]
+    whole: bool = False  # see --whole
     python: Path | None = None  # of the virtual environment, once it is there
     apt_updated: bool = False
     path: str = field(default_factory=lambda: os.environ.get("PATH", ""))
@@ -283,6 +284,12 @@ def build_cpp(context: Context, name: str, targets: Sequence[str] = (), *options
     return folder
 
 
+def core(context: Context) -> str:
+    """Compile the core, unless `cpp` has; returns the CMake option with which emulators link its objects."""
+    folder = build_cpp(context, "plain", ["turboquant_objects"])
+    return f"-DTURBOQUANT_OBJECTS={folder / 'CMakeFiles' / 'turboquant_objects.dir'}"
+
+
 def run_ctest(context: Context, folder: Path) -> Count:
     report = folder / "report.xml"
     report.unlink(missing_ok=True)
@@ -301,7 +308,8 @@ def run_ctest(context: Context, folder: Path) -> Count:
 
 def cpp(context: Context) -> Count:
     """C++ tests."""
-    return run_ctest(context, build_cpp(context, "plain"))
+    extent = "whole" if context.whole else "usual"
+    return run_ctest(context, build_cpp(context, "plain", (), f"-DTURBOQUANT_TEST_EXTENT={extent}"))
 
 
 def sanitized(context: Context) -> Count:
@@ -360,8 +368,8 @@ def cuda(context: Context) -> Count:
     folder = context.cache / "tests" / f"{kind}-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]}"
     folder.mkdir(parents=True, exist_ok=True)
     command = ["cmake", "-S", tests if on_gpu else tests / "emulator", "-B", folder, "-G", "Ninja"]
-    if on_gpu:
-        command += [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_CUDA_ARCHITECTURES=native"]
+    gpu_options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_CUDA_ARCHITECTURES=native"]
+    command += gpu_options if on_gpu else [core(context)]
     run(context, command, log=folder / "configure.log")
     run(context, ["ninja", "-C", folder], log=folder / "build.log")
     count = run_ctest(context, folder)
@@ -395,7 +403,8 @@ def metal(context: Context) -> Count:
         raise Skip("the emulator needs Linux")
     folder = context.cache / "tests" / f"metal-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]}"
     folder.mkdir(parents=True, exist_ok=True)
-    run(context, ["cmake", "-S", ROOT / "tests" / "metal", "-B", folder, "-G", "Ninja"], log=folder / "configure.log")
+    command = ["cmake", "-S", ROOT / "tests" / "metal", "-B", folder, "-G", "Ninja", core(context)]
+    run(context, command, log=folder / "configure.log")
     run(context, ["ninja", "-C", folder], log=folder / "build.log")
     return run_ctest(context, folder)
 
@@ -601,6 +610,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=names, metavar="SUITE",
                         help="run this suite and those it needs (may be given more than once)")
     parser.add_argument("--keep-going", action="store_true", help="go on with the next suite after one that failed")
+    parser.add_argument("--whole", action="store_true",
+                        help="in `cpp`, the whole conformance lists with all kernels, not only with the best ones")
     parser.add_argument("--no-packages", action="store_true", help="install no system packages, even as root")
     parser.add_argument("pytest", nargs="*", help="after `--`: arguments for pytest, such as -k NAME")
     given = parser.parse_args(arguments)
@@ -610,7 +621,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = set(given.only or names)
     for suite in reversed(SUITES):
         wanted |= set(suite.needs) if suite.name in wanted else set()
-    context = Context(cache_folder(), not given.no_packages, given.pytest)
+    context = Context(cache_folder(), not given.no_packages, given.pytest, given.whole)
     context.cache.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _stop)  # CI ends jobs with SIGTERM
     # A shell starts background jobs with SIGINT ignored, and children inherit this, so tests of Ctrl-C would never end.

@@ -1,4 +1,5 @@
-// Arguments of a test: the name of a table of kernels, and the extent of a conformance list.
+// Arguments of a test: the name of a table of kernels, or "best" for those of this CPU; and the extent of a conformance
+// list.
 #ifndef TURBOQUANT_TESTS_UNDER_TEST_H
 #define TURBOQUANT_TESTS_UNDER_TEST_H
 
@@ -19,11 +20,12 @@ inline void use(const char * name) {
 // this build cannot run the kernels.
 template <typename Run> int test_kernels(int argc, char ** argv, const Run & run) {
     if (argc != 3) {
-        std::fprintf(stderr, "usage: %s KERNELS brief|usual|whole\n", argv[0]);
+        std::fprintf(stderr, "usage: %s KERNELS|best brief|usual|whole\n", argv[0]);
         return EXIT_FAILURE;
     }
-    kernels_under_test = argv[1];
-    const tq_status status = tq_kernels_select(kernels_under_test);
+    const bool best = std::strcmp(argv[1], "best") == 0;
+    const tq_status status = tq_kernels_select(best ? nullptr : argv[1]);
+    kernels_under_test = best ? tq_kernels_selected() : argv[1];
     if (status == TQ_ERROR_KERNELS_UNSUPPORTED) {
         std::printf("skipped: this CPU or this build cannot run %s\n", kernels_under_test);
         return check::exit_skipped;

@@ -1,0 +1,11 @@
+# The core: its objects of another build folder, if TURBOQUANT_OBJECTS is their folder, else its sources.
+set(TURBOQUANT_OBJECTS "" CACHE PATH "Folder with objects of the core, which then is not compiled")
+if(TURBOQUANT_OBJECTS)
+    find_package(Threads REQUIRED)
+    file(GLOB_RECURSE core_objects CONFIGURE_DEPENDS ${TURBOQUANT_OBJECTS}/*.o)
+    add_library(turboquant_objects OBJECT IMPORTED)
+    set_target_properties(turboquant_objects PROPERTIES IMPORTED_OBJECTS "${core_objects}")
+    include_directories(${CMAKE_CURRENT_LIST_DIR}/../../cpp/include)
+else()
+    include(${CMAKE_CURRENT_LIST_DIR}/../../cpp/turboquant.cmake)
+endif()
