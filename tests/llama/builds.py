@@ -3,7 +3,8 @@ makes them before the tests, with progress on the terminal.
 
 - patched: the default llama.cpp, built by `turboquant build`, with the test programs that the package does not build
 - stock: the library of the same llama.cpp without the hooks, with the same options
-- oldest: the library of the oldest llama.cpp that the hooks are tested with, patched
+- oldest: the library of the oldest llama.cpp that the hooks are tested with, patched; it only has to compile and link, so
+  it is not optimized
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def stock() -> Build:
 @functools.cache
 def oldest() -> Path:
     """The folder with the libraries of the oldest release, patched."""
-    return _library(VERSIONS[0], hooks=True)
+    return _library(VERSIONS[0], hooks=True, optimized=False)
 
 
 def _with_probe(folder: Path, tree: Path) -> Build:
@@ -73,13 +74,15 @@ def _folder() -> Path:
     return folder
 
 
-def _library(version: str, hooks: bool) -> Path:
+def _library(version: str, hooks: bool, optimized: bool = True) -> Path:
     """Build only ggml and libllama; an existing build with the same inputs is reused."""
     native = native_dir()
     reporter = Reporter()
     tools = find_tools(reporter)
     tree = source(version)
     options = builder.base_options(compiler())
+    if not optimized:
+        options += ["-DCMAKE_C_FLAGS_RELEASE=-O0", "-DCMAKE_CXX_FLAGS_RELEASE=-O0"]
     parts = [version, sources.PROVEN[version].sha256, *options, *map(str, compiler()), cpu()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]
     state = key

@@ -239,17 +239,16 @@ template <typename Act> void meet(int line, int operation, const Act & act) {
     t.line = line;
     t.operation = operation;
     Thread * lanes = simd_of(t);
-    if (all_wait(t)) {
-        act(lanes);
-        for (int i = 0; i < width; ++i) lanes[i].waiting = Waiting::no;
-        return;
-    }
     // Lanes arrive in order, beginning with the one after the lane that was the last to arrive before.
     Thread & next = lanes[(t.number + 1) % width];
-    if (next.waiting != Waiting::no)
-        stop("lane %d waits in line %d, and this one in line %d", next.frame.lane, next.line, line);
-    resume(next, t.fiber);
-    global.current = &t;
+    if (next.waiting == Waiting::no) {
+        resume(next, t.fiber);
+        global.current = &t;
+        return;
+    }
+    if (!all_wait(t)) stop("lane %d waits in line %d, and this one in line %d", next.frame.lane, next.line, line);
+    act(lanes);
+    for (int i = 0; i < width; ++i) lanes[i].waiting = Waiting::no;
 }
 
 void run_threadgroup(const Dispatch & dispatch, uint3 group) {
