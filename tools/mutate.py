@@ -332,7 +332,7 @@ class Copy:
         case = re.findall(r"^\S+\.cpp:\d+: .* \[(.+)\]$", self.said, re.MULTILINE)
         pytest = re.findall(r"^FAILED (\S+::\w+)", self.said, re.MULTILINE)
         emulator = re.findall(r"^emulator: .*?lane \d+: (.+)$", self.said, re.MULTILINE)
-        test = (ctest + pytest or ["a crash or a timeout"])[0]
+        test = re.sub(r"\.\d+$", "", (ctest + pytest or ["a crash or a timeout"])[0])  # without the part
         if ctest and emulator:
             return f"`{test}`: the emulator stops at a {emulator[0]}"
         return f"`{test}`" + (f": {case[0].split('; ')[0]}" if ctest and case else "")

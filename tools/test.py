@@ -286,8 +286,7 @@ def build_cpp(context: Context, name: str, targets: Sequence[str] = (), *options
 
 def core(context: Context) -> str:
     """Compile the core, unless `cpp` has; returns the CMake option with which emulators link its objects."""
-    folder = build_cpp(context, "plain", ["turboquant_objects"])
-    return f"-DTURBOQUANT_OBJECTS={folder / 'CMakeFiles' / 'turboquant_objects.dir'}"
+    return f"-DTURBOQUANT_OBJECTS={build_cpp(context, 'plain', ['turboquant_objects']) / 'objects.txt'}"
 
 
 def run_ctest(context: Context, folder: Path) -> Count:

@@ -8,7 +8,7 @@
 
 enum class Extent {
     brief, // for tools that are a hundred times slower, such as compute-sanitizer
-    usual, // for sanitizers and emulators
+    usual, // for sanitizers, emulators, and kernels that are not the best ones of a CPU
     whole
 };
 

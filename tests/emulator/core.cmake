@@ -1,8 +1,8 @@
-# The core: its objects of another build folder, if TURBOQUANT_OBJECTS is their folder, else its sources.
-set(TURBOQUANT_OBJECTS "" CACHE PATH "Folder with objects of the core, which then is not compiled")
+# The core: the objects that another build folder has, if TURBOQUANT_OBJECTS is its objects.txt; else its sources.
+set(TURBOQUANT_OBJECTS "" CACHE FILEPATH "List of the core's objects, which then are not compiled again")
 if(TURBOQUANT_OBJECTS)
     find_package(Threads REQUIRED)
-    file(GLOB_RECURSE core_objects CONFIGURE_DEPENDS ${TURBOQUANT_OBJECTS}/*.o)
+    file(READ ${TURBOQUANT_OBJECTS} core_objects)
     add_library(turboquant_objects OBJECT IMPORTED)
     set_target_properties(turboquant_objects PROPERTIES IMPORTED_OBJECTS "${core_objects}")
     include_directories(${CMAKE_CURRENT_LIST_DIR}/../../cpp/include)
