@@ -129,7 +129,7 @@ PROCESSES = Processes()
 
 
 def run(context: Context, command: Sequence[object], *, log: Path | None = None, show: bool = False) -> None:
-    """Run a command to its end, with its output in that of the suite (`show`) or in `log`. Raises Broken if it fails."""
+    """Run a command, with its output in that of the suite (`show`) or in `log`. Raises Broken if it fails."""
     words = [str(word) for word in command]
     if show:
         status = PROCESSES.run(words, context.environment(), context.out)
@@ -519,8 +519,8 @@ def perform(suite: Suite, context: Context) -> tuple[Count, str]:
 
 
 class Session:
-    """A run of suites by two threads: the main one, whose suites print to the terminal, and one for suites that run beside
-    these. The main thread also takes the latter when it has no other ones left.
+    """A run of suites by two threads: the main one, whose suites print to the terminal, and one for suites that run
+    beside these. The main thread also takes the latter when it has no other ones left.
     """
 
     def __init__(self, context: Context, suites: Sequence[Suite], keep_going: bool) -> None:

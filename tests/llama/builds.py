@@ -3,8 +3,8 @@ makes them before the tests, with progress on the terminal.
 
 - patched: the default llama.cpp, built by `turboquant build`, with the test programs that the package does not build
 - stock: the library of the same llama.cpp without the hooks, with the same options
-- oldest: the library of the oldest llama.cpp that the hooks are tested with, patched; it only has to compile and link, so
-  it is not optimized
+- oldest: the library of the oldest llama.cpp that the hooks are tested with, patched; it only has to compile and link,
+  so it is not optimized
 """
 
 from __future__ import annotations
