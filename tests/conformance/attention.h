@@ -452,7 +452,7 @@ inline void many_tiles(List & list) {
         c.heads = 16;
         c.kv_heads = 8;
         c.streams = c.kv_streams = 24;
-        c.rows = 1400;
+        c.rows = 1500;
         const Extent extent = p.k == TQ_TURBO4 ? Extent::usual : Extent::whole;
         c.spread = 5; // later weights are far greater
         list.add("many tiles", c, extent);
