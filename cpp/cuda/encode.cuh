@@ -348,7 +348,7 @@ __device__ __forceinline__ void encode_block(Format<Trellis<Bits>, N>, const flo
 
 // Encodes group number `group` of the stores with the first encode_warps warps of a thread block. With `wait`, the
 // preceding kernel may still compute the rows. Shared: EncodeShared<N>, or ScalarShared if no type is trellis-coded, with
-// which threads need half of the registers.
+// which threads need fewer registers.
 template <int N, typename Shared>
 __device__ __forceinline__ void encode_group(const Stores & s, unsigned group, bool wait, Shared & shared) {
     constexpr bool with_trellis = std::is_same<Shared, EncodeShared<N>>::value;
